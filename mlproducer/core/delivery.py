@@ -1,0 +1,115 @@
+"""A message on its way: where it is, what was tried, and whom to tell.
+
+Two endings, each exactly once: the publisher is *answered*, and the delivery *retires*. They often
+coincide, but a confirm that is late answers first and retires later.
+
+Runs on: the I/O thread, which owns a delivery from the mailbox to its retirement.
+"""
+
+from __future__ import annotations
+
+import enum
+from concurrent.futures import Future
+
+from mlproducer.errors import PublishError
+from mlproducer.message import Envelope, Receipt
+
+
+class Place(enum.Enum):
+    """Where a delivery is; always exactly one."""
+
+    MAILBOX = enum.auto()  # handed over, not yet seen by the courier
+    WAITING = enum.auto()  # with the courier, for a link that can carry it
+    IN_FLIGHT = enum.auto()  # written, its tag open
+    STORED = enum.auto()  # with the keeper, for a retry
+    RETIRED = enum.auto()  # confirmed, or given back, or dead-lettered
+
+
+class Delivery:
+    """One message, from `publish()` to its fate.
+
+    :ivar future: whom to tell next. For a blocking publisher first its answer, then, once that
+        was DEFERRED, the fate that its receipt waits for; for ``submit()`` the fate from the start
+    :ivar retry: the library may keep the message and try again
+    :ivar answer_deferral: the publisher waits for an answer, not for the fate
+    :ivar deadline: monotonic time until which the publisher waits
+    :ivar open: somebody is still to be told
+    :ivar doubtful: an earlier attempt may have reached a queue
+    :ivar kept: the keeper holds a row for it: the message is ours
+    :ivar reason: what went wrong with the last attempt
+    :ivar returned: the broker's reply code and text, between Basic.Return and its ack
+    """
+
+    __slots__ = (
+        "answer_deferral",
+        "attempts",
+        "deadline",
+        "doubtful",
+        "envelope",
+        "future",
+        "kept",
+        "open",
+        "place",
+        "reason",
+        "retry",
+        "returned",
+        "sent_at",
+        "started",
+    )
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        future: Future[Receipt],
+        *,
+        started: float,
+        deadline: float,
+        retry: bool = True,
+        answer_deferral: bool = True,
+    ) -> None:
+        self.envelope = envelope
+        self.future = future
+        self.started = started
+        self.deadline = deadline
+        self.retry = retry
+        self.answer_deferral = answer_deferral
+        self.attempts = 0
+        self.sent_at = 0.0
+        self.open = True
+        self.doubtful = False
+        self.kept = False
+        self.place = Place.MAILBOX
+        self.reason: PublishError | None = None
+        self.returned: tuple[int, str] | None = None
+
+    def claim(self) -> bool:
+        """Take the message over from its publisher; false if it was withdrawn before that."""
+        return self.future.set_running_or_notify_cancel()
+
+    def confirm(self, now: float) -> None:
+        """Tell that the broker has confirmed it."""
+        self.open = False
+        self.future.set_result(Receipt(self.envelope.message_id, self.attempts, now - self.started))
+
+    def defer(self, now: float, *, durable: bool) -> None:
+        """Tell a publisher that waits for an answer that the library goes on without it."""
+        if not (self.open and self.answer_deferral):
+            return
+        answered, self.future = self.future, Future()
+        self.future.set_running_or_notify_cancel()
+        self.answer_deferral = False
+        answered.set_result(
+            Receipt(
+                self.envelope.message_id,
+                self.attempts,
+                now - self.started,
+                durable,
+                self.reason,
+                self.future,
+            )
+        )
+
+    def give_back(self, error: PublishError) -> None:
+        """Tell that the library does not own it, or gives up on it."""
+        self.open = False
+        self.future.set_exception(error)

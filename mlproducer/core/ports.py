@@ -1,0 +1,96 @@
+"""What the courier needs of the world, as protocols; who fulfils them does not concern it.
+
+Runs on: the I/O thread.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Protocol
+
+from attrs import frozen
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.errors import PublishError
+from mlproducer.message import Envelope
+
+
+class LossKind(enum.Enum):
+    """Why there is no connection, in a closed set of words."""
+
+    UNRESOLVED = "dns"
+    REFUSED = "refused"
+    TIMEOUT = "timeout"
+    TLS = "tls"
+    PROTOCOL = "protocol"
+    AUTHENTICATION = "authentication"
+    CLOSED_BY_BROKER = "closed_by_broker"
+    HEARTBEAT = "heartbeat"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+@frozen
+class Loss:
+    """Why a channel or connection ended, or never began.
+
+    :ivar text: for people; free of secrets and control characters
+    :ivar reply_code: the broker's AMQP reply code; 0 where it said nothing
+    """
+
+    text: str
+    reply_code: int = 0
+    kind: LossKind = LossKind.LOST
+
+
+class Carrier(Protocol):
+    """A channel in confirm mode."""
+
+    def room(self) -> int:
+        """Bytes that may be written before its buffer is too full."""
+
+    def fits(self, envelope: Envelope) -> bool:
+        """Whether the message's header fits the negotiated frame size."""
+
+    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+        """Write messages, each with its delivery tag."""
+
+
+class Keeper(Protocol):
+    """Whoever looks after messages that wait for a retry."""
+
+    def keep(self, delivery: Delivery, now: float) -> None:
+        """Store it. Its answer comes back through `Courier.kept` or `Courier.not_kept`."""
+
+    def settle(self, delivery: Delivery) -> None:
+        """Delete it: it was confirmed, or given back."""
+
+
+class Door(Protocol):
+    """Whoever counts how many messages may be inside."""
+
+    def leave(self, deliveries: Iterable[Delivery]) -> None:
+        """Let the next ones in."""
+
+
+class Events(Protocol):
+    """Whoever wants to know. Nothing here may block or raise."""
+
+    def confirmed(self, delivery: Delivery) -> None:
+        """The broker has it."""
+
+    def failed(self, delivery: Delivery, error: PublishError) -> None:
+        """An attempt failed; what follows is `kept` or `given_back`."""
+
+    def deferred(self, delivery: Delivery) -> None:
+        """The library goes on without the publisher."""
+
+    def possible_duplicate(self, delivery: Delivery) -> None:
+        """It is sent again although an earlier attempt may have reached a queue."""
+
+    def given_back(self, delivery: Delivery, error: PublishError) -> None:
+        """The library does not own it."""
+
+    def stray_confirm(self, tag: int) -> None:
+        """The broker settled a tag that was not open."""

@@ -1,0 +1,191 @@
+"""Everything of one producer that has threads: gate, keeper, I/O thread; how they start and end.
+
+An engine is made at the first publish, ends with `Engine.close`, and is not used again. A forked
+child makes its own and only lets go of the descriptors of its parent's.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from mlproducer.core.backoff import Backoff
+from mlproducer.core.delivery import Delivery
+from mlproducer.core.states import ConnectionState
+from mlproducer.engine import threads
+from mlproducer.engine.gate import Gate
+from mlproducer.engine.io_thread import IOThread
+from mlproducer.engine.keeper import Keeper
+from mlproducer.engine.link import Route
+from mlproducer.engine.tls import make_context
+from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
+from mlproducer.observe.events import Fanout
+from mlproducer.observe.log import LogSink
+from mlproducer.settings import Settings, TLSSettings
+from mlproducer.status import CloseReport, Status
+from mlproducer.stores.protocol import Store
+from mlproducer.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+CLOSE_MARGIN = 0.3
+"""Seconds of a close's grace that ending the link and the threads may take."""
+
+
+class Engine:
+    """The running part of a producer."""
+
+    def __init__(self, settings: Settings, store: Store, callbacks: Callbacks) -> None:
+        self.gate = Gate(settings.max_in_flight)
+        self.dispatcher = Dispatcher(self._spawn)
+        self._callbacks = callbacks
+        events = Fanout([LogSink(), CallbackSink(callbacks, self.dispatcher)])
+        backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
+        self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval)
+        self._io = IOThread(settings, _routes(settings), self.gate, self._keeper, events)
+        self._keeper.serve(self._io, self._watch)
+        self._ordinal = 0
+        self._threads: dict[str, threading.Thread] = {}
+        self._closing = False
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads.
+
+        :raises RuntimeError: the interpreter is shutting down
+        """
+        self._ordinal = threads.take_ordinal(self)
+        self._threads["io"] = self._spawn("io", self._io.run)
+        self._threads["retry"] = self._spawn("retry", self._keeper.run)
+        if self._callbacks:
+            self.dispatcher.start()
+
+    def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
+        return threads.spawn(role, self._ordinal, target)
+
+    def owns_thread(self, thread: threading.Thread) -> bool:
+        """Whether a blocking call on this thread would wait for itself."""
+        return thread in (*self._threads.values(), *self.dispatcher.threads)
+
+    def _watch(self) -> None:
+        """Replace an I/O thread that died in spite of everything."""
+        if not self._closing and not self._threads["io"].is_alive():
+            logger.critical("the I/O thread died; starting another")
+            self._threads["io"] = self._spawn("io", self._io.run)
+
+    def close(self, timeout: float) -> CloseReport:
+        """Drain, then end the link and the threads, all within ``timeout`` and a margin."""
+        deadline = time.monotonic() + timeout
+        before = self.left()
+        self.flush(deadline)
+        self._closing = True
+        abandoned = self._unsettled()
+        self._io.order(functools.partial(self._io.close))
+        threads.join_all([self._threads["io"]], deadline + CLOSE_MARGIN)
+        self._keeper.stop()
+        self.dispatcher.stop()
+        threads.join_all(
+            [*self._threads.values(), *self.dispatcher.threads], deadline + CLOSE_MARGIN
+        )
+        threads.return_ordinal(self._ordinal)
+        return CloseReport(confirmed=max(0, before - len(abandoned)), abandoned=abandoned)
+
+    def disown(self) -> None:
+        """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
+
+        Each number is pointed at ``/dev/null``, so that the objects that still hold it can do no
+        harm whenever they are collected.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in self._io.descriptors():
+            os.dup2(nothing, descriptor)
+        os.close(nothing)
+
+    # --- messages ------------------------------------------------------------------------------
+
+    def post(self, delivery: Delivery) -> None:
+        """Hand over a delivery that has passed the gate."""
+        self._io.post(delivery)
+
+    def turn_away(self, delivery: Delivery) -> None:
+        """Hand over a delivery for which the gate had no room in time."""
+        self._io.order(functools.partial(self._io.turn_away, delivery))
+
+    def expire(self, delivery: Delivery) -> None:
+        """Say that a publisher's time is up."""
+        self._io.order(functools.partial(self._io.expire, delivery))
+
+    def withdraw(self, delivery: Delivery) -> None:
+        """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""
+        delivery.retry = False
+        if delivery.future.cancel():
+            self.gate.leave((delivery,))
+        self._io.mailbox.ring()
+
+    # --- the whole -----------------------------------------------------------------------------
+
+    def wait_connected(self, timeout: float | None) -> bool:
+        """Wait until the link carries messages."""
+        return self._io.connected.wait(timeout)
+
+    def reconnect(self) -> None:
+        """Connect now, if there is no connection."""
+        self._io.order(functools.partial(self._io.dial))
+
+    def flush(self, deadline: float | None) -> int:
+        """Wait until nothing is in flight or waiting, and give how many are left."""
+        if self._io.dialer.idle:
+            self.reconnect()
+        self.gate.wait_for(self._quiet, deadline)
+        return self.left()
+
+    def _quiet(self) -> bool:
+        return not self.gate and not self._keeper
+
+    def left(self) -> int:
+        """Count the messages that are inside, or kept for a retry."""
+        return len(self._unsettled())
+
+    def _unsettled(self) -> tuple[str, ...]:
+        deliveries = dict.fromkeys([*self.gate.inside(), *self._keeper.held()])
+        return tuple(delivery.envelope.message_id for delivery in deliveries)
+
+    def status(self) -> Status:
+        """Say how things stand."""
+        dialer = self._io.dialer
+        return Status(
+            connection_state=ConnectionState(dialer.state),
+            reconnect_attempts=dialer.failures,
+            retry_queue_size=len(self._keeper),
+            pending_confirms=self._io.courier.in_flight,
+            blocked=self._io.courier.blocked,
+            broker=dialer.route.broker.address,
+        )
+
+
+def _routes(settings: Settings) -> list[Route]:
+    """Give the brokers in an order of this process's own, so that a fleet spreads over them."""
+    declarations = tuple(Topology.of(settings).declarations(settings.declare_topology))
+    brokers = list(settings.brokers)
+    random.SystemRandom().shuffle(brokers)
+    context = None
+    if any(broker.tls for broker in brokers):
+        context = make_context(settings.tls or TLSSettings())
+    return [
+        Route(
+            broker,
+            context if broker.tls else None,
+            settings.connection_timeout,
+            settings.heartbeat,
+            declarations,
+        )
+        for broker in brokers
+    ]

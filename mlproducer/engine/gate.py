@@ -1,0 +1,106 @@
+"""How many messages, and how many bytes, may be inside at once.
+
+Publishers pass the gate before their message is handed over, and wait here while the in-flight
+window is full: first come, first served, so that a large message is not starved by small ones.
+
+Runs on: publishers enter, the I/O thread lets them leave.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from mlproducer.core.delivery import Delivery
+
+MAX_BYTES = 64 * 1024 * 1024
+"""Bytes inside, so that a window of large messages does not fill the memory."""
+
+
+class Gate:
+    """The deliveries inside, each in its own slot."""
+
+    def __init__(self, limit: int, max_bytes: int = MAX_BYTES) -> None:
+        self._limit = limit
+        self._max_bytes = max_bytes
+        self._inside: dict[Delivery, int] = {}
+        self._bytes = 0
+        self._queue: deque[tuple[Delivery, threading.Event]] = deque()
+        # guards: _inside, _bytes, _queue; never held while waiting, logging or calling back
+        self._lock = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def inside(self) -> list[Delivery]:
+        """Give the deliveries that are inside now."""
+        with self._lock:
+            return list(self._inside)
+
+    def enter(self, delivery: Delivery, deadline: float) -> bool:
+        """Take a slot, waiting for one until ``deadline`` (monotonic); false if none came free."""
+        with self._lock:
+            if not self._queue and self._admit_locked(delivery):
+                return True
+            turn = threading.Event()
+            self._queue.append((delivery, turn))
+        try:
+            turn.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            with self._lock:
+                admitted = delivery in self._inside
+                if not admitted:
+                    self._queue.remove((delivery, turn))
+                turns = self._next_locked()
+            _call(turns)
+        return admitted
+
+    def try_enter(self, delivery: Delivery) -> bool:
+        """Take a slot if one is free and nobody waits for it."""
+        with self._lock:
+            return not self._queue and self._admit_locked(delivery)
+
+    def leave(self, deliveries: Iterable[Delivery]) -> None:
+        """Give slots back; for a delivery that holds none, nothing happens."""
+        with self._lock:
+            for delivery in deliveries:
+                self._bytes -= self._inside.pop(delivery, 0)
+            turns = self._next_locked()
+            if not self._inside:
+                self._lock.notify_all()
+        _call(turns)
+
+    def nudge(self) -> None:
+        """Let those who wait for quiet look again."""
+        with self._lock:
+            self._lock.notify_all()
+
+    def wait_for(self, quiet: Callable[[], bool], deadline: float | None) -> bool:
+        """Wait until ``quiet()``, looked at whenever the last one leaves, or until the deadline."""
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        with self._lock:
+            return self._lock.wait_for(quiet, timeout)
+
+    def _admit_locked(self, delivery: Delivery) -> bool:
+        """Let it in where there is room; one that is too large for the bytes goes in alone."""
+        size = delivery.envelope.size
+        if len(self._inside) >= self._limit:
+            return False
+        if self._inside and self._bytes + size > self._max_bytes:
+            return False
+        self._inside[delivery] = size
+        self._bytes += size
+        return True
+
+    def _next_locked(self) -> list[threading.Event]:
+        turns = []
+        while self._queue and self._admit_locked(self._queue[0][0]):
+            turns.append(self._queue.popleft()[1])
+        return turns
+
+
+def _call(turns: list[threading.Event]) -> None:
+    for turn in turns:
+        turn.set()

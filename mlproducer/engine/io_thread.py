@@ -1,0 +1,270 @@
+"""The I/O thread: pika's loop, the courier that judges, the dialer that keeps the link alive.
+
+Others hand deliveries and orders in by the mailbox and read the few plain attributes that are
+marked for them. The loop may fail; the thread may not: it tells everyone who waits, and goes on
+with a new loop.
+
+Runs on: the I/O thread, except where a method says otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from mlproducer.core.backoff import Backoff
+from mlproducer.core.courier import Courier
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.states import ConnectionState
+from mlproducer.engine.dialer import Dialer
+from mlproducer.engine.gate import Gate
+from mlproducer.engine.keeper import Keeper
+from mlproducer.engine.link import ConfirmChannel, EventLoop, Route
+from mlproducer.engine.mailbox import Item, Mailbox
+from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
+from mlproducer.observe.events import EventSink
+from mlproducer.settings import Settings
+from mlproducer.topology import Declaration
+
+logger = logging.getLogger(__name__)
+
+TICK = 1.0
+"""Seconds between looks at what is overdue."""
+
+BREATH = 0.01
+"""Seconds until the next write where pika's buffer was too full for all that waits."""
+
+
+class IOThread:
+    """Everything that the I/O thread owns."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        routes: Sequence[Route],
+        gate: Gate,
+        keeper: Keeper,
+        events: EventSink,
+    ) -> None:
+        self._give_up = settings.confirm_give_up
+        self._events = events
+        self._keeper = keeper
+        self.mailbox = Mailbox()
+        self.connected = threading.Event()
+        self.courier = Courier(keeper, gate, events)
+        self.dialer = Dialer(
+            routes,
+            Backoff(
+                settings.reconnect_initial_delay,
+                settings.reconnect_max_delay,
+                settings.reconnect_jitter,
+            ),
+            settings.max_reconnect_attempts,
+            self,
+            self.mailbox.fileno(),
+        )
+        self._loop = EventLoop()
+        self._in_hand: Item | None = None
+        self._breathing = False
+        self.open = True
+
+    # --- for any thread ------------------------------------------------------------------------
+
+    def order(self, method: functools.partial[None]) -> None:
+        """Have something done on the I/O thread."""
+        self.mailbox.put(method)
+
+    def post(self, delivery: Delivery) -> None:
+        """Hand a delivery over."""
+        self.mailbox.put(delivery)
+
+    def ready(self) -> bool:
+        """Whether a message handed over now would be written."""
+        return self.courier.able
+
+    def descriptors(self) -> list[int]:
+        """Give every descriptor that is held here, for a forked child to let go of."""
+        return [*self._loop.descriptors(), *self.mailbox.descriptors()] if self.open else []
+
+    # --- the thread ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run until `close`; survive whatever a callback raises."""
+        while self.open:
+            self._prepare()
+            try:
+                self._loop.start()
+            except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
+                self._events.crashed(error)
+                self._recover()
+            self._loop.close()
+        for item in self.mailbox.close():
+            if isinstance(item, Delivery):
+                self.courier.accept(item, time.monotonic())
+
+    def _prepare(self) -> None:
+        self._loop = EventLoop()
+        self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
+        self.dialer.attach(self._loop)
+        self._breathing = False
+        self._tick()
+        self.mailbox.ring()
+        if self.dialer.failures:
+            self.dialer.redial()
+        else:
+            self.dialer.dial()
+
+    def _recover(self) -> None:
+        """Tell those who wait that the loop failed; what it had in hand goes back into the box."""
+        now = time.monotonic()
+        self.connected.clear()
+        self.dialer.crashed()
+        self.courier.down(Loss("the I/O loop failed"), now)
+        self.courier.disconnected()
+        item, self._in_hand = self._in_hand, None
+        if isinstance(item, Delivery) and item.place is Place.MAILBOX:
+            self.mailbox.put(item)
+
+    def _on_bell(self, _fd: int, _events: int) -> None:
+        now = time.monotonic()
+        accept = self.courier.accept
+        for item in self.mailbox.drain():
+            self._in_hand = item
+            if isinstance(item, Delivery):
+                accept(item, now)
+            else:
+                item()
+        if isinstance(self._in_hand, Delivery) and self.dialer.idle:
+            self.dialer.dial()  # the attempts were used up: a publisher starts them over
+        self._in_hand = None
+        self._pump()
+
+    def _pump(self) -> None:
+        self._breathing = False
+        courier = self.courier
+        courier.pump(time.monotonic())
+        if courier.waiting and courier.able and not self._breathing:
+            self._breathing = True
+            self._loop.call_later(BREATH, self._pump)
+
+    def _tick(self) -> None:
+        self._loop.call_later(TICK, self._tick)
+        if self.courier.overdue(time.monotonic(), self._give_up) and not self.courier.blocked:
+            self.dialer.replace()
+
+    # --- orders, by way of the mailbox ---------------------------------------------------------
+
+    def turn_away(self, delivery: Delivery) -> None:
+        """Judge a message for which there was no room in time."""
+        self.courier.turn_away(delivery, time.monotonic())
+
+    def expire(self, delivery: Delivery) -> None:
+        """End a publisher's wait."""
+        self.courier.expire(delivery, time.monotonic())
+
+    def readmit(self, delivery: Delivery) -> None:
+        """Send a message that the keeper held."""
+        self.courier.readmit(delivery, time.monotonic())
+
+    def kept(self, delivery: Delivery, *, durable: bool) -> None:
+        """Tell a publisher that its message is stored."""
+        self.courier.kept(delivery, time.monotonic(), durable=durable)
+
+    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
+        """Tell a publisher that the store cannot take its message."""
+        self.courier.not_kept(delivery, error)
+
+    def dial(self) -> None:
+        """Connect, now, unless the broker is there and merely blocks."""
+        self.dialer.dial()
+
+    def close(self) -> None:
+        """Give back what is left, and end the link and the thread."""
+        self.courier.abandon(self._keeper.held(), time.monotonic())
+        self.dialer.close()
+
+    # --- what the dialer tells -----------------------------------------------------------------
+
+    def attempt_failed(self, loss: Loss) -> None:
+        """Let nobody wait for a link that does not come."""
+        self._events.connection_error(loss)
+        if loss.kind is LossKind.AUTHENTICATION:
+            error: PublishError = AuthenticationError(loss.text)
+        else:
+            error = NotConnectedError(f"not connected: {loss.text}")
+        self.courier.refuse(error, time.monotonic())
+
+    def gave_up(self, loss: Loss) -> None:
+        """Say that nothing is tried any more until somebody publishes or asks."""
+        self._events.gave_up(self.dialer.failures, loss)
+
+    def state_changed(self, state: ConnectionState) -> None:
+        """Tell whoever wants to know."""
+        self._events.state_changed(state)
+
+    def finished(self) -> None:
+        """End the thread."""
+        self.connected.clear()
+        self.open = False
+        self._loop.stop()
+
+    # --- what the link tells -------------------------------------------------------------------
+
+    def link_ready(self, channel: ConfirmChannel) -> None:
+        """Let the courier carry on the new channel."""
+        first = self.dialer.state is ConnectionState.CONNECTING
+        self.dialer.ready()
+        self.courier.up(channel)
+        if first:
+            self.connected.set()
+            self._events.connected(self.dialer.route.broker.address)
+        self._pump()
+        self._keeper.sweep_soon()
+
+    def link_failed(self, loss: Loss) -> None:
+        """Let the courier decide for what was in flight, and the dialer go on."""
+        was_up = self.connected.is_set()
+        self.connected.clear()
+        self.courier.down(loss, time.monotonic())
+        self.courier.disconnected()
+        if was_up:
+            self._events.disconnected(loss)
+        self.dialer.failed(loss)
+
+    def channel_lost(self, loss: Loss) -> None:
+        """Let the courier find out whose fault it was."""
+        self._events.channel_lost(loss)
+        self.courier.down(loss, time.monotonic())
+
+    def flow_changed(self, *, blocked: bool, reason: str) -> None:
+        """Stop writing, or go on."""
+        self.courier.block(blocked=blocked)
+        self._events.flow_changed(blocked=blocked, reason=reason)
+        if not blocked:
+            self._pump()
+            self._keeper.sweep_soon()
+
+    def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
+        """Report what could not be declared."""
+        self._events.topology_fault(declaration.target, loss)
+
+    def acked(self, tag: int, *, multiple: bool) -> None:
+        """Settle, and write what could not be written before."""
+        self.dialer.settle()
+        self.courier.acked(tag, time.monotonic(), multiple=multiple)
+        if self.courier.waiting:
+            self._pump()
+
+    def nacked(self, tag: int, *, multiple: bool) -> None:
+        """Settle what was refused."""
+        self.courier.nacked(tag, time.monotonic(), multiple=multiple)
+        if self.courier.waiting:
+            self._pump()
+
+    def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
+        """Note what has no queue."""
+        self.courier.returned(tag, reply_code, reply_text)

@@ -1,0 +1,402 @@
+"""One connection to one broker, from the first packet to the last; the only room that knows pika.
+
+A `Link` is used once: it opens, declares the topology, opens a channel in confirm mode and hands it
+to its owner as often as the broker closes one, and ends. Once it has ended or was aborted, whatever
+pika still says for it is dropped. What pika raises is translated here, by a table.
+
+pika logs callbacks at DEBUG, so it is given bound methods without arguments, never a payload.
+
+Runs on: the I/O thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import pika
+from attrs import frozen
+from pika import exceptions, spec
+from pika.adapters.select_connection import IOLoop
+from pika.channel import Channel
+from pika.connection import Connection
+
+from mlproducer.core.ports import Loss, LossKind
+from mlproducer.engine.tls import describe
+from mlproducer.message import Envelope
+from mlproducer.settings import Broker
+from mlproducer.topology import Declaration
+from mlproducer.wire.frames import FrameWriter
+
+HIGH_WATER = 1024 * 1024
+"""Bytes in pika's write buffer, which has no limit of its own, above which nothing is added."""
+
+_REPLY_CODE = re.compile(r"\((\d{3})\)")
+_NO_PERMISSION = 403
+_NOT_FOUND = 404
+
+
+class EventLoop(IOLoop):
+    """pika's loop, which knows its descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: dict[int, None] = {}
+
+    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
+        """Watch a descriptor."""
+        super().add_handler(fd, handler, events)
+        self._watched[fd] = None
+
+    def remove_handler(self, fd: int) -> None:
+        """Watch it no longer."""
+        self._watched.pop(fd, None)
+        super().remove_handler(fd)
+
+    def descriptors(self) -> Iterator[int]:
+        """Give every descriptor that this loop holds, for a forked child to let go of."""
+        yield from list(self._watched)
+        for name in ("_poll", "_r_interrupt", "_w_interrupt"):
+            holder = getattr(self._poller, name, None)
+            if holder is not None:
+                yield holder.fileno()
+
+    def sever(self, spared: int) -> None:
+        """Shut down every socket but one, so that pika sees their end at once."""
+        for descriptor in [fd for fd in self._watched if fd != spared]:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as twin:
+                twin.shutdown(socket.SHUT_RDWR)
+
+
+@frozen
+class Route:
+    """How to reach one broker, and what to declare there."""
+
+    broker: Broker
+    context: ssl.SSLContext | None
+    timeout: float
+    heartbeat: int
+    declarations: tuple[Declaration, ...]
+
+    def parameters(self) -> pika.ConnectionParameters:
+        """Put it as pika wants it."""
+        broker = self.broker
+        return pika.ConnectionParameters(
+            host=broker.host,
+            port=broker.port,
+            virtual_host=broker.virtual_host,
+            credentials=pika.PlainCredentials(broker.user, broker.password),
+            heartbeat=self.heartbeat,
+            socket_timeout=self.timeout,
+            stack_timeout=self.timeout,
+            ssl_options=self.context and pika.SSLOptions(self.context, broker.host),
+            client_properties={"product": "mlproducer", "platform": platform.python_version()},
+        )
+
+
+class LinkOwner(Protocol):
+    """Who is told what happens on a link."""
+
+    def link_ready(self, channel: ConfirmChannel) -> None:
+        """A channel in confirm mode is open, the first one or the next."""
+
+    def link_failed(self, loss: Loss) -> None:
+        """The connection ended, or never came to be; the link is of no more use."""
+
+    def channel_lost(self, loss: Loss) -> None:
+        """The broker closed the channel; another one is being opened."""
+
+    def flow_changed(self, *, blocked: bool, reason: str) -> None:
+        """The broker's alarm came or went."""
+
+    def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
+        """Something could not be declared; publishing goes on without it."""
+
+    def acked(self, tag: int, *, multiple: bool) -> None:
+        """The broker has taken a message."""
+
+    def nacked(self, tag: int, *, multiple: bool) -> None:
+        """The broker has refused a message."""
+
+    def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
+        """A message has no queue."""
+
+
+class ConfirmChannel:
+    """A channel in confirm mode, on which envelopes are written."""
+
+    def __init__(self, channel: Channel, connection: pika.SelectConnection) -> None:
+        self._channel = channel
+        self._frames = FrameWriter(int(channel), connection.params.frame_max)
+        # pika's own encoder takes half of the time of a publish; where its inside has changed,
+        # its public call is used instead.
+        self._emit = getattr(connection, "_output_marshaled_frames", None)
+        self._buffered = getattr(connection, "_get_write_buffer_size", None)
+
+    def room(self) -> int:
+        """Bytes that may be written before the buffer is too full."""
+        return HIGH_WATER - (self._buffered() if self._buffered is not None else 0)
+
+    def fits(self, envelope: Envelope) -> bool:
+        """Whether the message's header fits the negotiated frame size."""
+        return self._frames.fits(envelope)
+
+    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+        """Write messages, each with its delivery tag, in one piece."""
+        if self._emit is None:
+            for envelope, tag in batch:
+                self._carry_by_pika(envelope, tag)
+        else:
+            publish = self._frames.publish
+            self._emit([b"".join([publish(envelope, tag) for envelope, tag in batch])])
+
+    def _carry_by_pika(self, envelope: Envelope, tag: int) -> None:
+        properties = spec.BasicProperties().decode(self._frames.properties(envelope, tag))
+        self._channel.basic_publish(
+            envelope.exchange, envelope.routing_key, envelope.body, properties, mandatory=True
+        )
+
+
+class Link:
+    """One connection, and on it one confirm channel at a time."""
+
+    def __init__(self, loop: EventLoop, route: Route, owner: LinkOwner, spared: int) -> None:
+        self._loop = loop
+        self._route = route
+        self._owner: LinkOwner | None = owner
+        self._spared = spared
+        self._setup: Channel | None = None
+        self._confirming: Channel | None = None
+        self._to_declare: deque[Declaration] = deque()
+        self._redeclare = True
+        self._timer: Any = loop.call_later(route.timeout, self._on_timeout)
+        self._connection = pika.SelectConnection(
+            route.parameters(), self._on_open, self._on_open_error, self._on_close, loop
+        )
+
+    # --- how it ends ---------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close in good order; the owner is told by `LinkOwner.link_failed`."""
+        self._stop_timer()
+        if not (self._connection.is_closing or self._connection.is_closed):
+            self._connection.close()
+
+    def abort(self) -> None:
+        """End it at once, and tell nobody."""
+        self._owner = None
+        self._stop_timer()
+        self.cut()
+
+    def cut(self) -> None:
+        """Drop the connection without a handshake."""
+        if self._connection.is_open or self._connection.is_closing:
+            self._loop.sever(self._spared)
+        elif not self._connection.is_closed:
+            self._connection.close()  # while it is opening this drops it without a handshake
+
+    def _on_timeout(self) -> None:
+        """Give up on a broker that accepts and does not answer."""
+        self._timer = None
+        self._fail(Loss(self._say("no answer in time"), kind=LossKind.TIMEOUT))
+        self.cut()
+
+    def _on_open_error(self, _connection: Connection, error: BaseException | str) -> None:
+        self._fail(self._translate(error))
+
+    def _on_close(self, _connection: Connection, error: BaseException) -> None:
+        self._fail(self._translate(error))
+
+    def _fail(self, loss: Loss) -> None:
+        self._stop_timer()
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.link_failed(loss)
+
+    # --- how it begins -------------------------------------------------------------------------
+
+    def _on_open(self, connection: Connection) -> None:
+        if self._owner is None:
+            self.cut()
+            return
+        if not (connection.publisher_confirms and connection.basic_nack):
+            self._fail(Loss(self._say("no publisher confirms"), kind=LossKind.PROTOCOL))
+            self._connection.close()
+            return
+        connection.add_on_connection_blocked_callback(self._on_blocked)
+        connection.add_on_connection_unblocked_callback(self._on_unblocked)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Declare the topology, then open the channel for publishing."""
+        if self._redeclare:
+            self._redeclare = False
+            self._to_declare.extend(self._route.declarations)
+        self._setup = self._confirming = None
+        if self._to_declare:
+            self._setup = self._open_channel(self._on_setup_open)
+        else:
+            self._confirming = self._open_channel(self._on_confirming_open)
+
+    def _open_channel(self, on_open: Callable[[Channel], None]) -> Channel:
+        channel = self._connection.channel(on_open_callback=on_open)
+        channel.add_on_close_callback(self._on_channel_closed)
+        return channel
+
+    def _on_setup_open(self, channel: Channel) -> None:
+        if channel is self._setup:
+            self._declare_next()
+
+    def _declare_next(self, _frame: object = None) -> None:
+        channel = self._setup
+        if channel is None or self._owner is None:
+            return
+        if self._to_declare:
+            declaration = self._to_declare[0]
+            declare = getattr(channel, declaration.method)
+            declare(**declaration.arguments, callback=self._on_declared)
+        else:
+            self._setup = None
+            channel.close()
+            self._prepare()
+
+    def _on_declared(self, _frame: object) -> None:
+        if self._to_declare:
+            self._to_declare.popleft()
+        self._declare_next()
+
+    def _on_confirming_open(self, channel: Channel) -> None:
+        if self._confirming is not None and channel is self._confirming:
+            channel.add_on_return_callback(self._on_return)
+            channel.confirm_delivery(self._on_confirm, callback=self._on_ready)
+
+    def _on_ready(self, _frame: object) -> None:
+        self._stop_timer()
+        if self._owner is not None and self._confirming is not None:
+            self._owner.link_ready(ConfirmChannel(self._confirming, self._connection))
+
+    # --- what the broker says ------------------------------------------------------------------
+
+    def _on_confirm(self, frame: Any) -> None:
+        owner, method = self._owner, frame.method
+        if owner is None:
+            return
+        if isinstance(method, spec.Basic.Ack):
+            owner.acked(method.delivery_tag, multiple=method.multiple)
+        else:
+            owner.nacked(method.delivery_tag, multiple=method.multiple)
+
+    def _on_return(
+        self, channel: Channel, method: Any, properties: spec.BasicProperties, _body: bytes
+    ) -> None:
+        attempt = str(properties.cluster_id)
+        if self._owner is not None and channel is self._confirming and attempt.isdecimal():
+            self._owner.returned(int(attempt), method.reply_code, printable(method.reply_text))
+
+    def _on_blocked(self, _connection: Connection, frame: Any) -> None:
+        if self._owner is not None:
+            self._owner.flow_changed(blocked=True, reason=printable(frame.method.reason))
+
+    def _on_unblocked(self, _connection: Connection, _frame: Any) -> None:
+        if self._owner is not None:
+            self._owner.flow_changed(blocked=False, reason="")
+
+    def _on_channel_closed(self, channel: Channel, reason: Exception) -> None:
+        if self._owner is None or not isinstance(reason, exceptions.ChannelClosedByBroker):
+            return  # the end of the connection, which is told on its own, or our own doing
+        loss = Loss(printable(reason.reply_text), reason.reply_code, LossKind.CLOSED_BY_BROKER)
+        if channel is self._setup:
+            self._owner.topology_fault(self._to_declare.popleft(), loss)
+            if loss.reply_code == _NO_PERMISSION:
+                self._to_declare.clear()  # the rest would be refused likewise
+            self._prepare()
+        elif channel is self._confirming:
+            self._redeclare = loss.reply_code == _NOT_FOUND
+            self._timer = self._loop.call_later(self._route.timeout, self._on_timeout)
+            self._owner.channel_lost(loss)
+            self._prepare()
+
+    def replace_channel(self) -> None:
+        """Drop a connection whose channel does not confirm, and tell the owner."""
+        self._fail(Loss(self._say("confirms are overdue"), kind=LossKind.TIMEOUT))
+        self.cut()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._loop.remove_timeout(self._timer)
+            self._timer = None
+
+    # --- errors --------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> str:
+        return f"{self._route.broker.address}: {text}"
+
+    def _translate(self, error: BaseException | str) -> Loss:
+        cause = _root(error)
+        if isinstance(cause, ssl.SSLError):
+            return Loss(self._say(describe(cause)), kind=LossKind.TLS)
+        if isinstance(cause, exceptions.ConnectionClosedByBroker):
+            text = f"closed by the broker: {cause.reply_code} {printable(cause.reply_text)}"
+            return Loss(self._say(text), cause.reply_code, LossKind.CLOSED_BY_BROKER)
+        if isinstance(
+            cause, (exceptions.AuthenticationError, exceptions.ProbableAccessDeniedError)
+        ):
+            return self._refused(str(cause))
+        for kinds, kind, text in _TABLE:
+            if isinstance(cause, kinds):
+                return Loss(self._say(text), kind=kind)
+        return Loss(self._say(f"connection lost ({type(cause).__name__})"), kind=LossKind.LOST)
+
+    def _refused(self, words: str) -> Loss:
+        """Tell a refusal, for which the broker gave a code, from a reset: pika calls both so."""
+        code = _REPLY_CODE.search(words)
+        if code is None:
+            return Loss(self._say("connection lost during the handshake"), kind=LossKind.LOST)
+        if "limit" in words:
+            return Loss(self._say("a connection limit is reached"), kind=LossKind.CLOSED_BY_BROKER)
+        text = f"refused by the broker: {code[1]} {printable(words)}"
+        return Loss(self._say(text), int(code[1]), LossKind.AUTHENTICATION)
+
+
+_REFUSALS = (
+    exceptions.AuthenticationError,
+    exceptions.ProbableAuthenticationError,
+    exceptions.ProbableAccessDeniedError,
+)
+
+_TABLE: tuple[tuple[tuple[type[BaseException], ...], LossKind, str], ...] = (
+    ((socket.gaierror,), LossKind.UNRESOLVED, "host name does not resolve"),
+    ((ConnectionRefusedError,), LossKind.REFUSED, "connection refused"),
+    ((TimeoutError, socket.timeout), LossKind.TIMEOUT, "no answer in time"),
+    (
+        (exceptions.IncompatibleProtocolError, exceptions.ProtocolVersionMismatch),
+        LossKind.PROTOCOL,
+        "closed the connection without speaking AMQP 0-9-1",
+    ),
+    ((exceptions.AMQPHeartbeatTimeout,), LossKind.HEARTBEAT, "no heartbeat"),
+    ((exceptions.ConnectionClosedByClient,), LossKind.CLOSED, "closed by us"),
+)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Give a broker's words cut short, with control characters escaped."""
+    shown = text[:limit]
+    return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
+
+
+def _root(error: BaseException | str) -> BaseException:
+    """Find what pika has wrapped, layer by layer."""
+    while isinstance(error, BaseException):
+        layers = [getattr(error, "exception", None), *getattr(error, "exceptions", ()), *error.args]
+        inner = next((each for each in reversed(layers) if isinstance(each, BaseException)), None)
+        if inner is None:
+            return error
+        error = inner
+    return ConnectionError(error)

@@ -1,0 +1,77 @@
+"""What other threads hand to the I/O thread, and the bell that wakes it.
+
+The bell rings once per burst: whoever finds it rung need not ring. The I/O thread clears it before
+it empties the box, so that nothing put in meanwhile is overlooked.
+
+Runs on: any thread puts, the I/O thread drains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.errors import ProducerClosedError
+
+Order = Callable[[], None]
+Item = Delivery | Order
+
+
+class Mailbox:
+    """A queue of deliveries and of orders, with a descriptor that becomes readable."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._rung = False
+        self._closed = False
+        self._ear, self._bell = socket.socketpair()
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def fileno(self) -> int:
+        """Give the descriptor to watch."""
+        return self._ear.fileno()
+
+    def descriptors(self) -> list[int]:
+        """Give all descriptors, for a forked child to let go of."""
+        return [self._ear.fileno(), self._bell.fileno()]
+
+    def put(self, item: Item) -> None:
+        """Hand something over.
+
+        :raises ProducerClosedError: nobody will look into the box any more
+        """
+        self._items.append(item)
+        if self._closed:
+            raise ProducerClosedError("the producer is closed")
+        if not self._rung:
+            self.ring()
+
+    def ring(self) -> None:
+        """Ring even if it was rung: a put may have been interrupted between its steps."""
+        self._rung = True
+        with contextlib.suppress(OSError):  # full of rings, so it will be heard; or closed
+            self._bell.send(b"\0")
+
+    def drain(self) -> Iterator[Item]:
+        """Give what is in the box now; what comes meanwhile rings again."""
+        with contextlib.suppress(BlockingIOError):
+            self._ear.recv(4096)
+        self._rung = False
+        for _ in range(len(self._items)):
+            yield self._items.popleft()
+
+    def close(self) -> list[Item]:
+        """Release the descriptors, take nothing more, and give what is left."""
+        self._closed = True
+        self._ear.close()
+        self._bell.close()
+        left = list(self._items)
+        self._items.clear()
+        return left

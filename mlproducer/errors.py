@@ -1,0 +1,250 @@
+"""What can go wrong, as a tree.
+
+    MLProducerError
+    ├── ConfigurationError          a setting or variable that does not parse (also a ValueError)
+    ├── InvalidTaskError            a task's field is wrong (also a ValueError)
+    └── PublishError                this message was not delivered; possibly_sent says more
+        ├── ProducerClosedError     the producer is closed
+        ├── WouldDeadlockError      called on the producer's own thread or in its callback
+        ├── InvalidMessageError     AMQP or strict JSON cannot carry it (also a ValueError)
+        │   └── MessageTooLargeError
+        ├── BufferFullError         no room in the window or the store
+        ├── StoreError              the store is needed, and cannot be used
+        ├── CircuitOpenError        the breaker is open; retry_after
+        ├── AuthenticationError     the broker refuses the credentials or the virtual host
+        ├── NotConnectedError       no connection, nothing written
+        ├── BrokerBlockedError      the broker blocks publishers (memory or disk alarm)
+        ├── BrokerRejectedError     404, 403 or 406 for this message; reply_code, reply_text
+        ├── UnroutableError         returned: no queue is bound; reply_code, reply_text
+        ├── NackError               the broker refused responsibility
+        ├── ConfirmTimeoutError     no confirm in time (also a TimeoutError)
+        ├── ConnectionLostError     connection or channel lost after the write
+        └── RetriesExhaustedError   dead-lettered after the last retry
+
+Facts that hold for every instance of a class are class attributes: ``possibly_sent`` (the broker
+may have the message), ``counts_for_breaker`` (it says something about the broker's health),
+``deferrable`` (with ``retry=True`` the library keeps the message and tries again) and ``permanent``
+(no later attempt can succeed). An instance may overrule ``possibly_sent`` where it knows better.
+Texts never hold a payload or a secret.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "AuthenticationError",
+    "BrokerBlockedError",
+    "BrokerRejectedError",
+    "BufferFullError",
+    "CircuitOpenError",
+    "ConfigurationError",
+    "ConfirmTimeoutError",
+    "ConnectionLostError",
+    "InvalidMessageError",
+    "InvalidTaskError",
+    "MLProducerError",
+    "MessageTooLargeError",
+    "NackError",
+    "NotConnectedError",
+    "ProducerClosedError",
+    "PublishError",
+    "RetriesExhaustedError",
+    "StoreError",
+    "UnroutableError",
+    "WouldDeadlockError",
+]
+
+
+class MLProducerError(Exception):
+    """The root of every error that this library raises."""
+
+    possibly_sent: bool = False
+
+
+class ConfigurationError(MLProducerError, ValueError):
+    """A setting or an environment variable is missing or does not parse; the text names it."""
+
+
+class InvalidTaskError(MLProducerError, ValueError):
+    """A task's field is wrong; the text names the field, the type given and what is accepted."""
+
+
+class PublishError(MLProducerError):
+    """A message was not delivered.
+
+    :ivar message_id: the message's id, ``None`` where it never got one
+    :ivar attempts: how many times the message was written to the wire
+    :ivar possibly_sent: whether the broker may have the message already
+    """
+
+    counts_for_breaker: ClassVar[bool] = False
+    deferrable: ClassVar[bool] = False
+    permanent: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        message_id: str | None = None,
+        attempts: int = 0,
+        possibly_sent: bool | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.message_id = message_id
+        self.attempts = attempts
+        if possibly_sent is not None:
+            self.possibly_sent = possibly_sent
+
+
+class _BrokerReplyError(PublishError):
+    """An error that the broker itself spelled out.
+
+    :ivar reply_code: AMQP 0-9-1 reply code, such as 404 (section 1.5.2.5 of its reference)
+    :ivar reply_text: the broker's words, cut and free of control characters
+    """
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        reply_code: int = 0,
+        reply_text: str = "",
+        message_id: str | None = None,
+        attempts: int = 0,
+        possibly_sent: bool | None = None,
+    ) -> None:
+        super().__init__(
+            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
+        )
+        self.reply_code = reply_code
+        self.reply_text = reply_text
+
+
+class ProducerClosedError(PublishError):
+    """The producer is closed, or was closed while it still held the message in memory."""
+
+    permanent = True
+
+
+class WouldDeadlockError(PublishError):
+    """A blocking call on one of the producer's own threads, or in one of its callbacks."""
+
+
+class InvalidMessageError(PublishError, ValueError):
+    """AMQP 0-9-1 or strict JSON (RFC 8259) cannot carry the message; nothing was sent."""
+
+    permanent = True
+
+
+class MessageTooLargeError(InvalidMessageError):
+    """The body is longer than ``max_message_bytes``, or the headers do not fit a frame."""
+
+
+class BufferFullError(PublishError):
+    """No room: the in-flight window or the store is full; nothing was sent."""
+
+
+class StoreError(PublishError):
+    """The store is needed and is unreachable, locked or unreadable; the text names it."""
+
+
+class CircuitOpenError(PublishError):
+    """The circuit breaker is open; nothing was sent.
+
+    :ivar retry_after: seconds until the breaker lets a probe through
+    """
+
+    deferrable = True
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        retry_after: float = 0.0,
+        message_id: str | None = None,
+        attempts: int = 0,
+        possibly_sent: bool | None = None,
+    ) -> None:
+        super().__init__(
+            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
+        )
+        self.retry_after = retry_after
+
+
+class AuthenticationError(PublishError):
+    """The broker refuses the credentials (403) or the virtual host (530)."""
+
+
+class NotConnectedError(PublishError):
+    """There is no connection to a broker; nothing was written."""
+
+    counts_for_breaker = True
+    deferrable = True
+
+
+class BrokerBlockedError(PublishError):
+    """The broker has blocked publishers: a memory or disk alarm (RabbitMQ guide, *Alarms*)."""
+
+    deferrable = True
+
+
+class BrokerRejectedError(_BrokerReplyError):
+    """The broker closed the channel over this message: 404, 403 or 406."""
+
+    permanent = True
+
+
+class UnroutableError(_BrokerReplyError):
+    """The broker returned the message: no queue is bound for its route (AMQP 312)."""
+
+    deferrable = True
+
+
+class NackError(PublishError):
+    """The broker nacked the message; another queue it was routed to may hold it."""
+
+    possibly_sent = True
+    counts_for_breaker = True
+    deferrable = True
+
+
+class ConfirmTimeoutError(PublishError, TimeoutError):
+    """No confirm came within the timeout."""
+
+    possibly_sent = True
+    counts_for_breaker = True
+    deferrable = True
+
+
+class ConnectionLostError(PublishError):
+    """The connection or channel was lost after the message had been written."""
+
+    possibly_sent = True
+    counts_for_breaker = True
+    deferrable = True
+
+
+class RetriesExhaustedError(PublishError):
+    """The last retry failed and the message was dead-lettered.
+
+    :ivar reason: the error of the last attempt
+    """
+
+    permanent = True
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        reason: PublishError | None = None,
+        message_id: str | None = None,
+        attempts: int = 0,
+        possibly_sent: bool | None = None,
+    ) -> None:
+        super().__init__(
+            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
+        )
+        self.reason = reason

@@ -1,0 +1,85 @@
+"""What happens, as calls. The engine calls one sink; logs, callbacks and metrics are sinks.
+
+Runs on: mostly the I/O thread, so that nothing here may block or raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.core.ports import Loss
+from mlproducer.core.states import ConnectionState
+from mlproducer.errors import PublishError
+
+
+class EventSink:
+    """Takes every event and does nothing; subclasses take what they want."""
+
+    def confirmed(self, delivery: Delivery) -> None:
+        """The broker has a message."""
+
+    def failed(self, delivery: Delivery, error: PublishError) -> None:
+        """An attempt failed."""
+
+    def deferred(self, delivery: Delivery) -> None:
+        """The library goes on with a message without its publisher."""
+
+    def possible_duplicate(self, delivery: Delivery) -> None:
+        """A message is sent again although an earlier attempt may have reached a queue."""
+
+    def given_back(self, delivery: Delivery, error: PublishError) -> None:
+        """The library does not own a message."""
+
+    def stray_confirm(self, tag: int) -> None:
+        """The broker settled a tag that was not open."""
+
+    def state_changed(self, state: ConnectionState) -> None:
+        """The link moved."""
+
+    def connected(self, address: str) -> None:
+        """The link carries messages."""
+
+    def disconnected(self, loss: Loss) -> None:
+        """It does no longer."""
+
+    def connection_error(self, loss: Loss) -> None:
+        """An attempt to connect failed."""
+
+    def gave_up(self, attempts: int, loss: Loss) -> None:
+        """No further attempt is made."""
+
+    def channel_lost(self, loss: Loss) -> None:
+        """The broker closed the channel."""
+
+    def flow_changed(self, *, blocked: bool, reason: str) -> None:
+        """The broker blocks publishers, or does no longer."""
+
+    def topology_fault(self, target: str, loss: Loss) -> None:
+        """Something could not be declared."""
+
+    def crashed(self, error: BaseException) -> None:
+        """The I/O loop failed."""
+
+
+class Fanout(EventSink):
+    """Passes each event to those sinks that take it, and to no other."""
+
+    def __init__(self, sinks: Sequence[EventSink]) -> None:
+        for name in vars(EventSink):
+            if not name.startswith("_"):
+                takers = [getattr(sink, name) for sink in sinks if _takes(sink, name)]
+                setattr(self, name, takers[0] if len(takers) == 1 else _all_of(takers))
+
+
+def _takes(sink: EventSink, name: str) -> bool:
+    return getattr(type(sink), name) is not getattr(EventSink, name)
+
+
+def _all_of(takers: list[Any]) -> Any:
+    def tell(*args: object, **kwargs: object) -> None:
+        for taker in takers:
+            taker(*args, **kwargs)
+
+    return tell

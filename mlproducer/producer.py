@@ -1,0 +1,417 @@
+"""The producer: what users call. It wires the rooms together and waits on its users' behalf.
+
+A producer is cheap until it is used: its engine, and with it every thread and connection, begins at
+the first publish, and begins afresh in a forked child.
+
+Runs on: the users' threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import TracebackType
+from typing import Any
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.core.states import ConnectionState
+from mlproducer.engine import process
+from mlproducer.engine.engine import Engine
+from mlproducer.errors import (
+    BufferFullError,
+    ConfigurationError,
+    ConfirmTimeoutError,
+    NotConnectedError,
+    ProducerClosedError,
+    PublishError,
+    WouldDeadlockError,
+)
+from mlproducer.message import Receipt
+from mlproducer.observe.callbacks import Callbacks, DeliveryFuture
+from mlproducer.settings import Settings, redact
+from mlproducer.status import CloseReport, Status
+from mlproducer.stores import open_store
+from mlproducer.stores.protocol import Store
+from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
+from mlproducer.wire.encode import Encoder, Task
+
+logger = logging.getLogger(__name__)
+
+GRACE = 0.15
+"""Seconds beyond a publisher's deadline within which the courier is expected to have spoken."""
+
+_inherited: list[Engine | None] = []
+"""Engines of parent processes: kept, so that nothing of theirs is collected, closed or flushed."""
+
+
+class MLProducer:
+    """Publishes tasks to RabbitMQ; thread-safe, fork-safe, and quiet until it is used.
+
+    :param settings: ``None`` reads the environment
+    :param registry: a prometheus-client registry; ``None`` is that library's default one
+    :param store: where messages wait for a retry; ``None`` is what the settings name
+    :raises ConfigurationError: a variable of the environment does not parse
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, *, registry: Any = None, store: Store | None = None
+    ) -> None:
+        self.settings = Settings.from_env() if settings is None else settings
+        self._registry = registry
+        self._store = store
+        self._encoder = Encoder(self.settings)
+        self._callbacks = Callbacks()
+        self._closed = False
+        self._reset()
+        process.remember(self)
+
+    def _reset(self) -> None:
+        # guards: _engine, _closed; held while threads start, never while waiting for any
+        self._lifecycle = threading.Lock()
+        self._engine: Engine | None = None
+        self._report: Future[CloseReport] = Future()
+
+    def __repr__(self) -> str:
+        return f"<MLProducer {redact(self.settings.url or '') or 'no URL'} {self._state().name}>"
+
+    # --- publishing ----------------------------------------------------------------------------
+
+    def publish(self, task: Task, *, timeout: float | None = None, retry: bool = True) -> Receipt:
+        """Publish, and wait for the broker's answer.
+
+        Returning means that the message is ours: confirmed, or kept and tried again. Raising means
+        that it is yours: it will never be sent later.
+
+        :param task: a task or `Message`
+        :param timeout: seconds for the whole call; ``None`` is ``settings.publish_timeout``
+        :param retry: keep a message that cannot be delivered now; otherwise its error is raised
+        :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
+        """
+        engine = self._running()
+        delivery = self._delivery(task, Future(), timeout, retry=retry)
+        try:
+            if engine.gate.enter(delivery, delivery.deadline):
+                engine.post(delivery)
+            else:
+                engine.turn_away(delivery)
+            return _answer(engine, delivery)
+        except PublishError:
+            raise
+        except BaseException:
+            engine.withdraw(delivery)
+            raise
+
+    def submit(self, task: Task, *, retry: bool = True) -> DeliveryFuture:
+        """Publish without waiting for the broker.
+
+        :returns: a future with ``message_id``, resolved once the message's fate is known
+        :raises BufferFullError: the in-flight window was full for ``publish_timeout``
+        """
+        engine = self._running()
+        future = DeliveryFuture(engine.dispatcher)
+        delivery = self._delivery(task, future, None, retry=retry, answer_deferral=False)
+        future.message_id = delivery.envelope.message_id
+        try:
+            if not engine.gate.enter(delivery, delivery.deadline):
+                raise BufferFullError(
+                    f"{self.settings.max_in_flight} messages are in flight",
+                    message_id=future.message_id,
+                )
+            engine.post(delivery)
+        except BaseException:
+            engine.withdraw(delivery)
+            raise
+        return future
+
+    def publish_many(
+        self, tasks: Iterable[Task], *, timeout: float | None = None, retry: bool = True
+    ) -> list[Receipt | PublishError]:
+        """Publish many, pipelined; one that fails fails alone.
+
+        :param tasks: taken one by one, at most the in-flight window ahead of the confirms
+        :param timeout: seconds for each message, from when it is taken
+        :returns: for each task, in order, its receipt or its error
+        """
+        engine = self._running()
+        results: list[Receipt | PublishError] = []
+        line: deque[Delivery | PublishError] = deque()
+        try:
+            for task in tasks:
+                try:
+                    delivery = self._delivery(task, Future(), timeout, retry=retry)
+                except PublishError as error:
+                    line.append(error)
+                    continue
+                self._enter_in_line(engine, delivery, line, results)
+                line.append(delivery)
+            while line:
+                results.append(_result(engine, line.popleft()))
+        except BaseException:
+            for each in line:
+                if isinstance(each, Delivery):
+                    engine.withdraw(each)
+            raise
+        return results
+
+    def _enter_in_line(
+        self,
+        engine: Engine,
+        delivery: Delivery,
+        line: deque[Delivery | PublishError],
+        results: list[Receipt | PublishError],
+    ) -> None:
+        """Pass the gate, and answer meanwhile those ahead whose time is up."""
+        while line and not _undecided(line[0]):
+            results.append(_result(engine, line.popleft()))
+        while not engine.gate.enter(delivery, min(delivery.deadline, _deadline(line))):
+            if _deadline(line) >= delivery.deadline:
+                engine.turn_away(delivery)
+                return
+            results.append(_result(engine, line.popleft()))
+        engine.post(delivery)
+
+    def publish_summarization_task(
+        self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> Receipt:
+        """Build a `SummarizationTask` and `publish` it."""
+        return self.publish(SummarizationTask(share_id, content, options))
+
+    def publish_transcription_task(
+        self, share_id: str, media_url: str, options: Mapping[str, Any] | None = None
+    ) -> Receipt:
+        """Build a `TranscriptionTask` and `publish` it."""
+        return self.publish(TranscriptionTask(share_id, media_url, options))
+
+    def publish_embedding_task(
+        self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> Receipt:
+        """Build an `EmbeddingTask` and `publish` it."""
+        return self.publish(EmbeddingTask(share_id, content, options))
+
+    def publish_embedding_batch_task(self, items: Sequence[Any]) -> Receipt:
+        """Build an `EmbeddingBatchTask` and `publish` it."""
+        return self.publish(EmbeddingBatchTask(items))
+
+    def _delivery(
+        self,
+        task: Task,
+        future: Future[Receipt],
+        timeout: float | None,
+        *,
+        retry: bool,
+        answer_deferral: bool = True,
+    ) -> Delivery:
+        started = time.monotonic()
+        seconds = self.settings.publish_timeout if timeout is None else _checked(timeout)
+        return Delivery(
+            self._encoder.encode(task),
+            future,
+            started=started,
+            deadline=started + seconds,
+            retry=retry,
+            answer_deferral=answer_deferral,
+        )
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Say how things stand, without asking the broker."""
+        if self._engine is not None:
+            return self._engine.status()
+        return Status(connection_state=self._state())
+
+    def is_healthy(self) -> bool:
+        """Whether messages get through: connected, breaker not open, not blocked."""
+        return self.status().healthy
+
+    def on(self, event: str, callback: Callable[..., object]) -> None:
+        """Call ``callback`` at an event, on a thread of its own.
+
+        :param event: ``connected``, ``disconnected``, ``blocked``, ``unblocked``, ``gave_up``,
+            ``circuit_opened``, ``circuit_closed``, ``confirmed``, ``deferred``, ``dead_lettered``
+        :param callback: takes an `mlproducer.observe.callbacks.Event`, or nothing
+        :raises ValueError: there is no such event
+        """
+        self._callbacks.add(event, callback)
+        if self._engine is not None:
+            self._engine.dispatcher.start()
+
+    def _state(self) -> ConnectionState:
+        if self._engine is not None:
+            return self._engine.status().connection_state
+        return ConnectionState.CLOSED if self._closed else ConnectionState.DISCONNECTED
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin connecting in the background; the first publish does it otherwise.
+
+        :raises ConfigurationError: no broker is named, or a TLS file is unusable
+        :raises ProducerClosedError: the producer was closed
+        """
+        self._running()
+
+    def wait_connected(self, timeout: float | None = None) -> bool:
+        """Wait until there is a connection that carries messages.
+
+        :param timeout: seconds; ``None`` waits without a limit
+        """
+        return self._running().wait_connected(timeout)
+
+    def reconnect(self) -> None:
+        """Connect now if there is no connection; starts over where the attempts were used up."""
+        self._running(blocking=False).reconnect()
+
+    def flush(self, timeout: float | None = None) -> int:
+        """Wait until nothing is in flight or waiting for a retry.
+
+        :param timeout: seconds; ``None`` waits without a limit
+        :returns: how many messages are left
+        """
+        if self._engine is None:
+            return 0
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._running().flush(deadline)
+
+    def close(self, timeout: float = 10.0) -> CloseReport:
+        """Drain, then close; within ``timeout`` + 0.5 s, from any thread, any number of times.
+
+        In a callback nothing is drained, since that would wait for the callback itself.
+
+        :param timeout: seconds for draining
+        """
+        with self._lifecycle:
+            first, self._closed = not self._closed, True
+            engine = self._engine
+        if not first:
+            return _report(self._report, timeout)
+        report = CloseReport()
+        if engine is not None:
+            own = engine.owns_thread(threading.current_thread())
+            report = engine.close(0.0 if own else timeout)
+        self._report.set_result(report)
+        return report
+
+    def __enter__(self) -> MLProducer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> str:
+        raise TypeError("an MLProducer cannot be pickled; pickle its settings")
+
+    def _running(self, *, blocking: bool = True) -> Engine:
+        """Give the engine, started; refuse where waiting for it would never end."""
+        engine = self._engine
+        if engine is None or self._closed:
+            engine = self._start_engine()
+        if blocking and engine.owns_thread(threading.current_thread()):
+            raise WouldDeadlockError("a blocking call on the producer's own thread")
+        return engine
+
+    def _start_engine(self) -> Engine:
+        with self._lifecycle:
+            if self._closed:
+                raise ProducerClosedError("the producer is closed")
+            if self._engine is None:
+                store = open_store(self.settings) if self._store is None else self._store
+                engine = Engine(self.settings, store, self._callbacks)
+                try:
+                    engine.start()
+                except RuntimeError as error:
+                    raise NotConnectedError(f"no thread can be started: {error}") from error
+                process.finish_in_children()
+                self._engine = engine
+            return self._engine
+
+    # --- what the process tells ----------------------------------------------------------------
+
+    def forked(self) -> None:
+        """Begin afresh in a child process, which must touch nothing of its parent's."""
+        engine = self._engine
+        _inherited.append(engine)
+        self._reset()
+        if engine is not None:
+            engine.disown()
+
+    def exiting(self, deadline: float) -> None:
+        """Deliver what is in flight before the process ends, and say what is lost."""
+        if self._engine is not None and not self._closed:
+            lost = self.close(max(0.0, deadline - time.monotonic())).abandoned
+            if lost:
+                logger.error("the process ends: messages lost that lived in memory: %d", len(lost))
+
+
+def _checked(timeout: float) -> float:
+    if isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout >= 0:
+        return timeout
+    raise ConfigurationError("timeout must be a number of seconds from 0")
+
+
+def _undecided(each: Delivery | PublishError) -> bool:
+    return isinstance(each, Delivery) and not each.future.done()
+
+
+def _deadline(line: deque[Delivery | PublishError]) -> float:
+    head = line[0] if line else None
+    return head.deadline if isinstance(head, Delivery) else math.inf
+
+
+def _result(engine: Engine, each: Delivery | PublishError) -> Receipt | PublishError:
+    if isinstance(each, PublishError):
+        return each
+    try:
+        return _answer(engine, each)
+    except PublishError as error:
+        return error
+
+
+def _answer(engine: Engine, delivery: Delivery) -> Receipt:
+    """Wait until the courier has spoken; at the deadline ask it to."""
+    future = delivery.future
+    try:
+        error = future.exception(max(0.0, delivery.deadline - time.monotonic()))
+    except FutureTimeoutError:
+        engine.expire(delivery)
+        try:
+            error = future.exception(GRACE)
+        except FutureTimeoutError:
+            return _unanswered(engine, delivery, future)
+    if error is not None:
+        raise error
+    return future.result(0)
+
+
+def _unanswered(engine: Engine, delivery: Delivery, future: Future[Receipt]) -> Receipt:
+    """End the wait although the courier is silent: its thread hangs, or has just died."""
+    withdrawn = future.cancel()
+    error = ConfirmTimeoutError(
+        "the I/O thread does not answer",
+        message_id=delivery.envelope.message_id,
+        attempts=delivery.attempts,
+        possibly_sent=not withdrawn,
+    )
+    if withdrawn or not delivery.retry:
+        engine.withdraw(delivery)
+        raise error
+    elapsed = time.monotonic() - delivery.started
+    return Receipt(error.message_id or "", delivery.attempts, elapsed, False, error, future)
+
+
+def _report(report: Future[CloseReport], timeout: float) -> CloseReport:
+    try:
+        return report.result(timeout)
+    except FutureTimeoutError:
+        return CloseReport()

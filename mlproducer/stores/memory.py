@@ -1,0 +1,77 @@
+"""A store in memory: bounded, and gone with the process.
+
+Runs on: the retry thread, its only owner; anyone may read its depth.
+"""
+
+from __future__ import annotations
+
+from attrs import define
+
+from mlproducer.errors import BufferFullError
+from mlproducer.message import Envelope
+from mlproducer.stores.protocol import Row
+
+MAX_ROWS = 10_000
+MAX_BYTES = 64 * 1024 * 1024
+
+
+@define
+class _Slot:
+    envelope: Envelope
+    attempts: int
+    due: float | None
+
+
+class MemoryStore:
+    """Rows in a dict, in the order in which they came."""
+
+    durable = False
+
+    def __init__(self, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES) -> None:
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._slots: dict[int, _Slot] = {}
+        self._bytes = 0
+        self._last_key = 0
+
+    def put(self, envelope: Envelope, attempts: int, due: float | None) -> int:
+        """Store a message and give its key.
+
+        :raises BufferFullError: there is no room
+        """
+        if len(self._slots) >= self._max_rows or self._bytes + envelope.size > self._max_bytes:
+            raise BufferFullError(
+                f"the memory store is full ({len(self._slots)} messages, {self._bytes} bytes)",
+                message_id=envelope.message_id,
+                attempts=attempts,
+            )
+        self._last_key += 1
+        self._slots[self._last_key] = _Slot(envelope, attempts, due)
+        self._bytes += envelope.size
+        return self._last_key
+
+    def release(self, key: int, attempts: int, due: float | None) -> None:
+        """Note a claimed row's attempts, and when it is due next."""
+        slot = self._slots[key]
+        slot.attempts, slot.due = attempts, due
+
+    def claim(self, now: float, limit: int) -> list[Row]:
+        """Claim what is due, the oldest first."""
+        rows: list[Row] = []
+        for key, slot in self._slots.items():
+            if len(rows) == limit:
+                break
+            if slot.due is not None and slot.due <= now:
+                slot.due = None
+                rows.append(Row(key, slot.envelope, slot.attempts))
+        return rows
+
+    def done(self, key: int) -> None:
+        """Delete a row."""
+        slot = self._slots.pop(key, None)
+        if slot is not None:
+            self._bytes -= slot.envelope.size
+
+    def depth(self) -> int:
+        """Count the rows."""
+        return len(self._slots)

@@ -1,0 +1,154 @@
+"""Erlang's part of a private RabbitMQ: where it is installed, its cookie, its port mapper.
+
+Owns the lookup of the installed programs, and `ErlangNetwork`: the directory, the cookie and the
+epmd that the nodes of one cluster share. It must not know about AMQP. Every node is reached through
+`ErlangNetwork.evaluate`, by preference with ``erl_call`` (milliseconds), else with ``rabbitmqctl``
+(a second of CPU for each call, for it starts an Erlang machine).
+
+Runs on: the caller's thread.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlproducer.testing.workspace import Workspace
+
+__all__ = ["ErlangNetwork", "RabbitMQError", "RabbitMQNotInstalled", "free_port"]
+
+# The Debian wrapper in /usr/sbin switches user; the scripts below /usr/lib run as they stand.
+_DIRECTORIES = ("/usr/lib/rabbitmq/bin", "/opt/rabbitmq/sbin", "/opt/homebrew/opt/rabbitmq/sbin")
+# Below Linux's ephemeral ports, so that a client which tries a stopped broker's port again and
+# again cannot be given that very port as its own, and so connect to itself.
+_PORTS = range(20_000, 32_000)
+_ANSWER = re.compile(r'"([A-Za-z0-9+/=]+)"\}?\s*\Z')
+
+
+class RabbitMQError(Exception):
+    """The private broker did not do what it was asked to; the text says what it said."""
+
+
+class RabbitMQNotInstalled(RabbitMQError):  # noqa: N818 - says what is the case, and how to end it
+    """No RabbitMQ server on this machine."""
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(
+            f"{missing} was not found: RabbitMQ is not installed on this machine. "
+            "On Debian or Ubuntu: apt-get install -y rabbitmq-server"
+        )
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on."""
+    while True:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if _binds(probe, port):
+                return port
+
+
+def _binds(probe: socket.socket, port: int) -> bool:
+    try:
+        probe.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
+
+
+def find_script(name: str) -> str:
+    """Return the path of one of RabbitMQ's own scripts, or raise `RabbitMQNotInstalled`."""
+    path = shutil.which(name, path=os.pathsep.join(_DIRECTORIES)) or shutil.which(name)
+    if path is None:
+        raise RabbitMQNotInstalled(name)
+    return path
+
+
+class ErlangNetwork:
+    """Directory, cookie and port mapper (epmd) of one node, or of the nodes of one cluster.
+
+    The nodes of a cluster share their users, so the first user's password is here too.
+    """
+
+    def __init__(self, directory: str | Path | None = None) -> None:
+        find_script("rabbitmq-server")
+        epmd = shutil.which("epmd")
+        if epmd is None:
+            raise RabbitMQNotInstalled("epmd")
+        self.password = secrets.token_urlsafe(16)
+        self.workspace = Workspace("rabbitmq-", directory)
+        cookie = self.workspace.path / ".erlang.cookie"
+        cookie.write_text(secrets.token_hex(16))
+        cookie.chmod(0o400)
+        self.environ = self._clean_environ()
+        self.workspace.spawn("epmd", [epmd, "-address", "127.0.0.1"], self.environ)
+
+    def _clean_environ(self) -> dict[str, str]:
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RABBITMQ_", "ERL_", "ML_"))
+        }
+        return inherited | {
+            "HOME": str(self.workspace.path),
+            "LANG": "C.UTF-8",
+            "LC_ALL": "C.UTF-8",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(free_port()),
+            "ERL_CRASH_DUMP_SECONDS": "0",
+            "RABBITMQ_CONF_ENV_FILE": os.devnull,
+        }
+
+    def ctl(self, node: str, arguments: Sequence[str], timeout: float) -> str:
+        """Run ``rabbitmqctl`` against ``node`` and return what it printed."""
+        argv = [find_script("rabbitmqctl"), "--node", node, *arguments]
+        return self._run(argv, None, timeout)
+
+    def evaluate(self, node: str, expression: str, timeout: float, *, form: str = "~tp") -> str:
+        """Evaluate an Erlang expression on ``node``; return its value, printed by ``form``."""
+        body = expression.strip().rstrip(".")
+        wrapped = (
+            "base64:encode_to_string(unicode:characters_to_binary("
+            f'io_lib:format("={form}", [begin {body} end]))).\n'
+        )
+        erl_call = shutil.which("erl_call")
+        if erl_call is None:
+            answer = self.ctl(node, ["--quiet", "eval", wrapped], timeout)
+        else:
+            answer = self._run([erl_call, "-r", "-n", node, "-e"], wrapped, timeout)
+        found = _ANSWER.search(answer)
+        if found is None:
+            raise RabbitMQError(f"{node} could not evaluate the expression: {answer.strip()}")
+        return base64.b64decode(found.group(1)).decode().removeprefix("=")
+
+    def _run(self, argv: Sequence[str], text: str | None, timeout: float) -> str:
+        program = Path(argv[0]).name
+        try:
+            done = subprocess.run(
+                argv,
+                input=text,
+                stdin=subprocess.DEVNULL if text is None else None,
+                env=self.environ,
+                capture_output=True,
+                encoding="utf-8",
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise RabbitMQError(f"{program} had no answer within {timeout:g} s") from None
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip())[-2000:]
+            raise RabbitMQError(f"{program} failed with code {done.returncode}: {said}")
+        return done.stdout
+
+    def close(self) -> None:
+        """Kill the nodes and epmd, and remove the directory."""
+        self.workspace.close()

@@ -1,0 +1,128 @@
+"""One temporary directory, the programs that run in it, and their removal when we are gone.
+
+Owns child processes and the directory that holds their files. A guard, a shell that waits on a
+pipe from this process, kills the programs and removes the directory when the pipe breaks, so that
+not even ``kill -9`` of the test run leaves a broker behind. (``PR_SET_PDEATHSIG`` would not do: it
+fires when the *thread* that started the child ends.) It must not know what the programs are.
+
+Runs on: the caller's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["Program", "Workspace"]
+
+_GUARD = """
+trap '' INT TERM HUP
+read -r _ && exit
+for file in "$1"/*.pid; do
+    [ -f "$file" ] && kill -KILL -- "-$(cat "$file")"
+done
+rm -rf "$1" || { sleep 1; rm -rf "$1"; }
+"""
+_KILL_LIMIT = 10.0  # a killed process is gone within milliseconds; more means a sick machine
+
+
+class Program:
+    """One running child process, the leader of a session of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes], pid_file: Path, log: Path) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.log = log
+        self._pid_file = pid_file
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended; a frozen one is running."""
+        return self.process.poll() is None
+
+    def ended_within(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds for the end of the process."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        self._pid_file.unlink(missing_ok=True)
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process; nothing happens where it has ended."""
+        self.process.send_signal(number)
+
+    def terminate(self, timeout: float) -> bool:
+        """SIGTERM, and SIGKILL after ``timeout`` seconds; return whether SIGTERM was enough."""
+        self.send(signal.SIGTERM)
+        self.send(signal.SIGCONT)
+        graceful = self.ended_within(timeout)
+        if not graceful:
+            self.kill()
+        return graceful
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group, and wait for the end."""
+        if self.running:
+            os.killpg(self.pid, signal.SIGKILL)
+        self.ended_within(_KILL_LIMIT)
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of what the program wrote."""
+        if not self.log.exists():
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class Workspace:
+    """A private directory (mode 0700) below ``directory``, or below the system's temporary one."""
+
+    def __init__(self, prefix: str, directory: str | Path | None = None) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
+        self._programs: list[Program] = []
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "guard", str(self.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def spawn(
+        self,
+        name: str,
+        argv: Sequence[str],
+        environ: Mapping[str, str],
+        *,
+        stdout: int | None = None,
+    ) -> Program:
+        """Start a program; it writes to ``name.out`` unless ``stdout`` is ``subprocess.PIPE``."""
+        log = self.path / f"{name}.out"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                list(argv),
+                env=dict(environ),
+                cwd=self.path,
+                stdin=subprocess.DEVNULL,
+                stdout=output if stdout is None else stdout,
+                stderr=output,
+                start_new_session=True,
+            )
+        pid_file = self.path / f"{name}.pid"
+        pid_file.write_text(str(process.pid))
+        program = Program(process, pid_file, log)
+        self._programs.append(program)
+        return program
+
+    def close(self) -> None:
+        """Kill what still runs, remove the directory, dismiss the guard."""
+        for program in self._programs:
+            program.kill()
+        shutil.rmtree(self.path)
+        self._guard.communicate(b"done\n", timeout=_KILL_LIMIT)

@@ -1,0 +1,60 @@
+"""The W3C trace context that published messages carry on to their workers.
+
+It is handed in by whoever knows it, such as a web framework's middleware, and holds for the code
+inside; no tracing library is asked. A context that a stranger sent is no reason to lose a message:
+what is malformed is dropped.
+
+Runs on: any thread; each thread and each asyncio task has its own context.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_MEMBER = re.compile(r"[a-z0-9][a-z0-9_*/@-]{0,255}=[ -+\--<>-~]{1,256}")
+_MAX_TRACESTATE = 512
+_MAX_MEMBERS = 32
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+_context: ContextVar[Mapping[str, str]] = ContextVar("mlproducer_trace_context", default=_NONE)
+
+
+@contextmanager
+def trace_context(traceparent: str | None, tracestate: str | None = "") -> Iterator[None]:
+    """Let the messages published inside carry this context (W3C Trace Context, level 1).
+
+    :param traceparent: as the header of that name, version 00; anything else means no context
+    :param tracestate: as the header of that name, at most 512 characters; else it is left out
+    """
+    token = _context.set(_accepted(traceparent, tracestate))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def current() -> Mapping[str, str]:
+    """Give the headers of the context in force: none, ``traceparent``, or ``tracestate`` too."""
+    return _context.get()
+
+
+def _accepted(traceparent: str | None, tracestate: str | None) -> Mapping[str, str]:
+    if not isinstance(traceparent, str) or not _TRACEPARENT.fullmatch(traceparent):
+        return _NONE
+    if not tracestate or not _is_tracestate(tracestate):
+        return MappingProxyType({"traceparent": traceparent})
+    return MappingProxyType({"traceparent": traceparent, "tracestate": tracestate})
+
+
+def _is_tracestate(value: str) -> bool:
+    """Check a list of ``key=value`` members (section 3.3.1 of the specification)."""
+    if not isinstance(value, str) or len(value) > _MAX_TRACESTATE:
+        return False
+    members = [member.strip(" \t") for member in value.split(",")]
+    present = [member for member in members if member]
+    return 0 < len(present) <= _MAX_MEMBERS and all(map(_MEMBER.fullmatch, present))

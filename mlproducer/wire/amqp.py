@@ -1,0 +1,229 @@
+"""AMQP 0-9-1 values: short strings, field tables and the property list of a message.
+
+Encoding is the check: what AMQP cannot carry is refused here, on the caller's thread, by the
+field's name and type and never by its content. What is accepted is byte for byte what pika would
+write.
+
+The property list is left open at its end: its last property, ``cluster-id``, which AMQP reserves
+and brokers pass through untouched, is filled in for each attempt with the delivery tag, so that a
+returned message is matched to its attempt exactly, whatever ids users chose.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlproducer.errors import InvalidMessageError, MessageTooLargeError
+
+FRAME_MAX = 131_072
+"""What RabbitMQ and pika negotiate unless told otherwise, in bytes."""
+
+FRAME_OVERHEAD = 8  # type, channel, size, end octet
+CONTENT_HEADER = 12  # class, weight, body size
+ATTEMPT_MAX = 21  # a short string of the longest delivery tag
+PROPERTIES_MAX = FRAME_MAX - FRAME_OVERHEAD - CONTENT_HEADER - ATTEMPT_MAX
+
+_MAX_DEPTH = 32
+_ACCEPTED = "accepted are str, bytes, bool, int of 64 bits, None, list and dict"
+_EXTRA_ROUTES = frozenset({"CC", "BCC"})
+_CONTROL = frozenset(map(chr, [*range(32), 127]))
+
+_FLAG_CLUSTER_ID = 1 << 2
+_pack_flags = struct.Struct(">H").pack
+_pack_long = struct.Struct(">I").pack
+_pack_tagged_long = struct.Struct(">cI").pack
+_pack_int = struct.Struct(">ci").pack
+_pack_long_int = struct.Struct(">cq").pack
+
+
+def short_string(field: str, value: str) -> bytes:
+    """Encode a short string (AMQP 0-9-1, section 4.2.5.3): at most 255 bytes of UTF-8.
+
+    :raises InvalidMessageError: it is too long, no text, or holds control characters
+    """
+    if not isinstance(value, str):
+        raise InvalidMessageError(f"{field} is {_kind(value)}; accepted is str")
+    if not _CONTROL.isdisjoint(value):
+        raise InvalidMessageError(f"{field} holds a control character; accepted is plain text")
+    encoded = _utf8(field, value)
+    if len(encoded) > 255:
+        raise InvalidMessageError(
+            f"{field} has {len(encoded)} bytes in UTF-8; accepted are at most 255"
+        )
+    return bytes((len(encoded),)) + encoded
+
+
+def table(field: str, mapping: Mapping[str, Any]) -> bytes:
+    """Encode a field table (AMQP 0-9-1, section 4.2.5.5, with RabbitMQ's value types).
+
+    :raises InvalidMessageError: a key or value that AMQP cannot carry
+    """
+    if not isinstance(mapping, Mapping):
+        raise InvalidMessageError(f"{field} is {_kind(mapping)}; accepted is a mapping")
+    entries = table_entries(field, mapping)
+    return _pack_long(len(entries)) + entries
+
+
+def table_entries(field: str, mapping: Mapping[str, Any], depth: int = 1) -> bytes:
+    """Encode a table's entries without the leading length, so that more can be added to them."""
+    pieces = []
+    for key, value in mapping.items():
+        if key in _EXTRA_ROUTES and depth == 1:
+            raise InvalidMessageError(
+                f"{field} holds {key}, which RabbitMQ takes for more routing keys; not accepted"
+            )
+        pieces.append(short_string(f"a key of {field}", key))
+        pieces.append(_value(field, value, depth))
+    return b"".join(pieces)
+
+
+def properties(
+    *,
+    content_type: str | None = None,
+    content_encoding: str | None = None,
+    headers: bytes | None = None,
+    persistent: bool = True,
+    priority: int | None = None,
+    correlation_id: str | None = None,
+    expiration: float | None = None,
+    message_id: str | None = None,
+    type: str | None = None,  # noqa: A002 - AMQP's own name
+) -> bytes:
+    """Encode a message's properties (AMQP 0-9-1, section 1.8.2), open at the end.
+
+    :param headers: a table as `table` encodes it
+    :param expiration: seconds
+    :raises InvalidMessageError: a value out of its range
+    :raises MessageTooLargeError: all together do not fit a frame
+    """
+    slots = (
+        (1 << 15, _optional(short_string, "content_type", content_type)),
+        (1 << 14, _optional(short_string, "content_encoding", content_encoding)),
+        (1 << 13, headers),
+        (1 << 12, b"\x02" if persistent else b"\x01"),
+        (1 << 11, _optional(_octet, "priority", priority)),
+        (1 << 10, _optional(short_string, "correlation_id", correlation_id)),
+        (1 << 8, _optional(_milliseconds, "expiration", expiration)),
+        (1 << 7, _optional(short_string, "message_id", message_id)),
+        (1 << 5, _optional(short_string, "type", type)),
+    )
+    flags = sum(flag for flag, encoded in slots if encoded is not None) | _FLAG_CLUSTER_ID
+    encoded = b"".join(value for _, value in slots if value is not None)
+    return check_size(_pack_flags(flags) + encoded)
+
+
+def check_size(encoded: bytes) -> bytes:
+    """Give back an encoded property list that fits one frame.
+
+    A longer one would make the broker close the connection under all other messages.
+
+    :raises MessageTooLargeError: it does not
+    """
+    if len(encoded) > PROPERTIES_MAX:
+        raise MessageTooLargeError(
+            f"headers and properties have {len(encoded)} bytes; accepted are {PROPERTIES_MAX}"
+        )
+    return encoded
+
+
+def _optional(encode: Callable[[str, Any], bytes], field: str, value: object) -> bytes | None:
+    return None if value is None else encode(field, value)
+
+
+def _octet(field: str, value: int) -> bytes:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 255:
+        raise InvalidMessageError(f"{field} must be an int from 0 to 255, got {_shown(value)}")
+    return bytes((value,))
+
+
+def _milliseconds(field: str, value: float) -> bytes:
+    """Encode seconds as RabbitMQ's TTL: whole milliseconds in decimal digits, 32 bits."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise InvalidMessageError(f"{field} is {_kind(value)}; accepted are seconds from 0")
+    if not 0 <= value <= 4_294_967:
+        raise InvalidMessageError(f"{field} must be from 0 to 4294967 seconds, got {value!r}")
+    return short_string(field, str(round(value * 1000)))
+
+
+def _value(field: str, value: object, depth: int) -> bytes:
+    encode = _ENCODERS.get(type(value)) or _inherited(type(value))
+    if encode is None:
+        raise InvalidMessageError(f"{field} holds {_kind(value)}; {_ACCEPTED}")
+    return encode(field, value, depth)
+
+
+def _text(field: str, value: str, _depth: int) -> bytes:
+    encoded = _utf8(field, value)
+    return _pack_tagged_long(b"S", len(encoded)) + encoded
+
+
+def _bytes(_field: str, value: bytes, _depth: int) -> bytes:
+    return _pack_tagged_long(b"x", len(value)) + value
+
+
+def _bool(_field: str, value: bool, _depth: int) -> bytes:
+    return b"t\x01" if value else b"t\x00"
+
+
+def _integer(field: str, value: int, _depth: int) -> bytes:
+    if -(1 << 31) <= value < 1 << 31:
+        return _pack_int(b"I", value)
+    if -(1 << 63) <= value < 1 << 63:
+        return _pack_long_int(b"l", value)
+    raise InvalidMessageError(f"{field} holds an int of more than 64 bits; {_ACCEPTED}")
+
+
+def _none(_field: str, _value: None, _depth: int) -> bytes:
+    return b"V"
+
+
+def _list(field: str, value: list[Any], depth: int) -> bytes:
+    _check_depth(field, depth)
+    encoded = b"".join([_value(field, item, depth + 1) for item in value])
+    return _pack_tagged_long(b"A", len(encoded)) + encoded
+
+
+def _dict(field: str, value: dict[str, Any], depth: int) -> bytes:
+    _check_depth(field, depth)
+    entries = table_entries(field, value, depth + 1)
+    return _pack_tagged_long(b"F", len(entries)) + entries
+
+
+_ENCODERS: dict[type, Callable[[str, Any, int], bytes]] = {
+    str: _text,
+    bytes: _bytes,
+    bool: _bool,
+    int: _integer,
+    type(None): _none,
+    list: _list,
+    dict: _dict,
+}
+
+
+def _inherited(kind: type) -> Callable[[str, Any, int], bytes] | None:
+    """Find the encoder of a subclass, such as an ``enum.IntEnum``."""
+    return next((_ENCODERS[base] for base in kind.__mro__ if base in _ENCODERS), None)
+
+
+def _check_depth(field: str, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise InvalidMessageError(f"{field} is nested deeper than {_MAX_DEPTH} levels")
+
+
+def _utf8(field: str, value: str) -> bytes:
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        raise InvalidMessageError(f"{field} holds a lone surrogate, no Unicode text") from None
+
+
+def _kind(value: object) -> str:
+    return f"of type {type(value).__name__}"
+
+
+def _shown(value: object) -> str:
+    return repr(value) if type(value) is int and abs(value) < 10**9 else _kind(value)

@@ -1,0 +1,169 @@
+"""Celery's message protocol 2: a task as headers, properties and a body that any worker takes.
+
+The headers are those that ``celery.app.amqp.AMQP.as_task_v2`` writes for the same task, as far as
+a worker needs them. What is constant for a Celery task's name is encoded once; what a task was
+given follows. ``argsrepr`` and ``kwargsrepr``, which brokers and monitors show, hold no user text.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any
+
+from mlproducer.errors import InvalidMessageError
+from mlproducer.message import Envelope
+from mlproducer.tasks import CeleryTask, MLTask, PreferredBackends
+from mlproducer.wire import amqp, strict_json
+
+_EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
+_REMEMBERED = 1024
+_UNTIMED = amqp.table_entries("headers", {"eta": None, "expires": None})
+
+
+def encode(
+    task: MLTask | CeleryTask,
+    *,
+    exchange: str,
+    preferred: PreferredBackends,
+    trace: Mapping[str, str],
+    now: datetime,
+) -> Envelope:
+    """Turn a task into a message.
+
+    :param exchange: where it goes unless the task itself says
+    :param trace: the headers of a W3C trace context, or nothing
+    :param now: with a time zone; what a countdown counts from
+    :raises InvalidMessageError: AMQP or strict JSON cannot carry the task
+    :raises MessageTooLargeError: its headers do not fit a frame
+    """
+    for name, value in task.free_form():
+        strict_json.check(name, value)
+    if isinstance(task, CeleryTask):
+        return _encode_any(task, exchange, trace, now)
+    return _encode_ml(task, exchange, preferred, trace)
+
+
+def _encode_ml(
+    task: MLTask, exchange: str, preferred: PreferredBackends, trace: Mapping[str, str]
+) -> Envelope:
+    route = task.route(preferred)
+    check_route(exchange, route.routing_key)
+    task_id = str(uuid.uuid4())
+    return Envelope(
+        message_id=task_id,
+        task_type=task.task_type,
+        exchange=exchange,
+        routing_key=route.routing_key,
+        properties=_properties(route.name, task_id, _UNTIMED + _further(trace)),
+        body=b"".join((b"[[],", _ml_kwargs(task.kwargs(preferred)), _EMBED)),
+    )
+
+
+def _encode_any(
+    task: CeleryTask, exchange: str, trace: Mapping[str, str], now: datetime
+) -> Envelope:
+    exchange = exchange if task.exchange is None else task.exchange
+    check_route(exchange, task.routing_key)
+    task_id = str(uuid.uuid4()) if task.task_id is None else task.task_id
+    args, kwargs = strict_json.dumps("args", task.args), strict_json.dumps("kwargs", task.kwargs)
+    # A context among the task's own headers is the one that counts, not a mixture of both.
+    trace = {} if "traceparent" in task.headers else trace
+    further = _times(task, now) + _further({**trace, **task.headers})
+    return Envelope(
+        message_id=task_id,
+        task_type=task.task_type,
+        exchange=exchange,
+        routing_key=task.routing_key,
+        properties=_properties(task.name, task_id, further, task.priority),
+        body=b"".join((b"[", args, b",", kwargs, _EMBED)),
+    )
+
+
+@lru_cache(_REMEMBERED)
+def check_route(exchange: str, routing_key: str) -> None:
+    """Check what `FrameWriter` will encode on the I/O thread, where nobody could be told.
+
+    :raises InvalidMessageError: one of them is no short string
+    """
+    amqp.short_string("exchange", exchange)
+    amqp.short_string("routing_key", routing_key)
+
+
+def _ml_kwargs(kwargs: Mapping[str, Any]) -> bytes:
+    try:
+        return strict_json.dumps("kwargs", kwargs)
+    except InvalidMessageError:
+        for name, value in kwargs.items():  # which of the fields was it
+            strict_json.dumps(name, value)
+        raise
+
+
+def _properties(name: str, task_id: str, further: bytes, priority: int | None = None) -> bytes:
+    start, middle = _around_headers(priority)
+    short = amqp.short_string("task_id", task_id)
+    long = b"S\0\0\0" + short  # a table's text: the same, with three more octets of length
+    constant, origin = _constant_entries(name), _origin(os.getpid())
+    entries = b"".join((constant, origin, b"\x02id", long, b"\x07root_id", long, further))
+    length = len(entries).to_bytes(4, "big")
+    return amqp.check_size(b"".join((start, length, entries, middle, short, short)))
+
+
+@lru_cache(257)
+def _around_headers(priority: int | None) -> tuple[bytes, bytes]:
+    """Encode what comes before the headers, and what comes between them and the two ids."""
+    encoded = amqp.properties(
+        content_type="application/json",
+        content_encoding="utf-8",
+        headers=b"",
+        priority=priority,
+        correlation_id="",
+        message_id="",
+    )
+    end = len(encoded) - 2  # the ids, both empty
+    split = end - (1 if priority is None else 2)
+    return encoded[:split], encoded[split:end]
+
+
+@lru_cache(_REMEMBERED)
+def _constant_entries(name: str) -> bytes:
+    constant = {
+        "lang": "py",
+        "task": name,
+        "group": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "parent_id": None,
+        "argsrepr": "(...)",
+        "kwargsrepr": "{...}",
+        "ignore_result": False,
+    }
+    return amqp.table_entries("name", constant)
+
+
+@lru_cache(1)
+def _origin(pid: int) -> bytes:
+    """Name this process as Celery does; a child of a fork has its own number."""
+    return amqp.table_entries("origin", {"origin": f"gen{pid}@{socket.gethostname()}"})
+
+
+def _further(headers: Mapping[str, Any]) -> bytes:
+    return amqp.table_entries("headers", headers) if headers else b""
+
+
+def _times(task: CeleryTask, now: datetime) -> bytes:
+    eta = now + timedelta(seconds=task.countdown) if task.countdown is not None else task.eta
+    expires = task.expires
+    if expires is not None and not isinstance(expires, datetime):
+        expires = now + timedelta(seconds=expires)
+    times = {
+        "eta": None if eta is None else eta.isoformat(),
+        "expires": None if expires is None else expires.isoformat(),
+    }
+    return amqp.table_entries("headers", times)

@@ -1,0 +1,72 @@
+"""From what a user hands in to an envelope: which encoder, and how large it may get.
+
+Runs on: the publisher's thread.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+from mlproducer import tracing
+from mlproducer.errors import InvalidMessageError, MessageTooLargeError
+from mlproducer.message import Envelope, Message
+from mlproducer.settings import Settings
+from mlproducer.tasks import (
+    CeleryTask,
+    EmbeddingBatchTask,
+    EmbeddingTask,
+    PreferredBackends,
+    SummarizationTask,
+    TranscriptionTask,
+)
+from mlproducer.wire import celery, raw
+
+TASKS = (SummarizationTask, TranscriptionTask, EmbeddingTask, EmbeddingBatchTask, CeleryTask)
+Task = (
+    SummarizationTask
+    | TranscriptionTask
+    | EmbeddingTask
+    | EmbeddingBatchTask
+    | CeleryTask
+    | Message
+)
+
+
+class Encoder:
+    """Encodes for one producer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._exchange = settings.exchange
+        self._max_bytes = settings.max_message_bytes
+        self._preferred = PreferredBackends(
+            llm=settings.preferred_llm_backend,
+            stt=settings.preferred_stt,
+            embedding=settings.preferred_embedding_backend,
+        )
+
+    def encode(self, task: Task) -> Envelope:
+        """Encode a task or message.
+
+        :raises InvalidMessageError: it is neither, or AMQP or strict JSON cannot carry it
+        :raises MessageTooLargeError: its body is longer than ``max_message_bytes``
+        """
+        if isinstance(task, Message):
+            envelope = raw.encode(task, exchange=self._exchange)
+        elif isinstance(task, TASKS):
+            envelope = celery.encode(
+                task,
+                exchange=self._exchange,
+                preferred=self._preferred,
+                trace=tracing.current(),
+                now=datetime.now(timezone.utc),
+            )
+        else:
+            accepted = ", ".join(kind.__name__ for kind in (*TASKS, Message))
+            raise InvalidMessageError(f"task is {type(task).__name__}; accepted are {accepted}")
+        if len(envelope.body) > self._max_bytes:
+            raise MessageTooLargeError(
+                f"the body has {len(envelope.body)} bytes; max_message_bytes accepts "
+                f"{self._max_bytes}",
+                message_id=envelope.message_id,
+            )
+        return envelope

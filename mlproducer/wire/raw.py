@@ -1,0 +1,56 @@
+"""A `Message` of any content, checked against AMQP 0-9-1 and encoded as it stands.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from mlproducer.errors import InvalidMessageError
+from mlproducer.message import RAW_TASK_TYPE, Envelope, Message
+from mlproducer.wire import amqp
+
+
+def encode(message: Message, *, exchange: str) -> Envelope:
+    """Turn a message into the form in which it travels; one without an id gets one.
+
+    :param exchange: where it goes unless the message itself says
+    :raises InvalidMessageError: AMQP cannot carry one of its fields
+    :raises MessageTooLargeError: its headers do not fit a frame
+    """
+    exchange = exchange if message.exchange is None else message.exchange
+    amqp.short_string("exchange", exchange)
+    amqp.short_string("routing_key", message.routing_key)
+    message_id = str(uuid.uuid4()) if message.message_id is None else message.message_id
+    return Envelope(
+        message_id=message_id,
+        task_type=RAW_TASK_TYPE,
+        exchange=exchange,
+        routing_key=message.routing_key,
+        properties=_properties(message, message_id),
+        body=_body(message.body),
+    )
+
+
+def _properties(message: Message, message_id: str) -> bytes:
+    headers = None if message.headers is None else amqp.table("headers", message.headers)
+    return amqp.properties(
+        content_type=message.content_type,
+        content_encoding=message.content_encoding,
+        headers=headers,
+        persistent=message.persistent,
+        priority=message.priority,
+        correlation_id=message.correlation_id,
+        expiration=message.expiration,
+        message_id=message_id,
+        type=message.type,
+    )
+
+
+def _body(body: Any) -> bytes:
+    """Give bytes that nobody else can change any more."""
+    if not isinstance(body, (bytes, bytearray, memoryview)):
+        raise InvalidMessageError(f"body is of type {type(body).__name__}; accepted is bytes")
+    return bytes(body)

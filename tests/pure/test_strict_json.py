@@ -1,0 +1,149 @@
+"""Strict JSON: what passes is read back the same, all else is refused by type."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from decimal import Decimal
+from enum import Enum, IntEnum
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlproducer.errors import InvalidMessageError
+from mlproducer.wire.strict_json import MAX_DEPTH, check, dumps
+
+from .refusals import CANARY, refused
+
+
+class Colour(str, Enum):
+    """A str that is more than a str."""
+
+    RED = "red"
+
+
+class Size(IntEnum):
+    """An int that is more than an int."""
+
+    SMALL = 1
+
+
+def nested(levels: int, kind: type = list) -> Any:
+    """Build a value of so many levels."""
+    value: Any = kind()
+    for _ in range(levels - 1):
+        value = [value] if kind is list else {CANARY: value}
+    return value
+
+
+def looped() -> list[Any]:
+    """Build a list that holds itself twice, so that a careless walk would never end."""
+    value: list[Any] = []
+    value += [value, value]
+    return value
+
+
+def encode(value: Any) -> bytes:
+    """Encode a value of free form, as a publisher does."""
+    check("args", value)
+    return dumps("args", value)
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values)
+def test_reads_back_the_same(value: Any) -> None:
+    """Any JSON value comes back as it was, through a reader that insists on UTF-8."""
+    assert json.loads(encode(value).decode("utf-8")) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ((1, (2,)), b"[1,[2]]"),
+        ({"a": None, "b": True}, b'{"a":null,"b":true}'),
+        ("grüße \U0001f600", '"grüße \U0001f600"'.encode()),
+        ({"a": Colour.RED, "b": Size.SMALL}, b'{"a":"red","b":1}'),
+        (-0.0, b"-0.0"),
+        ("\0\x1f", b'"\\u0000\\u001f"'),
+    ],
+)
+def test_is_compact_utf8(value: Any, expected: bytes) -> None:
+    """No spaces, no ASCII escapes that UTF-8 does not need; tuples are arrays."""
+    assert encode(value) == expected
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_accepts_the_deepest_level(kind: type) -> None:
+    """The limit itself is accepted."""
+    assert encode(nested(MAX_DEPTH, kind))
+
+
+def test_accepts_the_longest_int() -> None:
+    """4,300 digits are what CPython reads back; a sign is no digit."""
+    longest = -(10**4300 - 1)
+    assert json.loads(encode(longest)) == longest
+
+
+REFUSED = [
+    ("set", {CANARY}, "set"),
+    ("datetime", datetime.now(timezone.utc), "datetime"),
+    ("bytes", CANARY.encode(), "bytes"),
+    ("object", object(), "object"),
+    ("decimal", Decimal(1), "Decimal"),
+    ("nan", float("nan"), "finite"),
+    ("infinity", [float("inf")], "finite"),
+    ("minus infinity", {"a": float("-inf")}, "finite"),
+    ("int key", {1: CANARY, "1": CANARY}, "key of type int"),
+    ("none key", {None: CANARY}, "key of type NoneType"),
+    ("tuple key", {(CANARY, 1): 1}, "key of type tuple"),
+    ("key below", [{"a": ({True: CANARY},)}], "key of type bool"),
+    ("int of 4,301 digits", 10**4300, "4300 digits"),
+    ("int of 10,001 digits", [10**10_000], "4300 digits"),
+    ("negative int", -(10**4300), "4300 digits"),
+    ("lone surrogate", CANARY + "\ud800", "surrogate"),
+    ("lone surrogate in a key", {CANARY + "\udfff": 1}, "surrogate"),
+    ("201 lists", nested(MAX_DEPTH + 1), "200 levels"),
+    ("201 objects", nested(MAX_DEPTH + 1, dict), "200 levels"),
+    ("100,000 lists", nested(100_000), "200 levels"),
+    ("itself", looped(), "holds itself"),
+]
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
+)
+def test_refuses_what_json_cannot_carry(value: Any, word: str) -> None:
+    """Faults 63 and 64: a refusal names the field and the reason, at once, and no content."""
+    refused(lambda: encode(value), InvalidMessageError, "args", word)
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ({"a": {CANARY}}, "set"),
+        ([float("nan")], "finite"),
+        (looped(), "holds itself"),
+        (nested(100_000), "200 levels"),
+        (CANARY + "\ud800", "surrogate"),
+    ],
+    ids=["set", "nan", "itself", "100,000 lists", "surrogate"],
+)
+def test_dumps_alone_refuses_what_the_encoder_cannot_write(value: Any, word: str) -> None:
+    """Values of a known shape skip the walk, and get the same error texts."""
+    refused(lambda: dumps("content", value), InvalidMessageError, "content", word)
