@@ -240,7 +240,7 @@ class EmbeddingBatchTask(MLTask):
             shapes.refuse("items", items, "at least one item", " but empty")
         self.__attrs_init__(tuple(map(_batch_item, range(len(items)), items)))
 
-    def route(self, preferred: PreferredBackends) -> Route:  # noqa: ARG002 - there is but one
+    def route(self, preferred: PreferredBackends) -> Route:
         """Give the one route there is."""
         return Route("ml.embed", "vector_service.tasks.generate_embeddings_batch")
 

@@ -12,34 +12,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import LINK_MOVES, ConnectionState, LinkEvent, Machine
-from mlproducer.engine.link import EventLoop, Link, LinkOwner, Route
+from mlproducer.engine.link import EventLoop, Link, Route
+from mlproducer.engine.roles import DialerOwner
 
 STABLE_AFTER = 5.0
 """Seconds that a connection without traffic must last to count as stable."""
 
 CLOSE_LIMIT = 0.25
 """Seconds for the closing handshake; a broker that blocks or hangs does not answer it."""
-
-
-class DialerOwner(LinkOwner, Protocol):
-    """Who is told how dialling goes."""
-
-    def attempt_failed(self, loss: Loss) -> None:
-        """No broker of the list could be reached."""
-
-    def gave_up(self, loss: Loss) -> None:
-        """The attempts are used up; `Dialer.dial` starts over."""
-
-    def state_changed(self, state: ConnectionState) -> None:
-        """The link moved."""
-
-    def finished(self) -> None:
-        """The link is closed for good."""
 
 
 class Dialer:

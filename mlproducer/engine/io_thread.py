@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.ports import Carrier, Loss, LossKind
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine.dialer import Dialer
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
-from mlproducer.engine.link import ConfirmChannel, EventLoop, Route
+from mlproducer.engine.link import EventLoop, Route
 from mlproducer.engine.mailbox import Item, Mailbox
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
 from mlproducer.observe.events import EventSink
@@ -214,7 +214,7 @@ class IOThread:
 
     # --- what the link tells -------------------------------------------------------------------
 
-    def link_ready(self, channel: ConfirmChannel) -> None:
+    def link_ready(self, channel: Carrier) -> None:
         """Let the courier carry on the new channel."""
         first = self.dialer.state is ConnectionState.CONNECTING
         self.dialer.ready()

@@ -13,36 +13,17 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.engine.gate import Gate
-from mlproducer.errors import BufferFullError, PublishError, StoreError
+from mlproducer.engine.roles import Desk
+from mlproducer.errors import BufferFullError, StoreError
 from mlproducer.stores.protocol import Store
 
 logger = logging.getLogger(__name__)
 
 Command = Callable[[], None]
-
-
-class Desk(Protocol):
-    """Where the keeper's answers go: the I/O thread's mailbox, and what it does with them."""
-
-    def order(self, method: functools.partial[None]) -> None:
-        """Have something done on the I/O thread."""
-
-    def readmit(self, delivery: Delivery) -> None:
-        """Send a message again."""
-
-    def kept(self, delivery: Delivery, *, durable: bool) -> None:
-        """It is stored."""
-
-    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
-        """It could not be stored."""
-
-    def ready(self) -> bool:
-        """Whether a message handed over now would be written."""
 
 
 class Keeper:

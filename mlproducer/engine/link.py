@@ -19,7 +19,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import pika
 from attrs import frozen
@@ -29,6 +29,7 @@ from pika.channel import Channel
 from pika.connection import Connection
 
 from mlproducer.core.ports import Loss, LossKind
+from mlproducer.engine.roles import LinkOwner
 from mlproducer.engine.tls import describe
 from mlproducer.message import Envelope
 from mlproducer.settings import Broker
@@ -99,34 +100,6 @@ class Route:
             ssl_options=self.context and pika.SSLOptions(self.context, broker.host),
             client_properties={"product": "mlproducer", "platform": platform.python_version()},
         )
-
-
-class LinkOwner(Protocol):
-    """Who is told what happens on a link."""
-
-    def link_ready(self, channel: ConfirmChannel) -> None:
-        """A channel in confirm mode is open, the first one or the next."""
-
-    def link_failed(self, loss: Loss) -> None:
-        """The connection ended, or never came to be; the link is of no more use."""
-
-    def channel_lost(self, loss: Loss) -> None:
-        """The broker closed the channel; another one is being opened."""
-
-    def flow_changed(self, *, blocked: bool, reason: str) -> None:
-        """The broker's alarm came or went."""
-
-    def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
-        """Something could not be declared; publishing goes on without it."""
-
-    def acked(self, tag: int, *, multiple: bool) -> None:
-        """The broker has taken a message."""
-
-    def nacked(self, tag: int, *, multiple: bool) -> None:
-        """The broker has refused a message."""
-
-    def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
-        """A message has no queue."""
 
 
 class ConfirmChannel:

@@ -34,6 +34,7 @@ INSIDE = {
     "wire": ["strict_json", "amqp", "frames", "celery", "raw", "encode"],
     "engine": [
         "process",
+        "roles",
         "tls",
         "gate",
         "mailbox",

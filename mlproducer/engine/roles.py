@@ -1,0 +1,80 @@
+"""Who tells whom: the roles that the rooms of the engine play for one another.
+
+The I/O thread plays all of them; each room knows only the role that it needs.
+
+Runs on: the I/O thread; `Desk.order` on any.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.core.ports import Carrier, Loss
+from mlproducer.core.states import ConnectionState
+from mlproducer.errors import PublishError
+from mlproducer.topology import Declaration
+
+
+class LinkOwner(Protocol):
+    """Who is told what happens on a link."""
+
+    def link_ready(self, channel: Carrier) -> None:
+        """A channel in confirm mode is open, the first one or the next."""
+
+    def link_failed(self, loss: Loss) -> None:
+        """The connection ended, or never came to be; the link is of no more use."""
+
+    def channel_lost(self, loss: Loss) -> None:
+        """The broker closed the channel; another one is being opened."""
+
+    def flow_changed(self, *, blocked: bool, reason: str) -> None:
+        """The broker's alarm came or went."""
+
+    def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
+        """Something could not be declared; publishing goes on without it."""
+
+    def acked(self, tag: int, *, multiple: bool) -> None:
+        """The broker has taken a message."""
+
+    def nacked(self, tag: int, *, multiple: bool) -> None:
+        """The broker has refused a message."""
+
+    def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
+        """A message has no queue."""
+
+
+class DialerOwner(LinkOwner, Protocol):
+    """Who is told how dialling goes."""
+
+    def attempt_failed(self, loss: Loss) -> None:
+        """No broker of the list could be reached."""
+
+    def gave_up(self, loss: Loss) -> None:
+        """The attempts are used up; `Dialer.dial` starts over."""
+
+    def state_changed(self, state: ConnectionState) -> None:
+        """The link moved."""
+
+    def finished(self) -> None:
+        """The link is closed for good."""
+
+
+class Desk(Protocol):
+    """Where the keeper's answers go: the I/O thread's mailbox, and what it does with them."""
+
+    def order(self, method: functools.partial[None]) -> None:
+        """Have something done on the I/O thread."""
+
+    def readmit(self, delivery: Delivery) -> None:
+        """Send a message again."""
+
+    def kept(self, delivery: Delivery, *, durable: bool) -> None:
+        """It is stored."""
+
+    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
+        """It could not be stored."""
+
+    def ready(self) -> bool:
+        """Whether a message handed over now would be written."""
