@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -26,7 +25,6 @@ from mlproducer.engine.engine import Engine
 from mlproducer.errors import (
     BufferFullError,
     ConfigurationError,
-    ConfirmTimeoutError,
     NotConnectedError,
     ProducerClosedError,
     PublishError,
@@ -39,12 +37,10 @@ from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
+from mlproducer.waiting import Line, answer
 from mlproducer.wire.encode import Encoder, Task
 
 logger = logging.getLogger(__name__)
-
-GRACE = 0.15
-"""Seconds beyond a publisher's deadline within which the courier is expected to have spoken."""
 
 _inherited: list[Engine | None] = []
 """Engines of parent processes: kept, so that nothing of theirs is collected, closed or flushed."""
@@ -100,7 +96,7 @@ class MLProducer:
                 engine.post(delivery)
             else:
                 engine.turn_away(delivery)
-            return _answer(engine, delivery)
+            return answer(engine, delivery)
         except PublishError:
             raise
         except BaseException:
@@ -139,42 +135,17 @@ class MLProducer:
         :returns: for each task, in order, its receipt or its error
         """
         engine = self._running()
-        results: list[Receipt | PublishError] = []
-        line: deque[Delivery | PublishError] = deque()
+        line = Line(engine)
         try:
             for task in tasks:
                 try:
-                    delivery = self._delivery(task, Future(), timeout, retry=retry)
+                    line.enter(self._delivery(task, Future(), timeout, retry=retry))
                 except PublishError as error:
-                    line.append(error)
-                    continue
-                self._enter_in_line(engine, delivery, line, results)
-                line.append(delivery)
-            while line:
-                results.append(_result(engine, line.popleft()))
+                    line.skip(error)
+            return line.finish()
         except BaseException:
-            for each in line:
-                if isinstance(each, Delivery):
-                    engine.withdraw(each)
+            line.withdraw()
             raise
-        return results
-
-    def _enter_in_line(
-        self,
-        engine: Engine,
-        delivery: Delivery,
-        line: deque[Delivery | PublishError],
-        results: list[Receipt | PublishError],
-    ) -> None:
-        """Pass the gate, and answer meanwhile those ahead whose time is up."""
-        while line and not _undecided(line[0]):
-            results.append(_result(engine, line.popleft()))
-        while not engine.gate.enter(delivery, min(delivery.deadline, _deadline(line))):
-            if _deadline(line) >= delivery.deadline:
-                engine.turn_away(delivery)
-                return
-            results.append(_result(engine, line.popleft()))
-        engine.post(delivery)
 
     def publish_summarization_task(
         self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
@@ -358,56 +329,6 @@ def _checked(timeout: float) -> float:
     if isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout >= 0:
         return timeout
     raise ConfigurationError("timeout must be a number of seconds from 0")
-
-
-def _undecided(each: Delivery | PublishError) -> bool:
-    return isinstance(each, Delivery) and not each.future.done()
-
-
-def _deadline(line: deque[Delivery | PublishError]) -> float:
-    head = line[0] if line else None
-    return head.deadline if isinstance(head, Delivery) else math.inf
-
-
-def _result(engine: Engine, each: Delivery | PublishError) -> Receipt | PublishError:
-    if isinstance(each, PublishError):
-        return each
-    try:
-        return _answer(engine, each)
-    except PublishError as error:
-        return error
-
-
-def _answer(engine: Engine, delivery: Delivery) -> Receipt:
-    """Wait until the courier has spoken; at the deadline ask it to."""
-    future = delivery.future
-    try:
-        error = future.exception(max(0.0, delivery.deadline - time.monotonic()))
-    except FutureTimeoutError:
-        engine.expire(delivery)
-        try:
-            error = future.exception(GRACE)
-        except FutureTimeoutError:
-            return _unanswered(engine, delivery, future)
-    if error is not None:
-        raise error
-    return future.result(0)
-
-
-def _unanswered(engine: Engine, delivery: Delivery, future: Future[Receipt]) -> Receipt:
-    """End the wait although the courier is silent: its thread hangs, or has just died."""
-    withdrawn = future.cancel()
-    error = ConfirmTimeoutError(
-        "the I/O thread does not answer",
-        message_id=delivery.envelope.message_id,
-        attempts=delivery.attempts,
-        possibly_sent=not withdrawn,
-    )
-    if withdrawn or not delivery.retry:
-        engine.withdraw(delivery)
-        raise error
-    elapsed = time.monotonic() - delivery.started
-    return Receipt(error.message_id or "", delivery.attempts, elapsed, False, error, future)
 
 
 def _report(report: Future[CloseReport], timeout: float) -> CloseReport:

@@ -95,7 +95,7 @@ class Behaviour:
     def on_start_ok(
         self,
         connection: FakeConnection,
-        start_ok: spec.Connection.StartOk,  # noqa: ARG002 - for those who override it
+        start_ok: spec.Connection.StartOk,
     ) -> None:
         """A client has sent its credentials: accept them with Connection.Tune."""
         tune = spec.Connection.Tune(self.channel_max, self.frame_max, self.heartbeat)
@@ -104,7 +104,7 @@ class Behaviour:
     def on_open(
         self,
         connection: FakeConnection,
-        virtual_host: str,  # noqa: ARG002 - for those who override it
+        virtual_host: str,
     ) -> None:
         """A client opens a virtual host: let it in."""
         connection.send_method(0, spec.Connection.OpenOk())
@@ -127,7 +127,7 @@ class Behaviour:
         connection: FakeConnection,
         channel: int,
         tag: int,
-        message: ReceivedMessage,  # noqa: ARG002 - for those who override it
+        message: ReceivedMessage,
     ) -> None:
         """A message has arrived whole: ack it, if the channel confirms."""
         if tag:

@@ -457,8 +457,8 @@ class Proxy:
         return urlunsplit(parts._replace(netloc=netloc))
 
     def passed(self, direction: Literal["c2s", "s2c"]) -> int:
-        """Bytes delivered in `direction`, over all connections."""
-        return self._flows[direction].passed
+        """Bytes delivered in `direction`, over all connections, those just received included."""
+        return self._loop.call(lambda: self._flows[direction].passed)
 
     def wait_for_connections(self, n: int, timeout: float) -> None:
         """Wait until at least `n` clients are connected; with 0, until none is.

@@ -21,6 +21,7 @@ FLOORS = [
     {"core"},
     {"status", "observe", "stores"},
     {"engine"},
+    {"waiting"},
     {"producer"},
     {"__init__"},
     {"testing"},
