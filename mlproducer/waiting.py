@@ -1,7 +1,7 @@
 """Where publishers wait for the courier's answer: one for one message, or in line for many.
 
-The courier keeps the deadline, at the publisher's word. The publisher's own wait is a little longer,
-and is the backstop for when the courier is silent.
+The courier keeps the deadline, at the publisher's word. The publisher's own wait is a little
+longer, and is the backstop for when the courier is silent.
 
 Runs on: the users' threads.
 """

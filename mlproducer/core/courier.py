@@ -216,17 +216,16 @@ class Courier:
         """The connection is gone, and with it the broker's Blocked."""
         self._flow.step(FlowEvent.RECONNECTED)
 
-    def refuse(self, error: PublishError | None, now: float) -> None:
-        """Send nobody to wait for a link that does not come: fail what waits, and what follows.
+    def refuse(self, error: PublishError, now: float) -> None:
+        """Let nobody wait for a link that does not come: fail what waits, and what follows.
 
-        :param error: the template of what they are told; ``None``: let them wait
+        :param error: the template of what they are told
         """
         self._refusal = error
-        if error is not None:
-            waiting = [*self._trial.discharge(), *self._backlog]
-            self._backlog.clear()
-            for delivery in waiting:
-                self._fail(delivery, self._fresh(error, delivery), now)
+        waiting = [*self._trial.discharge(), *self._backlog]
+        self._backlog.clear()
+        for delivery in waiting:
+            self._fail(delivery, self._fresh(error, delivery), now)
 
     def block(self, *, blocked: bool) -> None:
         """Stop or go on writing, as the broker's alarm comes or goes."""

@@ -23,8 +23,8 @@ from mlproducer.engine.roles import DialerOwner
 STABLE_AFTER = 5.0
 """Seconds that a connection without traffic must last to count as stable."""
 
-CLOSE_LIMIT = 0.25
-"""Seconds for the closing handshake; a broker that blocks or hangs does not answer it."""
+CLOSE_LIMIT = 0.15
+"""Seconds for the closing handshake, and for pika to see a cut; a hanging broker answers none."""
 
 
 class Dialer:
@@ -105,7 +105,7 @@ class Dialer:
         else:
             self._tried += 1
             self._rotate()
-            if self._tried < len(self._routes) and loss.kind is not LossKind.AUTHENTICATION:
+            if self._tried < len(self._routes):
                 self._open()
             else:
                 self._step(LinkEvent.LOST)

@@ -25,6 +25,7 @@ from mlproducer.engine.io_thread import IOThread
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import Route
 from mlproducer.engine.tls import make_context
+from mlproducer.errors import ProducerClosedError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
@@ -35,7 +36,7 @@ from mlproducer.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-CLOSE_MARGIN = 0.3
+CLOSE_MARGIN = 0.4
 """Seconds of a close's grace that ending the link and the threads may take."""
 
 
@@ -112,8 +113,14 @@ class Engine:
     # --- messages ------------------------------------------------------------------------------
 
     def post(self, delivery: Delivery) -> None:
-        """Hand over a delivery that has passed the gate."""
-        self._io.post(delivery)
+        """Hand over a delivery that has passed the gate.
+
+        :raises ProducerClosedError: the producer was closed meanwhile
+        """
+        if not self._io.mailbox.put(delivery):
+            raise ProducerClosedError(
+                "the producer was closed", message_id=delivery.envelope.message_id
+            )
 
     def turn_away(self, delivery: Delivery) -> None:
         """Hand over a delivery for which the gate had no room in time."""

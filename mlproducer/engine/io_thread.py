@@ -78,10 +78,6 @@ class IOThread:
         """Have something done on the I/O thread."""
         self.mailbox.put(method)
 
-    def post(self, delivery: Delivery) -> None:
-        """Hand a delivery over."""
-        self.mailbox.put(delivery)
-
     def ready(self) -> bool:
         """Whether a message handed over now would be written."""
         return self.courier.able

@@ -209,6 +209,8 @@ class Link:
 
     def _prepare(self) -> None:
         """Declare the topology, then open the channel for publishing."""
+        if not self._connection.is_open:
+            return  # it is closing, and its end will be told
         if self._redeclare:
             self._redeclare = False
             self._to_declare.extend(self._route.declarations)

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from mlproducer.core.delivery import Delivery
-from mlproducer.errors import ProducerClosedError
 
 Order = Callable[[], None]
 Item = Delivery | Order
@@ -42,16 +41,14 @@ class Mailbox:
         """Give all descriptors, for a forked child to let go of."""
         return [self._ear.fileno(), self._bell.fileno()]
 
-    def put(self, item: Item) -> None:
-        """Hand something over.
-
-        :raises ProducerClosedError: nobody will look into the box any more
-        """
+    def put(self, item: Item) -> bool:
+        """Hand something over; false if nobody will look into the box any more."""
         self._items.append(item)
         if self._closed:
-            raise ProducerClosedError("the producer is closed")
+            return False
         if not self._rung:
             self.ring()
+        return True
 
     def ring(self) -> None:
         """Ring even if it was rung: a put may have been interrupted between its steps."""

@@ -30,6 +30,7 @@ _DIRECTORIES = ("/usr/lib/rabbitmq/bin", "/opt/rabbitmq/sbin", "/opt/homebrew/op
 # again cannot be given that very port as its own, and so connect to itself.
 _PORTS = range(20_000, 32_000)
 _ANSWER = re.compile(r'"([A-Za-z0-9+/=]+)"\}?\s*\Z')
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 class RabbitMQError(Exception):
@@ -114,7 +115,9 @@ class ErlangNetwork:
 
     def evaluate(self, node: str, expression: str, timeout: float, *, form: str = "~tp") -> str:
         """Evaluate an Erlang expression on ``node``; return its value, printed by ``form``."""
-        body = expression.strip().rstrip(".")
+        # erl_call reads bytes as Latin-1, so other characters are written as Erlang's escapes.
+        ascii_only = _NOT_ASCII.sub(lambda found: f"\\x{{{ord(found[0]):x}}}", expression)
+        body = ascii_only.strip().rstrip(".")
         wrapped = (
             "base64:encode_to_string(unicode:characters_to_binary("
             f'io_lib:format("={form}", [begin {body} end]))).\n'

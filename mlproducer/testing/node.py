@@ -289,12 +289,19 @@ class RabbitMQNode:
         return network.evaluate(self.name, names, _CALL_LIMIT, form="~ts").splitlines()
 
     def queue_depth(self, vhost: str, queue: str) -> int:
-        """The number of messages ready for delivery, as a passive declare would say."""
+        """The number of messages ready for delivery.
+
+        A passive declare says 0 while a quorum queue has no leader, such as just after a restart;
+        this waits for the leader (5 s), and raises `RabbitMQError` where there is none.
+        """
         resource = f"rabbit_misc:r({_binary(vhost)}, queue, {_binary(queue)})"
         return int(
             self.eval(
                 f"{{ok, Q}} = rabbit_amqqueue:lookup({resource}), "
-                "{ok, Ready, _} = rabbit_amqqueue:stat(Q), Ready"
+                "case amqqueue:get_pid(Q) of "
+                "P when is_pid(P) -> {ok, N, _} = rabbit_amqqueue:stat(Q), N; "
+                "P -> {ok, {N, _}, _} = ra:consistent_query(P, fun rabbit_fifo:query_stat/1), N "
+                "end"
             )
         )
 

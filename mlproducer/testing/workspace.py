@@ -24,7 +24,7 @@ _GUARD = """
 trap '' INT TERM HUP
 read -r _ && exit
 for file in "$1"/*.pid; do
-    [ -f "$file" ] && kill -KILL -- "-$(cat "$file")"
+    [ -f "$file" ] && kill -s KILL -- "-$(cat "$file")"
 done
 rm -rf "$1" || { sleep 1; rm -rf "$1"; }
 """
