@@ -135,35 +135,46 @@ def sequence(name: str, value: Any) -> Any:
 
 def mapping(name: str, value: Any) -> Any:
     """Accept a mapping with str keys, and keep a copy."""
+    return copied(_with_str_keys(name, value))
+
+
+def headers(name: str, value: Any) -> Any:
+    """Accept a mapping with str keys, and keep a copy; tuples stay what AMQP refuses."""
+    return copied(_with_str_keys(name, value), (dict, list))
+
+
+def _with_str_keys(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         refuse(name, value, "a mapping")
     for key in value:
         if not isinstance(key, str):
             refuse(f"a key of {name}", key, "a str")
-    return copied(dict(value))
+    return dict(value)
 
 
-def copied(value: Any) -> Any:
-    """Copy lists, tuples (as lists) and dicts, so that the caller may go on changing the original.
+def copied(value: Any, kinds: tuple[type, ...] = (dict, list, tuple)) -> Any:
+    """Copy what is mutable, so that the caller may go on changing the original.
 
-    Loops and shared parts are kept as they are; what cannot travel is left for ``publish()`` to
-    refuse.
+    Tuples, which may hold something mutable, become lists. Loops and shared parts are kept as they
+    are; what cannot travel is left for ``publish()`` to refuse.
     """
     root = [value]
     level: list[Any] = [root]
     copies: dict[int, Any] = {}
     for _ in range(_COPIED_LEVELS):
-        level = [copy for parent in level for copy in _copy_children(parent, copies)]
+        level = [copy for parent in level for copy in _copy_children(parent, copies, kinds)]
         if not level:
             break
     return root[0]
 
 
-def _copy_children(parent: Any, copies: dict[int, Any]) -> list[Any]:
+def _copy_children(
+    parent: Any, copies: dict[int, Any], kinds: tuple[type, ...]
+) -> list[dict[str, Any] | list[Any]]:
     """Put copies in the place of a container's containers; give back those made just now."""
     made = []
     for key, item in list(parent.items() if isinstance(parent, dict) else enumerate(parent)):
-        if isinstance(item, (dict, list, tuple)):
+        if isinstance(item, kinds):
             copy = copies.get(id(item))
             if copy is None:
                 copy = copies[id(item)] = dict(item) if isinstance(item, dict) else list(item)

@@ -345,7 +345,7 @@ class CeleryTask:
 
 
 def _own_headers(headers: Mapping[str, Any]) -> Any:
-    kept = shapes.mapping("headers", headers)
+    kept = shapes.headers("headers", headers)
     taken = PROTOCOL_HEADERS.intersection(kept)
     if taken:
         raise InvalidTaskError(

@@ -42,6 +42,7 @@ class Dialer:
         self._next_route = 0
         self._tried = 0
         self._stable = False
+        self._delays = 0
         self.failures = 0
         self._link: Link | None = None
         self._timer: Any = None
@@ -70,7 +71,7 @@ class Dialer:
     def dial(self) -> None:
         """Try now; where the attempts were used up, start over."""
         if self.idle:
-            self.failures = 0
+            self.failures = self._delays = 0
         if self.state is ConnectionState.DISCONNECTED:
             self._begin()
 
@@ -85,7 +86,7 @@ class Dialer:
         """Note that the connection is stable: it was confirmed on, or has lasted."""
         if not self._stable and self.state is ConnectionState.CONNECTED:
             self._stable = True
-            self.failures = 0
+            self.failures = self._delays = 0
             self._cancel_timer()
 
     def failed(self, loss: Loss) -> None:
@@ -99,7 +100,7 @@ class Dialer:
             self._tried = 0
             self._rotate()
             if self._stable:
-                self._redial_after(self._delay())
+                self.redial()
             else:
                 self._count_failure(loss)
         else:
@@ -145,9 +146,9 @@ class Dialer:
             self._step(LinkEvent.LOST)
 
     def redial(self) -> None:
-        """Try again after the delay that is due."""
-        if self.idle:
-            self._redial_after(self._delay())
+        """Try again after the delay that is due; each is longer than the one before."""
+        self._redial_after(self._backoff.delay(self._delays, random.random()))
+        self._delays += 1
 
     def _finish(self) -> None:
         self._cancel_timer()
@@ -159,17 +160,13 @@ class Dialer:
             self._link = Link(self._loop, self.route, self._owner, self._spared)
 
     def _count_failure(self, loss: Loss) -> None:
-        delay = self._delay()
         self.failures += 1
         if self.failures >= self._limit:
             self._owner.gave_up(loss)
         elif loss.kind is LossKind.AUTHENTICATION:
             self._redial_after(self._backoff.delay(64, random.random()))  # no lockout by hammering
         else:
-            self._redial_after(delay)
-
-    def _delay(self) -> float:
-        return self._backoff.delay(self.failures, random.random())
+            self.redial()
 
     def _redial_after(self, delay: float) -> None:
         self._set_timer(delay, self._begin)

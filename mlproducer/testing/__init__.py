@@ -1,4 +1,4 @@
-"""Real programs for tests, ours and yours: a private broker, a cluster, a worker, certificates.
+"""Parts for tests, ours and yours: a private broker, a cluster, a worker, a proxy, a fake broker.
 
 Owns the public names of this package. pytest is not needed here; the fixtures that need it are in
 `mlproducer.testing.plugin`.
@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from mlproducer.testing.certificates import Certificate, CertificateError, Certificates, ServerTLS
 from mlproducer.testing.cluster import RabbitMQCluster
+from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
+from mlproducer.testing.proxy import Proxy
 from mlproducer.testing.worker import CeleryNotInstalled, CeleryWorker, TaskRun, WorkerError
 
 __all__ = [
+    "Behaviour",
     "CeleryNotInstalled",
     "CeleryWorker",
     "Certificate",
     "CertificateError",
     "Certificates",
+    "FakeBroker",
+    "Proxy",
     "RabbitMQCluster",
     "RabbitMQError",
     "RabbitMQNode",

@@ -34,5 +34,5 @@ def refused(
     link: BaseException | None = caught.value
     while link is not None:
         assert CANARY not in f"{link} {link!r}"
-        link = link.__context__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     assert min(elapsed) < _LIMIT

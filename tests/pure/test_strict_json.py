@@ -51,16 +51,17 @@ def encode(value: Any) -> bytes:
     return dumps("args", value)
 
 
+texts = st.text('aé\u20ac\U0001f600\0\x1f\x7f"\\\u2028', max_size=8)
 scalars = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text()
+    | texts
 )
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4),
     max_leaves=12,
 )
 

@@ -19,7 +19,8 @@ import pika.exceptions
 import pytest
 
 from mlproducer.testing.fake_broker import FakeBroker
-from mlproducer.testing.proxy import Loop, Proxy
+from mlproducer.testing.loop import Loop
+from mlproducer.testing.proxy import Proxy
 
 LIMIT = 5.0
 

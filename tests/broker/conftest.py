@@ -1,0 +1,65 @@
+"""Producers on the fresh virtual host of a real node, closed in time after each test.
+
+Runs on: pytest's main thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from mlproducer import MLProducer, Settings
+from mlproducer.stores.protocol import Store
+from mlproducer.testing import RabbitMQNode
+from mlproducer.testing.plugin import VirtualHost
+from mlproducer.testing.proxy import Proxy
+
+CLOSE_TIMEOUT = 1.0
+
+QUICK = {
+    "reconnect_initial_delay": 0.1,
+    "reconnect_max_delay": 0.5,
+    "max_reconnect_attempts": 100,  # a node needs about 6 s to come back
+    "message_retry_base_delay": 0.5,
+    "retry_sweep_interval": 0.2,
+}
+"""Delays that keep the tests short; those that measure a delay override them."""
+
+Connect = Callable[..., MLProducer]
+
+
+@pytest.fixture
+def connect(rabbitmq_vhost: VirtualHost) -> Iterator[Connect]:
+    """Make producers: ``connect(url=None, store=None, **settings)``."""
+    producers: list[MLProducer] = []
+
+    def make(url: str | None = None, store: Store | None = None, **settings: Any) -> MLProducer:
+        chosen = Settings(url=url or rabbitmq_vhost.url, **{**QUICK, **settings})
+        producers.append(MLProducer(chosen, store=store))
+        return producers[-1]
+
+    yield make
+    for producer in producers:
+        started = time.monotonic()
+        producer.close(CLOSE_TIMEOUT)
+        assert time.monotonic() - started < CLOSE_TIMEOUT + 0.5
+
+
+@pytest.fixture
+def mortal_node(rabbitmq_vhost: VirtualHost) -> Iterator[RabbitMQNode]:
+    """Give the shared node to a test that ends it; it runs again afterwards, whatever happened."""
+    node = rabbitmq_vhost.node
+    yield node
+    if not node.running:
+        node.restart()
+
+
+@pytest.fixture
+def proxy(rabbitmq_vhost: VirtualHost) -> Iterator[Proxy]:
+    """A proxy in front of the shared node."""
+    node = rabbitmq_vhost.node
+    with Proxy((node.host, node.port)) as between:
+        yield between

@@ -1,0 +1,254 @@
+"""AMQP encoding: byte for byte what pika writes, and nothing that pika or a broker chokes on."""
+
+from __future__ import annotations
+
+import struct
+from datetime import datetime, timezone
+from decimal import Decimal
+from enum import IntEnum
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pika import frame, spec
+from pika.exceptions import ShortStringTooLong, UnsupportedAMQPFieldException
+
+from mlproducer.errors import InvalidMessageError, MessageTooLargeError
+from mlproducer.message import Message
+from mlproducer.wire import amqp, raw
+from mlproducer.wire.frames import FrameWriter
+
+from .refusals import CANARY, refused
+
+CHANNEL = 1
+PIKA_REFUSES = (
+    struct.error,
+    ShortStringTooLong,
+    UnsupportedAMQPFieldException,
+    UnicodeEncodeError,
+    AssertionError,
+)
+
+
+class Level(IntEnum):
+    """An int that is more than an int."""
+
+    HIGH = 9
+
+
+def by_pika(message: Message, tag: int, frame_max: int) -> bytes:
+    """Encode as pika's ``Connection._send_message`` does."""
+    milliseconds = None if message.expiration is None else str(round(message.expiration * 1000))
+    method = spec.Basic.Publish(
+        exchange=message.exchange, routing_key=message.routing_key, mandatory=True
+    )
+    header = spec.BasicProperties(
+        content_type=message.content_type,
+        content_encoding=message.content_encoding,
+        headers=message.headers,
+        delivery_mode=2 if message.persistent else 1,
+        priority=message.priority,
+        correlation_id=message.correlation_id,
+        expiration=milliseconds,
+        message_id=message.message_id,
+        type=message.type,
+        cluster_id=str(tag),
+    )
+    size = frame_max - spec.FRAME_HEADER_SIZE - spec.FRAME_END_SIZE
+    fragments = [message.body[n : n + size] for n in range(0, len(message.body), size)]
+    frames = [frame.Method(CHANNEL, method), frame.Header(CHANNEL, len(message.body), header)]
+    frames += [frame.Body(CHANNEL, fragment) for fragment in fragments]
+    return b"".join(each.marshal() for each in frames)
+
+
+def by_us(message: Message, tag: int, frame_max: int) -> bytes:
+    """Encode as a publisher and the I/O thread do together."""
+    envelope = raw.encode(message, exchange="unused")
+    return FrameWriter(CHANNEL, frame_max).publish(envelope, tag)
+
+
+# A small alphabet reaches every class of character sooner than all of Unicode does.
+plain = st.text("ab.é\u20ac\U0001f600", max_size=70)
+wild = plain | st.text("a\0\r\n\x7f\ud800é", max_size=6) | st.just("é" * 128)
+numbers = st.sampled_from([0, -1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, -(2**63)])
+scalars = st.none() | st.booleans() | numbers | plain | st.binary(max_size=20) | st.just(Level.HIGH)
+oddities = (
+    st.sampled_from([2**63, -(2**63) - 1, 1.5, (1,), {1}, Decimal(1), object(), b"\xff", "\ud800"])
+    | scalars
+)
+
+
+def tables(keys: st.SearchStrategy[str], leaves: st.SearchStrategy[Any]) -> Any:
+    """Draw header tables, nested."""
+    inner = st.recursive(
+        leaves,
+        lambda more: st.lists(more, max_size=3) | st.dictionaries(keys, more, max_size=3),
+        max_leaves=8,
+    )
+    return st.dictionaries(keys, inner, max_size=4)
+
+
+def messages(text: st.SearchStrategy[str], headers: st.SearchStrategy[Any], octet: Any) -> Any:
+    """Draw messages of every shape."""
+    maybe = st.none() | text
+    return st.builds(
+        Message,
+        body=st.binary(max_size=300),
+        routing_key=text,
+        exchange=text,
+        headers=st.none() | headers,
+        content_type=maybe,
+        content_encoding=maybe,
+        priority=st.none() | octet,
+        expiration=st.none() | st.floats(0, 4_294_967) | st.integers(0, 4_294_967),
+        message_id=text,
+        correlation_id=maybe,
+        type=maybe,
+        persistent=st.booleans(),
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    messages(plain, tables(plain, scalars), st.integers(0, 255)),
+    st.integers(1, 2**64 - 1),
+    st.integers(9, 200),
+)
+def test_is_what_pika_writes(message: Message, tag: int, frame_max: int) -> None:
+    """Every message that AMQP can carry is byte for byte pika's, over any number of frames."""
+    assert by_us(message, tag, frame_max) == by_pika(message, tag, frame_max)
+
+
+@settings(max_examples=120, deadline=None)
+@given(messages(wild, tables(wild, oddities), st.integers(-1, 300)))
+def test_accepts_only_what_pika_can_write(message: Message) -> None:
+    """What pika cannot encode is refused; what is accepted is pika's, byte for byte."""
+    try:
+        theirs: bytes | None = by_pika(message, 1, 4096)
+    except PIKA_REFUSES:
+        theirs = None
+    try:
+        ours: bytes | None = by_us(message, 1, 4096)
+    except InvalidMessageError:
+        ours = None
+    assert ours is None or ours == theirs
+
+
+@pytest.mark.parametrize("size", [0, 1, 91, 92, 93, 184, 185, 500])
+def test_splits_a_body_as_pika_does(size: int) -> None:
+    """Bodies at and around the frame's edge; an empty one has no body frame at all."""
+    message = Message(body=b"x" * size, routing_key="q", exchange="", message_id="1")
+    assert by_us(message, 1, 100) == by_pika(message, 1, 100)
+
+
+@pytest.mark.parametrize("value", [bytearray(b"abc"), memoryview(b"abc"), b"abc"])
+def test_body_is_fixed(value: Any) -> None:
+    """Fault 71: a buffer that the caller may change later is copied."""
+    envelope = raw.encode(Message(body=value, routing_key="q"), exchange="x")
+    assert (type(envelope.body), envelope.body) == (bytes, b"abc")
+
+
+def test_fills_in_what_is_missing() -> None:
+    """A message without an exchange goes to the settings' one; without an id it gets one."""
+    first, second = (raw.encode(Message(body=b"", routing_key="q"), exchange="x") for _ in "12")
+    assert (first.exchange, first.task_type) == ("x", "raw")
+    assert len(first.message_id) == 36
+    assert first.message_id != second.message_id
+
+
+DEEP_LIST: list[Any] = []
+DEEP_DICT: dict[str, Any] = {}
+for _ in range(2_000):
+    DEEP_LIST, DEEP_DICT = [DEEP_LIST], {"a": DEEP_DICT}
+LOOP: dict[str, Any] = {}
+LOOP["a"] = LOOP
+
+BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"body": CANARY}, ("body", "str", "bytes")),
+    ({"body": None}, ("body", "NoneType")),
+    ({"body": [1]}, ("body", "list")),
+    ({"routing_key": None}, ("routing_key", "NoneType", "str")),
+    ({"routing_key": b"q"}, ("routing_key", "bytes")),
+    ({"routing_key": "é" * 128}, ("routing_key", "256 bytes", "255")),
+    ({"routing_key": f"{CANARY}\0"}, ("routing_key", "control")),
+    ({"routing_key": f"{CANARY}\nERROR forged"}, ("routing_key", "control")),
+    ({"routing_key": f"{CANARY}\x1b[2J"}, ("routing_key", "control")),
+    ({"routing_key": f"{CANARY}\ud800"}, ("routing_key", "surrogate")),
+    ({"exchange": "e" * 256}, ("exchange", "256 bytes")),
+    ({"exchange": 1}, ("exchange", "int")),
+    ({"message_id": "é" * 128}, ("message_id", "256 bytes")),
+    ({"message_id": 1}, ("message_id", "int")),
+    ({"correlation_id": f"{CANARY}\r\n"}, ("correlation_id", "control")),
+    ({"content_type": b"x"}, ("content_type", "bytes")),
+    ({"content_encoding": "\x7f"}, ("content_encoding", "control")),
+    ({"type": "t" * 256}, ("type", "256 bytes")),
+    ({"headers": [CANARY]}, ("headers", "list", "mapping")),
+    ({"headers": {"a": 1.5}}, ("headers", "float", "accepted")),
+    ({"headers": {"a": (CANARY,)}}, ("headers", "tuple")),
+    ({"headers": {"a": {CANARY}}}, ("headers", "set")),
+    ({"headers": {"a": [{"b": Decimal(1)}]}}, ("headers", "Decimal")),
+    ({"headers": {"a": datetime.now(timezone.utc)}}, ("headers", "datetime")),
+    ({"headers": {"a": 2**63}}, ("headers", "64 bits")),
+    ({"headers": {"a": -(2**63) - 1}}, ("headers", "64 bits")),
+    ({"headers": {"a": f"{CANARY}\ud800"}}, ("headers", "surrogate")),
+    ({"headers": {"a": DEEP_LIST}}, ("headers", "32 levels")),
+    ({"headers": DEEP_DICT}, ("headers", "32 levels")),
+    ({"headers": LOOP}, ("headers", "32 levels")),
+    ({"headers": {1: CANARY}}, ("a key of headers", "int")),
+    ({"headers": {None: CANARY}}, ("a key of headers", "NoneType")),
+    ({"headers": {f"{CANARY}\n": 1}}, ("a key of headers", "control")),
+    ({"headers": {"a": {"é" * 128: 1}}}, ("a key of headers", "256 bytes")),
+    ({"headers": {"CC": [CANARY]}}, ("headers", "CC")),
+    ({"headers": {"BCC": [CANARY]}}, ("headers", "BCC")),
+    ({"priority": 300}, ("priority", "0 to 255", "300")),
+    ({"priority": -1}, ("priority", "0 to 255")),
+    ({"priority": "1"}, ("priority", "str")),
+    ({"priority": True}, ("priority", "bool")),
+    ({"priority": 10**10_000}, ("priority", "int")),
+    ({"expiration": -1}, ("expiration", "seconds")),
+    ({"expiration": float("nan")}, ("expiration", "seconds")),
+    ({"expiration": float("inf")}, ("expiration", "seconds")),
+    ({"expiration": 4_294_968}, ("expiration", "4294967")),
+    ({"expiration": "1000"}, ("expiration", "str")),
+    ({"expiration": True}, ("expiration", "bool")),
+    ({"expiration": 10**400}, ("expiration", "seconds")),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD)
+def test_refuses_what_amqp_cannot_carry(fields: dict[str, Any], words: tuple[str, ...]) -> None:
+    """Faults 66 to 69: refused by name and type on the caller's thread, and fast."""
+    message = Message(**{"body": b"", "routing_key": "q", **fields})
+    refused(lambda: raw.encode(message, exchange="x"), InvalidMessageError, *words)
+
+
+@pytest.mark.parametrize("field", ["user_id", "delivery_mode", "timestamp", "cluster_id"])
+def test_offers_no_property_that_can_only_do_harm(field: str) -> None:
+    """Fault 68: the broker checks ``user_id``; the others are not the user's to set."""
+    with pytest.raises(TypeError, match=field):
+        Message(**{"body": b"", "routing_key": "q", field: 1})
+
+
+def test_refuses_headers_over_the_frame() -> None:
+    """Fault 67: 200 kB of headers pass pika, and cost the connection of every other message."""
+    message = Message(body=b"", routing_key="q", headers={"a": CANARY * 20_000})
+    refused(lambda: raw.encode(message, exchange="x"), MessageTooLargeError, "headers")
+
+
+def test_the_largest_headers_fit_a_frame_with_any_attempt() -> None:
+    """The limit leaves room for the longest delivery tag, and not a byte is given away."""
+    shell = len(raw.encode(with_header(0), exchange="x").properties)
+    largest = raw.encode(with_header(amqp.PROPERTIES_MAX - shell), exchange="x")
+    whole = FrameWriter(CHANNEL, amqp.FRAME_MAX).publish(largest, 2**64 - 1)
+    method = len(whole) - amqp.FRAME_MAX
+    assert whole[method : method + 3] == bytes((spec.FRAME_HEADER, 0, CHANNEL))
+    assert FrameWriter(CHANNEL, amqp.FRAME_MAX).fits(largest)
+    assert not FrameWriter(CHANNEL, amqp.FRAME_MAX - 1).fits(largest)
+    with pytest.raises(MessageTooLargeError):
+        raw.encode(with_header(amqp.PROPERTIES_MAX - shell + 1), exchange="x")
+
+
+def with_header(length: int) -> Message:
+    """Make a message with one header of that length."""
+    return Message(body=b"", routing_key="q", message_id="1", headers={"a": "x" * length})

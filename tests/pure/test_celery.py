@@ -1,0 +1,255 @@
+"""Celery's protocol: the messages are those of a real Celery, and a real worker reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from celery import Celery
+from celery.worker.request import Request
+from kombu.message import Message as KombuMessage
+from pika.spec import BasicProperties
+
+from mlproducer.errors import InvalidMessageError, MessageTooLargeError
+from mlproducer.message import Envelope
+from mlproducer.tasks import (
+    PROTOCOL_HEADERS,
+    CeleryTask,
+    EmbeddingBatchTask,
+    EmbeddingTask,
+    PreferredBackends,
+    SummarizationTask,
+    TranscriptionTask,
+)
+from mlproducer.wire import celery as wire
+
+from .refusals import CANARY, refused
+
+NOW = datetime(2024, 5, 1, 12, 0, 0, 250_000, tzinfo=timezone.utc)
+LATER = NOW + timedelta(hours=1)
+TRACE = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+TEXT = {"text": CANARY}
+TASK_ID = "3f2a"
+
+
+def encode(task: Any, **changes: Any) -> Envelope:
+    """Encode with settings that do not matter."""
+    given = {"exchange": "x", "preferred": PreferredBackends(), "trace": {}, "now": NOW}
+    return wire.encode(task, **{**given, **changes})
+
+
+def simple(**fields: Any) -> CeleryTask:
+    """Make a task of which a test changes one thing."""
+    return CeleryTask(**{"name": "app.add", "routing_key": "q", "task_id": TASK_ID, **fields})
+
+
+def properties(envelope: Envelope) -> BasicProperties:
+    """Read the properties as a consumer does, with the attempt filled in."""
+    read = BasicProperties()
+    read.decode(envelope.properties + b"\x011")
+    return read
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[Celery]:
+    """Give a Celery application that connects to nothing."""
+    with Celery("tests", broker="memory://", set_as_current=False) as application:
+        yield application
+
+
+AS_CELERY = [
+    {},
+    {"args": [1, "b"], "kwargs": {"c": None}},
+    {"countdown": 10},
+    {"countdown": 0.5, "expires": 60},
+    {"eta": LATER, "expires": LATER},
+    {"priority": 7, "headers": {"tenant": "t", "n": [1, {"a": None}]}},
+]
+
+
+@pytest.mark.parametrize("fields", AS_CELERY)
+def test_is_what_celery_would_send(app: Celery, fields: dict[str, Any]) -> None:
+    """Headers, ids and body equal those of Celery's own ``as_task_v2``, but for the reprs."""
+    own = {key: value for key, value in fields.items() if key not in {"priority", "headers"}}
+    expected = app.amqp.as_task_v2(
+        TASK_ID, "app.add", now=NOW, timezone=timezone.utc, argsrepr="(...)", kwargsrepr="{...}",
+        **own,
+    )  # fmt: skip
+    envelope = encode(simple(**fields))
+    sent = properties(envelope)
+    assert sent.headers == {
+        **{key: expected.headers[key] for key in PROTOCOL_HEADERS},
+        **fields.get("headers", {}),
+    }
+    assert sent.correlation_id == expected.properties["correlation_id"]
+    assert sent.priority == fields.get("priority")
+    assert json.loads(envelope.body) == json.loads(json.dumps(expected.body))
+
+
+TASKS = [
+    (SummarizationTask("s", TEXT), "summarize_llm", "ml.summarize"),
+    (TranscriptionTask("s", CANARY), "transcribe_whisper", "ml.transcribe"),
+    (EmbeddingTask("s", TEXT), "embed_vectors", "ml.embed"),
+    (EmbeddingBatchTask([("s", TEXT)]), "embed_vectors", "ml.embed"),
+]
+
+
+@pytest.mark.parametrize(("task", "task_type", "routing_key"), TASKS)
+def test_ml_message(app: Celery, task: Any, task_type: str, routing_key: str) -> None:
+    """An ML task has the contract's properties and headers, and a body of keyword arguments."""
+    envelope = encode(task)
+    sent = properties(envelope)
+    assert (envelope.exchange, envelope.routing_key, envelope.task_type) == (
+        "x",
+        routing_key,
+        task_type,
+    )
+    assert (sent.content_type, sent.content_encoding) == ("application/json", "utf-8")
+    assert (sent.delivery_mode, sent.cluster_id) == (2, "1")
+    assert sent.message_id == sent.correlation_id == envelope.message_id == sent.headers["id"]
+    assert str(uuid.UUID(envelope.message_id)) == envelope.message_id
+    preferred = PreferredBackends()
+    name, kwargs = task.route(preferred).name, task.kwargs(preferred)
+    reference = app.amqp.as_task_v2(
+        envelope.message_id, name, (), kwargs, argsrepr="(...)", kwargsrepr="{...}"
+    )
+    assert sent.headers == {key: reference.headers[key] for key in PROTOCOL_HEADERS}
+    assert json.loads(envelope.body) == json.loads(json.dumps(reference.body))
+
+
+def test_ml_message_for_the_preferred_backend() -> None:
+    """The settings' backend decides the route, the Celery task's name and the option."""
+    envelope = encode(TranscriptionTask("s", "u"), preferred=PreferredBackends(stt="local"))
+    assert envelope.routing_key == "ml.transcribe_local"
+    assert properties(envelope).headers["task"] == "whisper.tasks.transcribe_local"
+    assert json.loads(envelope.body)[1]["options"]["backend"] == "local"
+
+
+@pytest.mark.parametrize("task", [row[0] for row in TASKS] + [simple(args=[CANARY])])
+def test_properties_hold_no_user_text(task: Any) -> None:
+    """What brokers and monitors show of a message is free of its content."""
+    assert CANARY.encode() not in encode(task).properties
+    assert CANARY not in repr(encode(task))
+
+
+def test_a_worker_reads_it(app: Celery) -> None:
+    """A stock worker's request finds the task, its arguments and its times in the message."""
+
+    @app.task(name="app.add")  # type: ignore[untyped-decorator]
+    def add(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError
+
+    envelope = encode(simple(args=[1, 2], kwargs={"c": "ü"}, eta=LATER, expires=7200), trace=TRACE)
+    sent = properties(envelope)
+    message = KombuMessage(
+        body=envelope.body,
+        content_type=sent.content_type,
+        content_encoding=sent.content_encoding,
+        headers=sent.headers,
+        properties={"correlation_id": sent.correlation_id},
+        delivery_info={"exchange": "x", "routing_key": "q", "redelivered": False},
+    )
+    request = Request(message, app=app, task=add)
+    assert (request.id, request.name) == (TASK_ID, "app.add")
+    assert (list(request.args), dict(request.kwargs)) == ([1, 2], {"c": "ü"})
+    assert (request.eta, request.expires) == (LATER, NOW + timedelta(hours=2))
+    assert request.request_dict["traceparent"] == TRACE["traceparent"]
+
+
+def test_each_message_has_its_own_id() -> None:
+    """A task without an id can be published twice, and is two messages."""
+    task = SummarizationTask("s", TEXT)
+    assert encode(task).message_id != encode(task).message_id
+
+
+def test_goes_where_the_task_says() -> None:
+    """A Celery task's own exchange comes before the settings' one; the default one has no name."""
+    assert encode(simple(exchange="")).exchange == ""
+    assert encode(simple(exchange="other")).exchange == "other"
+    assert encode(simple()).exchange == "x"
+
+
+@pytest.mark.parametrize("task", [SummarizationTask("s", TEXT), simple()])
+def test_carries_the_trace_context(task: Any) -> None:
+    """A context in force travels as headers of its own name."""
+    headers = properties(encode(task, trace={**TRACE, "tracestate": "a=1"})).headers
+    assert (headers["traceparent"], headers["tracestate"]) == (TRACE["traceparent"], "a=1")
+    assert "traceparent" not in properties(encode(task)).headers
+
+
+def test_own_context_is_not_mixed_with_the_one_in_force() -> None:
+    """A context among the task's headers stands alone."""
+    task = simple(headers={"traceparent": "mine"})
+    headers = properties(encode(task, trace={**TRACE, "tracestate": "a=1"})).headers
+    assert headers["traceparent"] == "mine"
+    assert "tracestate" not in headers
+
+
+def test_origin_follows_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child's messages name the child."""
+    assert properties(encode(simple())).headers["origin"] == f"gen{os.getpid()}@{HOST}"
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
+    assert properties(encode(simple())).headers["origin"] == f"gen4711@{HOST}"
+
+
+HOST = socket.gethostname()
+
+
+def test_order_of_headers_is_constant() -> None:
+    """Two tasks of one name differ in their values only."""
+    first, second = (list(properties(encode(simple(args=[n]))).headers) for n in (1, 2))
+    assert first == second
+
+
+DEEP: list[Any] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+
+BAD = [
+    (simple(args=[{CANARY}]), "args", "set"),
+    (simple(kwargs={"a": NOW}), "kwargs", "datetime"),
+    (simple(kwargs={CANARY: {1: 1}}), "kwargs", "key of type int"),
+    (simple(kwargs={CANARY: float("nan")}), "kwargs", "finite"),
+    (simple(args=[10**10_000]), "args", "4300 digits"),
+    (simple(args=DEEP), "args", "200 levels"),
+    (simple(args=[CANARY + "\ud800"]), "args", "surrogate"),
+    (simple(routing_key="é" * 128), "routing_key", "256 bytes"),
+    (simple(routing_key=CANARY + "\n"), "routing_key", "control"),
+    (simple(routing_key=CANARY + "\ud800"), "routing_key", "surrogate"),
+    (simple(exchange="\0"), "exchange", "control"),
+    (simple(task_id="é" * 128), "task_id", "256 bytes"),
+    (simple(task_id=CANARY + "\r\n"), "task_id", "control"),
+    (simple(name="a\ud800"), "name", "surrogate"),
+    (simple(headers={"a": 1.5}), "headers", "float"),
+    (simple(headers={"a": (CANARY,)}), "headers", "tuple"),
+    (simple(headers={"a": 2**63}), "headers", "64 bits"),
+    (simple(headers={"a": DEEP}), "headers", "levels"),
+    (simple(headers={"CC": [CANARY]}), "headers", "CC"),
+    (simple(headers={"BCC": [CANARY]}), "headers", "BCC"),
+    (simple(headers={"é" * 128: 1}), "a key of headers", "256 bytes"),
+    (EmbeddingTask("s", {"text": "t", "metadata": {"a": NOW}}), "content.metadata", "datetime"),
+    (
+        EmbeddingBatchTask([("s", TEXT), ("s", {**TEXT, "metadata": {"a": {1: 1}}})]),
+        "items[1].content.metadata",
+        "key of type int",
+    ),
+    (SummarizationTask("s", {"text": CANARY + "\ud800"}), "content", "surrogate"),
+    (SummarizationTask("\ud800", TEXT), "share_id", "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("task", "words"), [(row[0], row[1:]) for row in BAD])
+def test_refuses_what_cannot_travel(task: Any, words: tuple[str, ...]) -> None:
+    """Faults 63, 64, 66 to 69: refused by name and type on the caller's thread, and fast."""
+    refused(lambda: encode(task), InvalidMessageError, *words)
+
+
+def test_refuses_headers_over_the_frame() -> None:
+    """Fault 67: the broker would close the connection under every other message."""
+    refused(lambda: encode(simple(headers={"a": CANARY * 20_000})), MessageTooLargeError, "headers")
