@@ -1,27 +1,26 @@
 """The life of deliveries: accepted, sent, then confirmed, kept for a retry, or given back.
 
-The courier is the only judge. It owns every delivery from the moment it is accepted until it
-retires, and holds to one rule above all: a message is on the wire at most once per live channel.
-A confirm that is late therefore only ends the publisher's wait; the tag stays open until the broker
-settles it or its channel is gone.
+The courier owns every delivery from the moment it is accepted until it retires, and holds to one
+rule above all: a message is on the wire at most once per live channel. A confirm that is late
+therefore only ends the publisher's wait; the tag stays open until the broker settles it or its
+channel is gone.
 
 Runs on: the I/O thread, its only owner.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TypeVar
-
-from mlproducer.core.confirms import Confirms
+from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.ports import Carrier, Door, Events, Keeper, Loss
-from mlproducer.core.recovery import Verdict, accuses, decide
-from mlproducer.core.states import FLOW_MOVES, FlowEvent, FlowState, Machine
-from mlproducer.core.trial import Trial
+from mlproducer.core.failure import exhausted, failure, rejected, unroutable
+from mlproducer.core.judge import Judge
+from mlproducer.core.lanes import Lanes
+from mlproducer.core.ports import Carrier, Door, Events, Keeper, Loss, Undertaker
+from mlproducer.core.recovery import accuses
+from mlproducer.core.states import CircuitState, FlowEvent
 from mlproducer.errors import (
     BrokerBlockedError,
-    BrokerRejectedError,
+    CircuitOpenError,
     ConfirmTimeoutError,
     ConnectionLostError,
     MessageTooLargeError,
@@ -29,52 +28,58 @@ from mlproducer.errors import (
     NotConnectedError,
     ProducerClosedError,
     PublishError,
-    UnroutableError,
 )
 from mlproducer.message import Envelope
 
-E = TypeVar("E", bound=PublishError)
-
 
 class Courier:
-    """Carries deliveries over the link and answers their publishers."""
+    """Carries deliveries over the link and answers their publishers.
 
-    def __init__(self, keeper: Keeper, door: Door, events: Events) -> None:
+    :param max_retries: attempts after the first
+    """
+
+    def __init__(
+        self,
+        max_retries: int,
+        breaker: Breaker,
+        keeper: Keeper,
+        undertaker: Undertaker,
+        door: Door,
+        events: Events,
+    ) -> None:
+        self.breaker = breaker
         self._keeper = keeper
         self._door = door
         self._events = events
-        self._carrier: Carrier | None = None
-        self._flow = Machine(FLOW_MOVES, FlowState.FLOWING)
+        self._judge = Judge(max_retries, breaker, keeper, undertaker, door, events)
+        self._lanes = Lanes()
         self._refusal: PublishError | None = None
-        self._backlog: deque[Delivery] = deque()
-        self._trial = Trial()
-        self._confirms = Confirms()
 
     # --- what others may see -------------------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
         """Messages written and neither confirmed nor lost."""
-        return len(self._confirms)
+        return len(self._lanes.confirms)
 
     @property
     def waiting(self) -> int:
         """Messages accepted and not written."""
-        return len(self._backlog) + len(self._trial)
+        return self._lanes.waiting
 
     @property
     def blocked(self) -> bool:
         """Whether the broker has blocked publishers."""
-        return self._flow.state is FlowState.BLOCKED
+        return self._lanes.blocked
 
     @property
     def able(self) -> bool:
         """Whether a message handed over now would be written."""
-        return self._carrier is not None and not self.blocked
+        return self._lanes.carrier is not None and not self.blocked and not self.breaker.refuses()
 
     def overdue(self, now: float, limit: float) -> bool:
         """Whether some message has been in flight, unconfirmed, for ``limit`` seconds."""
-        oldest = self._confirms.oldest()
+        oldest = self._lanes.confirms.oldest()
         return oldest is not None and now - oldest.sent_at >= limit
 
     # --- publishers ----------------------------------------------------------------------------
@@ -84,64 +89,60 @@ class Courier:
         if delivery.claim():
             self.readmit(delivery, now)
         else:
-            delivery.place = Place.RETIRED
-            self._door.leave((delivery,))
+            self._judge.leave(delivery, Place.RETIRED)
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent; from the store, where it waited for a retry."""
         delivery.place = Place.WAITING
-        if self._refusal is None:
-            self._backlog.append(delivery)
+        if self._circuit_is_full():
+            self._judge.fail(delivery, self._circuit_open(delivery, now), now)
+        elif self._refusal is not None:
+            self._refuse_one(delivery, self._refusal, now)
         else:
-            self._fail(delivery, self._fresh(self._refusal, delivery), now)
+            self._lanes.add(delivery)
 
     def turn_away(self, delivery: Delivery, now: float) -> None:
         """Judge a message for which the in-flight window had no room in time."""
         if delivery.claim():
-            self._fail(delivery, self._unsent(delivery), now)
+            self._judge.fail(delivery, self._unsent(delivery), now)
 
     def expire(self, delivery: Delivery, now: float) -> None:
         """End the wait of a publisher whose time is up; its message may live on."""
         if not (delivery.open and delivery.answer_deferral):
             return
         if delivery.place is Place.WAITING:
-            self._withdraw(delivery)
-            self._fail(delivery, self._unsent(delivery), now)
+            self._lanes.withdraw(delivery)
+            self._judge.fail(delivery, self._unsent(delivery), now)
         elif delivery.place is Place.IN_FLIGHT:
-            self._fail(delivery, self._error(ConfirmTimeoutError, delivery, "no confirm"), now)
+            self._judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
 
     def pump(self, now: float) -> None:
-        """Write what waits, as far as the link has room."""
-        if self._carrier is None or self.blocked:
+        """Write what waits, as far as the link has room; half-open, one message as the probe."""
+        carrier = self._lanes.carrier
+        if carrier is None or not self.able:
             return
-        if self._trial:
-            batch = [] if self._confirms else self._load(self._trial.suspects, 1, now)
-        else:
-            batch = self._load(self._backlog, self._carrier.room(), now)
-        if batch:
-            self._carrier.carry(batch)
-
-    def _load(self, queue: deque[Delivery], room: int, now: float) -> list[tuple[Envelope, int]]:
+        room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
-        while queue and room > 0:
-            delivery = queue.popleft()
-            envelope = delivery.envelope
-            if not self._fits(envelope):
-                error = self._error(MessageTooLargeError, delivery, "headers exceed the frame size")
-                self._fail(delivery, error, now)
-                continue
-            delivery.place = Place.IN_FLIGHT
-            if delivery.doubtful:
-                self._events.possible_duplicate(delivery)
-            delivery.attempts += 1
-            delivery.sent_at = now
-            delivery.returned = None
-            batch.append((envelope, self._confirms.register(delivery)))
-            room -= envelope.size
-        return batch
+        for delivery in self._lanes.next(room):
+            if carrier.fits(delivery.envelope):
+                batch.append((delivery.envelope, self._dispatch(delivery, now)))
+            else:
+                text = "the headers exceed the frame size"
+                self._judge.fail(delivery, failure(MessageTooLargeError, delivery, text), now)
+        if batch:
+            carrier.carry(batch)
 
-    def _fits(self, envelope: Envelope) -> bool:
-        return self._carrier is not None and self._carrier.fits(envelope)
+    def _dispatch(self, delivery: Delivery, now: float) -> int:
+        """Note an attempt before it is written, and give its tag."""
+        if delivery.doubtful:
+            self._events.possible_duplicate(delivery)
+        delivery.place = Place.IN_FLIGHT
+        delivery.attempts += not delivery.dead
+        delivery.sent_at = now
+        delivery.counted = False
+        delivery.returned = None
+        self.breaker.sent(delivery)
+        return self._lanes.confirms.register(delivery)
 
     # --- the broker ----------------------------------------------------------------------------
 
@@ -153,29 +154,27 @@ class Courier:
                 self._confirmed(delivery, now)
                 confirmed.append(delivery)
             else:
-                self._fail(delivery, self._unroutable(delivery), now)
+                self._judge.fail(delivery, unroutable(delivery), now)
         self._door.leave(confirmed)
 
     def nacked(self, tag: int, now: float, *, multiple: bool) -> None:
-        """Settle what the broker has refused."""
-        for delivery in self._settle(tag, multiple=multiple):
-            if delivery.returned is None:
-                delivery.doubtful = True
-                error: PublishError = self._error(
-                    NackError, delivery, "the broker nacked the message"
-                )
-            else:
-                error = self._unroutable(delivery)
-            self._fail(delivery, error, now)
+        """Settle what the broker has refused; another queue it was routed to may hold it."""
+        self._fail_all(
+            self._settle(tag, multiple=multiple), NackError, "the broker nacked the message", now
+        )
 
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """Note that a message has no queue; its ack follows (RabbitMQ guide, *Publishers*)."""
-        delivery = self._confirms.find(tag)
+        delivery = self._lanes.confirms.find(tag)
         if delivery is not None:
             delivery.returned = (reply_code, reply_text)
 
+    def block(self, *, blocked: bool) -> None:
+        """Stop or go on writing, as the broker's alarm comes or goes."""
+        self._lanes.flow(FlowEvent.BLOCKED if blocked else FlowEvent.UNBLOCKED)
+
     def _settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
-        settled = self._confirms.settle(tag, multiple=multiple)
+        settled = self._lanes.confirms.settle(tag, multiple=multiple)
         if not settled and tag != 0:
             self._events.stray_confirm(tag)
         for delivery in settled:
@@ -184,37 +183,39 @@ class Courier:
 
     def _confirmed(self, delivery: Delivery, now: float) -> None:
         delivery.place = Place.RETIRED
+        self.breaker.succeeded(delivery)
         if delivery.kept:
             self._keeper.settle(delivery)
+        if delivery.dead:
+            self._events.dead_lettered(delivery)
+            delivery.give_back(exhausted(delivery))
+            return
+        self._events.confirmed(delivery)
         if delivery.open:
             delivery.confirm(now)
-        self._events.confirmed(delivery)
 
     # --- the link ------------------------------------------------------------------------------
 
     def up(self, carrier: Carrier) -> None:
         """Use a new channel; its tags start at 1."""
-        self._carrier = carrier
+        self._lanes.carrier = carrier
         self._refusal = None
 
     def down(self, loss: Loss, now: float) -> None:
         """Decide for all that were in flight on a channel that is gone. Idempotent."""
-        self._carrier = None
-        lost = self._confirms.abandon()
-        for delivery in lost:
-            delivery.place = Place.WAITING
+        lost = self._lanes.lose_channel()
         if not accuses(loss.reply_code):
-            self._lose(lost, loss, now)
+            self._fail_all(lost, ConnectionLostError, loss.text, now)
         elif len(lost) == 1:
             self._convict(lost[0], loss, now)
         else:
             for delivery in lost:
                 delivery.doubtful = True
-            self._trial.summon(lost, loss.text)
+            self._lanes.trial.summon(lost, loss.text)
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""
-        self._flow.step(FlowEvent.RECONNECTED)
+        self._lanes.flow(FlowEvent.RECONNECTED)
 
     def refuse(self, error: PublishError, now: float) -> None:
         """Let nobody wait for a link that does not come: fail what waits, and what follows.
@@ -222,44 +223,38 @@ class Courier:
         :param error: the template of what they are told
         """
         self._refusal = error
-        waiting = [*self._trial.discharge(), *self._backlog]
-        self._backlog.clear()
-        for delivery in waiting:
-            self._fail(delivery, self._fresh(error, delivery), now)
+        for delivery in self._lanes.clear():
+            self._refuse_one(delivery, error, now)
 
-    def block(self, *, blocked: bool) -> None:
-        """Stop or go on writing, as the broker's alarm comes or goes."""
-        if blocked:
-            self._flow.step(FlowEvent.BLOCKED)
-        elif self._flow.allows(FlowEvent.UNBLOCKED):
-            self._flow.step(FlowEvent.UNBLOCKED)
-
-    def abandon(self, stored: list[Delivery], now: float) -> None:
+    def abandon(self, stored: list[Delivery]) -> None:
         """Give back whatever is still here or in the store: the producer is closing."""
-        self._carrier = None
-        self._backlog.extend(each for each in stored if each.place is Place.STORED)
-        for delivery in self._confirms.abandon():
-            delivery.place = Place.WAITING
-            delivery.doubtful = True
-            self._backlog.append(delivery)
-        self.refuse(ProducerClosedError("the producer was closed"), now)
-
-    def _lose(self, lost: list[Delivery], loss: Loss, now: float) -> None:
+        error = self._refusal = ProducerClosedError("the producer was closed")
+        lost = self._lanes.lose_channel()
         for delivery in lost:
+            delivery.doubtful = True
+        for delivery in dict.fromkeys([*lost, *self._lanes.clear(), *stored]):
+            if delivery.open:
+                self._judge.give_back(delivery, failure(type(error), delivery, str(error)))
+
+    def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
+        self._judge.fail(delivery, failure(type(error), delivery, str(error)), now)
+
+    def _fail_all(
+        self, deliveries: list[Delivery], kind: type[PublishError], text: str, now: float
+    ) -> None:
+        """Fail attempts whose message may be in a queue, but for those that were returned."""
+        for delivery in deliveries:
             if delivery.returned is None:
                 delivery.doubtful = True
-                error: PublishError = self._error(ConnectionLostError, delivery, loss.text)
+                self._judge.fail(delivery, failure(kind, delivery, text), now)
             else:
-                error = self._unroutable(delivery)
-            self._fail(delivery, error, now)
+                self._judge.fail(delivery, unroutable(delivery), now)
 
     def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""
-        for delivery in self._trial.convict(guilty, loss.reply_code):
-            error = self._error(BrokerRejectedError, delivery, loss.text)
-            error.reply_code, error.reply_text = loss.reply_code, loss.text
-            self._fail(delivery, error, now)
-        self._backlog.extendleft(reversed(self._trial.discharge()))
+        for delivery in self._lanes.trial.convict(guilty, loss.reply_code):
+            self._judge.fail(delivery, rejected(delivery, loss.reply_code, loss.text), now)
+        self._lanes.add_first(self._lanes.trial.discharge())
 
     # --- the keeper ----------------------------------------------------------------------------
 
@@ -273,65 +268,26 @@ class Courier:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
         delivery.kept = False
         delivery.retry = False
-        if delivery.place is Place.STORED:
-            delivery.place = Place.RETIRED
         if delivery.open:
             error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
-            self._events.given_back(delivery, error)
-            delivery.give_back(error)
+            self._judge.give_back(delivery, error)
 
-    # --- the one place where failures are judged -----------------------------------------------
+    # --- why a message was not sent ------------------------------------------------------------
 
-    def _fail(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        delivery.reason = error
-        if not delivery.open:
-            self._leave(delivery, Place.RETIRED)
-            return
-        self._events.failed(delivery, error)
-        if decide(error, retry=delivery.retry, owned=delivery.kept) is Verdict.KEEP:
-            delivery.kept = True
-            self._leave(delivery, Place.STORED)
-            self._keeper.keep(delivery, now)
-        else:
-            if delivery.kept:
-                self._keeper.settle(delivery)
-            self._leave(delivery, Place.RETIRED)
-            self._events.given_back(delivery, error)
-            delivery.give_back(error)
+    def _circuit_is_full(self) -> bool:
+        """Whether the breaker has no place for another message; half-open, it has one."""
+        half_open = self.breaker.state is CircuitState.HALF_OPEN
+        return self.breaker.refuses() or (half_open and self.waiting > 0)
 
-    def _leave(self, delivery: Delivery, place: Place) -> None:
-        """Let go of a delivery, unless its tag is open: then only its publisher's wait is over."""
-        if delivery.place is not Place.IN_FLIGHT:
-            delivery.place = place
-            self._door.leave((delivery,))
-
-    def _withdraw(self, delivery: Delivery) -> None:
-        suspects = self._trial.suspects
-        (suspects if delivery in suspects else self._backlog).remove(delivery)
+    def _circuit_open(self, delivery: Delivery, now: float) -> CircuitOpenError:
+        error = failure(CircuitOpenError, delivery, "the circuit breaker is open")
+        error.retry_after = max(0.0, self.breaker.reopens_at - now)
+        return error
 
     def _unsent(self, delivery: Delivery) -> PublishError:
         """Why a message that waits for the link has not been written (again) in time."""
         if self.blocked:
-            return self._error(BrokerBlockedError, delivery, "the broker blocks publishers")
-        if self._carrier is None:
-            return self._error(NotConnectedError, delivery, "not connected in time")
-        return self._error(ConfirmTimeoutError, delivery, "not written in time")
-
-    def _unroutable(self, delivery: Delivery) -> PublishError:
-        reply_code, reply_text = delivery.returned or (0, "")
-        text = f"the broker returned the message: {reply_code} {reply_text}"
-        error = self._error(UnroutableError, delivery, text)
-        error.reply_code, error.reply_text = reply_code, reply_text
-        return error
-
-    @staticmethod
-    def _error(kind: type[E], delivery: Delivery, text: str) -> E:
-        return kind(
-            text,
-            message_id=delivery.envelope.message_id,
-            attempts=delivery.attempts,
-            possibly_sent=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
-        )
-
-    def _fresh(self, template: PublishError, delivery: Delivery) -> PublishError:
-        return self._error(type(template), delivery, str(template))
+            return failure(BrokerBlockedError, delivery, "the broker blocks publishers")
+        if self._lanes.carrier is None:
+            return failure(NotConnectedError, delivery, "not connected in time")
+        return failure(ConfirmTimeoutError, delivery, "not written in time")

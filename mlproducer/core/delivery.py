@@ -33,6 +33,9 @@ class Delivery:
     :ivar retry: the library may keep the message and try again
     :ivar answer_deferral: the publisher waits for an answer, not for the fate
     :ivar deadline: monotonic time until which the publisher waits
+    :ivar counted: the breaker has counted the attempt as failed
+    :ivar dead: retries are used up; what is sent now is the dead letter
+    :ivar first_failed: monotonic time of the first failure, 0 before it
     :ivar open: somebody is still to be told
     :ivar doubtful: an earlier attempt may have reached a queue
     :ivar kept: the keeper holds a row for it: the message is ours
@@ -43,9 +46,12 @@ class Delivery:
     __slots__ = (
         "answer_deferral",
         "attempts",
+        "counted",
+        "dead",
         "deadline",
         "doubtful",
         "envelope",
+        "first_failed",
         "future",
         "kept",
         "open",
@@ -75,6 +81,9 @@ class Delivery:
         self.answer_deferral = answer_deferral
         self.attempts = 0
         self.sent_at = 0.0
+        self.first_failed = 0.0
+        self.counted = False
+        self.dead = False
         self.open = True
         self.doubtful = False
         self.kept = False

@@ -12,6 +12,7 @@ from typing import Protocol
 from attrs import frozen
 
 from mlproducer.core.delivery import Delivery
+from mlproducer.core.states import CircuitState
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope
 
@@ -60,11 +61,21 @@ class Carrier(Protocol):
 class Keeper(Protocol):
     """Whoever looks after messages that wait for a retry."""
 
+    durable: bool
+    """Whether what is kept survives this process."""
+
     def keep(self, delivery: Delivery, now: float) -> None:
         """Store it. Its answer comes back through `Courier.kept` or `Courier.not_kept`."""
 
     def settle(self, delivery: Delivery) -> None:
         """Delete it: it was confirmed, or given back."""
+
+
+class Undertaker(Protocol):
+    """Whoever makes dead letters."""
+
+    def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
+        """Give a message the form in which it goes to the dead-letter exchange."""
 
 
 class Door(Protocol):
@@ -83,6 +94,9 @@ class Events(Protocol):
     def failed(self, delivery: Delivery, error: PublishError) -> None:
         """An attempt failed; what follows is `kept` or `given_back`."""
 
+    def dead_lettered(self, delivery: Delivery) -> None:
+        """The broker has its dead letter."""
+
     def deferred(self, delivery: Delivery) -> None:
         """The library goes on without the publisher."""
 
@@ -91,6 +105,9 @@ class Events(Protocol):
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
         """The library does not own it."""
+
+    def circuit_changed(self, state: CircuitState) -> None:
+        """The breaker moved."""
 
     def stray_confirm(self, tag: int) -> None:
         """The broker settled a tag that was not open."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 
-from mlproducer.errors import PublishError
+from mlproducer.errors import CircuitOpenError, PublishError
 
 SOFT_ACCUSATIONS = frozenset({403, 404, 406})
 """Channel errors (AMQP 0-9-1, section 1.5.2.5) by which a broker answers one bad message."""
@@ -21,17 +21,28 @@ class Verdict(enum.Enum):
 
     KEEP = enum.auto()
     GIVE_BACK = enum.auto()
+    BURY = enum.auto()
 
 
-def decide(error: PublishError, *, retry: bool, owned: bool) -> Verdict:
+def decide(
+    error: PublishError, *, retry: bool, owned: bool, exhausted: bool, durable: bool
+) -> Verdict:
     """Judge one failure.
 
     :param retry: the library may keep the message; false where the publisher wants it back
-    :param owned: it has promised to: a message that is ours goes back only where no later attempt
-        can succeed
+    :param owned: it has promised to: a message that is ours never goes back, it is dead-lettered
+        where no later attempt can succeed
+    :param exhausted: the last retry was used up
+    :param durable: the store survives the process; only such a one takes messages while the
+        breaker is open, since nobody knows for how long
     """
-    worth = not error.permanent if owned else error.deferrable
-    return Verdict.KEEP if retry and worth else Verdict.GIVE_BACK
+    if not retry:
+        return Verdict.GIVE_BACK
+    if owned:
+        return Verdict.BURY if exhausted or error.permanent else Verdict.KEEP
+    if not error.deferrable or (isinstance(error, CircuitOpenError) and not durable):
+        return Verdict.GIVE_BACK
+    return Verdict.BURY if exhausted else Verdict.KEEP
 
 
 def accuses(reply_code: int) -> bool:

@@ -1,0 +1,52 @@
+"""Errors about one delivery: a fresh one each time, with what is known of its fate.
+
+Runs on: the I/O thread; pure.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.errors import (
+    BrokerRejectedError,
+    PublishError,
+    RetriesExhaustedError,
+    UnroutableError,
+)
+
+E = TypeVar("E", bound=PublishError)
+
+
+def failure(kind: type[E], delivery: Delivery, text: str) -> E:
+    """Make an error; whether the broker may have the message is read off the delivery."""
+    return kind(
+        text,
+        message_id=delivery.envelope.message_id,
+        attempts=delivery.attempts,
+        possibly_sent=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
+    )
+
+
+def unroutable(delivery: Delivery) -> UnroutableError:
+    """Make the error of a message that the broker has returned."""
+    reply_code, reply_text = delivery.returned or (0, "")
+    error = failure(
+        UnroutableError, delivery, f"the broker returned the message: {reply_code} {reply_text}"
+    )
+    error.reply_code, error.reply_text = reply_code, reply_text
+    return error
+
+
+def rejected(delivery: Delivery, reply_code: int, reply_text: str) -> BrokerRejectedError:
+    """Make the error of a message over which the broker closed the channel."""
+    error = failure(BrokerRejectedError, delivery, reply_text)
+    error.reply_code, error.reply_text = reply_code, reply_text
+    return error
+
+
+def exhausted(delivery: Delivery) -> RetriesExhaustedError:
+    """Make the error of a message that was dead-lettered."""
+    error = failure(RetriesExhaustedError, delivery, "dead-lettered after the last retry")
+    error.reason = delivery.reason
+    return error
