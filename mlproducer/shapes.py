@@ -10,7 +10,7 @@ Runs on: any thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
@@ -152,7 +152,7 @@ def _with_str_keys(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def copied(value: Any, kinds: tuple[type, ...] = (dict, list, tuple)) -> Any:
+def copied(value: Any, kinds: tuple[type[Any], ...] = (dict, list, tuple)) -> Any:
     """Copy what is mutable, so that the caller may go on changing the original.
 
     Tuples, which may hold something mutable, become lists. Loops and shared parts are kept as they
@@ -169,11 +169,13 @@ def copied(value: Any, kinds: tuple[type, ...] = (dict, list, tuple)) -> Any:
 
 
 def _copy_children(
-    parent: Any, copies: dict[int, Any], kinds: tuple[type, ...]
+    parent: Any, copies: dict[int, Any], kinds: tuple[type[Any], ...]
 ) -> list[dict[str, Any] | list[Any]]:
     """Put copies in the place of a container's containers; give back those made just now."""
     made = []
-    for key, item in list(parent.items() if isinstance(parent, dict) else enumerate(parent)):
+    pairs: Iterable[tuple[Any, Any]]
+    pairs = parent.items() if isinstance(parent, dict) else enumerate(parent)
+    for key, item in list(pairs):
         if isinstance(item, kinds):
             copy = copies.get(id(item))
             if copy is None:

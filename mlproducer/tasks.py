@@ -306,10 +306,10 @@ class CeleryTask:
     def __init__(
         self,
         name: str,
-        args: Sequence[Any] = (),
+        args: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        routing_key: str | None = None,
         *,
-        routing_key: str,
         exchange: str | None = None,
         eta: datetime | None = None,
         countdown: float | None = None,
@@ -322,7 +322,7 @@ class CeleryTask:
             raise InvalidTaskError("eta and countdown are both given; accepted is one of them")
         self.__attrs_init__(
             shapes.line("name", name),
-            shapes.sequence("args", args),
+            shapes.sequence("args", () if args is None else args),
             shapes.mapping("kwargs", {} if kwargs is None else kwargs),
             shapes.string("routing_key", routing_key),
             shapes.optional(shapes.string, "exchange", exchange),

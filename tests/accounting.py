@@ -1,8 +1,8 @@
 """What each call said of its message, what the broker then held, and whether the two agree.
 
 The check is that of Jepsen's total queue: what a call took over must be found (else it is *lost*),
-what a call gave back as not sent must not be found (else it is *leaked*), and what was sent twice is
-counted. The journal may be written by any number of threads; the drain is one consumer with a
+what a call gave back as not sent must not be found (else it is *leaked*), and every copy on top of
+the first is counted. Any number of threads may write the journal; the drain is one consumer with a
 connection of its own.
 
 Runs on: the tests' threads.

@@ -98,12 +98,13 @@ class IOThread:
                 self._events.crashed(error)
                 self._recover()
             self._loop.close()
+            if self.open:
+                self._loop = EventLoop()
         for item in self.mailbox.close():
             if isinstance(item, Delivery):
                 self.courier.accept(item, time.monotonic())
 
     def _prepare(self) -> None:
-        self._loop = EventLoop()
         self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
         self.dialer.attach(self._loop)
         self._breathing = False

@@ -40,6 +40,7 @@ HIGH_WATER = 1024 * 1024
 """Bytes in pika's write buffer, which has no limit of its own, above which nothing is added."""
 
 _REPLY_CODE = re.compile(r"\((\d{3})\)")
+_TLS_ALERT = re.compile(r"\[SSL: (\w+)\]")
 _NO_PERMISSION = 403
 _NOT_FOUND = 404
 
@@ -317,6 +318,9 @@ class Link:
         cause = _root(error)
         if isinstance(cause, ssl.SSLError):
             return Loss(self._say(describe(cause)), kind=LossKind.TLS)
+        alert = _TLS_ALERT.search(str(cause))  # pika keeps only the text of a late one
+        if alert is not None:
+            return Loss(self._say(f"TLS failed: {alert[1]}"), kind=LossKind.TLS)
         if isinstance(cause, exceptions.ConnectionClosedByBroker):
             text = f"closed by the broker: {cause.reply_code} {printable(cause.reply_text)}"
             return Loss(self._say(text), cause.reply_code, LossKind.CLOSED_BY_BROKER)

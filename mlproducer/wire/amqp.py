@@ -145,7 +145,7 @@ def _milliseconds(field: str, value: float) -> bytes:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise InvalidMessageError(f"{field} is {_kind(value)}; accepted are seconds from 0")
     if not 0 <= value <= 4_294_967:
-        raise InvalidMessageError(f"{field} must be from 0 to 4294967 seconds, got {value!r}")
+        raise InvalidMessageError(f"{field} must be a number of seconds from 0 to 4294967")
     return short_string(field, str(round(value * 1000)))
 
 

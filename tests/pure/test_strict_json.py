@@ -66,7 +66,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(values)
 def test_reads_back_the_same(value: Any) -> None:
     """Any JSON value comes back as it was, through a reader that insists on UTF-8."""

@@ -14,6 +14,7 @@ from mlproducer.testing import Certificate, CertificateError, Certificates, Rabb
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """One set for the module; nobody changes it."""
     return Certificates(tmp_path_factory.mktemp("certificates"))
 
 

@@ -83,6 +83,7 @@ def test_confirmed_messages_survive_kill_and_stop(tmp_path: Path, ending: str) -
             channel.queue_declare("q", durable=True, arguments=QUORUM)
             for _ in range(3):
                 channel.basic_publish("", "q", b"x", pika.BasicProperties(delivery_mode=2))
+        node.save_queues()
         getattr(node, ending)()
         assert not node.running
         with pytest.raises(RabbitMQError, match="is not running"):
@@ -164,9 +165,14 @@ def test_a_memory_alarm_blocks_publishers(rabbitmq_vhost: VirtualHost) -> None:
 @pytest.mark.broker
 def test_the_memory_alarm_ends_when_the_block_raises(rabbitmq_node: RabbitMQNode) -> None:
     """An error in the block does not leave the shared broker blocked."""
-    with pytest.raises(ZeroDivisionError), rabbitmq_node.memory_alarm():
-        assert "memory" in rabbitmq_node.eval("rabbit_alarm:get_alarms()")
-        raise ZeroDivisionError
+
+    def fail_during_alarm() -> None:
+        with rabbitmq_node.memory_alarm():
+            assert "memory" in rabbitmq_node.eval("rabbit_alarm:get_alarms()")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_during_alarm()
     assert rabbitmq_node.eval("rabbit_alarm:get_alarms()") == "[]"
 
 
@@ -221,8 +227,8 @@ def test_ctl_and_eval_return_what_the_broker_says(rabbitmq_node: RabbitMQNode) -
     assert rabbitmq_node.ctl("--quiet", "list_users").startswith("user\ttags\ntester\t")
     with pytest.raises(RabbitMQError, match="undef"):
         rabbitmq_node.eval("nobody:knows()")
-    with pytest.raises(RabbitMQError, match="no_such_command"):
-        rabbitmq_node.ctl("no_such_command")
+    with pytest.raises(RabbitMQError, match="nobody"):
+        rabbitmq_node.ctl("delete_user", "nobody")
 
 
 @pytest.mark.broker

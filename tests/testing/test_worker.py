@@ -40,6 +40,7 @@ def _publish(url: str, task_id: str, task: str = TASK, **headers: Any) -> None:
 
 @pytest.fixture
 def worker(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> Iterator[CeleryWorker]:
+    """A worker on a fresh virtual host, ready."""
     with CeleryWorker(rabbitmq_vhost.url, directory=tmp_path) as worker:
         yield worker
 
@@ -92,7 +93,7 @@ def test_what_does_not_run_is_a_timeout(worker: CeleryWorker, rabbitmq_vhost: Vi
     _publish(rabbitmq_vhost.url, "unknown", task="nobody.knows")
     _publish(rabbitmq_vhost.url, "known")
     worker.wait_for(lambda runs: any(run.id == "known" for run in runs))
-    with pytest.raises(TimeoutError, match="not run within 0.2 s; 1 runs"):
+    with pytest.raises(TimeoutError, match=r"not run within 0\.2 s; 1 runs"):
         worker.wait_for({"expired"}, timeout=0.2)
     with pytest.raises(TypeError, match="collection of task ids"):
         worker.wait_for("expired", timeout=0.2)

@@ -1,0 +1,190 @@
+"""A deadline that holds, whatever the network does: `publish` is back within its timeout + 0.25 s.
+
+Each fault is tried with twenty threads at once, half of which want their message back. The longest
+publish under each fault stands in `LONGEST`, and is printed by ``pytest -s``.
+"""
+
+from __future__ import annotations
+
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+from attrs import frozen
+
+from mlproducer import Message, MLProducer
+from mlproducer.errors import PublishError
+from mlproducer.testing import RabbitMQNode
+from mlproducer.testing.plugin import VirtualHost
+from mlproducer.testing.proxy import Direction, Proxy
+from tests.broker.conftest import Connect
+
+pytestmark = pytest.mark.broker
+
+THREADS = 20
+TIMEOUTS = (0.3, 1.0)
+SLACK = 0.25
+GRACE = 0.5
+"""Seconds that `close` may take on top of its timeout."""
+
+LONGEST: dict[tuple[str, float], float] = {}
+"""Seconds of the longest publish, by fault and timeout."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Print the longest publish under each fault, once all are known."""
+    yield
+    print(f"\n{'longest publish() under':<32}" + "".join(f"{f'T = {t:g} s':>12}" for t in TIMEOUTS))
+    for fault in dict.fromkeys(fault for fault, _ in LONGEST):
+        print(f"{fault:<32}" + "".join(f"{LONGEST[fault, t]:>10.3f} s" for t in TIMEOUTS))
+
+
+@frozen
+class Stage:
+    """Where a fault is played: a real node, and a proxy before it."""
+
+    url: str
+    node: RabbitMQNode
+    proxy: Proxy
+    connect: Connect
+
+    def connected(self) -> MLProducer:
+        """Give a producer whose link carries messages."""
+        producer = self.connect(self.url)
+        assert producer.publish(Message(body=b"", routing_key="ml.embed")).confirmed
+        return producer
+
+
+Fault = Callable[[Stage], AbstractContextManager[MLProducer]]
+
+
+@contextmanager
+def refused(stage: Stage) -> Iterator[MLProducer]:
+    """Nobody listens."""
+    stage.proxy.refuse()
+    yield stage.connect(stage.url)
+
+
+@contextmanager
+def deaf(stage: Stage) -> Iterator[MLProducer]:
+    """Somebody accepts and says nothing."""
+    stage.proxy.deaf()
+    yield stage.connect(stage.url)
+
+
+class _WebServer(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        self.request.recv(4096)
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+@contextmanager
+def not_amqp(stage: Stage) -> Iterator[MLProducer]:
+    """Somebody answers in another protocol."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _WebServer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        host, port = server.server_address[:2]
+        yield stage.connect(f"amqp://guest:guest@{host!s}:{port}/")
+        server.shutdown()
+        thread.join(5.0)
+
+
+@contextmanager
+def frozen_before(stage: Stage) -> Iterator[MLProducer]:
+    """The broker is stopped by SIGSTOP before the first connection."""
+    with stage.node.frozen():
+        yield stage.connect(stage.url)
+
+
+@contextmanager
+def frozen_later(stage: Stage) -> Iterator[MLProducer]:
+    """The broker is stopped by SIGSTOP under a connection."""
+    producer = stage.connected()
+    with stage.node.frozen():
+        yield producer
+
+
+def hole(direction: Direction) -> Fault:
+    """The network swallows what is sent, without a reset."""
+
+    @contextmanager
+    def fault(stage: Stage) -> Iterator[MLProducer]:
+        producer = stage.connected()
+        stage.proxy.hole(direction)
+        yield producer
+
+    return fault
+
+
+@contextmanager
+def blocked(stage: Stage) -> Iterator[MLProducer]:
+    """The broker has a memory alarm."""
+    producer = stage.connected()
+    with stage.node.memory_alarm():
+        yield producer
+
+
+@contextmanager
+def slow(stage: Stage) -> Iterator[MLProducer]:
+    """The network carries 1 kB/s; the bodies have 100 kB."""
+    producer = stage.connected()
+    stage.proxy.rate(1000)
+    yield producer
+
+
+FAULTS: dict[str, tuple[Fault, int]] = {
+    "down": (refused, 100),
+    "deaf": (deaf, 100),
+    "not AMQP": (not_amqp, 100),
+    "frozen before connecting": (frozen_before, 100),
+    "frozen": (frozen_later, 100),
+    "black hole to the broker": (hole("c2s"), 100),
+    "black hole from the broker": (hole("s2c"), 100),
+    "black hole both ways": (hole("both"), 100),
+    "blocked": (blocked, 100),
+    "1 kB/s, bodies of 100 kB": (slow, 100_000),
+}
+"""Each fault, and how many bytes the bodies have."""
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_no_publish_outlasts_its_deadline(
+    rabbitmq_vhost: VirtualHost, connect: Connect, proxy: Proxy, name: str
+) -> None:
+    """Twenty threads are back within T + 0.25 s, none with a confirm, and close is in time too."""
+    stage = Stage(proxy.url(rabbitmq_vhost.url), rabbitmq_vhost.node, proxy, connect)
+    fault, size = FAULTS[name]
+    with fault(stage) as producer:
+        for timeout in TIMEOUTS:
+            longest = longest_publish(producer, b"x" * size, timeout)
+            LONGEST[name, timeout] = longest
+            assert longest < timeout + SLACK
+        started = time.monotonic()
+        producer.close(0.3)
+        assert time.monotonic() - started < 0.3 + GRACE
+
+
+def longest_publish(producer: MLProducer, body: bytes, timeout: float) -> float:
+    """Publish from twenty threads at once; seconds until the last of them is back."""
+    start = threading.Barrier(THREADS)
+
+    def publish(number: int) -> float:
+        start.wait(10.0)
+        began = time.monotonic()
+        try:
+            receipt = producer.publish(
+                Message(body=body, routing_key="ml.embed"), timeout=timeout, retry=number % 2 == 0
+            )
+            assert receipt.reason is not None
+        except PublishError:
+            assert number % 2
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return max(pool.map(publish, range(THREADS), timeout=timeout + 10.0))

@@ -1,0 +1,175 @@
+"""A producer that was made, and used, in one process works in its children, and disturbs nobody."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlproducer.testing.plugin import VirtualHost
+from mlproducer.testing.proxy import Proxy
+from tests.broker.scripts import DIRECTORY, FORK_WARNING, Script, drain, run
+
+pytestmark = pytest.mark.broker
+
+QUEUE = "ml.embed"
+ENDINGS = {"return": 0, "sys.exit": 7, "os._exit": 7, "exec": 0, "kill": -signal.SIGKILL}
+
+
+def _once(*names: str) -> Counter[str]:
+    return Counter(names)
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{name}-{number}" for number in range(count)]
+
+
+def test_child_has_its_own_connection(rabbitmq_vhost: VirtualHost) -> None:
+    """It has another local port than its parent, holds nothing of its parent's, and both go on."""
+    node = rabbitmq_vhost.node
+    with Script("children", "own_connection", url=rabbitmq_vhost.url) as script:
+        child = script.next()
+        at_the_broker = {int(re.findall(r":(\d+) ->", name)[0]) for name in node.connections()}
+        script.go()
+        parent = script.next()
+        ended = script.end()
+    assert child["confirmed"]
+    assert len(child["inherited"]) >= 4
+    assert set(child["inherited"].values()) == {"/dev/null"}
+    assert parent["before"] == parent["after"]
+    assert len(parent["before"]) == len(child["ports"]) == 1
+    assert parent["before"] != child["ports"]
+    assert at_the_broker >= {*parent["before"], *child["ports"]}
+    assert (parent["code"], parent["confirmed"]) == (0, True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    expected = _once("child-1", "parent-1", "parent-2", "parent-3")
+    assert drain(rabbitmq_vhost.url, QUEUE) == expected
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_pending_messages_stay_the_parents(
+    rabbitmq_vhost: VirtualHost, proxy: Proxy, ending: str
+) -> None:
+    """What the parent has pending is sent once, by the parent, however its child ends."""
+    with Script("children", "pending", ending, url=proxy.url(rabbitmq_vhost.url)) as script:
+        assert script.next() == {"connected": True}
+        proxy.stall("c2s")
+        script.go()
+        assert script.next() == {"undecided": 20, "left": 0, "state": 1}
+        if ending == "exec":
+            assert script.next() == {"descriptors": ["0", "1", "2"]}
+        assert script.next() == {"code": ENDINGS[ending]}
+        proxy.resume()
+        script.go()
+        assert script.next() == {"attempts": [1] * 20, "left": 0}
+        ended = script.end()
+        assert (ended.returncode, ended.stderr) == (0, "")
+    assert proxy.accepted == 1
+    expected = _once("first", *_numbered("pending", 20))
+    assert drain(rabbitmq_vhost.url, QUEUE) == expected
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_child_delivers(rabbitmq_vhost: VirtualHost, ending: str) -> None:
+    """A child that ends in order delivers first what it submitted; none loses what is confirmed."""
+    ended = run("children", "delivering", ending, url=rabbitmq_vhost.url)
+    assert ended.reports[-1] == {"code": ENDINGS[ending], "confirmed": True}
+    assert (ended.returncode, ended.stderr) == (0, "")
+    expected = _once("parent", "published", "parent-again", *_numbered("submitted", 20))
+    assert drain(rabbitmq_vhost.url, QUEUE) == expected
+
+
+def test_only_made_in_the_parent(rabbitmq_vhost: VirtualHost) -> None:
+    """A producer that its parent never used works in the child, beside a second one."""
+    ended = run("children", "unused", url=rabbitmq_vhost.url)
+    assert (ended.returncode, ended.reports, ended.stderr) == (0, [{"code": 0}], "")
+    assert drain(rabbitmq_vhost.url, QUEUE) == _once("first", "second")
+
+
+def test_fork_in_a_callback(rabbitmq_vhost: VirtualHost) -> None:
+    """A child that one of the producer's callbacks forks may publish in it."""
+    ended = run("children", "in_callback", url=rabbitmq_vhost.url)
+    assert (ended.returncode, ended.reports, ended.stderr) == (0, [{"code": 0}], "")
+    assert drain(rabbitmq_vhost.url, QUEUE) == _once("parent", "child")
+
+
+@pytest.mark.parametrize("how", ["close", "kill"])
+def test_parent_ends_while_its_child_sleeps(
+    rabbitmq_vhost: VirtualHost, proxy: Proxy, how: str
+) -> None:
+    """The broker sees the parent's connection end within a second: no child holds it open."""
+    with Script("children", "sleeping", how, url=proxy.url(rabbitmq_vhost.url)) as script:
+        script.next()
+        assert proxy.connections == 1
+        script.go()
+        proxy.wait_for_connections(0, timeout=1.0)
+
+
+def test_forks_while_threads_publish(
+    rabbitmq_vhost: VirtualHost, record_property: Callable[[str, object], None]
+) -> None:
+    """50 forks under load: every child and every thread publishes, each message once, and soon."""
+    ended = run("storm", url=rabbitmq_vhost.url)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    *children, parent = ended.reports
+    slowest = max(child["seconds"] for child in children)
+    record_property("storm", json.dumps(parent | {"codes": None, "slowest child": slowest}))
+    assert parent["codes"] == [0] * 50
+    assert parent["confirmed"] == parent["published"]
+    assert parent["longest"] < 1.0
+    assert slowest < 5.0
+    seen = drain(rabbitmq_vhost.url, QUEUE)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 1 + 50 + parent["published"]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_child_makes_no_call_on_what_it_inherited(
+    rabbitmq_vhost: VirtualHost, tmp_path: Path
+) -> None:
+    """Until a number leads to /dev/null, a child does nothing with it: no write, no epoll_ctl."""
+    trace = tmp_path / "trace"
+    calls = "network,dup2,dup3,close,read,write,epoll_ctl,epoll_wait,epoll_pwait,poll,ioctl,fcntl"
+    argv = ["strace", "-f", "-qq", "-e", f"trace={calls}", "-e", "signal=none", "-o", str(trace)]
+    argv += [sys.executable, "-W", FORK_WARNING, str(DIRECTORY / "children.py"), "own_connection"]
+    done = subprocess.run(
+        argv,
+        input=b"\n",
+        capture_output=True,
+        env={"RABBITMQ_URL": rabbitmq_vhost.url},
+        timeout=60.0,
+        check=True,
+    )
+    child = json.loads(done.stdout.splitlines()[0])
+    pid = child["pid"]
+    inherited = set(child["inherited"])
+    done_with: set[str] = set()
+    for line in trace.read_text().splitlines():
+        match = re.match(rf"{pid} +(\w+)\((\d+)(?:, (\d+))?", line)
+        if match is None:
+            continue
+        call, first, second = match.groups()
+        if call.startswith("dup"):
+            done_with.add(second)
+        else:
+            assert first not in inherited - done_with, line
+    assert inherited <= done_with
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(rabbitmq_vhost: VirtualHost, method: str) -> None:
+    """Children of multiprocessing publish, and deliver what they submitted before they end."""
+    ended = run("multi", method, url=rabbitmq_vhost.url)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.reports[-1] == {"codes": [0, 0], "confirmed": True}
+    names = ["parent", "parent-again", "child-0-published", "child-1-published"]
+    expected = _once(*names, *_numbered("child-0", 50), *_numbered("child-1", 50))
+    assert drain(rabbitmq_vhost.url, QUEUE) == expected
