@@ -65,9 +65,7 @@ class Breaker:
     def failed(self, delivery: Delivery, now: float) -> None:
         """Note a failure that counts; the probe's opens the breaker again."""
         self.failures += 1
-        if delivery is self._probe:
-            self._open(CircuitEvent.PROBE_FAILED, now)
-        elif self.state is CircuitState.HALF_OPEN and self._probe is None:
+        if self.state is CircuitState.HALF_OPEN and self._probe in (None, delivery):
             self._open(CircuitEvent.PROBE_FAILED, now)
         elif self.state is CircuitState.CLOSED and self.failures >= self._threshold:
             self._open(CircuitEvent.TRIPPED, now)

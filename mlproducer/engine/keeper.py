@@ -8,40 +8,37 @@ Runs on: the retry thread; `Keeper.keep`, `Keeper.settle` and `Keeper.sweep_soon
 
 from __future__ import annotations
 
-import functools
-import logging
-import queue
 import time
 from collections.abc import Callable
+from functools import partial
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.roles import Desk
+from mlproducer.engine.threads import TimerThread
 from mlproducer.errors import BufferFullError, StoreError
 from mlproducer.stores.protocol import Store
 
-logger = logging.getLogger(__name__)
-
-Command = Callable[[], None]
-
 
 class Keeper:
-    """Keeps the messages of one producer."""
+    """Keeps the messages of one producer.
+
+    :param interval: seconds between sweeps
+    """
 
     def __init__(self, store: Store, gate: Gate, backoff: Backoff, interval: float) -> None:
+        self.durable = store.durable
+        self.thread = TimerThread(self.sweep)
         self._store = store
         self._gate = gate
         self._backoff = backoff
         self._interval = interval
         self._desk: Desk | None = None
-        self._watch: Command | None = None
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._watch: Callable[[], None] | None = None
         self._held: dict[Delivery, None] = {}
         self._keys: dict[Delivery, int] = {}
         self._deliveries: dict[int, Delivery] = {}
-        self._next_sweep = 0.0
-        self._running = True
 
     def __len__(self) -> int:
         """Count the messages kept, also those on their way to the store; anyone may ask."""
@@ -51,74 +48,63 @@ class Keeper:
         """Give the deliveries that are kept now; anyone may ask."""
         return list(self._held)
 
-    def serve(self, desk: Desk, watch: Command) -> None:
+    def serve(self, desk: Desk, watch: Callable[[], None]) -> None:
         """Say whom to answer, and what to look after at each sweep."""
         self._desk = desk
         self._watch = watch
+        self.thread.due = time.monotonic() + self._interval
 
     # --- orders --------------------------------------------------------------------------------
 
     def keep(self, delivery: Delivery, now: float) -> None:
         """Store a message, or note in its row what came of the last attempt."""
-        if delivery.place is Place.IN_FLIGHT:
-            due = None  # its tag is open: it may still be confirmed, and must not be sent again
-        elif delivery.attempts == 0:
-            due = now
+        due = self._due(delivery, now)
+        if delivery not in self._held:
+            self._held[delivery] = None
+            self.thread.order(partial(self._put, delivery, delivery.attempts, due))
+        elif delivery.dead:
+            self.thread.order(partial(self._bury, delivery, due))
         else:
-            due = now + self._backoff.delay(delivery.attempts - 1)
-        new = delivery not in self._held
-        self._held[delivery] = None
-        write = self._put if new else self._note
-        self._commands.put(functools.partial(write, delivery, delivery.attempts, due))
+            self.thread.order(partial(self._note, delivery, delivery.attempts, due))
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
         self._held.pop(delivery, None)
-        self._commands.put(functools.partial(self._done, delivery))
+        self.thread.order(partial(self._done, delivery))
         if not self._held:
             self._gate.nudge()
 
     def sweep_soon(self) -> None:
         """Send out what is due without waiting for the next sweep."""
-        self._commands.put(self.sweep)
+        self.thread.order(self.sweep)
 
-    def stop(self) -> None:
-        """End the thread once it has done what it was told so far."""
-        self._commands.put(self._stop)
+    def _due(self, delivery: Delivery, now: float) -> float | None:
+        if delivery.place is Place.IN_FLIGHT:
+            return None  # its tag is open: it may still be confirmed, and must not be sent again
+        if delivery.dead:
+            return now + (self._backoff.maximum if delivery.buried else 0.0)
+        if delivery.attempts == 0:
+            return now
+        return now + self._backoff.delay(delivery.attempts - 1)
 
     # --- the thread ----------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Carry out orders, and sweep at each interval."""
-        while self._running:
-            timeout = max(0.0, self._next_sweep - time.monotonic())
-            try:
-                command = self._commands.get(timeout=timeout)
-            except queue.Empty:
-                command = self.sweep
-            try:
-                command()
-            except Exception:
-                logger.exception("retry thread: a step failed; going on")
-
     def sweep(self) -> None:
-        """Hand what is due back to the courier, as far as the window has room."""
+        """Hand what is due back to the courier, as far as link and window have room."""
         now = time.monotonic()
-        self._next_sweep = now + self._interval
+        self.thread.due = now + self._interval
         if self._watch is not None:
             self._watch()
         desk = self._desk
-        if desk is None or not self._keys or not desk.ready():
+        room = desk.ready() if desk is not None and self._keys else 0
+        if desk is None or room == 0:
             return
-        for row in self._store.claim(now, limit=len(self._keys)):
+        for row in self._store.claim(now, room):
             delivery = self._deliveries[row.key]
             if self._gate.try_enter(delivery):
-                desk.order(functools.partial(desk.readmit, delivery))
+                desk.order(partial(desk.readmit, delivery))
             else:
                 self._store.release(row.key, row.attempts, now)
-
-    def _stop(self) -> None:
-        self._running = False
 
     def _put(self, delivery: Delivery, attempts: int, due: float | None) -> None:
         desk = self._desk
@@ -129,16 +115,21 @@ class Keeper:
         except (BufferFullError, StoreError) as error:
             self._held.pop(delivery, None)
             self._gate.nudge()
-            desk.order(functools.partial(desk.not_kept, delivery, error))
+            desk.order(partial(desk.not_kept, delivery, error))
             return
         self._keys[delivery] = key
         self._deliveries[key] = delivery
-        desk.order(functools.partial(desk.kept, delivery, durable=self._store.durable))
+        desk.order(partial(desk.kept, delivery, durable=self._store.durable))
 
     def _note(self, delivery: Delivery, attempts: int, due: float | None) -> None:
         key = self._keys.get(delivery)
         if key is not None:
             self._store.release(key, attempts, due)
+
+    def _bury(self, delivery: Delivery, due: float | None) -> None:
+        key = self._keys.get(delivery)
+        if key is not None:
+            self._store.bury(key, delivery.envelope, due)
 
     def _done(self, delivery: Delivery) -> None:
         key = self._keys.pop(delivery, None)

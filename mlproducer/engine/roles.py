@@ -8,6 +8,7 @@ Runs on: the I/O thread; `Desk.order` on any.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import Future
 from typing import Protocol
 
 from mlproducer.core.delivery import Delivery
@@ -76,5 +77,14 @@ class Desk(Protocol):
     def not_kept(self, delivery: Delivery, error: PublishError) -> None:
         """It could not be stored."""
 
-    def ready(self) -> bool:
-        """Whether a message handed over now would be written."""
+    def ready(self) -> int:
+        """How many messages handed over now would be written: none, one as a probe, or many."""
+
+    def probe(self, reply: Future[None]) -> None:
+        """Ask the broker whether it is there; the future is resolved when it answers."""
+
+    def silent(self, reply: Future[None]) -> None:
+        """The broker has not answered in time."""
+
+    def cool(self) -> None:
+        """The breaker's cooldown may be over."""

@@ -6,9 +6,16 @@ Runs on: any thread.
 from __future__ import annotations
 
 import itertools
+import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+
+logger = logging.getLogger(__name__)
+
+IDLE = 3600.0
+"""Seconds after which a thread with nothing to do looks again."""
 
 _ordinals: dict[int, object] = {}
 
@@ -33,6 +40,51 @@ def spawn(role: str, ordinal: int, target: Callable[[], None]) -> threading.Thre
     thread = threading.Thread(target=target, name=name, daemon=True)
     thread.start()
     return thread
+
+
+class TimerThread:
+    """A thread that carries out orders, and its own errand whenever that is due.
+
+    Both are run one at a time; one that raises is logged, and the thread goes on.
+
+    :param errand: what to do when it is due; it says itself when it is due next
+    """
+
+    def __init__(self, errand: Callable[[], None]) -> None:
+        self._errand = errand
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._running = True
+        self.due: float | None = None
+
+    def order(self, function: Callable[[], None]) -> None:
+        """Have something done soon; from any thread."""
+        self._orders.put(function)
+
+    def stop(self) -> None:
+        """End the thread once it has done what it was ordered so far."""
+        self.order(self._stop)
+
+    def run(self) -> None:
+        """Work until `stop`."""
+        while self._running:
+            try:
+                task = self._orders.get(timeout=self._patience())
+            except queue.Empty:
+                task = self._errand if self.due is not None else _nothing
+            try:
+                task()
+            except Exception:
+                logger.exception("a timer thread's step failed; going on")
+
+    def _patience(self) -> float:
+        return IDLE if self.due is None else max(0.0, self.due - time.monotonic())
+
+    def _stop(self) -> None:
+        self._running = False
+
+
+def _nothing() -> None:
+    """Wake, and see that nothing is due."""
 
 
 def join_all(threads: Iterable[threading.Thread], deadline: float) -> bool:

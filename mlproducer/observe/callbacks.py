@@ -18,6 +18,7 @@ from attrs import frozen
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss
+from mlproducer.core.states import CircuitState
 from mlproducer.message import Receipt
 from mlproducer.observe.events import EventSink
 
@@ -36,6 +37,8 @@ EVENTS = (
     "deferred",
     "dead_lettered",
 )
+
+_CIRCUIT_WORDS = {CircuitState.OPEN: "opened", CircuitState.CLOSED: "closed"}
 
 MAX_QUEUED = 10_000
 """Calls that may wait for the callbacks' thread; what comes on top is dropped, and logged."""
@@ -128,6 +131,16 @@ class CallbackSink(EventSink):
     def deferred(self, delivery: Delivery) -> None:
         """Tell, with the reason's name."""
         self._tell(Event("deferred", delivery.envelope.message_id, type(delivery.reason).__name__))
+
+    def dead_lettered(self, delivery: Delivery) -> None:
+        """Tell, with the reason's name."""
+        reason = type(delivery.reason).__name__
+        self._tell(Event("dead_lettered", delivery.envelope.message_id, reason))
+
+    def circuit_changed(self, state: CircuitState) -> None:
+        """Tell when it opens and when it closes."""
+        if state is not CircuitState.HALF_OPEN:
+            self._tell(Event(f"circuit_{_CIRCUIT_WORDS[state]}"))
 
     def connected(self, address: str) -> None:
         """Tell, with the broker's address."""

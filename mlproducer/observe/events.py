@@ -10,7 +10,7 @@ from typing import Any
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss
-from mlproducer.core.states import ConnectionState
+from mlproducer.core.states import CircuitState, ConnectionState
 from mlproducer.errors import PublishError
 
 
@@ -23,6 +23,9 @@ class EventSink:
     def failed(self, delivery: Delivery, error: PublishError) -> None:
         """An attempt failed."""
 
+    def dead_lettered(self, delivery: Delivery) -> None:
+        """The broker has a message's dead letter."""
+
     def deferred(self, delivery: Delivery) -> None:
         """The library goes on with a message without its publisher."""
 
@@ -34,6 +37,18 @@ class EventSink:
 
     def stray_confirm(self, tag: int) -> None:
         """The broker settled a tag that was not open."""
+
+    def circuit_changed(self, state: CircuitState) -> None:
+        """The circuit breaker moved."""
+
+    def health_checked(self, *, alive: bool) -> None:
+        """The broker answered a health check, or did not."""
+
+    def health_fault(self, target: str, loss: Loss) -> None:
+        """The broker is alive, but something on it is missing or forbidden."""
+
+    def queue_depth(self, queue: str, messages: int) -> None:
+        """A health check has read how many messages wait in a queue."""
 
     def state_changed(self, state: ConnectionState) -> None:
         """The link moved."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 
+from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.states import CircuitState
 from mlproducer.observe.events import EventSink
 
 logger = logging.getLogger("mlproducer")
@@ -53,6 +55,31 @@ class LogSink(EventSink):
         """Log at ERROR: somebody has to mend it."""
         logger.error(
             "cannot declare target=%s code=%d reason=%r", target, loss.reply_code, loss.text
+        )
+
+    def circuit_changed(self, state: CircuitState) -> None:
+        """Log at WARNING when it opens, else at INFO."""
+        level = logging.WARNING if state is CircuitState.OPEN else logging.INFO
+        logger.log(level, "circuit breaker state=%s", state.value)
+
+    def dead_lettered(self, delivery: Delivery) -> None:
+        """Log at ERROR: somebody has to look at it."""
+        logger.error(
+            "dead-lettered message_id=%r attempts=%d reason=%s",
+            delivery.envelope.message_id,
+            delivery.attempts,
+            type(delivery.reason).__name__,
+        )
+
+    def health_checked(self, *, alive: bool) -> None:
+        """Log at WARNING where there was no answer."""
+        if not alive:
+            logger.warning("no answer to the health check; reconnecting")
+
+    def health_fault(self, target: str, loss: Loss) -> None:
+        """Log at ERROR: somebody has to mend it."""
+        logger.error(
+            "health check target=%s code=%d reason=%r", target, loss.reply_code, loss.text
         )
 
     def stray_confirm(self, tag: int) -> None:

@@ -9,7 +9,7 @@ from attrs import define
 
 from mlproducer.errors import BufferFullError
 from mlproducer.message import Envelope
-from mlproducer.stores.protocol import Row
+from mlproducer.stores.protocol import Depth, Row
 
 MAX_ROWS = 10_000
 MAX_BYTES = 64 * 1024 * 1024
@@ -20,6 +20,7 @@ class _Slot:
     envelope: Envelope
     attempts: int
     due: float | None
+    dead: bool = False
 
 
 class MemoryStore:
@@ -55,6 +56,12 @@ class MemoryStore:
         slot = self._slots[key]
         slot.attempts, slot.due = attempts, due
 
+    def bury(self, key: int, envelope: Envelope, due: float | None) -> None:
+        """Put its dead letter in the place of a claimed row's message."""
+        slot = self._slots[key]
+        self._bytes += envelope.size - slot.envelope.size
+        self._slots[key] = _Slot(envelope, slot.attempts, due, dead=True)
+
     def claim(self, now: float, limit: int) -> list[Row]:
         """Claim what is due, the oldest first."""
         rows: list[Row] = []
@@ -72,6 +79,7 @@ class MemoryStore:
         if slot is not None:
             self._bytes -= slot.envelope.size
 
-    def depth(self) -> int:
+    def depth(self) -> Depth:
         """Count the rows."""
-        return len(self._slots)
+        dead = sum(slot.dead for slot in self._slots.values())
+        return Depth(len(self._slots) - dead, dead)

@@ -25,6 +25,14 @@ class Row:
     attempts: int
 
 
+@frozen
+class Depth:
+    """How many rows a store has: messages that wait for a retry, and dead letters."""
+
+    waiting: int
+    dead: int
+
+
 class Store(Protocol):
     """Keeps messages. A row is *due* at a time, or *claimed* by whoever sends it now.
 
@@ -43,11 +51,14 @@ class Store(Protocol):
     def release(self, key: int, attempts: int, due: float | None) -> None:
         """Note a claimed row's attempts, and when it is due next."""
 
+    def bury(self, key: int, envelope: Envelope, due: float | None) -> None:
+        """Put its dead letter in the place of a claimed row's message; it counts as dead."""
+
     def claim(self, now: float, limit: int) -> list[Row]:
         """Claim what is due, the oldest first."""
 
     def done(self, key: int) -> None:
         """Delete a row."""
 
-    def depth(self) -> int:
+    def depth(self) -> Depth:
         """Count the rows."""
