@@ -28,7 +28,7 @@ def answer(engine: Engine, delivery: Delivery) -> Receipt:
 
     :raises PublishError: the message is the publisher's again
     """
-    future = delivery.future
+    future = delivery.answer
     try:
         error = future.exception(max(0.0, delivery.deadline - time.monotonic()))
     except FutureTimeoutError:
@@ -113,4 +113,4 @@ class Line:
 
 
 def _undecided(each: Delivery | PublishError) -> bool:
-    return isinstance(each, Delivery) and not each.future.done()
+    return isinstance(each, Delivery) and not each.answer.done()

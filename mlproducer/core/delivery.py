@@ -28,8 +28,8 @@ class Place(enum.Enum):
 class Delivery:
     """One message, from `publish()` to its fate.
 
-    :ivar future: whom to tell next. For a blocking publisher first its answer, then, once that
-        was DEFERRED, the fate that its receipt waits for; for ``submit()`` the fate from the start
+    :ivar answer: what the publisher waits for; for ``submit()`` the message's fate
+    :ivar fate: what a receipt waits for, from when the answer was DEFERRED
     :ivar retry: the library may keep the message and try again
     :ivar answer_deferral: the publisher waits for an answer, not for the fate
     :ivar deadline: monotonic time until which the publisher waits
@@ -44,6 +44,7 @@ class Delivery:
     """
 
     __slots__ = (
+        "answer",
         "answer_deferral",
         "attempts",
         "counted",
@@ -52,7 +53,7 @@ class Delivery:
         "doubtful",
         "envelope",
         "first_failed",
-        "future",
+        "fate",
         "kept",
         "open",
         "place",
@@ -66,7 +67,7 @@ class Delivery:
     def __init__(
         self,
         envelope: Envelope,
-        future: Future[Receipt],
+        answer: Future[Receipt],
         *,
         started: float,
         deadline: float,
@@ -74,7 +75,8 @@ class Delivery:
         answer_deferral: bool = True,
     ) -> None:
         self.envelope = envelope
-        self.future = future
+        self.answer = answer
+        self.fate: Future[Receipt] | None = None
         self.started = started
         self.deadline = deadline
         self.retry = retry
@@ -93,32 +95,33 @@ class Delivery:
 
     def claim(self) -> bool:
         """Take the message over from its publisher; false if it was withdrawn before that."""
-        return self.future.set_running_or_notify_cancel()
+        return self.answer.set_running_or_notify_cancel()
 
     def confirm(self, now: float) -> None:
         """Tell that the broker has confirmed it."""
         self.open = False
-        self.future.set_result(Receipt(self.envelope.message_id, self.attempts, now - self.started))
+        receipt = Receipt(self.envelope.message_id, self.attempts, now - self.started)
+        (self.fate or self.answer).set_result(receipt)
 
     def defer(self, now: float, *, durable: bool) -> None:
         """Tell a publisher that waits for an answer that the library goes on without it."""
         if not (self.open and self.answer_deferral):
             return
-        answered, self.future = self.future, Future()
-        self.future.set_running_or_notify_cancel()
+        self.fate = Future()
+        self.fate.set_running_or_notify_cancel()
         self.answer_deferral = False
-        answered.set_result(
+        self.answer.set_result(
             Receipt(
                 self.envelope.message_id,
                 self.attempts,
                 now - self.started,
                 durable,
                 self.reason,
-                self.future,
+                self.fate,
             )
         )
 
     def give_back(self, error: PublishError) -> None:
         """Tell that the library does not own it, or gives up on it."""
         self.open = False
-        self.future.set_exception(error)
+        (self.fate or self.answer).set_exception(error)

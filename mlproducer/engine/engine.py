@@ -107,7 +107,7 @@ class Engine:
         """
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in self._io.descriptors():
-            os.dup2(nothing, descriptor)
+            os.dup2(nothing, descriptor, inheritable=False)
         os.close(nothing)
 
     # --- messages ------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Engine:
     def withdraw(self, delivery: Delivery) -> None:
         """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""
         delivery.retry = False
-        if delivery.future.cancel():
+        if delivery.answer.cancel():
             self.gate.leave((delivery,))
         self._io.mailbox.ring()
 

@@ -160,8 +160,10 @@ class Link:
     def close(self) -> None:
         """Close in good order; the owner is told by `LinkOwner.link_failed`."""
         self._stop_timer()
-        if not (self._connection.is_closing or self._connection.is_closed):
+        if self._connection.is_open:
             self._connection.close()
+        else:
+            self.cut()
 
     def abort(self) -> None:
         """End it at once, and tell nobody."""
@@ -171,10 +173,10 @@ class Link:
 
     def cut(self) -> None:
         """Drop the connection without a handshake."""
-        if self._connection.is_open or self._connection.is_closing:
-            self._loop.sever(self._spared)
+        if self._connection.connection_state == Connection.CONNECTION_INIT:
+            self._connection.close()  # no stream yet: pika ends the attempt
         elif not self._connection.is_closed:
-            self._connection.close()  # while it is opening this drops it without a handshake
+            self._loop.sever(self._spared)
 
     def _on_timeout(self) -> None:
         """Give up on a broker that accepts and does not answer."""
@@ -324,9 +326,7 @@ class Link:
         if isinstance(cause, exceptions.ConnectionClosedByBroker):
             text = f"closed by the broker: {cause.reply_code} {printable(cause.reply_text)}"
             return Loss(self._say(text), cause.reply_code, LossKind.CLOSED_BY_BROKER)
-        if isinstance(
-            cause, (exceptions.AuthenticationError, exceptions.ProbableAccessDeniedError)
-        ):
+        if isinstance(cause, _REFUSALS):
             return self._refused(str(cause))
         for kinds, kind, text in _TABLE:
             if isinstance(cause, kinds):

@@ -1,10 +1,13 @@
 """Producers on the fresh virtual host of a real node, closed in time after each test.
 
+Whatever a test does to the broker, the I/O loop must never fail: that is checked at the end of each.
+
 Runs on: pytest's main thread.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,7 +35,7 @@ Connect = Callable[..., MLProducer]
 
 
 @pytest.fixture
-def connect(rabbitmq_vhost: VirtualHost) -> Iterator[Connect]:
+def connect(rabbitmq_vhost: VirtualHost, caplog: pytest.LogCaptureFixture) -> Iterator[Connect]:
     """Make producers: ``connect(url=None, store=None, **settings)``."""
     producers: list[MLProducer] = []
 
@@ -46,6 +49,8 @@ def connect(rabbitmq_vhost: VirtualHost) -> Iterator[Connect]:
         started = time.monotonic()
         producer.close(CLOSE_TIMEOUT)
         assert time.monotonic() - started < CLOSE_TIMEOUT + 0.5
+    records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
+    assert [each.message for each in records if each.levelno >= logging.CRITICAL] == []
 
 
 @pytest.fixture
