@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import http.client
+import importlib.util
 import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlproducer import CeleryTask, MLProducer, Settings
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
-from tests.broker.scripts import DIRECTORY, FORK_WARNING, Script, drain, run
+from tests.broker.scripts import DIRECTORY, FORK_WARNING, Program, drain, run, script
 
 pytestmark = pytest.mark.broker
 
@@ -35,12 +43,12 @@ def _numbered(name: str, count: int) -> list[str]:
 def test_child_has_its_own_connection(rabbitmq_vhost: VirtualHost) -> None:
     """It has another local port than its parent, holds nothing of its parent's, and both go on."""
     node = rabbitmq_vhost.node
-    with Script("children", "own_connection", url=rabbitmq_vhost.url) as script:
-        child = script.next()
+    with script("children", "own_connection", url=rabbitmq_vhost.url) as program:
+        child = program.next()
         at_the_broker = {int(re.findall(r":(\d+) ->", name)[0]) for name in node.connections()}
-        script.go()
-        parent = script.next()
-        ended = script.end()
+        program.go()
+        parent = program.next()
+        ended = program.end()
     assert child["confirmed"]
     assert len(child["inherited"]) >= 4
     assert set(child["inherited"].values()) == {"/dev/null"}
@@ -59,18 +67,18 @@ def test_pending_messages_stay_the_parents(
     rabbitmq_vhost: VirtualHost, proxy: Proxy, ending: str
 ) -> None:
     """What the parent has pending is sent once, by the parent, however its child ends."""
-    with Script("children", "pending", ending, url=proxy.url(rabbitmq_vhost.url)) as script:
-        assert script.next() == {"connected": True}
+    with script("children", "pending", ending, url=proxy.url(rabbitmq_vhost.url)) as program:
+        assert program.next() == {"connected": True}
         proxy.stall("c2s")
-        script.go()
-        assert script.next() == {"undecided": 20, "left": 0, "state": 1}
+        program.go()
+        assert program.next() == {"undecided": 20, "left": 0, "state": 1}
         if ending == "exec":
-            assert script.next() == {"descriptors": ["0", "1", "2"]}
-        assert script.next() == {"code": ENDINGS[ending]}
+            assert program.next() == {"descriptors": ["0", "1", "2"]}
+        assert program.next() == {"code": ENDINGS[ending]}
         proxy.resume()
-        script.go()
-        assert script.next() == {"attempts": [1] * 20, "left": 0}
-        ended = script.end()
+        program.go()
+        assert program.next() == {"attempts": [1] * 20, "left": 0}
+        ended = program.end()
         assert (ended.returncode, ended.stderr) == (0, "")
     assert proxy.accepted == 1
     expected = _once("first", *_numbered("pending", 20))
@@ -106,10 +114,10 @@ def test_parent_ends_while_its_child_sleeps(
     rabbitmq_vhost: VirtualHost, proxy: Proxy, how: str
 ) -> None:
     """The broker sees the parent's connection end within a second: no child holds it open."""
-    with Script("children", "sleeping", how, url=proxy.url(rabbitmq_vhost.url)) as script:
-        script.next()
+    with script("children", "sleeping", how, url=proxy.url(rabbitmq_vhost.url)) as program:
+        program.next()
         assert proxy.connections == 1
-        script.go()
+        program.go()
         proxy.wait_for_connections(0, timeout=1.0)
 
 
@@ -173,3 +181,61 @@ def test_multiprocessing(rabbitmq_vhost: VirtualHost, method: str) -> None:
     names = ["parent", "parent-again", "child-0-published", "child-1-published"]
     expected = _once(*names, *_numbered("child-0", 50), *_numbered("child-1", 50))
     assert drain(rabbitmq_vhost.url, QUEUE) == expected
+
+
+def _get(port: int) -> dict[str, Any]:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20.0)) as connection:
+        connection.request("GET", "/")
+        answer: dict[str, Any] = json.load(connection.getresponse())
+        return answer
+
+
+def _ask_until_two_have_answered(port: int) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 20.0
+    with ThreadPoolExecutor(4) as pool:
+        while len({answer["pid"] for answer in answers}) < 2:
+            assert time.monotonic() < deadline
+            answers += pool.map(_get, [port] * 8)
+    return answers
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gunicorn") is None, reason="needs gunicorn")
+def test_gunicorn_with_preload(rabbitmq_vhost: VirtualHost) -> None:
+    """Both workers publish with the producer that was made before the fork; none warns of it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        argv = [sys.executable, "-W", "error::DeprecationWarning", "-m", "gunicorn"]
+        argv += ["--preload", "--workers", "2", "--bind", f"fd://{listener.fileno()}"]
+        argv += ["wsgi_app:app"]
+        with Program(argv, rabbitmq_vhost.url, descriptors=[listener.fileno()]) as program:
+            answers = _ask_until_two_have_answered(listener.getsockname()[1])
+            program.signal(signal.SIGTERM)
+            ended = program.end(15.0)
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
+    assert "Warning" not in ended.stderr
+    assert all(answer["confirmed"] for answer in answers)
+    expected = _once(*(each for answer in answers for each in answer["ids"]))
+    assert drain(rabbitmq_vhost.url, QUEUE) == expected
+
+
+@pytest.mark.skipif(importlib.util.find_spec("celery") is None, reason="needs celery")
+def test_celery_prefork(rabbitmq_vhost: VirtualHost) -> None:
+    """Tasks publish in every child of a prefork worker, also in those that replace others."""
+    argv = [sys.executable, "-m", "celery", "--app", "celery_app", "worker"]
+    argv += ["--pool", "prefork", "--without-gossip", "--without-mingle"]
+    with Program([*argv, "--heartbeat-interval", "1"], rabbitmq_vhost.url) as program:
+        assert program.next() == {"ready": True}
+        with MLProducer(Settings(url=rabbitmq_vhost.url)) as producer:
+            for number in range(20):
+                producer.publish(CeleryTask("relay", [number], routing_key="relay"))
+        runs = [program.next() for _ in range(20)]
+        program.signal(signal.SIGTERM)
+        ended = program.end()
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
+    assert all(each["confirmed"] for each in runs)
+    assert {each["number"] for each in runs} == set(range(20))
+    assert len({each["pid"] for each in runs}) >= 4
+    names = [f"{number}-{how}" for number in range(20) for how in ("published", "submitted")]
+    assert drain(rabbitmq_vhost.url, QUEUE) == _once("main", *names)

@@ -54,7 +54,9 @@ class Tap:
                     (client, server, self.sent[-1]),
                     (server, client, bytearray()),
                 ):
-                    pump = threading.Thread(target=self._pump, args=[source, sink, kept], daemon=True)
+                    pump = threading.Thread(
+                        target=self._pump, args=[source, sink, kept], daemon=True
+                    )
                     pump.start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
@@ -341,9 +343,7 @@ def test_sliced_and_reset(server: Server, certificates: Certificates) -> None:
             assert proxy.accepted == 2
 
 
-def test_old_protocol_version(
-    certificates: Certificates, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_old_protocol_version(certificates: Certificates, caplog: pytest.LogCaptureFixture) -> None:
     """A server that speaks no more than TLS 1.1 is refused."""
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]

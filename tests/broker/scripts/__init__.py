@@ -16,8 +16,9 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Any
 
 import pika
@@ -32,27 +33,37 @@ FORK_WARNING = "ignore:This process:DeprecationWarning"
 
 @frozen
 class Ended:
-    """How a script ended, and what it said on the way."""
+    """How a program ended, and what it said on the way."""
 
     returncode: int
     reports: list[dict[str, Any]]
     stderr: str
 
 
-class Script:
-    """One run of a script, killed with all its children where the test leaves before its end."""
+class Program:
+    """One run of a program, killed with all its children where the test leaves before its end.
+
+    :param argv: what to run, in the directory of the scripts
+    :param url: what it finds in ``RABBITMQ_URL``
+    :param descriptors: what it inherits
+    """
 
     def __init__(
-        self, name: str, *arguments: str, url: str, environ: dict[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        url: str,
+        environ: Mapping[str, str] = MappingProxyType({}),
+        descriptors: Collection[int] = (),
     ) -> None:
-        argv = [sys.executable, "-W", "error", "-W", FORK_WARNING, str(DIRECTORY / f"{name}.py")]
         self._stderr: IO[bytes] = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [*argv, *arguments],
+            argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=os.environ | {"RABBITMQ_URL": url} | (environ or {}),
+            cwd=DIRECTORY,
+            env={**os.environ, "RABBITMQ_URL": url, **environ},
+            pass_fds=descriptors,
             start_new_session=True,
         )
         self.pid = self._process.pid
@@ -60,7 +71,7 @@ class Script:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def __enter__(self) -> Script:
+    def __enter__(self) -> Program:
         return self
 
     def __exit__(
@@ -78,23 +89,23 @@ class Script:
         self._stderr.close()
 
     def next(self, timeout: float = LIMIT) -> dict[str, Any]:
-        """Wait for the script's next report."""
+        """Wait for the program's next report."""
         report = self._reports.get(timeout=timeout)
-        assert report is not None, f"the script has ended: {self.stderr()}"
+        assert report is not None, f"the program has ended: {self.stderr()}"
         return report
 
     def go(self) -> None:
-        """Let a script go on that waits for a line."""
+        """Let a program go on that waits for a line."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the script itself, not to its children."""
+        """Send a signal to the program itself, not to its children."""
         self._process.send_signal(number)
 
     def end(self, timeout: float = LIMIT) -> Ended:
-        """Wait for the script's end."""
+        """Wait for the program's end."""
         returncode = self._process.wait(timeout)
         self._reader.join(timeout)
         reports = []
@@ -105,7 +116,7 @@ class Script:
         return Ended(returncode, reports, self.stderr())
 
     def stderr(self) -> str:
-        """Everything that the script has written to its standard error."""
+        """Everything that the program has written to its standard error."""
         self._stderr.seek(0)
         return self._stderr.read().decode()
 
@@ -113,16 +124,25 @@ class Script:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
-                self._reports.put(json.loads(line))
+                if line.startswith(b"{"):  # Celery shows a banner
+                    self._reports.put(json.loads(line))
         self._reports.put(None)
 
 
+def script(
+    name: str, *arguments: str, url: str, environ: Mapping[str, str] = MappingProxyType({})
+) -> Program:
+    """Start a script, to which any warning is an error."""
+    argv = [sys.executable, "-W", "error", "-W", FORK_WARNING, f"{name}.py", *arguments]
+    return Program(argv, url, environ)
+
+
 def run(
-    name: str, *arguments: str, url: str, environ: dict[str, str] | None = None, limit: float = 60.0
+    name: str, *arguments: str, url: str, environ: Mapping[str, str] = MappingProxyType({})
 ) -> Ended:
     """Run a script to its end."""
-    with Script(name, *arguments, url=url, environ=environ) as script:
-        return script.end(limit)
+    with script(name, *arguments, url=url, environ=environ) as program:
+        return program.end(60.0)
 
 
 def drain(url: str, name: str) -> Counter[str]:

@@ -1,0 +1,64 @@
+"""The commands ``mlproducer`` and ``python -m mlproducer``.
+
+Owns the command line and the exit codes: 0 fine, 1 failed, 2 usage, 130 for Ctrl-C. Each command is
+a module of its own with ``configure`` and ``run``. Commands know the public API only.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from mlproducer.cli import check, demo, publish
+from mlproducer.cli.output import Console
+from mlproducer.errors import MLProducerError
+from mlproducer.testing import RabbitMQError, WorkerError
+
+FINE, FAILED, INTERRUPTED = 0, 1, 130
+
+COMMANDS = {"demo": demo, "publish": publish, "check": check}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and give its exit code.
+
+    :param argv: the arguments; ``None`` takes those of the process
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as ended:  # argparse has printed the help, or what is wrong
+        return int(ended.code or FINE)
+    console = Console(as_json=arguments.json)
+    try:
+        with console.showing_log(arguments.log_level):
+            return FINE if arguments.run(arguments, console) else FAILED
+    except KeyboardInterrupt:
+        console.complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more; Python itself would complain again when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (MLProducerError, RabbitMQError, WorkerError, OSError) as error:
+        console.emit({"error": str(error)})
+        console.complain(str(error))
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlproducer",
+        description="Publish machine-learning tasks to RabbitMQ without losing one.",
+        epilog="The broker is the one in RABBITMQ_URL. Exit codes: 0 fine, 1 failed, 2 usage.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        command.add_argument("--json", action="store_true", help="output for programs")
+        command.set_defaults(run=module.run, log_level=module.LOG_LEVEL)
+        module.configure(command)
+    return parser

@@ -1,0 +1,141 @@
+"""Is there a broker, and if not, what is to be done: shared by the commands.
+
+Owns the probe and the advice. The probe is an empty, transient message to a routing key of its own,
+to which nothing is bound. The broker checks exchange and permission, looks for a queue, finds none
+and returns the message (AMQP reply 312), then acknowledges it: so it proves writing, routing and
+confirming, and leaves nothing behind for a worker. Only where a queue or an alternate exchange
+takes everything does it arrive somewhere, and there it expires.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from mlproducer import Message, MLProducer
+from mlproducer.errors import (
+    AuthenticationError,
+    BrokerBlockedError,
+    BrokerRejectedError,
+    ConfirmTimeoutError,
+    ConnectionLostError,
+    NackError,
+    NotConnectedError,
+    PublishError,
+    UnroutableError,
+)
+
+PROBE_TTL = 60.0
+"""Seconds after which a catch-all queue may drop a probe."""
+
+QUICK = 1.0
+"""Seconds within which a connection is usually there, so that the reason is not asked for."""
+
+Unreachable = (NotConnectedError, AuthenticationError)
+
+
+def probe(producer: MLProducer, timeout: float) -> PublishError | None:
+    """Publish a probe; ``None`` where it came back as expected, and was confirmed.
+
+    :param timeout: seconds; without a connection the answer comes as soon as an attempt failed
+    """
+    message = Message(
+        body=b"",
+        routing_key=f"mlproducer.check.{uuid.uuid4()}",
+        expiration=PROBE_TTL,
+        persistent=False,
+    )
+    try:
+        producer.publish(message, timeout=timeout, retry=False)
+    except UnroutableError:
+        return None
+    except PublishError as error:
+        return error
+    return None
+
+
+def wait(producer: MLProducer, patience: float) -> PublishError | None:
+    """Wait for a connection; give the reason where there is none after ``patience`` seconds.
+
+    A broker that refuses the credentials will do so again: that is told at once.
+    """
+    deadline = time.monotonic() + patience
+    if producer.wait_connected(min(QUICK, patience)):
+        return None
+    error = probe(producer, max(0.0, deadline - time.monotonic()))
+    if isinstance(error, NotConnectedError):
+        connected = producer.wait_connected(max(0.0, deadline - time.monotonic()))
+        return None if connected else error
+    return error if isinstance(error, AuthenticationError) else None
+
+
+def advise(error: PublishError, *, blocked: bool = False) -> str:
+    """Say what an operator can do about a failure.
+
+    :param blocked: the broker is known to block publishers
+    """
+    if blocked:
+        return _BY_KIND[BrokerBlockedError]
+    if isinstance(error, BrokerRejectedError):
+        return _BY_CODE.get(error.reply_code, "look into the broker's log")
+    text = str(error)
+    if isinstance(error, AuthenticationError):
+        return _VIRTUAL_HOST if ": 530 " in text or "vhost" in text else _CREDENTIALS
+    for words, advice in _BY_WORDS.items():
+        if words in text:
+            return advice
+    return _BY_KIND.get(type(error), "look into the broker's log")
+
+
+_CREDENTIALS = (
+    "mend user and password in RABBITMQ_URL, with special characters percent-encoded; "
+    "the user guest is let in from the broker's own machine only"
+)
+_VIRTUAL_HOST = (
+    "mend the path of RABBITMQ_URL, which names the virtual host ('/' itself is '/' or '/%2F'); "
+    "or let the user in: rabbitmqctl add_vhost, rabbitmqctl set_permissions -p VHOST USER ..."
+)
+_BY_WORDS = {
+    "connection refused": (
+        "nothing listens there: is the broker running, and the port right "
+        "(5672, with TLS 5671)?"
+    ),
+    "does not resolve": "mend the host name in RABBITMQ_URL, or the name service",
+    "without speaking AMQP": (
+        "something else listens there, or the port wants TLS: then use amqps://"
+    ),
+    "certificate verification failed": (
+        "name the authority in RABBITMQ_SSL_CACERT, and the broker as its certificate does; "
+        "an expired certificate has to be renewed"
+    ),
+    "TLS failed": (
+        "does the port speak TLS (5671)? A broker that wants a client's certificate gets it by "
+        "RABBITMQ_SSL_CERTFILE and RABBITMQ_SSL_KEYFILE"
+    ),
+    "no answer in time": (
+        "something accepts and stays silent: a wrong port, a firewall, a port that wants TLS "
+        "(amqps://), or a broker that hangs"
+    ),
+}
+_BY_CODE = {
+    403: "grant the permission: rabbitmqctl set_permissions -p VHOST USER CONFIGURE WRITE READ",
+    404: "declare it, let ML_DECLARE_TOPOLOGY=active do so, or mend ML_EXCHANGE",
+    406: "it exists with other arguments: delete it, or set ML_DECLARE_TOPOLOGY=passive",
+}
+_BY_KIND: dict[type[PublishError], str] = {
+    BrokerBlockedError: (
+        "the broker is short of memory or disk: rabbitmq-diagnostics alarms tells which; "
+        "it goes on by itself once there is room"
+    ),
+    ConfirmTimeoutError: "the broker takes messages and does not answer: is it overloaded or hung?",
+    ConnectionLostError: "look into the broker's log for why it dropped the connection",
+    NackError: "look into the broker's log for why it refused the message",
+    NotConnectedError: "look at the broker's log and at the network in between",
+}
+
+
+def advise_code(reply_code: int) -> str:
+    """Say what can be done about a declaration that the broker refused with this code."""
+    return _BY_CODE.get(reply_code, "look into the broker's log")

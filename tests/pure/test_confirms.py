@@ -1,0 +1,84 @@
+"""Delivery tags against the simplest model of them: a dict of what is open."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mlproducer.core.confirms import Confirms
+from mlproducer.core.delivery import Delivery
+from tests.helpers import make_delivery
+
+
+class ConfirmsMachine(RuleBasedStateMachine):
+    """Any order of registrations and acks, also of those that no honest broker would send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.confirms = Confirms()
+        self.open: dict[int, Delivery] = {}
+        self.last = 0
+
+    @rule()
+    def register(self) -> None:
+        """I7: tags count 1, 2, 3 ..."""
+        delivery = make_delivery()
+        self.last += 1
+        assert self.confirms.register(delivery) == self.last
+        self.open[self.last] = delivery
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), multiple=st.booleans())
+    def settle_open(self, data: st.DataObject, multiple: bool) -> None:
+        """I8: one, or all up to it, oldest first."""
+        tag = data.draw(st.sampled_from(sorted(self.open)))
+        self._settle(tag, multiple=multiple)
+
+    @rule(multiple=st.booleans(), offset=st.integers(0, 5))
+    def settle_any(self, multiple: bool, offset: int) -> None:
+        """Tags near the last one, open or not, given out or not."""
+        self._settle(max(1, self.last + 2 - offset), multiple=multiple)
+
+    @rule()
+    def settle_all(self) -> None:
+        """AMQP 0-9-1, basic.ack: tag 0 with multiple is everything outstanding."""
+        assert self.confirms.settle(0, multiple=True) == list(self.open.values())
+        self.open.clear()
+
+    @rule()
+    def settle_zero(self) -> None:
+        """Tag 0 without multiple names nothing."""
+        assert self.confirms.settle(0, multiple=False) == []
+
+    @rule(beyond=st.integers(1, 2**40), multiple=st.booleans())
+    def settle_the_future(self, beyond: int, multiple: bool) -> None:
+        """I9: what was never sent settles nothing."""
+        assert self.confirms.settle(self.last + beyond, multiple=multiple) == []
+
+    @rule()
+    def abandon(self) -> None:
+        """The channel is gone: everything comes back in order, and tags begin anew."""
+        assert self.confirms.abandon() == list(self.open.values())
+        assert self.confirms.abandon() == []
+        self.open.clear()
+        self.last = 0
+
+    def _settle(self, tag: int, *, multiple: bool) -> None:
+        known = tag <= self.last
+        tags = [t for t in self.open if t == tag or (multiple and known and t < tag)]
+        expected = [self.open.pop(each) for each in tags]
+        assert self.confirms.settle(tag, multiple=multiple) == expected
+        assert self.confirms.settle(tag, multiple=False) == []  # never twice
+
+    @invariant()
+    def agrees(self) -> None:
+        """What is open is open, what is settled is unknown."""
+        assert len(self.confirms) == len(self.open)
+        assert self.confirms.oldest() is next(iter(self.open.values()), None)
+        for tag in range(self.last + 2):
+            assert self.confirms.find(tag) is self.open.get(tag)
+
+
+TestConfirms = ConfirmsMachine.TestCase
+TestConfirms.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

@@ -1,0 +1,107 @@
+"""The tables of legal moves."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import pytest
+
+from mlproducer.core.states import (
+    CIRCUIT_MOVES,
+    FLOW_MOVES,
+    LINK_MOVES,
+    CircuitEvent,
+    CircuitState,
+    ConnectionState,
+    FlowEvent,
+    FlowState,
+    IllegalMoveError,
+    LinkEvent,
+    Machine,
+)
+
+TABLES = [
+    pytest.param(LINK_MOVES, LinkEvent, ConnectionState.DISCONNECTED, id="link"),
+    pytest.param(FLOW_MOVES, FlowEvent, FlowState.FLOWING, id="flow"),
+    pytest.param(CIRCUIT_MOVES, CircuitEvent, CircuitState.CLOSED, id="circuit"),
+]
+
+
+def reachable(moves: Any, start: enum.Enum) -> set[enum.Enum]:
+    """Every state that some sequence of events leads to."""
+    seen, fresh = {start}, {start}
+    while fresh:
+        fresh = {target for state in fresh for target in moves[state].values()} - seen
+        seen |= fresh
+    return seen
+
+
+@pytest.mark.parametrize(("moves", "events", "start"), TABLES)
+def test_every_state_is_reachable(moves: Any, events: type[enum.Enum], start: enum.Enum) -> None:
+    """No state stands in the table that nothing leads to."""
+    assert reachable(moves, start) == set(type(start))
+
+
+@pytest.mark.parametrize(("moves", "events", "start"), TABLES)
+def test_tables_are_total(moves: Any, events: type[enum.Enum], start: enum.Enum) -> None:
+    """Every state has its row, even an empty one, and every event moves something."""
+    assert set(moves) == set(type(start))
+    assert {event for row in moves.values() for event in row} == set(events)
+    assert {target for row in moves.values() for target in row.values()} <= set(moves)
+
+
+@pytest.mark.parametrize("state", ConnectionState)
+def test_closed_is_reachable_from_everywhere(state: ConnectionState) -> None:
+    """Whatever a link is doing, it can be closed."""
+    assert ConnectionState.CLOSED in reachable(LINK_MOVES, state)
+
+
+@pytest.mark.parametrize("state", FlowState)
+def test_a_new_connection_flows(state: FlowState) -> None:
+    """A Blocked ends with the connection on which it was said."""
+    assert FLOW_MOVES[state][FlowEvent.RECONNECTED] is FlowState.FLOWING
+
+
+@pytest.mark.parametrize(
+    ("moves", "state", "event"),
+    [
+        pytest.param(moves, state, event, id=f"{state.name}-{event.name}")
+        for moves, events, _ in (param.values for param in TABLES)
+        for state in moves  # type: ignore[union-attr]
+        for event in events  # type: ignore[union-attr]
+    ],
+)
+def test_a_machine_obeys_its_table(moves: Any, state: enum.Enum, event: enum.Enum) -> None:
+    """A legal move is made; an illegal one raises, names both, and changes nothing."""
+    machine: Machine[Any, Any] = Machine(moves, state)
+    legal = event in moves[state]
+    assert machine.allows(event) is legal
+    if legal:
+        assert machine.step(event) is machine.state is moves[state][event]
+    else:
+        with pytest.raises(IllegalMoveError, match=f"{event.name} while {state.name}"):
+            machine.step(event)
+        assert machine.state is state
+
+
+def test_the_forbidden_moves_of_the_contract() -> None:
+    """What the contract rules out by name is in no row."""
+    link = {(state, target) for state, row in LINK_MOVES.items() for target in row.values()}
+    assert (ConnectionState.DISCONNECTED, ConnectionState.CONNECTED) not in link
+    assert (ConnectionState.CONNECTED, ConnectionState.CONNECTING) not in link
+    assert LINK_MOVES[ConnectionState.CLOSED] == {}
+    circuit = {(state, target) for state, row in CIRCUIT_MOVES.items() for target in row.values()}
+    assert (CircuitState.CLOSED, CircuitState.HALF_OPEN) not in circuit
+    assert (CircuitState.OPEN, CircuitState.CLOSED) not in circuit
+
+
+def test_the_numbers_of_the_metric() -> None:
+    """The numbers that dashboards know do not change."""
+    assert [(state.name, int(state)) for state in ConnectionState] == [
+        ("DISCONNECTED", 1),
+        ("CONNECTING", 2),
+        ("CONNECTED", 3),
+        ("CLOSING", 4),
+        ("CLOSED", 5),
+    ]
