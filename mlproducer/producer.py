@@ -90,7 +90,7 @@ class MLProducer:
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
         engine = self._running()
-        delivery = self._delivery(task, Future(), timeout, retry=retry)
+        delivery = self._delivery(engine, task, Future(), timeout, retry=retry)
         try:
             if engine.gate.enter(delivery, delivery.deadline):
                 engine.post(delivery)
@@ -111,7 +111,7 @@ class MLProducer:
         """
         engine = self._running()
         future = DeliveryFuture(engine.dispatcher)
-        delivery = self._delivery(task, future, None, retry=retry, answer_deferral=False)
+        delivery = self._delivery(engine, task, future, None, retry=retry, answer_deferral=False)
         future.message_id = delivery.envelope.message_id
         try:
             if not engine.gate.enter(delivery, delivery.deadline):
@@ -139,7 +139,7 @@ class MLProducer:
         try:
             for task in tasks:
                 try:
-                    line.enter(self._delivery(task, Future(), timeout, retry=retry))
+                    line.enter(self._delivery(engine, task, Future(), timeout, retry=retry))
                 except PublishError as error:
                     line.skip(error)
             return line.finish()
@@ -171,8 +171,9 @@ class MLProducer:
 
     def _delivery(
         self,
+        engine: Engine,
         task: Task,
-        future: Future[Receipt],
+        answer: Future[Receipt],
         timeout: float | None,
         *,
         retry: bool,
@@ -180,14 +181,18 @@ class MLProducer:
     ) -> Delivery:
         started = time.monotonic()
         seconds = self.settings.publish_timeout if timeout is None else _checked(timeout)
-        return Delivery(
+        delivery = Delivery(
             self._encoder.encode(task),
-            future,
+            answer,
             started=started,
             deadline=started + seconds,
             retry=retry,
             answer_deferral=answer_deferral,
         )
+        refusal = engine.refuse(delivery)
+        if refusal is not None:
+            raise refusal
+        return delivery
 
     # --- state ---------------------------------------------------------------------------------
 

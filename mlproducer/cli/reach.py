@@ -99,8 +99,7 @@ _VIRTUAL_HOST = (
 )
 _BY_WORDS = {
     "connection refused": (
-        "nothing listens there: is the broker running, and the port right "
-        "(5672, with TLS 5671)?"
+        "nothing listens there: is the broker running, and the port right (5672, with TLS 5671)?"
     ),
     "does not resolve": "mend the host name in RABBITMQ_URL, or the name service",
     "without speaking AMQP": (

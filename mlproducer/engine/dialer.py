@@ -113,10 +113,15 @@ class Dialer:
                 self._owner.attempt_failed(loss)
                 self._count_failure(loss)
 
-    def replace(self) -> None:
-        """Drop a link on which confirms do not come."""
+    @property
+    def link(self) -> Link | None:
+        """The link in use, or being opened."""
+        return self._link
+
+    def give_up(self, why: str) -> None:
+        """Drop a link that is of no use although it stands."""
         if self._link is not None:
-            self._link.replace_channel()
+            self._link.give_up(why)
 
     def close(self) -> None:
         """Close for good; `DialerOwner.finished` follows."""

@@ -25,7 +25,7 @@ from mlproducer.engine.io_thread import IOThread
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import Route
 from mlproducer.engine.tls import make_context
-from mlproducer.errors import ProducerClosedError
+from mlproducer.errors import CircuitOpenError, ProducerClosedError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
@@ -65,7 +65,8 @@ class Engine:
         """
         self._ordinal = threads.take_ordinal(self)
         self._threads["io"] = self._spawn("io", self._io.run)
-        self._threads["retry"] = self._spawn("retry", self._keeper.run)
+        for role, timer in self._io.timers().items():
+            self._threads[role] = self._spawn(role, timer.run)
         if self._callbacks:
             self.dispatcher.start()
 
@@ -91,7 +92,8 @@ class Engine:
         abandoned = self._unsettled()
         self._io.order(functools.partial(self._io.close))
         threads.join_all([self._threads["io"]], deadline + CLOSE_MARGIN)
-        self._keeper.stop()
+        for timer in self._io.timers().values():
+            timer.stop()
         self.dispatcher.stop()
         threads.join_all(
             [*self._threads.values(), *self.dispatcher.threads], deadline + CLOSE_MARGIN
@@ -121,6 +123,20 @@ class Engine:
             raise ProducerClosedError(
                 "the producer was closed", message_id=delivery.envelope.message_id
             )
+
+    def refuse(self, delivery: Delivery) -> CircuitOpenError | None:
+        """Give the error with which an open breaker fails a message on the spot.
+
+        None is given where the message can be stored instead, which the courier decides.
+        """
+        breaker = self._io.courier.breaker
+        if not breaker.refuses() or (self._keeper.durable and delivery.retry):
+            return None
+        return CircuitOpenError(
+            "the circuit breaker is open",
+            retry_after=max(0.0, breaker.reopens_at - time.monotonic()),
+            message_id=delivery.envelope.message_id,
+        )
 
     def turn_away(self, delivery: Delivery) -> None:
         """Hand over a delivery for which the gate had no room in time."""
@@ -171,7 +187,10 @@ class Engine:
         return Status(
             connection_state=ConnectionState(dialer.state),
             reconnect_attempts=dialer.failures,
-            retry_queue_size=len(self._keeper),
+            consecutive_failures=self._io.courier.breaker.failures,
+            circuit_state=self._io.courier.breaker.state,
+            retry_queue_size=len(self._keeper) - self._keeper.dead,
+            dead_letters=self._keeper.dead,
             pending_confirms=self._io.courier.in_flight,
             blocked=self._io.courier.blocked,
             broker=dialer.route.broker.address,

@@ -14,26 +14,36 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from mlproducer.core.backoff import Backoff
+from mlproducer.core.breaker import Breaker
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Carrier, Loss, LossKind
-from mlproducer.core.states import ConnectionState
+from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer.engine.cooldown import Cooldown
 from mlproducer.engine.dialer import Dialer
 from mlproducer.engine.gate import Gate
+from mlproducer.engine.health import Health
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import EventLoop, Route
 from mlproducer.engine.mailbox import Item, Mailbox
+from mlproducer.engine.probe import Probe
+from mlproducer.engine.threads import TimerThread
+from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
-from mlproducer.topology import Declaration
+from mlproducer.topology import Declaration, Topology
 
 logger = logging.getLogger(__name__)
 
 TICK = 1.0
 """Seconds between looks at what is overdue."""
+
+MANY = 1000
+"""Messages that one sweep sends at most, so that it does not starve new ones."""
 
 BREATH = 0.01
 """Seconds until the next write where pika's buffer was too full for all that waits."""
@@ -55,7 +65,18 @@ class IOThread:
         self._keeper = keeper
         self.mailbox = Mailbox()
         self.connected = threading.Event()
-        self.courier = Courier(keeper, gate, events)
+        self._topology = Topology.of(settings)
+        self._health = Health(self, settings.health_check_interval)
+        self._cooldown = Cooldown(self)
+        breaker = Breaker(
+            settings.circuit_breaker_threshold,
+            settings.circuit_breaker_cooldown,
+            self._circuit_changed,
+        )
+        undertaker = Undertaker(self._topology.dead_letter_exchange)
+        self.courier = Courier(
+            settings.max_message_retries, breaker, keeper, undertaker, gate, events
+        )
         self.dialer = Dialer(
             routes,
             Backoff(
@@ -69,6 +90,7 @@ class IOThread:
         )
         self._loop = EventLoop()
         self._in_hand: Item | None = None
+        self._reply: Future[None] | None = None
         self._breathing = False
         self.open = True
 
@@ -78,13 +100,23 @@ class IOThread:
         """Have something done on the I/O thread."""
         self.mailbox.put(method)
 
-    def ready(self) -> bool:
-        """Whether a message handed over now would be written."""
-        return self.courier.able
+    def ready(self) -> int:
+        """How many messages handed over now would be written: none, one as a probe, or many."""
+        if not self.courier.able:
+            return 0
+        return MANY if self.courier.breaker.state is CircuitState.CLOSED else 1
 
     def descriptors(self) -> list[int]:
         """Give every descriptor that is held here, for a forked child to let go of."""
         return [*self._loop.descriptors(), *self.mailbox.descriptors()] if self.open else []
+
+    def timers(self) -> dict[str, TimerThread]:
+        """Give the timer threads by their roles."""
+        return {
+            "retry": self._keeper.thread,
+            "health": self._health.thread,
+            "breaker": self._cooldown.thread,
+        }
 
     # --- the thread ----------------------------------------------------------------------------
 
@@ -151,7 +183,7 @@ class IOThread:
     def _tick(self) -> None:
         self._loop.call_later(TICK, self._tick)
         if self.courier.overdue(time.monotonic(), self._give_up) and not self.courier.blocked:
-            self.dialer.replace()
+            self.dialer.give_up("confirms are overdue")
 
     # --- orders, by way of the mailbox ---------------------------------------------------------
 
@@ -162,6 +194,8 @@ class IOThread:
     def expire(self, delivery: Delivery) -> None:
         """End a publisher's wait."""
         self.courier.expire(delivery, time.monotonic())
+        if delivery.place is Place.IN_FLIGHT:
+            self._health.check_soon()
 
     def readmit(self, delivery: Delivery) -> None:
         """Send a message that the keeper held."""
@@ -181,8 +215,52 @@ class IOThread:
 
     def close(self) -> None:
         """Give back what is left, and end the link and the thread."""
-        self.courier.abandon(self._keeper.held(), time.monotonic())
+        self.courier.abandon(self._keeper.held())
         self.dialer.close()
+
+    def probe(self, reply: Future[None]) -> None:
+        """Ask the broker whether it is there, unless it is known why it would not answer."""
+        link = self.dialer.link
+        if link is None or not self.connected.is_set() or self.courier.blocked:
+            reply.set_result(None)
+            return
+        self._reply = reply
+        check = Probe(
+            self._topology.exchange,
+            self._topology.queues,
+            self._on_alive,
+            self._events.queue_depth,
+            self._events.health_fault,
+        )
+        link.side_channel(check.on_open, check.on_closed)
+
+    def silent(self, reply: Future[None]) -> None:
+        """Give up a broker that has not answered, unless the answer came meanwhile."""
+        if reply is self._reply and not reply.done():
+            self._events.health_checked(alive=False)
+            self.dialer.give_up("no answer to the health check")
+
+    def cool(self) -> None:
+        """Let a probe through the breaker, and look for one in the store."""
+        self.courier.breaker.cool(time.monotonic())
+        self._pump()
+        self._keeper.sweep_soon()
+
+    def _on_alive(self) -> None:
+        if self._end_check():
+            self._events.health_checked(alive=True)
+
+    def _end_check(self) -> bool:
+        """Tell the health thread that it need not wait any longer."""
+        reply, self._reply = self._reply, None
+        if reply is not None:
+            reply.set_result(None)
+        return reply is not None
+
+    def _circuit_changed(self, state: CircuitState) -> None:
+        if state is CircuitState.OPEN:
+            self._cooldown.wait_until(self.courier.breaker.reopens_at)
+        self._events.circuit_changed(state)
 
     # --- what the dialer tells -----------------------------------------------------------------
 
@@ -217,6 +295,7 @@ class IOThread:
         self.dialer.ready()
         self.courier.up(channel)
         if first:
+            self.courier.breaker.reconnected()
             self.connected.set()
             self._events.connected(self.dialer.route.broker.address)
         self._pump()
@@ -226,6 +305,7 @@ class IOThread:
         """Let the courier decide for what was in flight, and the dialer go on."""
         was_up = self.connected.is_set()
         self.connected.clear()
+        self._end_check()
         self.courier.down(loss, time.monotonic())
         self.courier.disconnected()
         if was_up:
@@ -241,7 +321,9 @@ class IOThread:
         """Stop writing, or go on."""
         self.courier.block(blocked=blocked)
         self._events.flow_changed(blocked=blocked, reason=reason)
-        if not blocked:
+        if blocked:
+            self._end_check()  # a broker that blocks does not read our question
+        else:
             self._pump()
             self._keeper.sweep_soon()
 

@@ -37,12 +37,18 @@ class Keeper:
         self._desk: Desk | None = None
         self._watch: Callable[[], None] | None = None
         self._held: dict[Delivery, None] = {}
+        self._dead: dict[Delivery, None] = {}
         self._keys: dict[Delivery, int] = {}
         self._deliveries: dict[int, Delivery] = {}
 
     def __len__(self) -> int:
         """Count the messages kept, also those on their way to the store; anyone may ask."""
         return len(self._held)
+
+    @property
+    def dead(self) -> int:
+        """Count the dead letters that the broker has not taken yet; anyone may ask."""
+        return len(self._dead)
 
     def held(self) -> list[Delivery]:
         """Give the deliveries that are kept now; anyone may ask."""
@@ -62,14 +68,16 @@ class Keeper:
         if delivery not in self._held:
             self._held[delivery] = None
             self.thread.order(partial(self._put, delivery, delivery.attempts, due))
-        elif delivery.dead:
-            self.thread.order(partial(self._bury, delivery, due))
         else:
             self.thread.order(partial(self._note, delivery, delivery.attempts, due))
+        if delivery.dead and delivery not in self._dead:
+            self._dead[delivery] = None
+            self.thread.order(partial(self._bury, delivery, due))
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
         self._held.pop(delivery, None)
+        self._dead.pop(delivery, None)
         self.thread.order(partial(self._done, delivery))
         if not self._held:
             self._gate.nudge()
@@ -82,7 +90,7 @@ class Keeper:
         if delivery.place is Place.IN_FLIGHT:
             return None  # its tag is open: it may still be confirmed, and must not be sent again
         if delivery.dead:
-            return now + (self._backoff.maximum if delivery.buried else 0.0)
+            return now + (self._backoff.maximum if delivery in self._dead else 0.0)
         if delivery.attempts == 0:
             return now
         return now + self._backoff.delay(delivery.attempts - 1)

@@ -12,6 +12,7 @@ Runs on: the I/O thread.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import re
@@ -301,10 +302,18 @@ class Link:
             self._owner.channel_lost(loss)
             self._prepare()
 
-    def replace_channel(self) -> None:
-        """Drop a connection whose channel does not confirm, and tell the owner."""
-        self._fail(Loss(self._say("confirms are overdue"), kind=LossKind.TIMEOUT))
+    def give_up(self, why: str) -> None:
+        """Drop a connection that is of no use although it stands, and tell the owner."""
+        self._fail(Loss(self._say(why), kind=LossKind.TIMEOUT))
         self.cut()
+
+    def side_channel(
+        self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
+    ) -> None:
+        """Open a channel for questions; the broker may close it without harm to any other."""
+        if self._connection.is_open:
+            channel = self._connection.channel(on_open_callback=on_open)
+            channel.add_on_close_callback(functools.partial(_tell_side, on_closed))
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -362,6 +371,12 @@ _TABLE: tuple[tuple[tuple[type[BaseException], ...], LossKind, str], ...] = (
     ((exceptions.AMQPHeartbeatTimeout,), LossKind.HEARTBEAT, "no heartbeat"),
     ((exceptions.ConnectionClosedByClient,), LossKind.CLOSED, "closed by us"),
 )
+
+
+def _tell_side(on_closed: Callable[[Loss], None], _channel: Channel, reason: Exception) -> None:
+    if isinstance(reason, exceptions.ChannelClosedByBroker):
+        text = printable(reason.reply_text)
+        on_closed(Loss(text, reason.reply_code, LossKind.CLOSED_BY_BROKER))
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -78,9 +78,7 @@ class LogSink(EventSink):
 
     def health_fault(self, target: str, loss: Loss) -> None:
         """Log at ERROR: somebody has to mend it."""
-        logger.error(
-            "health check target=%s code=%d reason=%r", target, loss.reply_code, loss.text
-        )
+        logger.error("health check target=%s code=%d reason=%r", target, loss.reply_code, loss.text)
 
     def stray_confirm(self, tag: int) -> None:
         """Log at WARNING: the broker breaks the protocol."""

@@ -31,8 +31,21 @@ FLOORS = [
 """Rooms by floor, the ground first; a folder is one room, whose inside has its own order."""
 
 INSIDE = {
-    "core": ["states", "backoff", "delivery", "confirms", "recovery", "trial", "ports", "courier"],
-    "wire": ["strict_json", "amqp", "frames", "celery", "raw", "encode"],
+    "core": [
+        "states",
+        "backoff",
+        "delivery",
+        "confirms",
+        "trial",
+        "recovery",
+        "failure",
+        "ports",
+        "breaker",
+        "lanes",
+        "judge",
+        "courier",
+    ],
+    "wire": ["strict_json", "amqp", "frames", "celery", "raw", "encode", "dead_letter"],
     "engine": [
         "process",
         "roles",
@@ -41,6 +54,10 @@ INSIDE = {
         "mailbox",
         "threads",
         "keeper",
+        "health",
+        "cooldown",
+        "undertaker",
+        "probe",
         "link",
         "dialer",
         "io_thread",

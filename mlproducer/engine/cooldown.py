@@ -1,0 +1,30 @@
+"""Ends the breaker's cooldown, without any traffic.
+
+Runs on: the breaker thread; `Cooldown.wait_until` on the I/O thread.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mlproducer.engine.roles import Desk
+from mlproducer.engine.threads import TimerThread
+
+
+class Cooldown:
+    """Sleeps until a cooldown ends."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.thread = TimerThread(self._over)
+        self._desk = desk
+
+    def wait_until(self, when: float) -> None:
+        """Wake at a monotonic time."""
+        self.thread.order(partial(self._set, when))
+
+    def _set(self, when: float) -> None:
+        self.thread.due = when
+
+    def _over(self) -> None:
+        self.thread.due = None
+        self._desk.order(partial(self._desk.cool))

@@ -1,0 +1,51 @@
+"""Asks the broker whether it is there, and gives a silent one up.
+
+A broker that is frozen, or a path that is dead in one direction, keeps its TCP connection; only a
+question that is not answered shows it (RabbitMQ guide, *Heartbeats*, detects it far later).
+
+Runs on: the health thread; `Health.check_soon` on any.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import partial
+
+from mlproducer.engine.roles import Desk
+from mlproducer.engine.threads import TimerThread
+
+ANSWER_LIMIT = 5.0
+"""Seconds that a broker has for its answer; a shorter freeze costs no connection."""
+
+
+class Health:
+    """Checks at each interval, and at once when a confirm is late.
+
+    :param interval: seconds between checks
+    """
+
+    def __init__(self, desk: Desk, interval: float) -> None:
+        self.thread = TimerThread(self.check)
+        self.thread.due = time.monotonic() + interval
+        self._desk = desk
+        self._interval = interval
+        self._asked = False
+
+    def check_soon(self) -> None:
+        """Check without waiting for the interval; once, however often it is asked for."""
+        if not self._asked:
+            self._asked = True
+            self.thread.order(self.check)
+
+    def check(self) -> None:
+        """Ask, wait for the answer, and have the link replaced if there is none."""
+        self.thread.due = time.monotonic() + self._interval
+        self._asked = False
+        reply: Future[None] = Future()
+        self._desk.order(partial(self._desk.probe, reply))
+        try:
+            reply.result(ANSWER_LIMIT)
+        except FutureTimeoutError:
+            self._desk.order(partial(self._desk.silent, reply))
