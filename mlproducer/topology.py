@@ -15,6 +15,9 @@ from mlproducer.settings import Settings
 QUEUES = ("ml.summarize", "ml.summarize_local", "ml.transcribe", "ml.transcribe_local", "ml.embed")
 """Each is named after the routing key that leads to it."""
 
+_NO_LIMIT = 2**31 - 1
+"""Looking at a dead letter hands it out; RabbitMQ 4 would drop it after 20 times, unless told so."""
+
 
 @frozen
 class Declaration:
@@ -69,9 +72,8 @@ class Topology:
             yield Declaration("queue_declare", {"queue": queue, "passive": True})
             return
         dead = queue == self.dead_letter_queue
-        arguments: dict[str, Any] = {"x-queue-type": "quorum"}
-        if not dead:
-            arguments["x-delivery-limit"] = self.delivery_limit
+        limit = _NO_LIMIT if dead else self.delivery_limit
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": limit}
         yield Declaration(
             "queue_declare", {"queue": queue, "durable": True, "arguments": arguments}
         )
