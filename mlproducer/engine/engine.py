@@ -86,10 +86,10 @@ class Engine:
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end the link and the threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout
-        before = self.left()
+        before = self._unsettled()
         self.flush(deadline)
         self._closing = True
-        abandoned = self._unsettled()
+        abandoned = tuple(delivery.envelope.message_id for delivery in self._unsettled())
         self._io.order(functools.partial(self._io.close))
         threads.join_all([self._threads["io"]], deadline + CLOSE_MARGIN)
         for timer in self._io.timers().values():
@@ -99,7 +99,7 @@ class Engine:
             [*self._threads.values(), *self.dispatcher.threads], deadline + CLOSE_MARGIN
         )
         threads.return_ordinal(self._ordinal)
-        return CloseReport(confirmed=max(0, before - len(abandoned)), abandoned=abandoned)
+        return CloseReport(confirmed=sum(map(_is_confirmed, before)), abandoned=abandoned)
 
     def disown(self) -> None:
         """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
@@ -177,9 +177,8 @@ class Engine:
         """Count the messages that are inside, or kept for a retry."""
         return len(self._unsettled())
 
-    def _unsettled(self) -> tuple[str, ...]:
-        deliveries = dict.fromkeys([*self.gate.inside(), *self._keeper.held()])
-        return tuple(delivery.envelope.message_id for delivery in deliveries)
+    def _unsettled(self) -> list[Delivery]:
+        return list(dict.fromkeys([*self.gate.inside(), *self._keeper.held()]))
 
     def status(self) -> Status:
         """Say how things stand."""
@@ -195,6 +194,11 @@ class Engine:
             blocked=self._io.courier.blocked,
             broker=dialer.route.broker.address,
         )
+
+
+def _is_confirmed(delivery: Delivery) -> bool:
+    told = delivery.fate or delivery.answer
+    return told.done() and not told.cancelled() and told.exception(0) is None
 
 
 def _routes(settings: Settings) -> list[Route]:

@@ -18,7 +18,6 @@ import platform
 import re
 import socket
 import ssl
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +29,9 @@ from pika.channel import Channel
 from pika.connection import Connection
 
 from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.trial import NOT_FOUND
 from mlproducer.engine.roles import LinkOwner
+from mlproducer.engine.setup import Setup
 from mlproducer.engine.tls import describe
 from mlproducer.message import Envelope
 from mlproducer.settings import Broker
@@ -42,8 +43,6 @@ HIGH_WATER = 1024 * 1024
 
 _REPLY_CODE = re.compile(r"\((\d{3})\)")
 _TLS_ALERT = re.compile(r"\[SSL: (\w+)\]")
-_NO_PERMISSION = 403
-_NOT_FOUND = 404
 
 
 class EventLoop(IOLoop):
@@ -147,10 +146,7 @@ class Link:
         self._route = route
         self._owner: LinkOwner | None = owner
         self._spared = spared
-        self._setup: Channel | None = None
         self._confirming: Channel | None = None
-        self._to_declare: deque[Declaration] = deque()
-        self._redeclare = True
         self._timer: Any = loop.call_later(route.timeout, self._on_timeout)
         self._connection = pika.SelectConnection(
             route.parameters(), self._on_open, self._on_open_error, self._on_close, loop
@@ -209,47 +205,23 @@ class Link:
             return
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
-        self._prepare()
+        self._declare()
 
-    def _prepare(self) -> None:
+    def _declare(self) -> None:
         """Declare the topology, then open the channel for publishing."""
-        if not self._connection.is_open:
-            return  # it is closing, and its end will be told
-        if self._redeclare:
-            self._redeclare = False
-            self._to_declare.extend(self._route.declarations)
-        self._setup = self._confirming = None
-        if self._to_declare:
-            self._setup = self._open_channel(self._on_setup_open)
-        else:
-            self._confirming = self._open_channel(self._on_confirming_open)
+        Setup(
+            self._route.declarations, self.side_channel, self._on_fault, self._open_confirming
+        ).start()
 
-    def _open_channel(self, on_open: Callable[[Channel], None]) -> Channel:
-        channel = self._connection.channel(on_open_callback=on_open)
-        channel.add_on_close_callback(self._on_channel_closed)
-        return channel
+    def _on_fault(self, declaration: Declaration, loss: Loss) -> None:
+        if self._owner is not None:
+            self._owner.topology_fault(declaration, loss)
 
-    def _on_setup_open(self, channel: Channel) -> None:
-        if channel is self._setup:
-            self._declare_next()
-
-    def _declare_next(self, _frame: object = None) -> None:
-        channel = self._setup
-        if channel is None or self._owner is None:
-            return
-        if self._to_declare:
-            declaration = self._to_declare[0]
-            declare = getattr(channel, declaration.method)
-            declare(**declaration.arguments, callback=self._on_declared)
-        else:
-            self._setup = None
-            channel.close()
-            self._prepare()
-
-    def _on_declared(self, _frame: object) -> None:
-        if self._to_declare:
-            self._to_declare.popleft()
-        self._declare_next()
+    def _open_confirming(self) -> None:
+        if self._connection.is_open:
+            channel = self._connection.channel(on_open_callback=self._on_confirming_open)
+            channel.add_on_close_callback(self._on_channel_closed)
+            self._confirming = channel
 
     def _on_confirming_open(self, channel: Channel) -> None:
         if self._confirming is not None and channel is self._confirming:
@@ -290,17 +262,14 @@ class Link:
     def _on_channel_closed(self, channel: Channel, reason: Exception) -> None:
         if self._owner is None or not isinstance(reason, exceptions.ChannelClosedByBroker):
             return  # the end of the connection, which is told on its own, or our own doing
-        loss = Loss(printable(reason.reply_text), reason.reply_code, LossKind.CLOSED_BY_BROKER)
-        if channel is self._setup:
-            self._owner.topology_fault(self._to_declare.popleft(), loss)
-            if loss.reply_code == _NO_PERMISSION:
-                self._to_declare.clear()  # the rest would be refused likewise
-            self._prepare()
-        elif channel is self._confirming:
-            self._redeclare = loss.reply_code == _NOT_FOUND
+        if channel is self._confirming:
             self._timer = self._loop.call_later(self._route.timeout, self._on_timeout)
+            loss = _closed_by_broker(reason)
             self._owner.channel_lost(loss)
-            self._prepare()
+            if loss.reply_code == NOT_FOUND:
+                self._declare()
+            else:
+                self._open_confirming()
 
     def give_up(self, why: str) -> None:
         """Drop a connection that is of no use although it stands, and tell the owner."""
@@ -375,8 +344,11 @@ _TABLE: tuple[tuple[tuple[type[BaseException], ...], LossKind, str], ...] = (
 
 def _tell_side(on_closed: Callable[[Loss], None], _channel: Channel, reason: Exception) -> None:
     if isinstance(reason, exceptions.ChannelClosedByBroker):
-        text = printable(reason.reply_text)
-        on_closed(Loss(text, reason.reply_code, LossKind.CLOSED_BY_BROKER))
+        on_closed(_closed_by_broker(reason))
+
+
+def _closed_by_broker(reason: Any) -> Loss:
+    return Loss(printable(reason.reply_text), reason.reply_code, LossKind.CLOSED_BY_BROKER)
 
 
 def printable(text: str, limit: int = 200) -> str:

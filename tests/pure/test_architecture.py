@@ -58,6 +58,7 @@ INSIDE = {
         "cooldown",
         "undertaker",
         "probe",
+        "setup",
         "link",
         "dialer",
         "io_thread",
