@@ -16,7 +16,7 @@ QUEUES = ("ml.summarize", "ml.summarize_local", "ml.transcribe", "ml.transcribe_
 """Each is named after the routing key that leads to it."""
 
 _NO_LIMIT = 2**31 - 1
-"""Looking at a dead letter hands it out; RabbitMQ 4 would drop it after 20 times, unless told so."""
+"""Looking at a dead letter hands it out; RabbitMQ 4 drops it after 20 times, unless told so."""
 
 
 @frozen
