@@ -50,7 +50,7 @@ class Engine:
         events = Fanout([LogSink(), CallbackSink(callbacks, self.dispatcher)])
         backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
         self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval)
-        self._io = IOThread(settings, _routes(settings), self.gate, self._keeper, events)
+        self._io = IOThread(settings, routes(settings), self.gate, self._keeper, events)
         self._keeper.serve(self._io, self._watch)
         self._ordinal = 0
         self._threads: dict[str, threading.Thread] = {}
@@ -201,7 +201,7 @@ def _is_confirmed(delivery: Delivery) -> bool:
     return told.done() and not told.cancelled() and told.exception(0) is None
 
 
-def _routes(settings: Settings) -> list[Route]:
+def routes(settings: Settings) -> list[Route]:
     """Give the brokers in an order of this process's own, so that a fleet spreads over them."""
     declarations = tuple(Topology.of(settings).declarations(settings.declare_topology))
     brokers = list(settings.brokers)

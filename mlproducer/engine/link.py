@@ -33,6 +33,7 @@ from mlproducer.core.trial import NOT_FOUND
 from mlproducer.engine.roles import LinkOwner
 from mlproducer.engine.setup import Setup
 from mlproducer.engine.tls import describe
+from mlproducer.errors import NotConnectedError
 from mlproducer.message import Envelope
 from mlproducer.settings import Broker
 from mlproducer.topology import Declaration
@@ -101,6 +102,17 @@ class Route:
             ssl_options=self.context and pika.SSLOptions(self.context, broker.host),
             client_properties={"product": "mlproducer", "platform": platform.python_version()},
         )
+
+
+def blocking_channel(route: Route) -> Any:
+    """Open a channel of pika's blocking kind, for commands that consume.
+
+    :raises NotConnectedError: it cannot be opened; the text says why
+    """
+    try:
+        return pika.BlockingConnection(route.parameters()).channel()
+    except (exceptions.AMQPError, OSError) as error:
+        raise NotConnectedError(_translate(route, error).text) from None
 
 
 class ConfirmChannel:
@@ -178,14 +190,14 @@ class Link:
     def _on_timeout(self) -> None:
         """Give up on a broker that accepts and does not answer."""
         self._timer = None
-        self._fail(Loss(self._say("no answer in time"), kind=LossKind.TIMEOUT))
+        self._fail(Loss(_say(self._route, "no answer in time"), kind=LossKind.TIMEOUT))
         self.cut()
 
     def _on_open_error(self, _connection: Connection, error: BaseException | str) -> None:
-        self._fail(self._translate(error))
+        self._fail(_translate(self._route, error))
 
     def _on_close(self, _connection: Connection, error: BaseException) -> None:
-        self._fail(self._translate(error))
+        self._fail(_translate(self._route, error))
 
     def _fail(self, loss: Loss) -> None:
         self._stop_timer()
@@ -200,7 +212,7 @@ class Link:
             self.cut()
             return
         if not (connection.publisher_confirms and connection.basic_nack):
-            self._fail(Loss(self._say("no publisher confirms"), kind=LossKind.PROTOCOL))
+            self._fail(Loss(_say(self._route, "no publisher confirms"), kind=LossKind.PROTOCOL))
             self._connection.close()
             return
         connection.add_on_connection_blocked_callback(self._on_blocked)
@@ -273,7 +285,7 @@ class Link:
 
     def give_up(self, why: str) -> None:
         """Drop a connection that is of no use although it stands, and tell the owner."""
-        self._fail(Loss(self._say(why), kind=LossKind.TIMEOUT))
+        self._fail(Loss(_say(self._route, why), kind=LossKind.TIMEOUT))
         self.cut()
 
     def side_channel(
@@ -288,38 +300,6 @@ class Link:
         if self._timer is not None:
             self._loop.remove_timeout(self._timer)
             self._timer = None
-
-    # --- errors --------------------------------------------------------------------------------
-
-    def _say(self, text: str) -> str:
-        return f"{self._route.broker.address}: {text}"
-
-    def _translate(self, error: BaseException | str) -> Loss:
-        cause = _root(error)
-        if isinstance(cause, ssl.SSLError):
-            return Loss(self._say(describe(cause)), kind=LossKind.TLS)
-        alert = _TLS_ALERT.search(str(cause))  # pika keeps only the text of a late one
-        if alert is not None:
-            return Loss(self._say(f"TLS failed: {alert[1]}"), kind=LossKind.TLS)
-        if isinstance(cause, exceptions.ConnectionClosedByBroker):
-            text = f"closed by the broker: {cause.reply_code} {printable(cause.reply_text)}"
-            return Loss(self._say(text), cause.reply_code, LossKind.CLOSED_BY_BROKER)
-        if isinstance(cause, _REFUSALS):
-            return self._refused(str(cause))
-        for kinds, kind, text in _TABLE:
-            if isinstance(cause, kinds):
-                return Loss(self._say(text), kind=kind)
-        return Loss(self._say(f"connection lost ({type(cause).__name__})"), kind=LossKind.LOST)
-
-    def _refused(self, words: str) -> Loss:
-        """Tell a refusal, for which the broker gave a code, from a reset: pika calls both so."""
-        code = _REPLY_CODE.search(words)
-        if code is None:
-            return Loss(self._say("connection lost during the handshake"), kind=LossKind.LOST)
-        if "limit" in words:
-            return Loss(self._say("a connection limit is reached"), kind=LossKind.CLOSED_BY_BROKER)
-        text = f"refused by the broker: {code[1]} {printable(words)}"
-        return Loss(self._say(text), int(code[1]), LossKind.AUTHENTICATION)
 
 
 _REFUSALS = (
@@ -366,3 +346,39 @@ def _root(error: BaseException | str) -> BaseException:
             return error
         error = inner
     return ConnectionError(error)
+
+
+def _say(route: Route, text: str) -> str:
+    return f"{route.broker.address}: {text}"
+
+
+def _translate(route: Route, error: BaseException | str) -> Loss:
+    cause = _root(error)
+    if isinstance(cause, _REFUSALS):
+        return _refused(route, str(cause))
+    kind, text, code = LossKind.LOST, f"connection lost ({type(cause).__name__})", 0
+    alert = _TLS_ALERT.search(str(cause))  # pika keeps only the text of a late one
+    if isinstance(cause, ssl.SSLError):
+        kind, text = LossKind.TLS, describe(cause)
+    elif alert is not None:
+        kind, text = LossKind.TLS, f"TLS failed: {alert[1]}"
+    elif isinstance(cause, exceptions.ConnectionClosedByBroker):
+        kind, code = LossKind.CLOSED_BY_BROKER, cause.reply_code
+        text = f"closed by the broker: {code} {printable(cause.reply_text)}"
+    else:
+        for kinds, known, words in _TABLE:
+            if isinstance(cause, kinds):
+                kind, text = known, words
+                break
+    return Loss(_say(route, text), code, kind)
+
+
+def _refused(route: Route, words: str) -> Loss:
+    """Tell a refusal, for which the broker gave a code, from a reset: pika calls both so."""
+    code = _REPLY_CODE.search(words)
+    if code is None:
+        return Loss(_say(route, "connection lost during the handshake"), kind=LossKind.LOST)
+    if "limit" in words:
+        return Loss(_say(route, "a connection limit is reached"), kind=LossKind.CLOSED_BY_BROKER)
+    text = f"refused by the broker: {code[1]} {printable(words)}"
+    return Loss(_say(route, text), int(code[1]), LossKind.AUTHENTICATION)
