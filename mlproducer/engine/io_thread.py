@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import time
 from collections.abc import Sequence
 
@@ -26,6 +25,7 @@ from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import EventLoop, Route
 from mlproducer.engine.mailbox import Item, Mailbox
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
+from mlproducer.latch import Watch
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
 from mlproducer.topology import Declaration
@@ -54,7 +54,8 @@ class IOThread:
         self._events = events
         self._keeper = keeper
         self.mailbox = Mailbox()
-        self.connected = threading.Event()
+        self.connected = Watch()
+        self.is_connected = False
         self.courier = Courier(keeper, gate, events)
         self.dialer = Dialer(
             routes,
@@ -118,7 +119,7 @@ class IOThread:
     def _recover(self) -> None:
         """Tell those who wait that the loop failed; what it had in hand goes back into the box."""
         now = time.monotonic()
-        self.connected.clear()
+        self.is_connected = False
         self.dialer.crashed()
         self.courier.down(Loss("the I/O loop failed"), now)
         self.courier.disconnected()
@@ -205,7 +206,7 @@ class IOThread:
 
     def finished(self) -> None:
         """End the thread."""
-        self.connected.clear()
+        self.is_connected = False
         self.open = False
         self._loop.stop()
 
@@ -217,15 +218,16 @@ class IOThread:
         self.dialer.ready()
         self.courier.up(channel)
         if first:
-            self.connected.set()
+            self.is_connected = True
+            self.connected.changed()
             self._events.connected(self.dialer.route.broker.address)
         self._pump()
         self._keeper.sweep_soon()
 
     def link_failed(self, loss: Loss) -> None:
         """Let the courier decide for what was in flight, and the dialer go on."""
-        was_up = self.connected.is_set()
-        self.connected.clear()
+        was_up = self.is_connected
+        self.is_connected = False
         self.courier.down(loss, time.monotonic())
         self.courier.disconnected()
         if was_up:

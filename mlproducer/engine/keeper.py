@@ -76,7 +76,7 @@ class Keeper:
         self._held.pop(delivery, None)
         self._commands.put(functools.partial(self._done, delivery))
         if not self._held:
-            self._gate.nudge()
+            self._gate.emptied.changed()
 
     def sweep_soon(self) -> None:
         """Send out what is due without waiting for the next sweep."""
@@ -128,7 +128,7 @@ class Keeper:
             key = self._store.put(delivery.envelope, attempts, due)
         except (BufferFullError, StoreError) as error:
             self._held.pop(delivery, None)
-            self._gate.nudge()
+            self._gate.emptied.changed()
             desk.order(functools.partial(desk.not_kept, delivery, error))
             return
         self._keys[delivery] = key
