@@ -18,7 +18,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
 from typing import Any
 
-from mlproducer.core.delivery import Delivery
+from mlproducer.core.delivery import Delivery, Handshake
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import process
 from mlproducer.engine.engine import Engine
@@ -37,7 +37,7 @@ from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
-from mlproducer.waiting import Line, answer
+from mlproducer.waiting import Answer, Line, Wait
 from mlproducer.wire.encode import Encoder, Task
 
 logger = logging.getLogger(__name__)
@@ -90,13 +90,14 @@ class MLProducer:
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
         engine = self._running()
-        delivery = self._delivery(engine, task, Future(), timeout, retry=retry)
+        answer = Answer()
+        delivery = self._delivery(engine, task, answer, timeout, retry=retry)
         try:
             if engine.gate.enter(delivery, delivery.deadline):
                 engine.post(delivery)
             else:
                 engine.turn_away(delivery)
-            return answer(engine, delivery)
+            return Wait(delivery, answer).finish(engine)
         except PublishError:
             raise
         except BaseException:
@@ -138,10 +139,13 @@ class MLProducer:
         line = Line(engine)
         try:
             for task in tasks:
+                answer = Answer()
                 try:
-                    line.enter(self._delivery(engine, task, Future(), timeout, retry=retry))
+                    delivery = self._delivery(engine, task, answer, timeout, retry=retry)
                 except PublishError as error:
                     line.skip(error)
+                else:
+                    line.enter(Wait(delivery, answer))
             return line.finish()
         except BaseException:
             line.withdraw()
@@ -173,7 +177,7 @@ class MLProducer:
         self,
         engine: Engine,
         task: Task,
-        answer: Future[Receipt],
+        answer: Handshake,
         timeout: float | None,
         *,
         retry: bool,

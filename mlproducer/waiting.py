@@ -3,7 +3,7 @@
 The courier keeps the deadline, at the publisher's word. The publisher's own wait is a little
 longer, and is the backstop for when the courier is silent.
 
-Runs on: the users' threads.
+Runs on: the users' threads; an `Answer` is given on the I/O thread.
 """
 
 from __future__ import annotations
@@ -12,51 +12,131 @@ import math
 import time
 from collections import deque
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from attrs import frozen
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.engine.engine import Engine
 from mlproducer.errors import ConfirmTimeoutError, PublishError
+from mlproducer.latch import Latch
 from mlproducer.message import Receipt
 
 GRACE = 0.15
 """Seconds beyond a publisher's deadline within which the courier is expected to have spoken."""
 
 
-def answer(engine: Engine, delivery: Delivery) -> Receipt:
-    """Wait until the courier has spoken; at the deadline ask it to.
+class Answer:
+    """What one publisher waits for: a future as far as the courier is concerned, and interruptible.
 
-    :raises PublishError: the message is the publisher's again
+    Whoever takes the token decides: the courier that the message is sent, or the publisher that it
+    is withdrawn.
     """
-    future = delivery.answer
-    try:
-        error = future.exception(max(0.0, delivery.deadline - time.monotonic()))
-    except FutureTimeoutError:
-        engine.expire(delivery)
+
+    __slots__ = ("_given", "_heirs", "_latch", "_token")
+
+    def __init__(self) -> None:
+        self._latch = Latch()
+        self._token = [None]
+        self._given: Receipt | PublishError | None = None
+        self._heirs: list[Future[Receipt]] = []
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Take the message over; false if it was withdrawn."""
+        return self._take_token()
+
+    def cancel(self) -> bool:
+        """Withdraw the message; false if it was taken over."""
+        return self._take_token()
+
+    def set_result(self, receipt: Receipt) -> None:
+        """Answer that it is ours."""
+        self._give(receipt)
+
+    def set_exception(self, error: PublishError) -> None:
+        """Answer that it is the publisher's."""
+        self._give(error)
+
+    def done(self) -> bool:
+        """Whether the answer is there."""
+        return self._given is not None
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the answer; false if it did not come in ``timeout`` seconds."""
+        return self._given is not None or self._latch.wait(timeout)
+
+    def receipt(self) -> Receipt:
+        """Give the answer that is there, or raise it."""
+        if self._given is None:
+            raise LookupError("there is no answer yet")
+        if isinstance(self._given, PublishError):
+            raise self._given
+        return self._given
+
+    def bequeath(self) -> Future[Receipt]:
+        """Give a future that has the answer once it comes, for one who waits no longer."""
+        heir: Future[Receipt] = Future()
+        self._heirs.append(heir)
+        if self._given is not None:
+            self._settle_heirs(self._given)
+        return heir
+
+    def _take_token(self) -> bool:
         try:
-            error = future.exception(GRACE)
-        except FutureTimeoutError:
-            return _unanswered(engine, delivery, future)
-    if error is not None:
-        raise error
-    return future.result(0)
+            self._token.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _give(self, given: Receipt | PublishError) -> None:
+        self._given = given
+        self._latch.open()
+        if self._heirs:
+            self._settle_heirs(given)
+
+    def _settle_heirs(self, given: Receipt | PublishError) -> None:
+        while self._heirs:
+            heir = self._heirs.pop()
+            if isinstance(given, Receipt):
+                heir.set_result(given)
+            else:
+                heir.set_exception(given)
 
 
-def _unanswered(engine: Engine, delivery: Delivery, future: Future[Receipt]) -> Receipt:
-    """End the wait although the courier is silent: its thread hangs, or has just died."""
-    withdrawn = future.cancel()
-    error = ConfirmTimeoutError(
-        "the I/O thread does not answer",
-        message_id=delivery.envelope.message_id,
-        attempts=delivery.attempts,
-        possibly_sent=not withdrawn,
-    )
-    if withdrawn or not delivery.retry:
-        engine.withdraw(delivery)
-        raise error
-    elapsed = time.monotonic() - delivery.started
-    message_id = delivery.envelope.message_id
-    return Receipt(message_id, delivery.attempts, elapsed, False, error, future)
+@frozen
+class Wait:
+    """A delivery, and the answer that its publisher waits for."""
+
+    delivery: Delivery
+    answer: Answer
+
+    def finish(self, engine: Engine) -> Receipt:
+        """Wait until the courier has spoken; at the deadline ask it to.
+
+        :raises PublishError: the message is the publisher's again
+        """
+        if not self.answer.wait(self.delivery.deadline - time.monotonic()):
+            engine.expire(self.delivery)
+            if not self.answer.wait(GRACE):
+                return self._unanswered(engine)
+        return self.answer.receipt()
+
+    def _unanswered(self, engine: Engine) -> Receipt:
+        """End the wait although the courier is silent: its thread hangs, or has just died."""
+        delivery = self.delivery
+        withdrawn = self.answer.cancel()
+        error = ConfirmTimeoutError(
+            "the I/O thread does not answer",
+            message_id=delivery.envelope.message_id,
+            attempts=delivery.attempts,
+            possibly_sent=not withdrawn,
+        )
+        if withdrawn or not delivery.retry:
+            engine.withdraw(delivery)
+            raise error
+        elapsed = time.monotonic() - delivery.started
+        message_id = delivery.envelope.message_id
+        heir = self.answer.bequeath()
+        return Receipt(message_id, delivery.attempts, elapsed, False, error, heir)
 
 
 class Line:
@@ -64,53 +144,56 @@ class Line:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._waiting: deque[Delivery | PublishError] = deque()
+        self._waits: deque[Wait | PublishError] = deque()
         self._results: list[Receipt | PublishError] = []
 
     def skip(self, error: PublishError) -> None:
         """Keep the place of a task that could not be handed in."""
-        self._waiting.append(error)
+        self._waits.append(error)
 
-    def enter(self, delivery: Delivery) -> None:
+    def enter(self, wait: Wait) -> None:
         """Pass the gate, and answer meanwhile those ahead whose time is up."""
-        while self._waiting and not _undecided(self._waiting[0]):
-            self._answer_next()
-        while not self._engine.gate.enter(delivery, min(delivery.deadline, self._deadline())):
-            if self._deadline() >= delivery.deadline:
+        delivery = wait.delivery
+        while self._waits and not _undecided(self._waits[0]):
+            self._finish_next()
+        self._waits.append(wait)
+        while not self._engine.gate.enter(delivery, self._deadline()):
+            if self._waits[0] is wait:
                 self._engine.turn_away(delivery)
-                break
-            self._answer_next()
-        else:
+                return
+            self._finish_next()
+        try:
             self._engine.post(delivery)
-        self._waiting.append(delivery)
+        except PublishError as error:
+            wait.answer.set_exception(error)
 
     def finish(self) -> list[Receipt | PublishError]:
         """Answer all that are left, and give everything in order."""
-        while self._waiting:
-            self._answer_next()
+        while self._waits:
+            self._finish_next()
         return self._results
 
     def withdraw(self) -> None:
         """Take back all that are left, since nobody will look at their answers."""
-        for each in self._waiting:
-            if isinstance(each, Delivery):
-                self._engine.withdraw(each)
+        for each in self._waits:
+            if isinstance(each, Wait):
+                self._engine.withdraw(each.delivery)
 
-    def _answer_next(self) -> None:
-        each = self._waiting.popleft()
+    def _finish_next(self) -> None:
+        each = self._waits.popleft()
         if isinstance(each, PublishError):
             self._results.append(each)
             return
         try:
-            self._results.append(answer(self._engine, each))
+            self._results.append(each.finish(self._engine))
         except PublishError as error:
             self._results.append(error)
 
     def _deadline(self) -> float:
         """When the wait of the first in line ends."""
-        head = self._waiting[0] if self._waiting else None
-        return head.deadline if isinstance(head, Delivery) else math.inf
+        head = self._waits[0]
+        return head.delivery.deadline if isinstance(head, Wait) else -math.inf
 
 
-def _undecided(each: Delivery | PublishError) -> bool:
-    return isinstance(each, Delivery) and not each.answer.done()
+def _undecided(each: Wait | PublishError) -> bool:
+    return isinstance(each, Wait) and not each.answer.done()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pika
@@ -96,11 +96,6 @@ class Journal:
     def __len__(self) -> int:
         return len(self._answers)
 
-    @property
-    def answers(self) -> Mapping[str, Answer]:
-        """Every answer so far."""
-        return self._answers
-
     def publish(
         self,
         producer: MLProducer,
@@ -133,9 +128,14 @@ class Journal:
             if not self._grown.wait_for(lambda: len(self._answers) >= n, timeout):
                 raise TimeoutError(f"{len(self._answers)} of {n} calls have spoken")
 
+    @property
+    def receipts(self) -> list[Receipt]:
+        """The answers of the calls that took their message over."""
+        return [each for each in self._answers.values() if isinstance(each, Receipt)]
+
     def count(self, outcome: Outcome) -> int:
         """Count the calls that returned with this outcome, as it now stands."""
-        return sum(isinstance(a, Receipt) and a.outcome is outcome for a in self._answers.values())
+        return sum(each.outcome is outcome for each in self.receipts)
 
     def check(self, found: Counter[str]) -> Account:
         """Hold the journal against what was found."""

@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (MLProducerError, RabbitMQError, WorkerError, OSError) as error:
-        console.emit({"error": str(error)})
-        console.complain(str(error))
+        text = _text(error)
+        console.emit({"error": text})
+        console.complain(text)
         return FAILED
 
 
@@ -62,3 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=module.run, log_level=module.LOG_LEVEL)
         module.configure(command)
     return parser
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

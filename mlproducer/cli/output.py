@@ -33,7 +33,7 @@ class Console:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
         self._terminal = sys.stderr.isatty()
-        self._next_drawing = 0.0
+        self._next_drawing = 0.0 if self._terminal else time.monotonic() + LINE_INTERVAL
         self._bar = ""
 
     def say(self, text: str = "") -> None:
@@ -76,7 +76,6 @@ class Console:
 
     def end_progress(self) -> None:
         """Remove the bar."""
-        self._next_drawing = 0.0
         if self._bar:
             self._bar = ""
             sys.stderr.write(_CLEAR)

@@ -33,8 +33,6 @@ PROBE_TTL = 60.0
 QUICK = 1.0
 """Seconds within which a connection is usually there, so that the reason is not asked for."""
 
-Unreachable = (NotConnectedError, AuthenticationError)
-
 
 def probe(producer: MLProducer, timeout: float) -> PublishError | None:
     """Publish a probe; ``None`` where it came back as expected, and was confirmed.
@@ -79,7 +77,7 @@ def advise(error: PublishError, *, blocked: bool = False) -> str:
     if blocked:
         return _BY_KIND[BrokerBlockedError]
     if isinstance(error, BrokerRejectedError):
-        return _BY_CODE.get(error.reply_code, "look into the broker's log")
+        return advise_code(error.reply_code)
     text = str(error)
     if isinstance(error, AuthenticationError):
         return _VIRTUAL_HOST if ": 530 " in text or "vhost" in text else _CREDENTIALS
@@ -87,6 +85,11 @@ def advise(error: PublishError, *, blocked: bool = False) -> str:
         if words in text:
             return advice
     return _BY_KIND.get(type(error), "look into the broker's log")
+
+
+def advise_code(reply_code: int) -> str:
+    """Say what can be done about something that the broker refused with this code."""
+    return _BY_CODE.get(reply_code, "look into the broker's log")
 
 
 _CREDENTIALS = (
@@ -133,8 +136,3 @@ _BY_KIND: dict[type[PublishError], str] = {
     NackError: "look into the broker's log for why it refused the message",
     NotConnectedError: "look at the broker's log and at the network in between",
 }
-
-
-def advise_code(reply_code: int) -> str:
-    """Say what can be done about a declaration that the broker refused with this code."""
-    return _BY_CODE.get(reply_code, "look into the broker's log")

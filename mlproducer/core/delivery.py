@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from concurrent.futures import Future
+from typing import Protocol
 
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
@@ -23,6 +24,22 @@ class Place(enum.Enum):
     IN_FLIGHT = enum.auto()  # written, its tag open
     STORED = enum.auto()  # with the keeper, for a retry
     RETIRED = enum.auto()  # confirmed, or given back, or dead-lettered
+
+
+class Handshake(Protocol):
+    """Whom to answer; a future, or anything that can be taken over, withdrawn and answered."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Take the message over; false if it was withdrawn."""
+
+    def cancel(self) -> bool:
+        """Withdraw the message; false if it was taken over."""
+
+    def set_result(self, result: Receipt, /) -> None:
+        """Answer that it is ours."""
+
+    def set_exception(self, exception: PublishError, /) -> None:
+        """Answer that it is the publisher's."""
 
 
 class Delivery:
@@ -67,7 +84,7 @@ class Delivery:
     def __init__(
         self,
         envelope: Envelope,
-        answer: Future[Receipt],
+        answer: Handshake,
         *,
         started: float,
         deadline: float,

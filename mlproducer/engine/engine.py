@@ -157,7 +157,8 @@ class Engine:
 
     def wait_connected(self, timeout: float | None) -> bool:
         """Wait until the link carries messages."""
-        return self._io.connected.wait(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._io.connected.wait_for(lambda: self._io.is_connected, deadline)
 
     def reconnect(self) -> None:
         """Connect now, if there is no connection."""
@@ -167,7 +168,7 @@ class Engine:
         """Wait until nothing is in flight or waiting, and give how many are left."""
         if self._io.dialer.idle:
             self.reconnect()
-        self.gate.wait_for(self._quiet, deadline)
+        self.gate.emptied.wait_for(self._quiet, deadline)
         return self.left()
 
     def _quiet(self) -> bool:

@@ -11,25 +11,30 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from mlproducer.core.delivery import Delivery
+from mlproducer.latch import Latch, Watch
 
 MAX_BYTES = 64 * 1024 * 1024
 """Bytes inside, so that a window of large messages does not fill the memory."""
 
 
 class Gate:
-    """The deliveries inside, each in its own slot."""
+    """The deliveries inside, each in its own slot.
+
+    :ivar emptied: changes when the last one leaves
+    """
 
     def __init__(self, limit: int, max_bytes: int = MAX_BYTES) -> None:
+        self.emptied = Watch()
         self._limit = limit
         self._max_bytes = max_bytes
         self._inside: dict[Delivery, int] = {}
         self._bytes = 0
-        self._queue: deque[tuple[Delivery, threading.Event]] = deque()
+        self._queue: deque[tuple[Delivery, Latch]] = deque()
         # guards: _inside, _bytes, _queue; never held while waiting, logging or calling back
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._inside)
@@ -40,22 +45,21 @@ class Gate:
             return list(self._inside)
 
     def enter(self, delivery: Delivery, deadline: float) -> bool:
-        """Take a slot, waiting for one until ``deadline`` (monotonic); false if none came free."""
+        """Take a slot, waiting for one until ``deadline`` (monotonic); false if none came free.
+
+        An interrupted publisher calls `leave`, which also takes it out of the queue.
+        """
+        turn = Latch()
         with self._lock:
             if not self._queue and self._admit_locked(delivery):
                 return True
-            turn = threading.Event()
             self._queue.append((delivery, turn))
-        try:
-            turn.wait(max(0.0, deadline - time.monotonic()))
-        finally:
+        if not turn.wait(deadline - time.monotonic()):
             with self._lock:
-                admitted = delivery in self._inside
-                if not admitted:
-                    self._queue.remove((delivery, turn))
-                turns = self._next_locked()
-            _call(turns)
-        return admitted
+                if delivery not in self._inside:
+                    self._forget_locked(delivery)
+                    return False
+        return True
 
     def try_enter(self, delivery: Delivery) -> bool:
         """Take a slot if one is free and nobody waits for it."""
@@ -66,22 +70,18 @@ class Gate:
         """Give slots back; for a delivery that holds none, nothing happens."""
         with self._lock:
             for delivery in deliveries:
-                self._bytes -= self._inside.pop(delivery, 0)
-            turns = self._next_locked()
+                size = self._inside.pop(delivery, None)
+                if size is not None:
+                    self._bytes -= size
+                elif self._queue:
+                    self._forget_locked(delivery)
             if not self._inside:
-                self._lock.notify_all()
-        _call(turns)
-
-    def nudge(self) -> None:
-        """Let those who wait for quiet look again."""
-        with self._lock:
-            self._lock.notify_all()
-
-    def wait_for(self, quiet: Callable[[], bool], deadline: float | None) -> bool:
-        """Wait until ``quiet()``, looked at whenever the last one leaves, or until the deadline."""
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        with self._lock:
-            return self._lock.wait_for(quiet, timeout)
+                self._bytes = 0  # an interrupt between slot and bytes leaves them apart
+            turns = self._next_locked() if self._queue else ()
+        for turn in turns:
+            turn.open()
+        if not self._inside:
+            self.emptied.changed()
 
     def _admit_locked(self, delivery: Delivery) -> bool:
         """Let it in where there is room; one that is too large for the bytes goes in alone."""
@@ -94,13 +94,11 @@ class Gate:
         self._bytes += size
         return True
 
-    def _next_locked(self) -> list[threading.Event]:
+    def _next_locked(self) -> list[Latch]:
         turns = []
         while self._queue and self._admit_locked(self._queue[0][0]):
             turns.append(self._queue.popleft()[1])
         return turns
 
-
-def _call(turns: list[threading.Event]) -> None:
-    for turn in turns:
-        turn.set()
+    def _forget_locked(self, delivery: Delivery) -> None:
+        self._queue = deque(entry for entry in self._queue if entry[0] is not delivery)

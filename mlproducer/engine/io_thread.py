@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -33,6 +32,7 @@ from mlproducer.engine.probe import Probe
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
+from mlproducer.latch import Watch
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
 from mlproducer.topology import Declaration, Topology
@@ -64,7 +64,8 @@ class IOThread:
         self._events = events
         self._keeper = keeper
         self.mailbox = Mailbox()
-        self.connected = threading.Event()
+        self.connected = Watch()
+        self.is_connected = False
         self._topology = Topology.of(settings)
         self._health = Health(self, settings.health_check_interval)
         self._cooldown = Cooldown(self)
@@ -150,7 +151,7 @@ class IOThread:
     def _recover(self) -> None:
         """Tell those who wait that the loop failed; what it had in hand goes back into the box."""
         now = time.monotonic()
-        self.connected.clear()
+        self.is_connected = False
         self.dialer.crashed()
         self.courier.down(Loss("the I/O loop failed"), now)
         self.courier.disconnected()
@@ -221,7 +222,7 @@ class IOThread:
     def probe(self, reply: Future[None]) -> None:
         """Ask the broker whether it is there, unless it is known why it would not answer."""
         link = self.dialer.link
-        if link is None or not self.connected.is_set() or self.courier.blocked:
+        if link is None or not self.is_connected or self.courier.blocked:
             reply.set_result(None)
             return
         self._reply = reply
@@ -283,7 +284,7 @@ class IOThread:
 
     def finished(self) -> None:
         """End the thread."""
-        self.connected.clear()
+        self.is_connected = False
         self.open = False
         self._loop.stop()
 
@@ -296,15 +297,16 @@ class IOThread:
         self.courier.up(channel)
         if first:
             self.courier.breaker.reconnected()
-            self.connected.set()
+            self.is_connected = True
+            self.connected.changed()
             self._events.connected(self.dialer.route.broker.address)
         self._pump()
         self._keeper.sweep_soon()
 
     def link_failed(self, loss: Loss) -> None:
         """Let the courier decide for what was in flight, and the dialer go on."""
-        was_up = self.connected.is_set()
-        self.connected.clear()
+        was_up = self.is_connected
+        self.is_connected = False
         self._end_check()
         self.courier.down(loss, time.monotonic())
         self.courier.disconnected()

@@ -80,7 +80,7 @@ class Keeper:
         self._dead.pop(delivery, None)
         self.thread.order(partial(self._done, delivery))
         if not self._held:
-            self._gate.nudge()
+            self._gate.emptied.changed()
 
     def sweep_soon(self) -> None:
         """Send out what is due without waiting for the next sweep."""
@@ -122,7 +122,7 @@ class Keeper:
             key = self._store.put(delivery.envelope, attempts, due)
         except (BufferFullError, StoreError) as error:
             self._held.pop(delivery, None)
-            self._gate.nudge()
+            self._gate.emptied.changed()
             desk.order(partial(desk.not_kept, delivery, error))
             return
         self._keys[delivery] = key

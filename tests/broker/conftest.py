@@ -1,6 +1,6 @@
 """Producers on the fresh virtual host of a real node, closed in time after each test.
 
-Whatever a test does to the broker, the I/O loop must never fail: that is checked at the end of each.
+Whatever a test does to the broker, the I/O loop must not fail: that is checked after each.
 
 Runs on: pytest's main thread.
 """

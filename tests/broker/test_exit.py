@@ -125,9 +125,11 @@ def test_sigterm_handler_that_closes(
     assert ended.returncode == 0
     assert report["seconds"] < 2.5
     if fault is None:
-        assert report["abandoned"] == 0
         assert ended.stderr == ""
-        assert set(drain(rabbitmq_vhost.url, QUEUE).values()) == {1}
+        seen = drain(rabbitmq_vhost.url, QUEUE)
+        assert set(seen.values()) == {1}
+        assert seen.keys() >= {*report["submitted"]} - {*report["abandoned"]}
+        assert len(report["abandoned"]) <= 2  # what the interrupted loop had in its hands
 
 
 def test_ctrl_c_in_publish(rabbitmq_vhost: VirtualHost, proxy: Proxy) -> None:
@@ -150,7 +152,7 @@ def test_ctrl_c_in_publish(rabbitmq_vhost: VirtualHost, proxy: Proxy) -> None:
 
 
 def test_many_interrupts(rabbitmq_vhost: VirtualHost) -> None:
-    """500 interrupts at random points lose no slot and no confirmed message, and send none twice."""
+    """500 interrupts at random points lose no slot and no confirmed message; none is sent twice."""
     ended = run("signals", "interrupts", url=rabbitmq_vhost.url)
     assert (ended.returncode, ended.stderr) == (0, "")
     (report,) = ended.reports

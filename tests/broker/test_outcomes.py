@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -372,6 +373,33 @@ def test_rejected_for_its_size(
         check_rejected(connect(), rabbitmq_vhost, guilty, 406, retry=retry)
 
 
+def test_rejected_several_at_once(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Guilty messages of two kinds among innocents: each is found, and nobody else punished."""
+    node = rabbitmq_vhost.node
+    with size_limit(node, 1000):
+        producer = connect()
+        assert producer.wait_connected(HEALED)
+        with node.frozen():
+            innocents, guilty = [], {}
+            for n in range(100):
+                innocents.append(producer.submit(message(f"innocent {n}"), retry=n % 2 == 0))
+                if n % 20 == 0:
+                    lost, large = f"lost {n}", f"large {n}"
+                    guilty[lost] = producer.submit(message(lost, exchange=f"missing {n}")), 404
+                    guilty[large] = producer.submit(message(large, body=b"x" * (1001 + n))), 406
+            # written last, so that the others are in flight once its time is up
+            failure(producer, message("last"), retry=True, timeout=0.3)
+        for name, (future, reply_code) in guilty.items():
+            error = future.exception(HEALED)
+            assert isinstance(error, BrokerRejectedError)
+            assert (error.message_id, error.reply_code) == (name, reply_code)
+        assert [each.result(HEALED).outcome for each in innocents] == [Outcome.CONFIRMED] * 100
+        assert producer.flush(HEALED) == 0
+        found = drain(rabbitmq_vhost.url)
+    assert found.keys() == {f"innocent {n}" for n in range(100)} | {"last"}
+    assert max(found.values()) <= 2
+
+
 # --- refused at the door ----------------------------------------------------------------------
 
 
@@ -525,3 +553,81 @@ def test_called_in_a_callback(
         assert (error.attempts, error.possibly_sent) == (0, False)
     assert producer.publish(message("after"), retry=retry).confirmed
     assert drain(rabbitmq_vhost.url) == {"before": 1, "after": 1}
+
+
+# --- many at once -----------------------------------------------------------------------------
+
+
+def test_a_full_window(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Who finds no room in the window in time is told so, unsent; what is inside arrives once."""
+    producer = connect(max_in_flight=2, publish_timeout=0.3)
+    assert producer.publish(message("before")).confirmed
+    with rabbitmq_vhost.node.frozen():
+        inside = [producer.submit(message(f"inside {n}")) for n in range(2)]
+        started = time.monotonic()
+        with pytest.raises(BufferFullError) as caught:
+            producer.submit(message("no room"))
+        assert 0.3 <= time.monotonic() - started < 0.55
+        assert_error(caught.value, BufferFullError, "no room", attempts=0, possibly_sent=False)
+        error, waits = failure(producer, message("waits"), retry=True, timeout=0.3)
+        assert_error(error, ConfirmTimeoutError, "waits", attempts=0, possibly_sent=False)
+        error, _ = failure(producer, message("given back"), retry=False, timeout=0.3)
+        assert_error(error, ConfirmTimeoutError, "given back", attempts=0, possibly_sent=False)
+    assert waits is not None
+    assert_healed(waits, attempts=1)
+    assert [each.result(HEALED).attempts for each in inside] == [1, 1]
+    expected = dict.fromkeys(["before", "inside 0", "inside 1", "waits"], 1)
+    assert drain(rabbitmq_vhost.url) == expected
+
+
+def test_publish_many_answers_each_in_its_place(
+    rabbitmq_vhost: VirtualHost, connect: Connect
+) -> None:
+    """What is wrong with one message does not touch its neighbours, and order is kept."""
+    wrong = {
+        1: ({"routing_key": "k" * 256}, InvalidMessageError),
+        3: ({"routing_key": "nowhere"}, UnroutableError),
+        5: ({"exchange": "missing"}, BrokerRejectedError),
+    }
+    tasks = (message(f"m{n}", **wrong.get(n, ({}, None))[0]) for n in range(8))
+    answers = connect().publish_many(tasks, retry=False)
+    for n, answer in enumerate(answers):
+        if n in wrong:
+            assert type(answer) is wrong[n][1]
+        else:
+            assert isinstance(answer, Receipt)
+            assert (answer.message_id, answer.outcome) == (f"m{n}", Outcome.CONFIRMED)
+    assert drain(rabbitmq_vhost.url).keys() == {f"m{n}" for n in range(8)} - {"m1", "m3", "m5"}
+
+
+def test_two_messages_of_one_id(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Messages in flight that share an id each get their own outcome."""
+    producer = connect()
+    assert producer.wait_connected(HEALED)
+    with rabbitmq_vhost.node.frozen():
+        keys = [QUEUE, "nowhere"] * 10
+        futures = [producer.submit(message("m", routing_key=key), retry=False) for key in keys]
+    for key, future in zip(keys, futures, strict=True):
+        expected = NoneType if key == QUEUE else UnroutableError
+        assert type(future.exception(HEALED)) is expected
+    assert drain(rabbitmq_vhost.url) == {"m": 10}
+
+
+def test_close_gives_back_what_only_memory_held(
+    rabbitmq_vhost: VirtualHost, connect: Connect, proxy: Proxy
+) -> None:
+    """A deferred message that `close` cannot deliver is named, and its waiters are told."""
+    proxy.refuse()
+    producer = connect(proxy.url(rabbitmq_vhost.url))
+    _, receipt = failure(producer, message("published"), retry=True)
+    future = producer.submit(message("submitted"))
+    report = producer.close(0.3)
+    assert set(report.abandoned) == {"published", "submitted"}
+    assert (report.confirmed, report.stored) == (0, 0)
+    assert receipt is not None
+    with pytest.raises(ProducerClosedError) as caught:
+        receipt.result(HEALED)
+    assert_error(caught.value, ProducerClosedError, "published", attempts=0, possibly_sent=False)
+    error = future.exception(HEALED)
+    assert_error(error, ProducerClosedError, "submitted", attempts=0, possibly_sent=False)
+    assert receipt.outcome is Outcome.DEFERRED

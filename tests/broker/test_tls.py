@@ -1,4 +1,4 @@
-"""TLS against a real broker: what is trusted, and that whatever is not fails closed and says why."""
+"""TLS against a real broker: what is trusted; and that all else fails closed, and says why."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """All certificates, made once."""
     return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
@@ -228,7 +229,7 @@ def test_bad_server_certificate(
     trusted: str | None,
     words: str,
 ) -> None:
-    """Each is refused for its own reason, in an error, a receipt and the log; never in the clear."""
+    """Each is refused for its reason, in an error, a receipt and the log; never in the clear."""
     server.show(getattr(certificates, shown))
     ca = None if trusted is None else getattr(certificates, trusted)
     with Tap(server.port) as tap:
@@ -333,14 +334,16 @@ def test_plain_to_a_tls_port(server: Server, caplog: pytest.LogCaptureFixture) -
 
 def test_sliced_and_reset(server: Server, certificates: Certificates) -> None:
     """TLS records in pieces of 3 octets change nothing; after a reset the producer comes back."""
-    with Proxy(("127.0.0.1", server.port)) as proxy:
-        with _producer(server.url(proxy.port), certificates.ca) as producer:
-            proxy.slice(3)
-            assert producer.publish(MESSAGE, timeout=20.0).confirmed
-            proxy.heal()
-            proxy.reset()
-            assert producer.publish(MESSAGE, timeout=10.0).result(10.0).confirmed
-            assert proxy.accepted == 2
+    with (
+        Proxy(("127.0.0.1", server.port)) as proxy,
+        _producer(server.url(proxy.port), certificates.ca) as producer,
+    ):
+        proxy.slice(3)
+        assert producer.publish(MESSAGE, timeout=20.0).confirmed
+        proxy.heal()
+        proxy.reset()
+        assert producer.publish(MESSAGE, timeout=10.0).result(10.0).confirmed
+        assert proxy.accepted == 2
 
 
 def test_old_protocol_version(certificates: Certificates, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlproducer"
 
 FLOORS = [
     {"errors"},
-    {"settings", "message", "shapes", "tracing"},
+    {"settings", "message", "shapes", "tracing", "latch"},
     {"topology", "tasks"},
     {"wire"},
     {"core"},

@@ -38,7 +38,7 @@ LEAVES = [
 
 
 @pytest.mark.parametrize("kind", LEAVES)
-@pytest.mark.parametrize(("retry", "owned"), product((True, False), repeat=2))
+@pytest.mark.parametrize(("retry", "owned"), [*product((True, False), repeat=2)])
 def test_decide(kind: type[errors.PublishError], retry: bool, owned: bool) -> None:
     """Kept is what may be kept and is worth it; a message that is ours is worth more."""
     keep = retry and (kind not in HOPELESS if owned else kind in DEFERRABLE)

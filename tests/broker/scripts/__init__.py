@@ -55,7 +55,7 @@ class Program:
         environ: Mapping[str, str] = MappingProxyType({}),
         descriptors: Collection[int] = (),
     ) -> None:
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,

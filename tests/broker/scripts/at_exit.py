@@ -1,10 +1,8 @@
-"""Publishes from functions that run at the interpreter's exit, before the library's own and after."""
+"""Publishes from functions that run at the exit, one before the library's own and one after."""
 
 from __future__ import annotations
 
 import atexit
-
-from telling import tell
 
 
 def too_late() -> None:
@@ -17,7 +15,7 @@ def too_late() -> None:
 
 atexit.register(too_late)
 
-from telling import message  # noqa: E402 - it imports the library, which must come second here
+from telling import message, tell  # noqa: E402 - the library must not be imported before
 
 from mlproducer import MLProducer, errors  # noqa: E402
 

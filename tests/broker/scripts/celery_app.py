@@ -1,4 +1,4 @@
-"""A Celery application whose one task publishes by a producer of its module, in use since import."""
+"""A Celery application whose task publishes by a producer of its module, in use since import."""
 
 from __future__ import annotations
 

@@ -29,11 +29,12 @@ def sigterm_by_default() -> None:
 def sigterm_closes() -> None:
     """Publish until a handler of SIGTERM closes the producer and leaves."""
     producer = MLProducer()
+    submitted: list[str] = []
 
     def leave(_number: int, _frame: FrameType | None) -> None:
         started = time.monotonic()
-        report = producer.close(2.0)
-        tell(seconds=time.monotonic() - started, abandoned=len(report.abandoned))
+        abandoned = producer.close(2.0).abandoned
+        tell(seconds=time.monotonic() - started, abandoned=abandoned, submitted=submitted)
         sys.exit(0)
 
     signal.signal(signal.SIGTERM, leave)
@@ -41,6 +42,7 @@ def sigterm_closes() -> None:
     tell(connected=True)
     for number in itertools.count():
         producer.submit(message(f"submitted-{number}"))
+        submitted.append(f"submitted-{number}")
         producer.publish(message(f"published-{number}"), timeout=30.0)
 
 

@@ -1,0 +1,272 @@
+"""``mlproducer demo``: real texts, a real broker that is frozen and killed, a real Celery worker.
+
+Publishes from several threads, at a pace that leaves time for the faults, and in the end holds what
+`publish()` said against what the worker ran. Where RABBITMQ_URL is set that broker is used, which
+is not ours to freeze or kill.
+
+Runs on: the main thread, which watches and injects the faults; publishers ``demo-publisher``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from attrs import asdict
+
+from mlproducer import EmbeddingTask, MLProducer, Settings, SummarizationTask
+from mlproducer.cli import reach
+from mlproducer.cli.output import Console
+from mlproducer.cli.tally import Tally
+from mlproducer.cli.texts import Text, texts
+from mlproducer.errors import PublishError
+from mlproducer.testing import CeleryNotInstalled, CeleryWorker, RabbitMQError, RabbitMQNode
+
+HELP = "see nothing being lost while a broker is frozen and killed"
+DESCRIPTION = (
+    "Publish texts that are on this machine to a private RabbitMQ node, freeze and kill the node "
+    "in the middle, and let a Celery worker run the tasks. Takes about 30 s. "
+    "Where RABBITMQ_URL is set, that broker is used, and no fault is made."
+)
+LOG_LEVEL = logging.ERROR  # what the library warns of is done here on purpose, and told
+
+MESSAGES, MAX_MESSAGES = 400, 100_000
+PUBLISHERS = 8
+QUEUES = ("ml.summarize", "ml.embed")
+
+PUBLISHING = 16.0
+"""Seconds over which the publishing is spread, so that the faults fall into it."""
+
+FROZEN = 2.0
+"""Seconds for which the broker is frozen."""
+
+PATIENCE = 60.0
+"""Seconds without any progress after which what is missing counts as lost."""
+
+CONNECTING = 30.0
+"""Seconds that a broker may take to let us in."""
+
+PAUSE = 0.5
+"""Seconds before a message that was given back is published again."""
+
+TICK = 0.05
+STOPPING = 3.0
+"""Seconds that the worker gets to end in good order."""
+
+Task = SummarizationTask | EmbeddingTask
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add how much to publish."""
+    parser.add_argument(
+        "--messages",
+        type=_messages,
+        default=MESSAGES,
+        metavar="N",
+        help=f"how many tasks to publish ({MESSAGES}, at most {MAX_MESSAGES})",
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console) -> bool:
+    """Show it, and say whether nothing was lost.
+
+    :raises RabbitMQNotInstalled: no RABBITMQ_URL is set and there is no RabbitMQ to start
+    :raises CeleryNotInstalled: there is no Celery
+    """
+    if importlib.util.find_spec("celery") is None:
+        raise CeleryNotInstalled("Celery is not installed: pip install 'mlproducer[celery]'")
+    demo = Demo(console, Tally(arguments.messages), texts())
+    try:
+        demo.run()
+    finally:
+        console.end_progress()
+    return demo.report()
+
+
+class Demo:
+    """One run."""
+
+    def __init__(self, console: Console, tally: Tally, texts: Sequence[Text]) -> None:
+        self._console = console
+        self._tally = tally
+        self._texts = texts
+        self._started = time.monotonic()
+        self._stop = threading.Event()
+        self._numbers = itertools.count()
+        self._connections: list[float] = []
+        self._broker = ""
+        self._faults: list[str] = []
+
+    def run(self) -> None:
+        """Start everything, publish, watch, and end everything, whatever happens."""
+        with contextlib.ExitStack() as stack:
+            settings, node = self._choose_broker(stack)
+            producer = MLProducer(settings)
+            self._listen(producer)
+            worker = CeleryWorker(str(settings.url), QUEUES, exchange=settings.exchange)
+            stack.callback(worker.stop, STOPPING)
+            stack.enter_context(pool := ThreadPoolExecutor(PUBLISHERS, "demo-publisher"))
+            stack.callback(producer.close, 0.0)
+            stack.callback(self._stop.set)
+            self._connect(producer)
+            self._say("starting a Celery worker")
+            worker.start()
+            self._say(f"publishing {self._tally.messages} tasks from {PUBLISHERS} threads")
+            pause = PUBLISHING * PUBLISHERS / self._tally.messages if node else 0.0
+            publishers = [
+                pool.submit(self._publish_all, producer, pause, index / PUBLISHERS)
+                for index in range(PUBLISHERS)
+            ]
+            self._watch(publishers, worker, iter(()) if node is None else self._harm(node))
+            self._say("stopping")
+
+    def report(self) -> bool:
+        """Print the result, and say whether nothing was lost."""
+        result = self._tally.result()
+        self._console.say()
+        self._console.table(result.rows())
+        self._console.emit(
+            {
+                "ok": result.well,
+                **asdict(result),
+                "faults": self._faults,
+                "broker": self._broker,
+                "seconds": round(time.monotonic() - self._started, 3),
+            }
+        )
+        return result.well
+
+    # --- preparations --------------------------------------------------------------------------
+
+    def _choose_broker(self, stack: contextlib.ExitStack) -> tuple[Settings, RabbitMQNode | None]:
+        if os.environ.get("RABBITMQ_URL"):
+            self._say(
+                "RABBITMQ_URL is set: using that broker, without freezing or killing it. "
+                f"The worker runs whatever is in {' and '.join(QUEUES)}"
+            )
+            return Settings.from_env(), None
+        self._say("starting a private RabbitMQ node (RABBITMQ_URL is not set)")
+        node = stack.enter_context(RabbitMQNode())
+        return Settings(url=node.url), node
+
+    def _listen(self, producer: MLProducer) -> None:
+        def connected() -> None:
+            self._connections.append(time.monotonic())
+            self._say(f"producer: connected to {producer.status().broker}")
+
+        def disconnected() -> None:
+            if not self._stop.is_set():
+                self._say("producer: connection lost")
+
+        producer.on("connected", connected)
+        producer.on("disconnected", disconnected)
+
+    def _connect(self, producer: MLProducer) -> None:
+        error = reach.wait(producer, CONNECTING)
+        self._broker = producer.status().broker
+        if error is not None:
+            raise error
+
+    def _say(self, text: str) -> None:
+        self._console.say(f"{time.monotonic() - self._started:5.1f} s  {text}")
+
+    # --- publishers ----------------------------------------------------------------------------
+
+    def _publish_all(self, producer: MLProducer, pause: float, phase: float) -> None:
+        self._stop.wait(pause * phase)
+        while (number := next(self._numbers)) < self._tally.messages and not self._stop.is_set():
+            self._publish(producer, self._task(number))
+            self._stop.wait(pause)
+
+    def _task(self, number: int) -> Task:
+        text = self._texts[number % len(self._texts)]
+        share, backend = f"demo-{number}", {"backend": "api"}
+        if number % 2:
+            return EmbeddingTask(share, {"text": text.text, "type": "article"}, backend)
+        return SummarizationTask(share, {"text": text.text, "title": text.title}, backend)
+
+    def _publish(self, producer: MLProducer, task: Task) -> None:
+        """Publish; what raises is ours, and so is published again."""
+        while not self._stop.is_set():
+            started = time.monotonic()
+            try:
+                receipt = producer.publish(task)
+            except PublishError as error:
+                if error.permanent:
+                    raise
+                self._tally.given_back.append(type(error).__name__)
+                self._stop.wait(PAUSE)
+            else:
+                self._tally.receipts.append(receipt)
+                return
+            finally:
+                self._tally.durations.append(time.monotonic() - started)
+
+    # --- the main thread -----------------------------------------------------------------------
+
+    def _watch(
+        self, publishers: Sequence[Future[None]], worker: CeleryWorker, faults: Iterator[None]
+    ) -> None:
+        """Inject the faults and show how far it is, until all is run or nothing moves any more."""
+        seen, moved = (0, 0, 0), time.monotonic()
+        unharmed = object()
+        while True:
+            for publisher in publishers:
+                if publisher.done():
+                    publisher.result(0.0)
+            harmed = next(faults, unharmed) is unharmed
+            counts = self._tally.look(worker.runs())
+            if harmed and self._tally.share == 1.0 and self._tally.complete:
+                return
+            if counts != seen:
+                seen, moved = counts, time.monotonic()
+            elif time.monotonic() - moved > PATIENCE:
+                self._say(f"nothing has moved for {PATIENCE:.0f} s: giving up")
+                return
+            if not worker.running:
+                worker.wait_for(lambda _runs: False, 0.0)  # raises, with the end of its log
+            self._show(*counts)
+            self._stop.wait(TICK)
+
+    def _show(self, published: int, confirmed: int, run: int) -> None:
+        text = f"published {published}  confirmed {confirmed}  run by the worker {run}"
+        self._console.progress(run / self._tally.messages, text)
+
+    def _harm(self, node: RabbitMQNode) -> Iterator[None]:
+        """Freeze the broker after a third, kill it after two thirds; each step returns at once."""
+        while self._tally.share < 1 / 3:
+            yield
+        self._say(f"freezing the broker for {FROZEN:.0f} s (SIGSTOP)")
+        node.freeze()
+        thaw_at = time.monotonic() + FROZEN
+        while time.monotonic() < thaw_at:
+            yield
+        node.thaw()
+        self._faults.append("frozen")
+        self._say("the broker goes on")
+        while self._tally.share < 2 / 3:
+            yield
+        self._say("killing the broker (kill -9), and starting it again")
+        connections = len(self._connections)
+        node.kill()
+        node.launch()
+        self._faults.append("killed")
+        while len(self._connections) == connections:
+            if not node.running:
+                raise RabbitMQError(f"the broker did not start again:\n{node.log_tail()}")
+            yield
+
+
+def _messages(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= MAX_MESSAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_MESSAGES}")
+    return number

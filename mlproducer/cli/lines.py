@@ -1,0 +1,105 @@
+"""Lines of ``publish`` input: from bytes to tasks, and what is wrong with those that are none.
+
+A line is ``{"task": KIND, ...fields}``; the fields are those of the kind's class. What is wrong is
+said without quoting the line, which holds users' texts.
+
+Runs on: the main thread; no I/O but the reading of the stream.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from typing import IO, Any
+
+from mlproducer import (
+    CeleryTask,
+    EmbeddingBatchTask,
+    EmbeddingTask,
+    SummarizationTask,
+    TranscriptionTask,
+)
+from mlproducer.errors import InvalidTaskError
+
+Task = SummarizationTask | TranscriptionTask | EmbeddingTask | EmbeddingBatchTask | CeleryTask
+
+MAX_LINE = 64 * 1024 * 1024
+"""Bytes of a line that are kept; JSON's escapes make a line longer than the message it becomes."""
+
+TASKS: dict[str, type[Task]] = {
+    "summarization": SummarizationTask,
+    "transcription": TranscriptionTask,
+    "embedding": EmbeddingTask,
+    "embedding_batch": EmbeddingBatchTask,
+    "celery": CeleryTask,
+}
+
+_MOMENTS = ("eta", "expires")
+
+
+def read_lines(stream: IO[bytes], limit: int = MAX_LINE) -> Iterator[bytes]:
+    """Give the lines of a stream; of one that is too long, ``limit`` + 1 bytes."""
+    while line := stream.readline(limit + 1):
+        rest = line
+        while len(rest) > limit and not rest.endswith(b"\n"):
+            rest = stream.readline(limit + 1)
+        yield line
+
+
+def parse(line: bytes, limit: int = MAX_LINE) -> Task:
+    """Make the task that a line describes.
+
+    :raises InvalidTaskError: it describes none; the text says why
+    """
+    if len(line) > limit:
+        raise InvalidTaskError(f"longer than {limit} bytes")
+    fields = _object(line)
+    kind = fields.pop("task", None)
+    if not isinstance(kind, str) or kind not in TASKS:
+        raise InvalidTaskError(f"task is missing or unknown; accepted are {', '.join(TASKS)}")
+    return _build(TASKS[kind], fields)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise InvalidTaskError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InvalidTaskError(f"not JSON (column {error.colno})") from None
+    except (ValueError, RecursionError):
+        raise InvalidTaskError(
+            "not JSON that can be read: a number too long, or too deep"
+        ) from None
+    if not isinstance(value, dict):
+        raise InvalidTaskError(f"of type {type(value).__name__}; accepted is a JSON object")
+    return value
+
+
+def _build(kind: type[Task], fields: dict[str, Any]) -> Task:
+    """Make a task; a field that is missing is given as ``None``, which the task itself refuses."""
+    parameters = inspect.signature(kind).parameters
+    if not fields.keys() <= parameters.keys():
+        raise InvalidTaskError(f"a field is unknown; accepted are task, {', '.join(parameters)}")
+    required = {
+        name: None
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    moments = {name: _moment(name, fields[name]) for name in _MOMENTS if name in fields}
+    arguments: dict[str, Any] = {**required, **fields, **moments}
+    return kind(**arguments)
+
+
+def _moment(name: str, value: Any) -> Any:
+    """Read a point in time, which JSON can only carry as text; seconds are left as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 knows no Z
+    except ValueError:
+        raise InvalidTaskError(
+            f"{name} is a str that does not parse; accepted is such as 2030-01-31T12:00:00+00:00"
+        ) from None

@@ -1,0 +1,261 @@
+"""``mlproducer publish FILE.jsonl|-``: publish a task per line.
+
+Streams: a line is read when there is room in flight, and only while there is a connection, so that
+an outage stops the reading instead of filling the store. Every line is accounted for: confirmed,
+bad (no task), refused (given back by the library), or undelivered at the end.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from attrs import asdict, define, field
+
+from mlproducer import ConnectionState, MLProducer, Receipt
+from mlproducer.cli import reach
+from mlproducer.cli.lines import TASKS, Task, parse, read_lines
+from mlproducer.cli.output import Console
+from mlproducer.errors import InvalidMessageError, InvalidTaskError, PublishError
+
+HELP = "publish a task per line of a file"
+DESCRIPTION = (
+    "Publish a task per line to the broker in RABBITMQ_URL. A line is a JSON object: "
+    f'{{"task": KIND, ...fields}}, where KIND is one of {", ".join(TASKS)}. '
+    "Blank lines are skipped, bad ones reported. Exit code 1 if anything was not delivered."
+)
+LOG_LEVEL = logging.WARNING
+
+CHUNK = 5000
+"""Lines whose answers are held at a time."""
+
+MAX_WAITING = 1000
+"""Messages that may wait for a retry before no further line is read."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the file, and how patient to be."""
+    parser.add_argument("file", metavar="FILE.jsonl", help="the file; - is standard input")
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long to wait for a connection, and at the end for deferred messages (30)",
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console) -> bool:
+    """Publish everything, and say whether all of it was delivered.
+
+    :raises ConfigurationError: no broker is named, or a setting does not parse
+    :raises OSError: the file cannot be read
+    """
+    with _open(arguments.file) as stream:
+        producer = MLProducer()
+        try:
+            publication = Publication(producer, stream, console, arguments.timeout)
+            publication.run()
+        finally:
+            producer.close(0.0)
+    return publication.report()
+
+
+@define
+class Counts:
+    """What became of the lines; blank ones are not counted.
+
+    :ivar confirmed: also those that were deferred first
+    :ivar deferred: not confirmed at once, whatever became of them
+    :ivar refused: given back by the library
+    :ivar bad: no task
+    :ivar undelivered: still waiting for a retry when the time was up
+    """
+
+    lines: int = 0
+    confirmed: int = 0
+    deferred: int = 0
+    refused: int = 0
+    bad: int = 0
+    undelivered: int = 0
+
+    def rows(self) -> list[tuple[str, int]]:
+        """Give the table for people."""
+        return [
+            ("lines", self.lines),
+            ("confirmed", self.confirmed),
+            ("deferred at first", self.deferred),
+            ("refused", self.refused),
+            ("bad", self.bad),
+            ("undelivered", self.undelivered),
+        ]
+
+
+@define
+class _Deferred:
+    number: int
+    receipt: Receipt = field(repr=False)
+
+
+class Publication:
+    """The publishing of one stream."""
+
+    def __init__(
+        self, producer: MLProducer, stream: IO[bytes], console: Console, patience: float
+    ) -> None:
+        self._producer = producer
+        self._stream = stream
+        self._console = console
+        self._patience = patience
+        self._size = _size(stream)
+        self._read = 0
+        self._numbers: list[int] = []
+        self._deferred: list[_Deferred] = []
+        self._stopped = ""
+        self.counts = Counts()
+
+    def run(self) -> None:
+        """Publish every line, and wait for those that were deferred."""
+        tasks = self._tasks()
+        try:
+            while results := self._producer.publish_many(itertools.islice(tasks, CHUNK)):
+                numbers, self._numbers = self._numbers, []
+                for number, result in zip(numbers, results, strict=True):
+                    self._settle(number, result)
+                self._collect()
+            self._producer.flush(self._patience)
+            self._collect()
+            self._give_up()
+        except KeyboardInterrupt:
+            self._console.complain(
+                f"{self.counts.confirmed} confirmed; "
+                f"of the {len(self._numbers) + len(self._deferred)} read last it is not known"
+            )
+            raise
+        finally:
+            self._console.end_progress()
+
+    def report(self) -> bool:
+        """Print the counts, and say whether every line was delivered."""
+        counts = self.counts
+        delivered = counts.confirmed == counts.lines and not self._stopped
+        self._console.table((name, str(value)) for name, value in counts.rows())
+        self._console.emit({"summary": {**asdict(counts), "stopped": self._stopped or None}})
+        if self._stopped:
+            self._console.complain(self._stopped)
+        return delivered
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def _tasks(self) -> Iterator[Task]:
+        for number, line in enumerate(read_lines(self._stream), 1):
+            self._read += len(line)
+            if not line.strip():
+                continue
+            self._stopped = self._obstacle(number)
+            if self._stopped:
+                return
+            self.counts.lines += 1
+            self._show_progress()
+            try:
+                task = parse(line)
+            except InvalidTaskError as error:
+                self._fail("bad", number, error)
+            else:
+                self._numbers.append(number)
+                yield task
+
+    def _obstacle(self, number: int) -> str:
+        """Wait until a message can go out; say why not, if it still cannot."""
+        status = self._producer.status()
+        if status.connection_state is not ConnectionState.CONNECTED:
+            error = reach.wait(self._producer, self._patience)
+            if error is not None:
+                return f"stopped before line {number}: {error}; {reach.advise(error)}"
+        if status.retry_queue_size >= MAX_WAITING:
+            left = self._producer.flush(self._patience)
+            if left >= MAX_WAITING:
+                return f"stopped before line {number}: {left} messages wait for a retry"
+        return ""
+
+    def _show_progress(self) -> None:
+        share = self._read / self._size if self._size else None
+        counts = self.counts
+        wrong = counts.bad + counts.refused
+        self._console.progress(share, f"{counts.lines} lines" + (f", {wrong} bad" if wrong else ""))
+
+    # --- accounting ----------------------------------------------------------------------------
+
+    def _settle(self, number: int, result: Receipt | PublishError) -> None:
+        if isinstance(result, InvalidMessageError):
+            self._fail("bad", number, result)
+        elif isinstance(result, PublishError):
+            self._fail("refused", number, result)
+        elif result.reason is None:
+            self._confirm(number, result)
+        else:
+            self.counts.deferred += 1
+            self._deferred.append(_Deferred(number, result))
+
+    def _collect(self) -> None:
+        """Account for the deferred messages that have found their end."""
+        deferred, self._deferred = self._deferred, []
+        for each in deferred:
+            try:
+                each.receipt.result(0.0)
+            except PublishError as error:
+                self._fail("refused", each.number, error)
+            except TimeoutError:
+                self._deferred.append(each)
+            else:
+                self._confirm(each.number, each.receipt)
+
+    def _give_up(self) -> None:
+        """Account for the deferred messages that have not."""
+        for each in self._deferred:
+            self._fail("undelivered", each.number, each.receipt.reason)
+
+    def _confirm(self, number: int, receipt: Receipt) -> None:
+        self.counts.confirmed += 1
+        self._emit(number, "confirmed", receipt.message_id)
+
+    def _fail(self, outcome: str, number: int, error: Exception | None) -> None:
+        setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
+        self._console.complain(f"line {number}: {outcome}: {error}")
+        self._emit(number, outcome, getattr(error, "message_id", None), error)
+
+    def _emit(
+        self, number: int, outcome: str, message_id: str | None, error: Exception | None = None
+    ) -> None:
+        record: dict[str, Any] = {"line": number, "outcome": outcome, "message_id": message_id}
+        if error is not None:
+            record |= {"error": type(error).__name__, "text": str(error)}
+        self._console.emit(record)
+
+
+def _open(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    if name == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    return Path(name).open("rb")
+
+
+def _size(stream: IO[bytes]) -> int:
+    """Bytes of a regular file; 0 where the end is not known."""
+    return os.fstat(stream.fileno()).st_size
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(text)) and value >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0")

@@ -1,0 +1,163 @@
+"""The courier's world, written by hand: a carrier, a keeper, a door and a sink that only note.
+
+Runs on: the test's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mlproducer.core.courier import Courier
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.ports import Loss
+from mlproducer.errors import PublishError
+from mlproducer.message import Envelope, Receipt
+from mlproducer.observe.events import EventSink
+from tests.helpers import make_delivery
+
+PLENTY = 1 << 20
+
+
+class FakeCarrier:
+    """A channel that notes what was written on it."""
+
+    def __init__(self, room: int = PLENTY, header_limit: int = PLENTY) -> None:
+        self.room_left = room
+        self.header_limit = header_limit
+        self.written: list[tuple[str, int]] = []
+
+    def room(self) -> int:
+        """As set by the test."""
+        return self.room_left
+
+    def fits(self, envelope: Envelope) -> bool:
+        """Whether its properties are within the limit set by the test."""
+        return len(envelope.properties) <= self.header_limit
+
+    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+        """Note ids and tags."""
+        self.written += [(envelope.message_id, tag) for envelope, tag in batch]
+
+
+class FakeKeeper:
+    """Notes what is kept and settled; storing succeeds when the test says so."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Delivery, int] = {}
+        self.settled: list[Delivery] = []
+
+    def keep(self, delivery: Delivery, now: float) -> None:
+        """Store it."""
+        self.rows[delivery] = delivery.attempts
+
+    def settle(self, delivery: Delivery) -> None:
+        """Delete it."""
+        self.settled.append(delivery)
+        self.rows.pop(delivery, None)
+
+
+class FakeDoor:
+    """Counts who has left, and how often."""
+
+    def __init__(self) -> None:
+        self.left: list[Delivery] = []
+
+    def leave(self, deliveries: Iterable[Delivery]) -> None:
+        """Note them."""
+        self.left += deliveries
+
+
+class Recorder(EventSink):
+    """Writes down the events about messages, with their ids."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.strays: list[int] = []
+
+    def confirmed(self, delivery: Delivery) -> None:
+        """Note it."""
+        self._note("confirmed", delivery)
+
+    def failed(self, delivery: Delivery, error: PublishError) -> None:
+        """Note the error's name."""
+        self._note(type(error).__name__, delivery)
+
+    def deferred(self, delivery: Delivery) -> None:
+        """Note it."""
+        self._note("deferred", delivery)
+
+    def possible_duplicate(self, delivery: Delivery) -> None:
+        """Note it."""
+        self._note("possible duplicate", delivery)
+
+    def given_back(self, delivery: Delivery, error: PublishError) -> None:
+        """Note it."""
+        self._note("given back", delivery)
+
+    def stray_confirm(self, tag: int) -> None:
+        """Note the tag."""
+        self.strays.append(tag)
+
+    def _note(self, event: str, delivery: Delivery) -> None:
+        self.log.append((event, delivery.envelope.message_id))
+
+
+class World:
+    """A courier among fakes, and what a publisher would do with it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.keeper, self.door, self.events = FakeKeeper(), FakeDoor(), Recorder()
+        self.courier = Courier(self.keeper, self.door, self.events)
+        self.carrier = FakeCarrier()
+
+    def up(self, carrier: FakeCarrier | None = None) -> FakeCarrier:
+        """Open a channel."""
+        self.carrier = carrier or FakeCarrier()
+        self.courier.up(self.carrier)
+        self.courier.pump(self.now)
+        return self.carrier
+
+    def down(self, code: int = 0, text: str = "connection lost") -> None:
+        """Lose the channel."""
+        self.courier.down(Loss(text, code), self.now)
+
+    def send(self, *names: str, retry: bool = True, exchange: str = "x") -> list[Delivery]:
+        """Accept messages, and write what can be written."""
+        deliveries = [make_delivery(name, retry=retry, exchange=exchange) for name in names]
+        for delivery in deliveries:
+            self.courier.accept(delivery, self.now)
+        self.courier.pump(self.now)
+        return deliveries
+
+    def ack(self, tag: int, *, multiple: bool = False) -> None:
+        """Confirm, then write on, as the I/O thread does."""
+        self.courier.acked(tag, self.now, multiple=multiple)
+        self.courier.pump(self.now)
+
+    def nack(self, tag: int, *, multiple: bool = False) -> None:
+        """Refuse."""
+        self.courier.nacked(tag, self.now, multiple=multiple)
+        self.courier.pump(self.now)
+
+    def store(self, delivery: Delivery) -> None:
+        """Have the keeper report that it has stored the message."""
+        self.courier.kept(delivery, self.now, durable=False)
+
+    def retry(self, delivery: Delivery) -> None:
+        """Have the keeper send a stored message again."""
+        assert delivery.place is Place.STORED
+        self.courier.readmit(delivery, self.now)
+        self.courier.pump(self.now)
+
+
+def receipt_of(delivery: Delivery) -> Receipt:
+    """Give the receipt that the publisher got."""
+    return delivery.answer.result(0)
+
+
+def error_of(delivery: Delivery) -> PublishError:
+    """Give the error that the publisher got."""
+    error = delivery.answer.exception(0)
+    assert isinstance(error, PublishError), error
+    return error

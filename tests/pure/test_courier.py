@@ -1,0 +1,457 @@
+"""The life of deliveries: what the courier makes of each thing that can happen."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlproducer import Outcome
+from mlproducer.core.delivery import Place
+from mlproducer.errors import (
+    AuthenticationError,
+    BrokerBlockedError,
+    BufferFullError,
+    ConfirmTimeoutError,
+    ConnectionLostError,
+    MessageTooLargeError,
+    NackError,
+    NotConnectedError,
+    ProducerClosedError,
+    StoreError,
+    UnroutableError,
+)
+from tests.helpers import make_delivery
+from tests.pure.fakes import FakeCarrier, World, error_of, receipt_of
+
+
+@pytest.fixture
+def world() -> World:
+    """A courier with an open channel."""
+    world = World()
+    world.up()
+    return world
+
+
+# --- the broker's answers ----------------------------------------------------------------------
+
+
+def test_confirm(world: World) -> None:
+    """An ack makes a receipt, lets the next one in, and needs no keeper."""
+    [delivery] = world.send("a")
+    assert world.carrier.written == [("a", 1)]
+    assert not delivery.answer.done()
+    world.now = 0.25
+    world.ack(1)
+    receipt = receipt_of(delivery)
+    assert (receipt.message_id, receipt.outcome) == ("a", Outcome.CONFIRMED)
+    assert (receipt.attempts, receipt.elapsed, receipt.reason) == (1, 0.25, None)
+    assert receipt.durable
+    assert delivery.place is Place.RETIRED
+    assert world.door.left == [delivery]
+    assert world.keeper.settled == []
+    assert world.events.log == [("confirmed", "a")]
+
+
+def test_multiple(world: World) -> None:
+    """One ack settles all up to its tag and nothing beyond."""
+    deliveries = world.send("a", "b", "c")
+    world.ack(2, multiple=True)
+    assert [delivery.answer.done() for delivery in deliveries] == [True, True, False]
+    assert world.courier.in_flight == 1
+
+
+def test_nack_with_retry(world: World) -> None:
+    """A nacked message is stored first, and only then is its publisher told so."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    assert not delivery.answer.done()
+    assert list(world.keeper.rows) == [delivery]
+    world.store(delivery)
+    receipt = receipt_of(delivery)
+    assert receipt.outcome is Outcome.DEFERRED
+    assert isinstance(receipt.reason, NackError)
+    assert receipt.reason.possibly_sent
+    assert not receipt.durable
+    assert world.door.left == [delivery]
+
+
+def test_nack_without_retry(world: World) -> None:
+    """A message that is not to be retried is its publisher's again, and never sent."""
+    [delivery] = world.send("a", retry=False)
+    world.nack(1)
+    error = error_of(delivery)
+    assert isinstance(error, NackError)
+    assert (error.message_id, error.attempts, error.possibly_sent) == ("a", 1, True)
+    world.down()
+    world.up()
+    assert world.carrier.written == []
+    assert world.keeper.rows == {}
+
+
+@pytest.mark.parametrize("answer", ["ack", "nack"])
+def test_return_then_answer(world: World, answer: str) -> None:
+    """What was returned is unroutable, however the broker settles its tag, and was not queued."""
+    [delivery, other] = world.send("a", "b", retry=False)
+    world.courier.returned(1, 312, "NO_ROUTE")
+    assert not delivery.answer.done()
+    getattr(world, answer)(1)
+    error = error_of(delivery)
+    assert isinstance(error, UnroutableError)
+    assert (error.reply_code, error.reply_text) == (312, "NO_ROUTE")
+    assert not error.possibly_sent
+    world.ack(2)
+    assert receipt_of(other).confirmed
+
+
+def test_a_return_is_forgotten_with_its_attempt(world: World) -> None:
+    """The next attempt of a returned message can be confirmed."""
+    [delivery] = world.send("a")
+    world.courier.returned(1, 312, "NO_ROUTE")
+    world.ack(1)
+    world.store(delivery)
+    world.retry(delivery)
+    world.ack(2)
+    assert receipt_of(delivery).confirmed
+    assert world.events.log[-1] == ("confirmed", "a")
+    assert ("possible duplicate", "a") not in world.events.log
+
+
+@pytest.mark.parametrize("tag", [2, 77])
+@pytest.mark.parametrize("multiple", [True, False])
+def test_tags_that_are_not_open_settle_nothing(world: World, tag: int, multiple: bool) -> None:
+    """Unknown and future tags are reported as strays."""
+    [delivery] = world.send("a")
+    world.ack(tag, multiple=multiple)
+    world.nack(tag, multiple=multiple)
+    world.courier.returned(tag, 312, "NO_ROUTE")
+    assert not delivery.answer.done()
+    assert world.events.strays == [tag, tag]
+    world.ack(1)
+    assert receipt_of(delivery).confirmed
+    world.nack(1)
+    assert world.events.strays == [tag, tag, 1]
+    assert receipt_of(delivery).confirmed
+
+
+# --- the publisher's time is up ----------------------------------------------------------------
+
+
+def test_expire_in_flight_then_late_ack(world: World) -> None:
+    """A late ack confirms the receipt and settles the row once; nothing is sent again."""
+    [delivery] = world.send("a")
+    world.courier.expire(delivery, 5.0)
+    world.store(delivery)
+    receipt = receipt_of(delivery)
+    assert receipt.outcome is Outcome.DEFERRED
+    assert isinstance(receipt.reason, ConfirmTimeoutError)
+    assert receipt.reason.possibly_sent
+    assert delivery.place is Place.IN_FLIGHT
+    assert world.door.left == []
+    world.ack(1)
+    assert receipt.confirmed
+    assert receipt.result(0).confirmed
+    assert world.keeper.settled == [delivery]
+    assert world.door.left == [delivery]
+    world.courier.expire(delivery, 6.0)
+    world.ack(1)
+    assert world.keeper.settled == [delivery]
+    assert world.carrier.written == [("a", 1)]
+
+
+def test_late_ack_before_the_row_is_written(world: World) -> None:
+    """Where the ack overtakes the store, the publisher hears CONFIRMED, once."""
+    [delivery] = world.send("a")
+    world.courier.expire(delivery, 5.0)
+    world.ack(1)
+    assert receipt_of(delivery).confirmed
+    world.store(delivery)
+    assert world.keeper.settled == [delivery]
+    assert ("deferred", "a") not in world.events.log
+
+
+def test_expire_in_flight_without_retry(world: World) -> None:
+    """The message is its publisher's again; its late fate changes nothing for anybody."""
+    [delivery] = world.send("a", retry=False)
+    world.courier.expire(delivery, 5.0)
+    error = error_of(delivery)
+    assert isinstance(error, ConfirmTimeoutError)
+    assert isinstance(error, TimeoutError)
+    assert (error.attempts, error.possibly_sent) == (1, True)
+    assert world.door.left == []
+    world.nack(1)
+    assert error_of(delivery) is error
+    assert world.door.left == [delivery]
+    assert delivery.place is Place.RETIRED
+    assert world.keeper.rows == {}
+
+
+def test_expire_is_sent_again_only_after_a_loss(world: World) -> None:
+    """What was unconfirmed when its channel was lost goes out again, a possible duplicate."""
+    [delivery] = world.send("a")
+    world.courier.expire(delivery, 5.0)
+    world.store(delivery)
+    world.down()
+    assert delivery.place is Place.STORED
+    world.up()
+    assert world.carrier.written == []
+    world.retry(delivery)
+    assert world.carrier.written == [("a", 1)]
+    assert ("possible duplicate", "a") in world.events.log
+    world.ack(1)
+    assert receipt_of(delivery).confirmed
+
+
+@pytest.mark.parametrize("kind", [NotConnectedError, BrokerBlockedError, ConfirmTimeoutError])
+def test_expire_while_waiting(kind: type[Exception]) -> None:
+    """What was never written says why, was not sent, and counts no attempt."""
+    world = World()
+    if kind is BrokerBlockedError:
+        world.up()
+        world.courier.block(blocked=True)
+    elif kind is ConfirmTimeoutError:
+        world.up(FakeCarrier(room=0))
+    [kept] = world.send("a")
+    [given] = world.send("b", retry=False)
+    for delivery in (kept, given):
+        world.courier.expire(delivery, 5.0)
+    world.store(kept)
+    reason = receipt_of(kept).reason
+    for error in (reason, error_of(given)):
+        assert type(error) is kind
+        assert (error.attempts, error.possibly_sent) == (0, False)
+    assert world.courier.waiting == 0
+    assert world.door.left == [kept, given]
+
+
+def test_turned_away_by_a_full_window(world: World) -> None:
+    """A message for which there was no room is judged like one that waited."""
+    delivery = make_delivery("a", retry=False)
+    world.courier.turn_away(delivery, 5.0)
+    assert isinstance(error_of(delivery), ConfirmTimeoutError)
+    assert not error_of(delivery).possibly_sent
+    withdrawn = make_delivery("b")
+    withdrawn.answer.cancel()
+    world.courier.turn_away(withdrawn, 5.0)
+    assert world.keeper.rows == {}
+
+
+def test_submit_waits_for_the_fate(world: World) -> None:
+    """A publisher that wants the fate is not told of a deferral, and its time is never up."""
+    delivery = make_delivery("a", answer_deferral=False)
+    world.courier.accept(delivery, 0.0)
+    world.courier.pump(0.0)
+    world.courier.expire(delivery, 5.0)
+    world.nack(1)
+    world.store(delivery)
+    assert not delivery.answer.done()
+    world.retry(delivery)
+    world.ack(2)
+    assert receipt_of(delivery).confirmed
+    assert receipt_of(delivery).attempts == 2
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+
+def test_loss(world: World) -> None:
+    """What was written is possibly sent, what was not stays and goes out on the next channel."""
+    world.carrier.room_left = 1
+    [written, unwritten] = world.send("a", "b")
+    world.carrier.room_left = 0
+    world.down()
+    world.down()
+    world.store(written)
+    reason = receipt_of(written).reason
+    assert isinstance(reason, ConnectionLostError)
+    assert (reason.attempts, reason.possibly_sent) == (1, True)
+    assert not unwritten.answer.done()
+    assert world.up().written == [("b", 1)]
+    assert [name for event, name in world.events.log if event == "ConnectionLostError"] == ["a"]
+
+
+def test_tags_of_a_lost_channel_are_dead(world: World) -> None:
+    """A new channel counts from 1; an old tag in mind settles nothing of it."""
+    world.send("a", "b")
+    world.down()
+    world.up()
+    world.send("c")
+    assert world.carrier.written == [("c", 1)]
+    world.ack(2)
+    assert world.events.strays == [2]
+
+
+def test_returned_then_lost(world: World) -> None:
+    """A return is known to be unroutable even if the ack never came."""
+    [delivery] = world.send("a", retry=False)
+    world.courier.returned(1, 312, "NO_ROUTE")
+    world.down()
+    assert isinstance(error_of(delivery), UnroutableError)
+    assert not error_of(delivery).possibly_sent
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_no_connection(retry: bool) -> None:
+    """Once an attempt has failed nobody waits: neither who is there nor who comes."""
+    world = World()
+    [early] = world.send("a", retry=retry)
+    world.courier.refuse(NotConnectedError("not connected: refused"), 0.1)
+    [late] = world.send("b", retry=retry)
+    for delivery in (early, late):
+        if retry:
+            world.store(delivery)
+            error = receipt_of(delivery).reason
+        else:
+            error = error_of(delivery)
+        assert isinstance(error, NotConnectedError)
+        assert (error.message_id, error.attempts) == (delivery.envelope.message_id, 0)
+        assert not error.possibly_sent
+    assert world.courier.waiting == 0
+
+
+def test_refused_credentials() -> None:
+    """They are raised to publishers, each its own; an owned message stays until they are right."""
+    world = World()
+    world.up()
+    [owned] = world.send("owned")
+    world.nack(1)
+    world.store(owned)
+    world.down()
+    world.courier.refuse(AuthenticationError("refused by the broker: 403"), 1.0)
+    [one, two] = world.send("a", "b")
+    assert isinstance(error_of(one), AuthenticationError)
+    assert error_of(one) is not error_of(two)
+    assert not error_of(one).possibly_sent
+    world.retry(owned)
+    assert owned.place is Place.STORED
+    assert not receipt_of(owned).confirmed
+    world.up()
+    world.retry(owned)
+    world.ack(1)
+    assert receipt_of(owned).confirmed
+
+
+def test_blocked_then_unblocked(world: World) -> None:
+    """While the broker blocks nothing is written; then all goes out in order."""
+    [first] = world.send("a")
+    world.courier.block(blocked=True)
+    assert not world.courier.able
+    world.send("b", "c")
+    assert world.carrier.written == [("a", 1)]
+    world.ack(1)
+    assert receipt_of(first).confirmed
+    world.courier.block(blocked=True)
+    world.courier.block(blocked=False)
+    world.courier.block(blocked=False)
+    world.courier.pump(1.0)
+    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]
+
+
+def test_a_new_connection_is_not_blocked(world: World) -> None:
+    """The alarm's word ends with the connection on which it came."""
+    world.courier.block(blocked=True)
+    world.send("a")
+    world.down()
+    world.courier.disconnected()
+    assert world.up().written == [("a", 1)]
+
+
+# --- withdrawn, too large, stores that fail, the end -------------------------------------------
+
+
+def test_withdrawn_is_never_sent(world: World) -> None:
+    """A future that was cancelled before the hand-over takes its message along."""
+    delivery = make_delivery("a")
+    assert delivery.answer.cancel()
+    world.courier.accept(delivery, 0.0)
+    world.courier.pump(0.0)
+    assert world.carrier.written == []
+    assert world.door.left == [delivery]
+    assert delivery.place is Place.RETIRED
+
+
+def test_accepted_cannot_be_withdrawn(world: World) -> None:
+    """Once the courier has it, it is too late to cancel."""
+    [delivery] = world.send("a")
+    assert not delivery.answer.cancel()
+    world.ack(1)
+    assert receipt_of(delivery).confirmed
+
+
+def test_headers_over_the_frame() -> None:
+    """A header that the negotiated frame cannot hold is given back; the next one goes."""
+    world = World()
+    world.up(FakeCarrier(header_limit=1))
+    [delivery] = world.send("a")
+    error = error_of(delivery)
+    assert isinstance(error, MessageTooLargeError)
+    assert (error.attempts, error.possibly_sent) == (0, False)
+    world.carrier.header_limit = 2
+    world.send("b")
+    assert world.carrier.written == [("b", 1)]
+
+
+@pytest.mark.parametrize("error", [BufferFullError("full"), StoreError("locked")])
+def test_store_fails(world: World, error: Exception) -> None:
+    """What could not be stored is its publisher's again, and is not sent later."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.courier.not_kept(delivery, error)  # type: ignore[arg-type]
+    assert error_of(delivery) is error
+    assert error_of(delivery).possibly_sent
+    assert delivery.place is Place.RETIRED
+    assert world.door.left == [delivery]
+
+
+def test_store_fails_for_what_is_in_flight(world: World) -> None:
+    """The tag stays open, but the message is not ours any more."""
+    [delivery] = world.send("a")
+    world.courier.expire(delivery, 5.0)
+    world.courier.not_kept(delivery, StoreError("locked"))
+    assert error_of(delivery).possibly_sent
+    world.down()
+    assert delivery.place is Place.RETIRED
+    assert world.up().written == []
+    assert world.door.left == [delivery]
+
+
+def test_abandon_at_close(world: World) -> None:
+    """Whoever still waits is told that the producer was closed, and what may have been sent."""
+    world.carrier.room_left = 1
+    [in_flight, waiting] = world.send("a", "b")
+    world.carrier.room_left = 0
+    stored = make_delivery("c")
+    world.courier.accept(stored, 0.0)
+    world.courier.refuse(NotConnectedError("not connected"), 0.0)
+    world.store(stored)
+    world.store(waiting)
+    receipt = receipt_of(stored)
+    world.courier.abandon(list(world.keeper.rows), 1.0)
+    assert isinstance(error_of(in_flight), ProducerClosedError)
+    assert error_of(in_flight).possibly_sent
+    with pytest.raises(ProducerClosedError) as caught:
+        receipt.result(0)
+    assert not caught.value.possibly_sent
+    assert world.keeper.rows == {}
+    assert world.courier.in_flight == world.courier.waiting == 0
+    [late] = world.send("late")
+    assert isinstance(error_of(late), ProducerClosedError)
+
+
+def test_overdue(world: World) -> None:
+    """A channel is overdue from when its oldest open tag has waited for the limit."""
+    assert not world.courier.overdue(1000.0, 60.0)
+    world.send("a")
+    world.now = 30.0
+    world.send("b")
+    assert not world.courier.overdue(59.9, 60.0)
+    assert world.courier.overdue(60.0, 60.0)
+    world.ack(1)
+    assert not world.courier.overdue(60.0, 60.0)
+
+
+def test_room(world: World) -> None:
+    """Writing stops when the buffer is full, and goes on with the next ack."""
+    world.carrier.room_left = 10
+    world.send("a", "b", "c")
+    assert world.carrier.written == [("a", 1), ("b", 2)]  # 6 bytes each
+    world.ack(1)
+    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]

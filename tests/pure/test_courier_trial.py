@@ -1,0 +1,162 @@
+"""A channel that the broker closes over one bad message, among many good ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.errors import BrokerRejectedError, BufferFullError, NotConnectedError
+from tests.pure.fakes import World, error_of, receipt_of
+
+GOOD = [f"g{number}" for number in range(5)]
+
+
+def close_over(world: World, code: int = 406, text: str = "PRECONDITION_FAILED") -> None:
+    """Close the channel and open the next one, as a broker does."""
+    world.down(code, text)
+    world.up()
+
+
+def is_settled(delivery: Delivery) -> bool:
+    """Whether its publisher has an answer."""
+    return delivery.answer.done()
+
+
+@pytest.fixture
+def world() -> World:
+    """A courier with an open channel."""
+    world = World()
+    world.up()
+    return world
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_alone_is_guilty(world: World, retry: bool) -> None:
+    """Whoever is alone on the channel when it closes is rejected, at once, whatever its retry."""
+    [delivery] = world.send("bad", retry=retry)
+    close_over(world, 404, "NOT_FOUND - no exchange 'x' in vhost '/'")
+    error = error_of(delivery)
+    assert isinstance(error, BrokerRejectedError)
+    assert (error.reply_code, error.reply_text) == (404, "NOT_FOUND - no exchange 'x' in vhost '/'")
+    assert (error.attempts, error.possibly_sent) == (1, False)
+    assert world.keeper.rows == {}
+
+
+@pytest.mark.parametrize("code", [403, 404, 406, 501, 541])
+def test_only_the_guilty_is_rejected(world: World, code: int) -> None:
+    """Suspects go out one at a time until the channel closes again; then the others are free."""
+    good = world.send(*GOOD[:2], retry=False)
+    [bad] = world.send("bad", exchange="other", retry=False)
+    good += world.send(*GOOD[2:], retry=False)
+    close_over(world, code)
+    assert not any(map(is_settled, [*good, bad]))
+    assert world.carrier.written == [("g0", 1)]
+    world.ack(1)
+    world.ack(2)
+    assert world.carrier.written == [("g0", 1), ("g1", 2), ("bad", 3)]
+    close_over(world, code)
+    assert isinstance(error_of(bad), BrokerRejectedError)
+    assert world.carrier.written == [("g2", 1), ("g3", 2), ("g4", 3)]
+    world.ack(3, multiple=True)
+    assert all(receipt_of(delivery).confirmed for delivery in good)
+    duplicates = [name for event, name in world.events.log if event == "possible duplicate"]
+    assert duplicates == ["g0", "g1", "bad", "g2", "g3", "g4"]
+
+
+def test_later_messages_wait_for_the_trial(world: World) -> None:
+    """While suspects are tried nobody else is written, or they would be suspects too."""
+    world.send("a", "b")
+    close_over(world)
+    [late] = world.send("late")
+    assert world.carrier.written == [("a", 1)]
+    world.ack(1)
+    world.ack(2)
+    assert world.carrier.written == [("a", 1), ("b", 2), ("late", 3)]
+    world.ack(3)
+    assert receipt_of(late).confirmed
+
+
+def test_a_missing_exchange_is_missing_for_all(world: World) -> None:
+    """With the guilty one all suspects of its exchange are rejected, and no other."""
+    bad = world.send("bad1", "bad2", "bad3", exchange="gone")
+    good = world.send("g0", "g1")
+    text = "NOT_FOUND - no exchange 'gone' in vhost '/'"
+    close_over(world, 404, text)
+    close_over(world, 404, text)
+    assert all(isinstance(error_of(delivery), BrokerRejectedError) for delivery in bad)
+    assert world.carrier.written == [("g0", 1), ("g1", 2)]
+    world.ack(2, multiple=True)
+    assert all(receipt_of(delivery).confirmed for delivery in good)
+
+
+def test_guilty_after_its_publisher_has_gone(world: World) -> None:
+    """A deferred message that turns out guilty settles its row and its receipt."""
+    [delivery] = world.send("bad")
+    world.courier.expire(delivery, 5.0)
+    world.store(delivery)
+    receipt = receipt_of(delivery)
+    close_over(world, 406)
+    with pytest.raises(BrokerRejectedError):
+        receipt.result(0)
+    assert world.keeper.settled == [delivery]
+
+
+def test_time_runs_out_during_the_trial(world: World) -> None:
+    """A suspect whose publisher's time is up leaves the trial for the store."""
+    [first, second] = world.send("a", "b")
+    close_over(world)
+    world.courier.expire(second, 5.0)
+    world.store(second)
+    reason = receipt_of(second).reason
+    assert reason is not None
+    assert reason.possibly_sent  # it was written once, before the channel closed
+    world.ack(1)
+    assert world.courier.waiting == 0
+    assert receipt_of(first).confirmed
+
+
+def test_connection_lost_during_the_trial(world: World) -> None:
+    """A loss of the other kind accuses nobody: the rest of the trial goes on afterwards."""
+    [first, second] = world.send("a", "b")
+    close_over(world)
+    world.down()
+    world.store(first)
+    assert not receipt_of(first).confirmed
+    world.up()
+    assert world.carrier.written == [("b", 1)]
+    world.ack(1)
+    assert receipt_of(second).confirmed
+
+
+def test_nobody_is_left_in_a_trial_without_a_link(world: World) -> None:
+    """When no link comes, suspects are failed like all that waits, and may have been sent."""
+    deliveries = world.send("a", "b", retry=False)
+    world.down(541, "INTERNAL_ERROR")
+    world.courier.refuse(NotConnectedError("not connected"), 1.0)
+    for delivery in deliveries:
+        assert isinstance(error_of(delivery), NotConnectedError)
+        assert error_of(delivery).possibly_sent
+
+
+def test_given_back_is_no_suspect(world: World) -> None:
+    """What was raised to its publisher is never sent again, not even to find who is guilty."""
+    [given, other] = world.send("a", "b", retry=False)
+    world.courier.expire(given, 5.0)
+    assert error_of(given).possibly_sent
+    close_over(world)
+    assert world.carrier.written == [("b", 1)]
+    assert world.door.left == [given]
+    world.ack(1)
+    assert receipt_of(other).confirmed
+
+
+def test_not_kept_is_no_suspect(world: World) -> None:
+    """A suspect that the store could not take goes back to its publisher, and out of the trial."""
+    [given, other] = world.send("a", "b")
+    world.courier.expire(given, 5.0)
+    world.down(406)
+    world.courier.not_kept(given, BufferFullError("full"))
+    assert error_of(given).possibly_sent
+    assert world.up().written == [("b", 1)]
+    world.ack(1)
+    assert receipt_of(other).confirmed
