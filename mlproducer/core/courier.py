@@ -36,6 +36,7 @@ class Courier:
     """Carries deliveries over the link and answers their publishers.
 
     :param max_retries: attempts after the first
+    :ivar confirmed: messages that the broker has confirmed; anyone may read it
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Courier:
         self._judge = Judge(max_retries, breaker, keeper, undertaker, door, events)
         self._lanes = Lanes()
         self._refusal: PublishError | None = None
+        self.confirmed = 0
 
     # --- what others may see -------------------------------------------------------------------
 
@@ -190,6 +192,7 @@ class Courier:
             self._events.dead_lettered(delivery)
             delivery.give_back(exhausted(delivery))
             return
+        self.confirmed += 1
         self._events.confirmed(delivery)
         if delivery.open:
             delivery.confirm(now)

@@ -86,7 +86,7 @@ class Engine:
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end the link and the threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout
-        before = self._unsettled()
+        before = self._io.courier.confirmed
         self.flush(deadline)
         self._closing = True
         abandoned = tuple(delivery.envelope.message_id for delivery in self._unsettled())
@@ -99,7 +99,8 @@ class Engine:
             [*self._threads.values(), *self.dispatcher.threads], deadline + CLOSE_MARGIN
         )
         threads.return_ordinal(self._ordinal)
-        return CloseReport(confirmed=sum(map(_is_confirmed, before)), abandoned=abandoned)
+        confirmed = self._io.courier.confirmed - before
+        return CloseReport(confirmed=confirmed, abandoned=abandoned)
 
     def disown(self) -> None:
         """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
@@ -195,11 +196,6 @@ class Engine:
             blocked=self._io.courier.blocked,
             broker=dialer.route.broker.address,
         )
-
-
-def _is_confirmed(delivery: Delivery) -> bool:
-    told = delivery.fate or delivery.answer
-    return told.done() and not told.cancelled() and told.exception(0) is None
 
 
 def routes(settings: Settings) -> list[Route]:
