@@ -277,6 +277,8 @@ class Courier:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
         delivery.kept = False
         delivery.retry = False
+        if delivery.place is Place.WAITING:
+            self._lanes.withdraw(delivery)
         if delivery.open:
             error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
             self._judge.give_back(delivery, error)
