@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(as_json=arguments.json)
     try:
         with console.showing_log(arguments.log_level):
-            return FINE if arguments.run(arguments, console) else FAILED
+            well = arguments.run(arguments, console)
+        sys.stdout.flush()
+        return FINE if well else FAILED
     except KeyboardInterrupt:
         console.complain("interrupted")
         return INTERRUPTED

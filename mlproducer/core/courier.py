@@ -208,9 +208,7 @@ class Courier:
         elif len(lost) == 1:
             self._convict(lost[0], loss, now)
         else:
-            for delivery in lost:
-                delivery.doubtful = True
-            self._trial.summon(lost, loss.text)
+            self._trial.summon(self._still_wanted(lost), loss.text)
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""
@@ -252,6 +250,14 @@ class Courier:
             else:
                 error = self._unroutable(delivery)
             self._fail(delivery, error, now)
+
+    def _still_wanted(self, lost: list[Delivery]) -> list[Delivery]:
+        """Give those whose publishers have not got them back, to be sent again."""
+        for delivery in lost:
+            delivery.doubtful = True
+            if not delivery.open:
+                self._leave(delivery, Place.RETIRED)
+        return [delivery for delivery in lost if delivery.open]
 
     def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""
