@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.showing_log(arguments.log_level):
             well = arguments.run(arguments, console)
         sys.stdout.flush()
-        return FINE if well else FAILED
     except KeyboardInterrupt:
         console.complain("interrupted")
         return INTERRUPTED
@@ -50,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.emit({"error": text})
         console.complain(text)
         return FAILED
+    return FINE if well else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:

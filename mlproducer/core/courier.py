@@ -279,8 +279,9 @@ class Courier:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
         delivery.kept = False
         delivery.retry = False
-        if delivery.place is Place.STORED:
-            delivery.place = Place.RETIRED
+        if delivery.place is Place.WAITING:
+            self._withdraw(delivery)
+        self._leave(delivery, Place.RETIRED)
         if delivery.open:
             error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
             self._events.given_back(delivery, error)
