@@ -6,7 +6,11 @@ Runs on: the tests' threads.
 from __future__ import annotations
 
 import itertools
+import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from mlproducer import Message
 from mlproducer.core.delivery import Delivery
@@ -14,6 +18,8 @@ from mlproducer.message import Envelope
 
 LIMIT = 5.0
 """Seconds after which a test stops waiting for what ought to come."""
+
+T = TypeVar("T")
 
 _numbers = itertools.count(1)
 
@@ -56,3 +62,33 @@ def make_delivery(
 def make_message(message_id: str | None = None, *, body: bytes = b"body") -> Message:
     """Give a small message for a fake broker, which has every route."""
     return Message(body=body, routing_key="k", message_id=message_id)
+
+
+class Background:
+    """Calls that block, each on a daemon thread of its own, whose ends are asserted."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[threading.Thread, Future[Any]]] = []
+
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
+        """Start a call and give the future of what it returns or raises."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+                future.set_exception(error)
+
+        thread = threading.Thread(target=run, name="test-background", daemon=True)
+        self._calls.append((thread, future))
+        thread.start()
+        return future
+
+    def gather(self, timeout: float = LIMIT) -> list[Any]:
+        """Give what the calls returned, in their order, or raise what the first has raised."""
+        deadline = time.monotonic() + timeout
+        for thread, _ in self._calls:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        calls, self._calls = self._calls, []
+        return [future.result(0) for _, future in calls]

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(as_json=arguments.json)
     try:
         with console.showing_log(arguments.log_level):
-            return FINE if arguments.run(arguments, console) else FAILED
+            well = arguments.run(arguments, console)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         console.complain("interrupted")
         return INTERRUPTED
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.emit({"error": text})
         console.complain(text)
         return FAILED
+    return FINE if well else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:

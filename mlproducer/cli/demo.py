@@ -130,7 +130,7 @@ class Demo:
 
     def report(self) -> bool:
         """Print the result, and say whether nothing was lost."""
-        result = self._tally.result()
+        result = self._tally.count()
         self._console.say()
         self._console.table(result.rows())
         self._console.emit(

@@ -36,6 +36,15 @@ TASKS: dict[str, type[Task]] = {
     "celery": CeleryTask,
 }
 
+_PARAMETERS = {kind: inspect.signature(kind).parameters for kind in TASKS.values()}
+_REQUIRED = {
+    kind: {
+        name: None
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    for kind, parameters in _PARAMETERS.items()
+}
 _MOMENTS = ("eta", "expires")
 
 
@@ -80,16 +89,11 @@ def _object(line: bytes) -> dict[str, Any]:
 
 def _build(kind: type[Task], fields: dict[str, Any]) -> Task:
     """Make a task; a field that is missing is given as ``None``, which the task itself refuses."""
-    parameters = inspect.signature(kind).parameters
+    parameters = _PARAMETERS[kind]
     if not fields.keys() <= parameters.keys():
         raise InvalidTaskError(f"a field is unknown; accepted are task, {', '.join(parameters)}")
-    required = {
-        name: None
-        for name, parameter in parameters.items()
-        if parameter.default is inspect.Parameter.empty
-    }
     moments = {name: _moment(name, fields[name]) for name in _MOMENTS if name in fields}
-    arguments: dict[str, Any] = {**required, **fields, **moments}
+    arguments: dict[str, Any] = {**_REQUIRED[kind], **fields, **moments}
     return kind(**arguments)
 
 

@@ -47,7 +47,7 @@ class Console:
     def emit(self, value: object) -> None:
         """Tell a program, in one line; people are told otherwise."""
         if self._as_json:
-            self._print(json.dumps(value), sys.stdout)
+            sys.stdout.write(f"{json.dumps(value)}\n")
 
     def table(self, rows: Iterable[tuple[str, str]]) -> None:
         """Show names and values to people, in two columns."""

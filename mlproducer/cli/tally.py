@@ -105,7 +105,7 @@ class Tally:
     def _missing(self) -> int:
         return sum(receipt.message_id not in self._runs for receipt in self.receipts)
 
-    def result(self) -> Result:
+    def count(self) -> Result:
         """Count."""
         deferred = sum(receipt.reason is not None for receipt in self.receipts)
         ids = {receipt.message_id for receipt in self.receipts}

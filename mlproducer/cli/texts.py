@@ -33,7 +33,7 @@ def texts(licenses: Path = LICENSES, library: Path = STANDARD_LIBRARY) -> list[T
     """
     found = list(_licences(licenses)) or list(_docstrings(library))
     if not found:
-        raise FileNotFoundError(f"no texts in {licenses} and {library}")
+        raise FileNotFoundError(f"no texts in {licenses} nor in {library}")
     return found
 
 

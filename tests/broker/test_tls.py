@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attrs import frozen
@@ -281,7 +282,7 @@ def test_unusable_file(
     (tmp_path / "empty.pem").touch()
     shutil.copy(certificates.server.key, tmp_path / "other.key")
     _lock(certificates.client.key, tmp_path / "locked.key")
-    files = {
+    files: dict[str, Any] = {
         "ca_certs": str(certificates.ca),
         "certfile": str(certificates.client.cert),
         "keyfile": str(certificates.client.key),

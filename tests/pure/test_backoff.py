@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlproducer.core.backoff import Backoff
@@ -11,6 +11,7 @@ SECONDS = st.floats(min_value=0.001, max_value=3600)
 SHARE = st.floats(min_value=0, max_value=1)
 
 
+@settings(max_examples=40, deadline=None)
 @given(SECONDS, SECONDS, SHARE, st.integers(0, 10_000), SHARE)
 def test_bounds(
     initial: float, maximum: float, jitter: float, failures: int, chance: float
@@ -22,6 +23,7 @@ def test_bounds(
     assert delay == exact * (1 + jitter * chance)
 
 
+@settings(max_examples=40, deadline=None)
 @given(SECONDS, SECONDS, st.integers(0, 10_000))
 def test_never_shrinks(initial: float, maximum: float, failures: int) -> None:
     """Without jitter one more failure never makes the delay shorter."""

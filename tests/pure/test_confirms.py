@@ -81,4 +81,4 @@ class ConfirmsMachine(RuleBasedStateMachine):
 
 
 TestConfirms = ConfirmsMachine.TestCase
-TestConfirms.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestConfirms.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
@@ -295,10 +302,21 @@ class CourierMachine(RuleBasedStateMachine):
         assert set(self.rows) <= self.settled_rows
 
 
-TestCourier = CourierMachine.TestCase
-TestCourier.settings = settings(
-    max_examples=50,
-    stateful_step_count=40,
+QUICK = settings(
+    max_examples=30,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+def test_a_few_hundred_steps() -> None:
+    """What every run checks."""
+    run_state_machine_as_test(CourierMachine, settings=QUICK)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps() -> None:
+    """What a change of the courier should have passed."""
+    long = settings(QUICK, max_examples=2000, stateful_step_count=50)
+    run_state_machine_as_test(CourierMachine, settings=long)

@@ -1,0 +1,302 @@
+"""The command line, lines of ``publish`` input, the demo's texts and its sums; no broker."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+from pathlib import Path
+
+import pytest
+from attrs import frozen
+
+import mlproducer.cli
+from mlproducer import (
+    CeleryTask,
+    EmbeddingBatchTask,
+    EmbeddingTask,
+    Receipt,
+    SummarizationTask,
+    TranscriptionTask,
+)
+from mlproducer.cli import main, output
+from mlproducer.cli.lines import parse, read_lines
+from mlproducer.cli.reach import advise
+from mlproducer.cli.tally import Tally
+from mlproducer.cli.texts import MAX_CHARACTERS, MIN_CHARACTERS, texts
+from mlproducer.errors import (
+    AuthenticationError,
+    BrokerRejectedError,
+    ConfirmTimeoutError,
+    InvalidTaskError,
+    NackError,
+    NotConnectedError,
+    PublishError,
+)
+
+CLI = Path(mlproducer.cli.__file__).parent
+PUBLIC = {"mlproducer", "mlproducer.errors", "mlproducer.testing"}
+CONTENT = {"text": "PRIVATE"}
+CELERY = {"task": "celery", "name": "x.y", "routing_key": "ml.embed"}
+
+
+@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.name)
+def test_commands_know_the_public_api_only(path: Path) -> None:
+    """A command does what any user could do."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        for module in modules:
+            inside = module.startswith("mlproducer.cli")
+            assert inside or not module.startswith("mlproducer") or module in PUBLIC, module
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nosuch"],
+        ["check", "--bogus"],
+        ["publish"],
+        ["publish", "-", "--timeout", "nan"],
+        ["publish", "-", "--timeout", "-1"],
+        ["publish", "-", "--timeout", "soon"],
+        ["demo", "--messages", "0"],
+        ["demo", "--messages", "many"],
+        ["demo", "--messages", "100001"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Arguments that do not parse give exit code 2 and the usage on standard error."""
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "usage: mlproducer" in captured.err
+
+
+@pytest.mark.parametrize("command", ["demo", "publish", "check"])
+def test_help_is_0(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command explains itself, and offers JSON."""
+    assert main([command, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_without_a_url_check_fails_with_the_hint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unset RABBITMQ_URL is no usage error: exit code 1, and what to set."""
+    monkeypatch.delenv("RABBITMQ_URL", raising=False)
+    assert main(["check", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert "RABBITMQ_URL" in captured.err
+    assert "RABBITMQ_URL" in json.loads(captured.out)["error"]
+
+
+def test_a_missing_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that cannot be read gives exit code 1 and its name, before anything is connected."""
+    monkeypatch.setenv("RABBITMQ_URL", "amqp://127.0.0.1:1/")
+    assert main(["publish", str(tmp_path / "none.jsonl")]) == 1
+    assert "none.jsonl: No such file" in capsys.readouterr().err
+
+
+# --- lines -----------------------------------------------------------------------------------
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def test_each_kind_of_task() -> None:
+    """Fields become those of the kind's class."""
+    summary = parse(_line({"task": "summarization", "share_id": "1", "content": CONTENT}))
+    assert summary == SummarizationTask("1", CONTENT)
+    recording = {"task": "transcription", "share_id": "2", "media_url": "https://x"}
+    assert parse(_line(recording)) == TranscriptionTask("2", "https://x")
+    options = {"forceModel": "m"}
+    embedding = {"task": "embedding", "share_id": "3", "content": CONTENT, "options": options}
+    assert parse(_line(embedding)) == EmbeddingTask("3", CONTENT, options)
+    items = [{"share_id": "4", "content": CONTENT}, ["5", CONTENT]]
+    batch = EmbeddingBatchTask([("4", CONTENT), ("5", CONTENT)])
+    assert parse(_line({"task": "embedding_batch", "items": items})) == batch
+    celery = CeleryTask("x.y", [1], {"a": 2}, routing_key="ml.embed", countdown=3)
+    assert parse(_line({**CELERY, "args": [1], "kwargs": {"a": 2}, "countdown": 3})) == celery
+
+
+@pytest.mark.parametrize("text", ["2030-01-31T12:00:00Z", "2030-01-31T14:00:00+02:00"])
+def test_moments_are_text(text: str) -> None:
+    """A point in time is read from text with a time zone; seconds stay seconds."""
+    task = parse(_line({**CELERY, "eta": text, "expires": 60}))
+    assert isinstance(task, CeleryTask)
+    assert task.eta is not None
+    assert task.eta.isoformat() == "2030-01-31T12:00:00+00:00"
+    assert task.expires == 60
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"PRIVATE", r"not JSON \(column 1\)"),
+        (b'{"task": "PRIVATE', "not JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"1" * 5000, "not JSON that can be read"),
+        (b"[" * 100_000, "not JSON that can be read"),
+        (b"x" * 101, "longer than 100 bytes"),
+        (b'["PRIVATE"]', "of type list; accepted is a JSON object"),
+        (b"{}", "task is missing or unknown; accepted are summarization, transcription"),
+        (_line({"task": "PRIVATE"}), "task is missing or unknown"),
+        (_line({"task": ["PRIVATE"]}), "task is missing or unknown"),
+        (_line({"task": "summarization"}), "share_id is missing"),
+        (_line({"task": "summarization", "share_id": 1, "content": CONTENT}), "share_id is of typ"),
+        (_line({"task": "transcription", "share_id": "1"}), "media_url is missing"),
+        (_line({"task": "embedding_batch"}), "items is missing"),
+        (_line({"task": "celery", "name": "x"}), "routing_key is missing"),
+        (_line({**CELERY, "PRIVATE": 1}), "a field is unknown; accepted are task, name, args"),
+        (_line({**CELERY, "eta": "PRIVATE"}), "eta is a str that does not parse"),
+        (_line({**CELERY, "eta": "2030-01-31T12:00:00"}), "eta is of type datetime but without"),
+        (_line({**CELERY, "eta": 5}), "eta is of type int"),
+        (_line({**CELERY, "priority": 300}), "priority is of type int but out of range"),
+    ],
+)
+def test_what_is_wrong_is_said_without_quoting(line: bytes, why: str) -> None:
+    """A bad line is refused with the reason, and without its content."""
+    limit = 100 if line.startswith(b"x") else 200_000
+    with pytest.raises(InvalidTaskError, match=why) as caught:
+        parse(line, limit)
+    assert "PRIVATE" not in str(caught.value)
+
+
+def test_a_line_that_is_too_long_costs_no_memory_and_no_neighbour() -> None:
+    """Of an endless line the beginning is kept; its number, and the next line, are right."""
+    stream = io.BytesIO(b"ab\n" + b"x" * 1000 + b"\n" + b"y" * 10 + b"\ncd")
+    lines = list(read_lines(stream, limit=10))
+    assert lines == [b"ab\n", b"x" * 11, b"y" * 10 + b"\n", b"cd"]
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share", "bar"), [(0.0, "." * 24), (0.5, "#" * 12 + "." * 12), (1.2, "#" * 24)]
+)
+def test_the_bar(share: float, bar: str) -> None:
+    """The bar is never longer than full."""
+    assert output.draw(share) == f"[{bar}] {min(int(share * 100), 100):3d} %"
+
+
+def test_people_and_programs_read_different_things(capsys: pytest.CaptureFixture[str]) -> None:
+    """Programs find their JSON, and nothing else, on standard output; people find no JSON."""
+    for as_json in (True, False):
+        console = output.Console(as_json=as_json)
+        console.say("sentence")
+        console.table([("name", "1")])
+        console.emit({"name": 1})
+        captured = capsys.readouterr()
+        if as_json:
+            assert captured.out == '{"name": 1}\n'
+        else:
+            assert captured.out == "sentence\n  name  1\n"
+
+
+def test_in_a_file_the_progress_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where nobody watches, a short run prints no progress at all."""
+    console = output.Console(as_json=False)
+    for step in range(100):
+        console.progress(step / 100, "text")
+    console.end_progress()
+    assert capsys.readouterr().err == ""
+
+
+# --- advice ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AuthenticationError("h:1: refused by the broker: 403 ACCESS_REFUSED"), "user and passwor"),
+        (AuthenticationError("h:1: refused by the broker: 530 NOT_ALLOWED - vhost"), "add_vhost"),
+        (NotConnectedError("h:1: connection refused"), "nothing listens"),
+        (NotConnectedError("h:1: host name does not resolve"), "host name"),
+        (NotConnectedError("h:1: certificate verification failed: x"), "RABBITMQ_SSL_CACERT"),
+        (NotConnectedError("h:1: TLS failed: x"), "RABBITMQ_SSL_CERTFILE"),
+        (NotConnectedError("h:1: no answer in time"), "firewall"),
+        (NotConnectedError("something new"), "broker's log"),
+        (BrokerRejectedError("x", reply_code=403), "set_permissions"),
+        (BrokerRejectedError("x", reply_code=404), "ML_EXCHANGE"),
+        (BrokerRejectedError("x", reply_code=999), "broker's log"),
+        (ConfirmTimeoutError("x"), "overloaded or hung"),
+        (NackError("x"), "broker's log"),
+    ],
+)
+def test_advice(error: PublishError, words: str) -> None:
+    """Each failure has something that can be done about it."""
+    assert words in advise(error)
+    assert "alarms" in advise(error, blocked=True)
+
+
+# --- the demo's texts and sums ---------------------------------------------------------------
+
+
+def test_texts_are_licences_or_documentation(tmp_path: Path) -> None:
+    """Without licences there is Python's documentation; without either, an error names both."""
+    licences = tmp_path / "licences"
+    licences.mkdir()
+    (licences / "GPL").write_text("short\n\n" + "free " * 100 + "\n\n" + "long " * 10_000)
+    found = texts(licences)
+    assert {text.title for text in found} == {"GPL"}
+    assert found[0].text.startswith("short\n\nfree")
+    documentation = texts(tmp_path / "none")
+    assert "argparse" in {text.title for text in documentation}
+    for text in (*found, *documentation):
+        assert MIN_CHARACTERS <= len(text.text) <= MAX_CHARACTERS
+    with pytest.raises(FileNotFoundError, match="no texts"):
+        texts(tmp_path / "none", tmp_path / "none")
+
+
+@frozen
+class _Run:
+    id: str
+
+
+def _receipt(message_id: str, *, deferred: bool = False) -> Receipt:
+    return Receipt(message_id, 1, 0.1, reason=NackError("nacked") if deferred else None)
+
+
+def test_the_sums_agree() -> None:
+    """Everything published and run is well; duplicates and others' runs are told apart."""
+    tally = Tally(2, [_receipt("a"), _receipt("b", deferred=True)], [0.5, 2.0])
+    assert tally.look([_Run("a")]) == (2, 2, 1)
+    assert not tally.complete
+    tally.look([_Run("a"), _Run("b"), _Run("b"), _Run("other")])
+    assert tally.complete
+    result = tally.count()
+    assert (result.confirmed, result.deferred_then_confirmed, result.lost) == (1, 1, 0)
+    assert (result.run, result.duplicates, result.foreign) == (2, 1, 1)
+    assert result.longest_publish == 2.0
+    assert result.well
+
+
+def test_what_was_not_run_is_lost() -> None:
+    """A confirmed message that no worker ran is lost, and nothing is well."""
+    tally = Tally(2, [_receipt("a"), _receipt("b")])
+    tally.look([_Run("a"), _Run("a"), _Run("a")])
+    assert not tally.complete
+    result = tally.count()
+    assert (result.run, result.duplicates, result.lost) == (1, 2, 1)
+    assert not result.well
+    assert ("lost", "1") in result.rows()
+
+
+def test_what_was_not_published_is_not_well() -> None:
+    """A run that ended early does not pass for a good one."""
+    tally = Tally(2, [_receipt("a")])
+    tally.look([_Run("a")])
+    assert not tally.count().well

@@ -1,0 +1,106 @@
+"""Receipts, from deferred to their fate, and what a message shows of itself."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+
+import pytest
+
+from mlproducer import Message, Outcome, Receipt
+from mlproducer.errors import NackError, RetriesExhaustedError
+from tests.helpers import make_envelope
+from tests.pure.refusals import CANARY
+
+
+def deferred(fate: Future[Receipt], error: NackError | None = None) -> Receipt:
+    """A receipt for a message that was nacked."""
+    return Receipt("m", 1, 0.5, False, error or NackError("nacked", message_id="m"), fate)
+
+
+def test_confirmed_at_once() -> None:
+    """There is nothing to wait for."""
+    receipt = Receipt("m", 1, 0.25)
+    assert receipt.outcome is Outcome.CONFIRMED
+    assert receipt.confirmed
+    assert receipt.durable
+    assert receipt.reason is None
+    assert receipt.result(0) is receipt
+
+
+def test_deferred_then_confirmed() -> None:
+    """It says DEFERRED until the fate is known, and then gives the receipt of the end."""
+    fate: Future[Receipt] = Future()
+    receipt = deferred(fate)
+    assert receipt.outcome is Outcome.DEFERRED
+    assert not receipt.confirmed
+    assert isinstance(receipt.reason, NackError)
+    last = Receipt("m", 2, 3.0)
+    fate.set_result(last)
+    assert receipt.outcome is Outcome.CONFIRMED
+    assert receipt.confirmed
+    assert receipt.result(0) is last
+    assert (receipt.attempts, receipt.elapsed) == (1, 0.5)
+
+
+def test_deferred_then_dead() -> None:
+    """A dead letter stays DEFERRED, and its error is raised."""
+    fate: Future[Receipt] = Future()
+    receipt = deferred(fate)
+    fate.set_exception(RetriesExhaustedError("dead", message_id="m", reason=receipt.reason))
+    assert receipt.outcome is Outcome.DEFERRED
+    with pytest.raises(RetriesExhaustedError) as caught:
+        receipt.result(0)
+    assert caught.value.reason is receipt.reason
+
+
+def test_undecided() -> None:
+    """Waiting ends with the builtin TimeoutError, on every Python, and names the message."""
+    with pytest.raises(TimeoutError, match="m is still undecided"):
+        deferred(Future()).result(0.01)
+
+
+def test_a_fate_that_is_deferred_itself() -> None:
+    """Where an answer came late, the receipt follows it to the end, within one timeout."""
+    late: Future[Receipt] = Future()
+    fate: Future[Receipt] = Future()
+    receipt = deferred(late)
+    late.set_result(deferred(fate))
+    assert receipt.outcome is Outcome.DEFERRED
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        receipt.result(0.05)
+    assert 0.05 <= time.monotonic() - started < 0.2
+    fate.set_result(Receipt("m", 2, 1.0))
+    assert receipt.confirmed
+    assert receipt.result(0).attempts == 2
+
+
+def test_a_cancelled_fate() -> None:
+    """What was withdrawn was not confirmed."""
+    fate: Future[Receipt] = Future()
+    receipt = deferred(fate)
+    fate.cancel()
+    assert receipt.outcome is Outcome.DEFERRED
+
+
+def test_reprs_hide_content() -> None:
+    """A message, envelope or receipt in a log shows where it goes, and nothing of the user's."""
+    body = CANARY.encode()
+    message = Message(
+        body=body, routing_key="k", headers={"h": CANARY}, correlation_id=CANARY, message_id="m"
+    )
+    receipt = deferred(Future(), NackError(CANARY))
+    for each in (message, make_envelope("m", body=body), receipt):
+        assert CANARY not in f"{each} {each!r}"
+    assert "routing_key='k'" in repr(message)
+    assert "DEFERRED" in repr(receipt)
+    assert "NackError" in repr(receipt)
+    assert "CONFIRMED, message_id='m', attempts=1, elapsed=0.250" in repr(Receipt("m", 1, 0.25))
+
+
+def test_two_messages_are_never_the_same() -> None:
+    """Envelopes and receipts are told apart by identity, since ids may be the user's own."""
+    assert make_envelope("m") != make_envelope("m")
+    assert Receipt("m", 1, 0.0) != Receipt("m", 1, 0.0)
+    assert len({Receipt("m", 1, 0.0), Receipt("m", 1, 0.0)}) == 2

@@ -1,0 +1,282 @@
+"""Settings: every variable with its default and unit, every bad value with the variable's name."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+from urllib.parse import quote
+
+import attrs
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from mlproducer import Settings, TLSSettings
+from mlproducer.errors import ConfigurationError
+from mlproducer.settings import redact
+from tests.pure.refusals import CANARY, refused
+
+URL = "amqp://user:secret@broker.example:5673/prod"
+
+VARIABLES: list[tuple[str, str, object, str, object]] = [
+    # variable, field, default, a text, what it means
+    ("RABBITMQ_URL", "url", None, URL, URL),
+    ("RABBITMQ_HEARTBEAT", "heartbeat", 60, "30", 30),
+    ("RABBITMQ_CONNECTION_TIMEOUT", "connection_timeout", 10.0, "2500", 2.5),
+    ("RABBITMQ_PREFETCH", "prefetch", 100, "7", 7),
+    ("PREFERRED_LLM_BACKEND", "preferred_llm_backend", "api", "local", "local"),
+    ("PREFERRED_STT", "preferred_stt", "api", "local", "local"),
+    ("PREFERRED_EMBEDDING_BACKEND", "preferred_embedding_backend", "api", "local", "local"),
+    ("ML_PUBLISH_TIMEOUT", "publish_timeout", 5.0, "250", 0.25),
+    ("ML_MAX_MESSAGE_RETRIES", "max_message_retries", 3, "0", 0),
+    ("ML_MESSAGE_RETRY_BASE_DELAY", "message_retry_base_delay", 1.0, "500", 0.5),
+    ("ML_MESSAGE_RETRY_MAX_DELAY", "message_retry_max_delay", 10.0, "20000", 20.0),
+    ("ML_RETRY_SWEEP_INTERVAL", "retry_sweep_interval", 1.0, "100", 0.1),
+    ("ML_CIRCUIT_BREAKER_THRESHOLD", "circuit_breaker_threshold", 10, "3", 3),
+    ("ML_CIRCUIT_BREAKER_COOLDOWN", "circuit_breaker_cooldown", 30.0, "1500", 1.5),
+    ("ML_HEALTH_CHECK_INTERVAL", "health_check_interval", 30.0, "5000", 5.0),
+    ("ML_RECONNECT_INITIAL_DELAY", "reconnect_initial_delay", 0.5, "50", 0.05),
+    ("ML_RECONNECT_MAX_DELAY", "reconnect_max_delay", 32.0, "1000", 1.0),
+    ("ML_RECONNECT_JITTER", "reconnect_jitter", 0.3, "0.5", 0.5),
+    ("ML_MAX_RECONNECT_ATTEMPTS", "max_reconnect_attempts", 10, "2", 2),
+    ("ML_MAX_IN_FLIGHT", "max_in_flight", 1000, "1", 1),
+    ("ML_CONFIRM_GIVE_UP", "confirm_give_up", 60.0, "90000", 90.0),
+    ("ML_MAX_MESSAGE_BYTES", "max_message_bytes", 16777216, "1024", 1024),
+    ("ML_STORE_URL", "store_url", "memory://", "sqlite:///a.db", "sqlite:///a.db"),
+    ("ML_STORE_LEASE", "store_lease", 30.0, "10000", 10.0),
+    ("ML_CONNECTIONS", "connections", 1, "4", 4),
+    ("ML_EXCHANGE", "exchange", "bookmarkai.ml", "other", "other"),
+    ("ML_DECLARE_TOPOLOGY", "declare_topology", "active", "passive", "passive"),
+]
+"""Section 8 of the contract, without TLS, which is a field of its own."""
+
+IN_MILLISECONDS = [row[0] for row in VARIABLES if isinstance(row[2], float) and row[2] >= 0.5]
+WHOLE = [row[0] for row in VARIABLES if isinstance(row[2], int)]
+BACKENDS = [row[0] for row in VARIABLES if row[0].startswith("PREFERRED")]
+
+BAD = [
+    *(
+        (name, text)
+        for name in IN_MILLISECONDS
+        for text in ("", "5s", "nan", "inf", "-1", "0", "1e9")
+    ),
+    *((name, text) for name in WHOLE for text in ("", "ten", "1.5", "-1", "1e3", "9" * 5000)),
+    *((name, text) for name in BACKENDS for text in ("", "cloud", "API")),
+    ("ML_MAX_IN_FLIGHT", "0"),
+    ("ML_MAX_MESSAGE_BYTES", "0"),
+    ("ML_CONNECTIONS", "0"),
+    ("ML_CIRCUIT_BREAKER_THRESHOLD", "0"),
+    ("ML_MAX_RECONNECT_ATTEMPTS", "0"),
+    ("RABBITMQ_HEARTBEAT", "65536"),
+    ("RABBITMQ_PREFETCH", "0"),
+    ("ML_RECONNECT_JITTER", "-0.1"),
+    ("ML_RECONNECT_JITTER", "nan"),
+    ("ML_RECONNECT_JITTER", "some"),
+    ("ML_EXCHANGE", ""),
+    ("ML_EXCHANGE", "x" * 256),
+    ("ML_EXCHANGE", "a\nb"),
+    ("ML_EXCHANGE", "\udc80"),
+    ("ML_DECLARE_TOPOLOGY", "on"),
+    ("ML_STORE_URL", "mysql://x"),
+    ("ML_STORE_URL", "memory"),
+    ("RABBITMQ_USE_SSL", "maybe"),
+    ("RABBITMQ_USE_SSL", ""),
+    ("RABBITMQ_VERIFY_PEER", "maybe"),
+]
+
+BAD_URLS = [
+    "http://user:{0}@h/",
+    "https://user:{0}@h/",
+    "redis://user:{0}@h/",
+    "AMQP+x://user:{0}@h/",
+    "user:{0}@h/",
+    "amqp:user:{0}@h",
+    "amqp://user:{0}@/",
+    "amqp://user:{0}@h:port/",
+    "amqp://user:{0}@h:65536/",
+    "amqp://user:{0}@[h/",
+    "amqp://user:{0}@h/?heartbeat=5",
+    "amqp://user:{0}@h/#part",
+    "amqp://broker.example/",
+    "amqp://user:{0}@good/,http://user:{0}@bad/",
+]
+
+
+@pytest.mark.parametrize(("variable", "name", "default", "text", "value"), VARIABLES)
+def test_variable(variable: str, name: str, default: Any, text: str, value: Any) -> None:
+    """Each variable sets its field, in its unit, and no other; without it the default stands."""
+    assert getattr(Settings.from_env({}), name) == default
+    changed = Settings.from_env({variable: text})
+    assert getattr(changed, name) == value
+    assert type(getattr(changed, name)) is type(value)
+    assert attrs.evolve(changed, **{name: default}) == Settings()
+    assert Settings.from_env({variable: f"  {text} "}) == changed
+
+
+def test_every_field_has_its_variable() -> None:
+    """No field was forgotten here, or in the environment."""
+    fields = {field.name for field in attrs.fields(Settings)}
+    assert fields == {row[1] for row in VARIABLES} | {"tls"}
+
+
+@pytest.mark.parametrize(("variable", "text"), BAD)
+def test_bad_value(variable: str, text: str) -> None:
+    """What does not parse, or is out of range, is refused by the variable's name."""
+    refused(lambda: Settings.from_env({variable: text}), ConfigurationError, variable)
+    with pytest.raises(ValueError, match=variable):
+        Settings.from_env({variable: text})
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_bad_url(url: str) -> None:
+    """Only AMQP URLs that name a host and a user are accepted; the error shows no password."""
+    text = url.format(CANARY)
+    refused(lambda: Settings.from_env({"RABBITMQ_URL": text}), ConfigurationError, "RABBITMQ_URL")
+    refused(lambda: Settings(url=text), ConfigurationError, "url")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("publish_timeout", None),
+        ("publish_timeout", True),
+        ("publish_timeout", float("nan")),
+        ("publish_timeout", CANARY),
+        ("publish_timeout", 5000 * 1000),
+        ("max_in_flight", 1.0),
+        ("max_in_flight", CANARY),
+        ("heartbeat", None),
+        ("url", b"amqp://h"),
+        ("url", 5672),
+        ("preferred_stt", None),
+        ("preferred_stt", CANARY),
+        ("exchange", None),
+        ("store_url", None),
+        ("store_url", f"mysql://{CANARY}@h"),
+        ("declare_topology", True),
+    ],
+)
+def test_bad_field(name: str, value: Any) -> None:
+    """A wrong field is refused by its name; what might be a secret is given by its type only."""
+    refused(lambda: Settings(**{name: value}), ConfigurationError, name)
+
+
+def test_frozen() -> None:
+    """Settings do not change under a running producer."""
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        Settings().heartbeat = 1  # type: ignore[misc]
+
+
+# --- brokers -----------------------------------------------------------------------------------
+
+
+def test_no_url_is_an_error_at_the_first_use() -> None:
+    """Settings without a URL can be made anywhere; who needs a broker is told what is missing."""
+    settings = Settings.from_env({})
+    with pytest.raises(ConfigurationError, match="RABBITMQ_URL"):
+        _ = settings.brokers
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "virtual_host", "user", "password", "tls"),
+    [
+        ("amqp://u:p@h", "h", 5672, "/", "u", "p", False),
+        ("amqp://u:p@h/", "h", 5672, "/", "u", "p", False),
+        ("amqps://u:p@h/%2F", "h", 5671, "/", "u", "p", True),
+        ("amqp://u:p@h:1/a%2Fb", "h", 1, "a/b", "u", "p", False),
+        ("amqp://u%40x:p%3A%40%2F@h/v", "h", 5672, "v", "u@x", "p:@/", False),
+        ("amqp://u:p@ss:word@h/v", "h", 5672, "v", "u", "p@ss:word", False),
+        ("amqp://u:@[::1]:1/", "::1", 1, "/", "u", "", False),
+        ("amqp://localhost/", "localhost", 5672, "/", "guest", "guest", False),
+        ("amqp://127.0.0.1:5673", "127.0.0.1", 5673, "/", "guest", "guest", False),
+    ],
+)
+def test_url(
+    url: str, host: str, port: int, virtual_host: str, user: str, password: str, tls: bool
+) -> None:
+    """A URL's parts, percent-encoded or not; guest is assumed on loopback only."""
+    [broker] = Settings(url=url).brokers
+    assert (broker.host, broker.port, broker.virtual_host) == (host, port, virtual_host)
+    assert (broker.user, broker.password, broker.tls) == (user, password, tls)
+
+
+def test_several_brokers() -> None:
+    """Commas separate them; spaces and a last comma do no harm."""
+    brokers = Settings(url="amqp://u:p@a:1/, amqp://u:p@b:2/v ,").brokers
+    assert [broker.address for broker in brokers] == ["a:1", "b:2"]
+
+
+# --- TLS ---------------------------------------------------------------------------------------
+
+FILES = {
+    "RABBITMQ_SSL_CACERT": "/ca.pem",
+    "RABBITMQ_SSL_CERTFILE": "/cert.pem",
+    "RABBITMQ_SSL_KEYFILE": "/key.pem",
+}
+
+
+@pytest.mark.parametrize("text", ["true", "TRUE", "1", "yes", "on"])
+def test_use_ssl_encrypts_plain_urls(text: str) -> None:
+    """RABBITMQ_USE_SSL with an amqp:// URL means TLS on TLS's port, never clear text."""
+    settings = Settings.from_env({"RABBITMQ_URL": "amqp://u:p@h/", "RABBITMQ_USE_SSL": text})
+    [broker] = settings.brokers
+    assert (broker.tls, broker.port) == (True, 5671)
+    assert settings.tls == TLSSettings()
+    assert settings.tls.verify_peer
+
+
+@pytest.mark.parametrize("text", ["false", "0", "no", "off"])
+def test_use_ssl_off(text: str) -> None:
+    """Certificate files alone do not switch TLS on; amqps:// does, whatever the switch says."""
+    environ = {"RABBITMQ_URL": "amqp://u:p@h/", "RABBITMQ_USE_SSL": text, **FILES}
+    settings = Settings.from_env(environ)
+    assert settings.tls is None
+    assert not settings.brokers[0].tls
+    settings = Settings.from_env({**environ, "RABBITMQ_URL": "amqps://u:p@h/"})
+    assert settings.tls == TLSSettings(ca_certs="/ca.pem", certfile="/cert.pem", keyfile="/key.pem")
+
+
+def test_verify_peer_off() -> None:
+    """The check of the server's certificate can be switched off, and only by its own variable."""
+    environ = {"RABBITMQ_USE_SSL": "true", "RABBITMQ_VERIFY_PEER": "false"}
+    assert Settings.from_env(environ).tls == TLSSettings(verify_peer=False)
+
+
+# --- secrets -----------------------------------------------------------------------------------
+
+
+@given(
+    password=st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"]), min_size=1),
+    encoded=st.booleans(),
+    scheme=st.sampled_from(["amqp", "amqps", "redis", "sqlite", "http"]),
+    query=st.booleans(),
+)
+@example(password="a@b:c", encoded=False, scheme="amqp", query=False)
+@example(password="p/w?d#x", encoded=True, scheme="amqp", query=True)
+@example(password="://@", encoded=False, scheme="amqp", query=False)
+@hypothesis_settings(deadline=None, max_examples=50)
+def test_redact(password: str, encoded: bool, scheme: str, query: bool) -> None:
+    """I34: no password is left of any URL, however it is written; the host is."""
+    secret = f"{CANARY}{password}{CANARY}"
+    written = quote(secret, safe="") if encoded else secret.replace(",", "")
+    url = f"{scheme}://user:{written}@host:1/path" + (f"?password={CANARY}" if query else "")
+    for shown in (redact(url), redact(f"{url},{url}")):
+        assert CANARY not in shown
+        assert "user" not in shown
+        assert "host:1" in shown or "/" in written or "?" in written
+
+
+@pytest.mark.parametrize("password", [CANARY, f"{CANARY}@x", f"x:{CANARY}", f"%40{CANARY}%3A"])
+def test_no_password_in_reprs(password: str) -> None:
+    """What people log by accident holds no secret."""
+    url = f"amqp://user:{password}@h/v"
+    settings = Settings(
+        url=f"{url}, {url}",
+        store_url=f"redis://:{password}@h/0",
+        tls=TLSSettings(keyfile="/key.pem"),
+    )
+    for each in (settings, settings.brokers, settings.brokers[0]):
+        assert CANARY not in f"{each} {each!r}"
+    assert "h/v" in repr(settings)
+    assert pickle.loads(pickle.dumps(settings)) == settings

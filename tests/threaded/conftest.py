@@ -1,0 +1,73 @@
+"""Producers against fake brokers: short delays, and nothing left behind.
+
+Runs on: pytest's main thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from mlproducer import MLProducer, Settings
+from mlproducer.testing.fake_broker import Behaviour, FakeBroker
+
+CLOSE_TIMEOUT = 0.5
+
+QUICK = {
+    "publish_timeout": 3.0,
+    "connection_timeout": 2.0,
+    "reconnect_initial_delay": 0.05,
+    "reconnect_max_delay": 0.2,
+    "max_reconnect_attempts": 1000,
+    "message_retry_base_delay": 0.05,
+    "message_retry_max_delay": 0.2,
+    "retry_sweep_interval": 0.05,
+    "declare_topology": "off",
+}
+"""Delays that keep the tests short, and a handshake of few frames."""
+
+Connect = Callable[..., MLProducer]
+Serve = Callable[..., FakeBroker]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start fake brokers: ``serve(Behaviour())``. They outlive the producers."""
+    with ExitStack() as brokers:
+
+        def start(behaviour: Behaviour | None = None) -> FakeBroker:
+            return brokers.enter_context(FakeBroker(behaviour))
+
+        yield start
+
+
+@pytest.fixture
+def connect(serve: Serve) -> Iterator[Connect]:
+    """Make producers: ``connect(broker_or_url, **settings)``; each closes in time."""
+    producers: list[MLProducer] = []
+
+    def make(broker: FakeBroker | str, **settings: Any) -> MLProducer:
+        url = broker if isinstance(broker, str) else broker.url
+        producers.append(MLProducer(Settings(url=url, **{**QUICK, **settings})))
+        return producers[-1]
+
+    yield make
+    for producer in producers:
+        started = time.monotonic()
+        producer.close(CLOSE_TIMEOUT)
+        assert time.monotonic() - started < CLOSE_TIMEOUT + 0.5
+    left = [each.name for each in threading.enumerate() if _is_ours(each)]
+    assert left == []
+
+
+def _is_ours(thread: threading.Thread) -> bool:
+    name = thread.name
+    return name.startswith("mlproducer-") and name not in ("mlproducer-proxy", FAKE_BROKER)
+
+
+FAKE_BROKER = "mlproducer-fake-broker"
