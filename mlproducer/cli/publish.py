@@ -133,9 +133,12 @@ class Publication:
                 for number, result in zip(numbers, results, strict=True):
                     self._settle(number, result)
                 self._collect()
-            self._producer.flush(self._patience)
-            self._collect()
-            self._give_up()
+            if self._deferred:
+                waiting = f"waiting for {len(self._deferred)} deferred messages"
+                self._console.say(f"{waiting}, at most {self._patience:g} s")
+                self._producer.flush(self._patience)
+                self._collect()
+                self._give_up()
         except KeyboardInterrupt:
             self._console.complain(
                 f"{self.counts.confirmed} confirmed; "

@@ -65,9 +65,11 @@ class Judge:
 
     def leave(self, delivery: Delivery, place: Place) -> None:
         """Let go of a delivery, unless its tag is open: then only its publisher's wait is over."""
-        if delivery.place is not Place.IN_FLIGHT:
-            delivery.place = place
+        if delivery.place is Place.IN_FLIGHT:
+            return
+        if delivery.place is not Place.STORED:  # what is stored has left its slot before
             self.door.leave((delivery,))
+        delivery.place = place
 
     def _keep(self, delivery: Delivery, now: float) -> None:
         delivery.kept = True

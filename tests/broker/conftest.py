@@ -23,6 +23,8 @@ from mlproducer.testing.proxy import Proxy
 CLOSE_TIMEOUT = 1.0
 
 QUICK = {
+    "circuit_breaker_threshold": 1_000_000,
+    "max_message_retries": 1000,
     "reconnect_initial_delay": 0.1,
     "reconnect_max_delay": 0.5,
     "max_reconnect_attempts": 100,  # a node needs about 6 s to come back

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from attrs import evolve
+
+from mlproducer.core.breaker import Breaker
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Loss
@@ -16,6 +19,7 @@ from mlproducer.observe.events import EventSink
 from tests.helpers import make_delivery
 
 PLENTY = 1 << 20
+COOLDOWN = 30.0
 
 
 class FakeCarrier:
@@ -42,6 +46,8 @@ class FakeCarrier:
 class FakeKeeper:
     """Notes what is kept and settled; storing succeeds when the test says so."""
 
+    durable = False
+
     def __init__(self) -> None:
         self.rows: dict[Delivery, int] = {}
         self.settled: list[Delivery] = []
@@ -54,6 +60,14 @@ class FakeKeeper:
         """Delete it."""
         self.settled.append(delivery)
         self.rows.pop(delivery, None)
+
+
+class FakeUndertaker:
+    """Addresses dead letters to the exchange ``dead``."""
+
+    def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
+        """Change the exchange alone."""
+        return evolve(delivery.envelope, exchange="dead")
 
 
 class FakeDoor:
@@ -86,6 +100,10 @@ class Recorder(EventSink):
         """Note it."""
         self._note("deferred", delivery)
 
+    def dead_lettered(self, delivery: Delivery) -> None:
+        """Note it."""
+        self._note("dead-lettered", delivery)
+
     def possible_duplicate(self, delivery: Delivery) -> None:
         """Note it."""
         self._note("possible duplicate", delivery)
@@ -105,10 +123,13 @@ class Recorder(EventSink):
 class World:
     """A courier among fakes, and what a publisher would do with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_retries: int = 1000, threshold: int = 1000) -> None:
         self.now = 0.0
         self.keeper, self.door, self.events = FakeKeeper(), FakeDoor(), Recorder()
-        self.courier = Courier(self.keeper, self.door, self.events)
+        breaker = Breaker(threshold, COOLDOWN, self.events.circuit_changed)
+        self.courier = Courier(
+            max_retries, breaker, self.keeper, FakeUndertaker(), self.door, self.events
+        )
         self.carrier = FakeCarrier()
 
     def up(self, carrier: FakeCarrier | None = None) -> FakeCarrier:

@@ -424,7 +424,7 @@ def test_abandon_at_close(world: World) -> None:
     world.store(stored)
     world.store(waiting)
     receipt = receipt_of(stored)
-    world.courier.abandon(list(world.keeper.rows), 1.0)
+    world.courier.abandon(list(world.keeper.rows))
     assert isinstance(error_of(in_flight), ProducerClosedError)
     assert error_of(in_flight).possibly_sent
     with pytest.raises(ProducerClosedError) as caught:

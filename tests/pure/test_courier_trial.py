@@ -90,14 +90,18 @@ def test_a_missing_exchange_is_missing_for_all(world: World) -> None:
 
 
 def test_guilty_after_its_publisher_has_gone(world: World) -> None:
-    """A deferred message that turns out guilty settles its row and its receipt."""
+    """A deferred message that turns out guilty is ours to bury: its receipt says so."""
     [delivery] = world.send("bad")
     world.courier.expire(delivery, 5.0)
     world.store(delivery)
     receipt = receipt_of(delivery)
     close_over(world, 406)
-    with pytest.raises(BrokerRejectedError):
+    assert delivery.place is Place.STORED
+    world.retry(delivery)
+    world.ack(1)
+    with pytest.raises(RetriesExhaustedError) as caught:
         receipt.result(0)
+    assert isinstance(caught.value.reason, BrokerRejectedError)
     assert world.keeper.settled == [delivery]
 
 

@@ -27,7 +27,7 @@ HOPELESS = {
     errors.ProducerClosedError,
     errors.RetriesExhaustedError,
 }
-"""No later attempt can succeed, so that even an owned message goes back."""
+"""No later attempt can succeed, so that a message that is ours becomes a dead letter."""
 
 LEAVES = [
     kind
@@ -38,12 +38,21 @@ LEAVES = [
 
 
 @pytest.mark.parametrize("kind", LEAVES)
-@pytest.mark.parametrize(("retry", "owned"), [*product((True, False), repeat=2)])
-def test_decide(kind: type[errors.PublishError], retry: bool, owned: bool) -> None:
-    """Kept is what may be kept and is worth it; a message that is ours is worth more."""
-    keep = retry and (kind not in HOPELESS if owned else kind in DEFERRABLE)
-    verdict = decide(kind(), retry=retry, owned=owned)
-    assert verdict is (Verdict.KEEP if keep else Verdict.GIVE_BACK)
+@pytest.mark.parametrize(
+    ("retry", "owned", "exhausted", "durable"), [*product((True, False), repeat=4)]
+)
+def test_decide(
+    kind: type[errors.PublishError], retry: bool, owned: bool, exhausted: bool, durable: bool
+) -> None:
+    """Kept is what may be kept and is worth it; what is ours never goes back, but to its grave."""
+    verdict = decide(kind(), retry=retry, owned=owned, exhausted=exhausted, durable=durable)
+    ours = owned or (kind in DEFERRABLE and (durable or kind is not errors.CircuitOpenError))
+    if not (retry and ours):
+        assert verdict is Verdict.GIVE_BACK
+    elif exhausted or (owned and kind in HOPELESS):
+        assert verdict is Verdict.BURY
+    else:
+        assert verdict is Verdict.KEEP
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Runs on: the fake broker's thread.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
@@ -40,11 +41,13 @@ class Holding(Behaviour):
     def __init__(self, step: str, times: int = 1) -> None:
         self._step = step
         self._times = times
+        self.reached = threading.Event()
 
     def _holds(self, step: str) -> bool:
         if step != self._step or not self._times:
             return False
         self._times -= 1
+        self.reached.set()
         return True
 
     def on_connect(self, connection: FakeConnection) -> None:

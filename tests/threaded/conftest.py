@@ -19,6 +19,8 @@ from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 CLOSE_TIMEOUT = 0.5
 
 QUICK = {
+    "circuit_breaker_threshold": 1_000_000,
+    "max_message_retries": 1000,
     "publish_timeout": 3.0,
     "connection_timeout": 2.0,
     "reconnect_initial_delay": 0.05,
