@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from mlproducer.core.delivery import Delivery
-from mlproducer.errors import BrokerRejectedError, BufferFullError, NotConnectedError
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.errors import (
+    BrokerRejectedError,
+    BufferFullError,
+    NotConnectedError,
+    RetriesExhaustedError,
+)
 from tests.pure.fakes import World, error_of, receipt_of
 
 GOOD = [f"g{number}" for number in range(5)]
