@@ -16,17 +16,24 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from attrs import asdict, define, field
+from attrs import asdict, define, field, frozen
 
 from mlproducer import ConnectionState, MLProducer, Receipt
 from mlproducer.cli import reach
 from mlproducer.cli.lines import TASKS, Task, parse, read_lines
 from mlproducer.cli.output import Console
-from mlproducer.errors import InvalidMessageError, InvalidTaskError, PublishError
+from mlproducer.errors import (
+    CircuitOpenError,
+    InvalidMessageError,
+    InvalidTaskError,
+    PublishError,
+)
 
 HELP = "publish a task per line of a file"
 DESCRIPTION = (
@@ -36,8 +43,11 @@ DESCRIPTION = (
 )
 LOG_LEVEL = logging.WARNING
 
-CHUNK = 5000
-"""Lines whose answers are held at a time."""
+CHUNK, CHUNK_BYTES = 5000, 64 * 1024 * 1024
+"""Lines, and bytes of lines, that are held at a time."""
+
+MIN_PAUSE = 0.05
+"""Seconds before what an open breaker gave back is published again, at the least."""
 
 MAX_WAITING = 1000
 """Messages that may wait for a retry before no further line is read."""
@@ -101,7 +111,13 @@ class Counts:
         ]
 
 
-@define
+@frozen
+class _Line:
+    number: int
+    task: Task = field(repr=False)
+
+
+@frozen
 class _Deferred:
     number: int
     receipt: Receipt = field(repr=False)
@@ -119,19 +135,20 @@ class Publication:
         self._patience = patience
         self._size = _size(stream)
         self._read = 0
-        self._numbers: list[int] = []
+        self._taken: list[_Line] = []
+        self._given_back: list[_Line] = []
         self._deferred: list[_Deferred] = []
         self._stopped = ""
+        self._retry_after = 0.0
+        self._pause = threading.Event()  # never set: it is only waited for
         self.counts = Counts()
 
     def run(self) -> None:
         """Publish every line, and wait for those that were deferred."""
-        tasks = self._tasks()
+        lines = self._lines()
         try:
-            while results := self._producer.publish_many(itertools.islice(tasks, CHUNK)):
-                numbers, self._numbers = self._numbers, []
-                for number, result in zip(numbers, results, strict=True):
-                    self._settle(number, result)
+            while self._publish(self._chunk(lines)):
+                self._publish_again()
                 self._collect()
             if self._deferred:
                 waiting = f"waiting for {len(self._deferred)} deferred messages"
@@ -142,7 +159,7 @@ class Publication:
         except KeyboardInterrupt:
             self._console.complain(
                 f"{self.counts.confirmed} confirmed; "
-                f"of the {len(self._numbers) + len(self._deferred)} read last it is not known"
+                f"of the {len(self._taken) + len(self._deferred)} read last it is not known"
             )
             raise
         finally:
@@ -158,9 +175,55 @@ class Publication:
             self._console.complain(self._stopped)
         return delivered
 
+    # --- publishing ----------------------------------------------------------------------------
+
+    def _publish(self, lines: Iterable[_Line]) -> bool:
+        """Publish lines and account for them; say whether there were any."""
+        self._taken = []
+        results = self._producer.publish_many(self._take(lines))
+        taken, self._taken = self._taken, []
+        for line, result in zip(taken, results, strict=True):
+            if isinstance(result, CircuitOpenError):
+                self._given_back.append(line)
+                self._retry_after = result.retry_after
+            else:
+                self._settle(line.number, result)
+        return bool(taken)
+
+    def _take(self, lines: Iterable[_Line]) -> Iterator[Task]:
+        for line in lines:
+            self._taken.append(line)
+            yield line.task
+
+    def _publish_again(self) -> None:
+        """Publish what an open circuit breaker has given back: it was not sent, and is ours.
+
+        A breaker that closes lets one message through, and the others after its confirm.
+        """
+        deadline = time.monotonic() + self._patience
+        while self._given_back and time.monotonic() < deadline:
+            left = max(0.0, deadline - time.monotonic())
+            if not self._producer.wait_connected(left):
+                break
+            self._pause.wait(min(left, max(self._retry_after, MIN_PAUSE)))
+            again, self._given_back = self._given_back, []
+            self._publish(again)
+            if len(self._given_back) < len(again):
+                deadline = time.monotonic() + self._patience
+        for line in self._given_back:
+            self._fail("refused", line.number, CircuitOpenError("the circuit breaker is open"))
+        self._given_back = []
+
     # --- reading -------------------------------------------------------------------------------
 
-    def _tasks(self) -> Iterator[Task]:
+    def _chunk(self, lines: Iterator[_Line]) -> Iterator[_Line]:
+        end = self._read + CHUNK_BYTES
+        for line in itertools.islice(lines, CHUNK):
+            yield line
+            if self._read > end:
+                return
+
+    def _lines(self) -> Iterator[_Line]:
         for number, line in enumerate(read_lines(self._stream), 1):
             self._read += len(line)
             if not line.strip():
@@ -175,8 +238,7 @@ class Publication:
             except InvalidTaskError as error:
                 self._fail("bad", number, error)
             else:
-                self._numbers.append(number)
-                yield task
+                yield _Line(number, task)
 
     def _obstacle(self, number: int) -> str:
         """Wait until a message can go out; say why not, if it still cannot."""

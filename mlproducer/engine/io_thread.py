@@ -28,7 +28,7 @@ from mlproducer.engine.health import Health
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import EventLoop, Route
 from mlproducer.engine.mailbox import Item, Mailbox
-from mlproducer.engine.probe import Probe
+from mlproducer.engine.probe import Checkup
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
@@ -67,6 +67,7 @@ class IOThread:
         self.connected = Watch()
         self.is_connected = False
         self._topology = Topology.of(settings)
+        self._checkup = Checkup(self._topology, events)
         self._health = Health(self, settings.health_check_interval)
         self._cooldown = Cooldown(self)
         breaker = Breaker(
@@ -91,7 +92,6 @@ class IOThread:
         )
         self._loop = EventLoop()
         self._in_hand: Item | None = None
-        self._reply: Future[None] | None = None
         self._breathing = False
         self.open = True
 
@@ -158,6 +158,12 @@ class IOThread:
         item, self._in_hand = self._in_hand, None
         if isinstance(item, Delivery) and item.place is Place.MAILBOX:
             self.mailbox.put(item)
+        try:  # one more turn, in which pika sees its socket's end and closes it
+            self._loop.remove_handler(self.mailbox.fileno())
+            self._loop.add_callback_threadsafe(self._loop.stop)
+            self._loop.start()
+        except Exception:
+            logger.exception("the I/O loop failed again while it was cleared away")
 
     def _on_bell(self, _fd: int, _events: int) -> None:
         now = time.monotonic()
@@ -225,19 +231,11 @@ class IOThread:
         if link is None or not self.is_connected or self.courier.blocked:
             reply.set_result(None)
             return
-        self._reply = reply
-        check = Probe(
-            self._topology.exchange,
-            self._topology.queues,
-            self._on_alive,
-            self._events.queue_depth,
-            self._events.health_fault,
-        )
-        link.side_channel(check.on_open, check.on_closed)
+        self._checkup.begin(link.side_channel, reply)
 
     def silent(self, reply: Future[None]) -> None:
         """Give up a broker that has not answered, unless the answer came meanwhile."""
-        if reply is self._reply and not reply.done():
+        if self._checkup.waits_for(reply):
             self._events.health_checked(alive=False)
             self.dialer.give_up("no answer to the health check")
 
@@ -246,17 +244,6 @@ class IOThread:
         self.courier.breaker.cool(time.monotonic())
         self._pump()
         self._keeper.sweep_soon()
-
-    def _on_alive(self) -> None:
-        if self._end_check():
-            self._events.health_checked(alive=True)
-
-    def _end_check(self) -> bool:
-        """Tell the health thread that it need not wait any longer."""
-        reply, self._reply = self._reply, None
-        if reply is not None:
-            reply.set_result(None)
-        return reply is not None
 
     def _circuit_changed(self, state: CircuitState) -> None:
         if state is CircuitState.OPEN:
@@ -307,7 +294,7 @@ class IOThread:
         """Let the courier decide for what was in flight, and the dialer go on."""
         was_up = self.is_connected
         self.is_connected = False
-        self._end_check()
+        self._checkup.end()
         self.courier.down(loss, time.monotonic())
         self.courier.disconnected()
         if was_up:
@@ -324,7 +311,7 @@ class IOThread:
         self.courier.block(blocked=blocked)
         self._events.flow_changed(blocked=blocked, reason=reason)
         if blocked:
-            self._end_check()  # a broker that blocks does not read our question
+            self._checkup.end()  # a broker that blocks does not read our question
         else:
             self._pump()
             self._keeper.sweep_soon()

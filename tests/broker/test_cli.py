@@ -289,9 +289,9 @@ def test_publish_outlives_a_broker_that_is_killed(
         assert "line 1: bad" in process.stderr.readline()  # it reads: there is a connection
         mortal_node.kill()
         mortal_node.launch()
-        stdout, _stderr = process.communicate(_lines(SUMMARY) * 2000, LIMIT)
+        stdout, stderr = process.communicate(_lines(SUMMARY) * 2000, LIMIT)
     *records, last = _documents(stdout)
-    assert last["summary"]["confirmed"] == 4000
+    assert last["summary"]["confirmed"] == 4000, stderr
     found = drain(rabbitmq_vhost.url)
     assert found.keys() == {record["message_id"] for record in records if record["message_id"]}
 

@@ -1,0 +1,190 @@
+"""The gate: who may be inside, and in what order the others follow."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import deque
+
+import pytest
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.engine.gate import Gate
+from mlproducer.latch import Watch
+from tests.helpers import LIMIT, Background, make_delivery, make_message
+from tests.threaded.conftest import Connect, Serve
+
+
+def soon() -> float:
+    """A deadline that ought not to come."""
+    return time.monotonic() + LIMIT
+
+
+def wait_until_queued(gate: Gate, count: int) -> None:
+    """Wait until so many wait at the gate, which tells nobody; give up after a limit."""
+    deadline = soon()
+    while len(gate._queue) < count:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.001)
+
+
+def test_blocks_and_admits_in_order() -> None:
+    """First come, first served, one for each that leaves."""
+    gate = Gate(2)
+    first = [make_delivery(), make_delivery()]
+    assert all(gate.enter(delivery, soon()) for delivery in first)
+    waiting = [make_delivery() for _ in range(5)]
+    background = Background()
+    entered: deque[Delivery] = deque()
+
+    def enter(delivery: Delivery) -> None:
+        assert gate.enter(delivery, soon())
+        entered.append(delivery)
+        gate.leave((delivery,))
+
+    for number, delivery in enumerate(waiting, 1):
+        background.call(enter, delivery)
+        wait_until_queued(gate, number)
+    assert not entered
+    assert not gate.try_enter(make_delivery())
+    gate.leave(first[:1])
+    background.gather()
+    assert list(entered) == waiting
+    assert gate.inside() == first[1:]
+
+
+def test_times_out() -> None:
+    """Who does not get in in time leaves no trace, and lets the next one have its turn."""
+    gate = Gate(1)
+    inside = make_delivery()
+    assert gate.enter(inside, soon())
+    started = time.monotonic()
+    assert not gate.enter(make_delivery(), started + 0.1)
+    assert 0.1 <= time.monotonic() - started < 0.3
+    assert not gate.enter(make_delivery(), started)
+    gate.leave((inside,))
+    assert gate.enter(make_delivery(), time.monotonic())
+    assert len(gate) == 1
+
+
+def test_leaving_twice_or_without_having_entered() -> None:
+    """A slot comes back once."""
+    gate = Gate(1)
+    inside, stranger = make_delivery(), make_delivery()
+    assert gate.enter(inside, soon())
+    gate.leave((stranger,))
+    assert not gate.try_enter(stranger)
+    gate.leave((inside, inside))
+    gate.leave((inside,))
+    assert gate.try_enter(stranger)
+    assert not gate.try_enter(inside)
+
+
+def test_bytes() -> None:
+    """Large messages fill the window before the count does; one over the limit goes in alone."""
+    gate = Gate(100, max_bytes=1000)
+    small = make_delivery(body=b"." * 398)  # two bytes of properties
+    assert gate.enter(small, soon())
+    assert not gate.enter(make_delivery(body=b"." * 599), time.monotonic())
+    assert gate.enter(make_delivery(body=b"." * 598), soon())
+    gate.leave(gate.inside())
+    huge = make_delivery(body=b"." * 5000)
+    assert gate.enter(huge, soon())
+    assert not gate.enter(make_delivery(), time.monotonic())
+
+
+def test_a_large_one_is_not_starved() -> None:
+    """Small ones that come after a large one wait behind it, although they would fit."""
+    gate = Gate(100, max_bytes=1000)
+    inside, large = make_delivery(body=b"." * 600), make_delivery(body=b"." * 900)
+    assert gate.enter(inside, soon())
+    background = Background()
+    background.call(gate.enter, large, soon())
+    wait_until_queued(gate, 1)
+    small = make_delivery(body=b".")
+    background.call(gate.enter, small, soon())
+    wait_until_queued(gate, 2)
+    assert not gate.try_enter(make_delivery(body=b"."))
+    gate.leave((inside,))
+    assert background.gather() == [True, True]
+    assert gate.inside() == [large, small]
+
+
+def test_the_one_behind_goes_when_a_large_one_gives_up() -> None:
+    """A large message whose time is up does not leave those behind it waiting."""
+    gate = Gate(100, max_bytes=1000)
+    assert gate.enter(make_delivery(body=b"." * 600), soon())
+    background = Background()
+    background.call(gate.enter, make_delivery(body=b"." * 900), time.monotonic() + 0.2)
+    wait_until_queued(gate, 1)
+    background.call(gate.enter, make_delivery(), soon())
+    started = time.monotonic()
+    assert background.gather() == [False, True]
+    assert time.monotonic() - started < 1.0
+
+
+def test_quiet() -> None:
+    """Whoever waits until the gate is empty is woken by the last one that leaves, and only then."""
+    gate = Gate(2)
+    deliveries = [make_delivery(), make_delivery()]
+    for delivery in deliveries:
+        gate.enter(delivery, soon())
+    assert not gate.emptied.wait_for(lambda: not gate, time.monotonic() + 0.05)
+    background = Background()
+    for _ in range(3):
+        background.call(gate.emptied.wait_for, lambda: not gate, soon())
+    gate.leave(deliveries[:1])
+    gate.leave(deliveries[1:])
+    assert background.gather() == [True, True, True]
+
+
+def test_whoever_waits_looks_again() -> None:
+    """A change that is none does not end the wait; what holds already is not waited for."""
+    watch = Watch()
+    assert watch.wait_for(lambda: True, 0.0)
+    answers = iter([False, False, False, False, True])
+    background = Background()
+    waiting = background.call(watch.wait_for, lambda: next(answers), soon())
+    while not waiting.done():
+        watch.changed()
+    assert background.gather() == [True]
+
+
+def test_changes_from_many_threads() -> None:
+    """Several threads may tell of changes at the same time, and several wait for them."""
+    watch, done = Watch(), threading.Event()
+    background, waiters = Background(), Background()
+
+    def change() -> None:
+        while not done.is_set():
+            watch.changed()
+
+    for _ in range(3):
+        background.call(change)
+    for _ in range(3):
+        for _ in range(50):
+            waiters.call(
+                watch.wait_for, functools.partial(next, iter([False] * 20 + [True])), soon()
+            )
+        assert waiters.gather() == [True] * 50
+    done.set()
+    background.gather()
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_lost_wakeups(connect: Connect, serve: Serve, limit: int) -> None:
+    """4 threads and a window of any size: nobody is left waiting (72, 73)."""
+    broker = serve()
+    producer = connect(broker, max_in_flight=limit)
+    count = 1000 if limit == 1000 else 100
+    background = Background()
+    for thread in range(4):
+        tasks = [make_message(f"{thread}-{number}") for number in range(count)]
+        background.call(producer.publish_many, tasks, timeout=30.0)
+    started = time.monotonic()
+    results = background.gather(30.0)
+    assert time.monotonic() - started < 20
+    assert all(receipt.confirmed for receipts in results for receipt in receipts)
+    assert len(broker.messages) == 4 * count
+    assert producer.flush(LIMIT) == 0
