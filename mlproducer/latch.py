@@ -10,6 +10,7 @@ Runs on: any thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -44,7 +45,11 @@ class Watch:
     def changed(self) -> None:
         """Let those who wait look again."""
         for _ in range(len(self._latches)):
-            self._latches.popleft().open()
+            try:
+                latch = self._latches.popleft()
+            except IndexError:  # somebody else has let them look
+                return
+            latch.open()
 
     def wait_for(self, holds: Callable[[], bool], deadline: float | None) -> bool:
         """Wait until ``holds()``; false if it did not by the monotonic deadline."""
@@ -55,5 +60,7 @@ class Watch:
                 break
             timeout = None if deadline is None else deadline - time.monotonic()
             if not latch.wait(timeout):
+                with contextlib.suppress(ValueError):
+                    self._latches.remove(latch)
                 return holds()
         return True

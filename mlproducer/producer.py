@@ -68,8 +68,10 @@ class MLProducer:
         process.remember(self)
 
     def _reset(self) -> None:
-        # guards: _engine, _closed; held while threads start, never while waiting for any
+        # guards: _engine while it starts; close() takes no lock, since it is for signal handlers
         self._lifecycle = threading.Lock()
+        self._starter: int | None = None
+        self._first_close = [None]
         self._engine: Engine | None = None
         self._report: Future[CloseReport] = Future()
 
@@ -266,12 +268,12 @@ class MLProducer:
 
         :param timeout: seconds for draining
         """
-        with self._lifecycle:
-            first, self._closed = not self._closed, True
-            engine = self._engine
-        if not first:
+        self._closed = True
+        try:
+            self._first_close.pop()
+        except IndexError:
             return _report(self._report, timeout)
-        report = CloseReport()
+        report, engine = CloseReport(), self._engine
         if engine is not None:
             own = engine.owns_thread(threading.current_thread())
             report = engine.close(0.0 if own else timeout)
@@ -302,19 +304,32 @@ class MLProducer:
         return engine
 
     def _start_engine(self) -> Engine:
+        me = threading.get_ident()
+        if self._starter == me:
+            raise WouldDeadlockError("called in a signal handler that interrupted the start")
+        made: Engine | None = None
         with self._lifecycle:
-            if self._closed:
-                raise ProducerClosedError("the producer is closed")
-            if self._engine is None:
-                store = open_store(self.settings) if self._store is None else self._store
-                engine = Engine(self.settings, store, self._callbacks)
+            if self._engine is None and not self._closed:
+                self._starter = me
                 try:
-                    engine.start()
-                except RuntimeError as error:
-                    raise NotConnectedError(f"no thread can be started: {error}") from error
-                process.finish_in_children()
-                self._engine = engine
-            return self._engine
+                    made = self._engine = self._make_engine()
+                finally:
+                    self._starter = None
+        if self._closed or self._engine is None:
+            if made is not None:
+                made.close(0.0)  # close() came while it started, and has not seen it
+            raise ProducerClosedError("the producer is closed")
+        return self._engine
+
+    def _make_engine(self) -> Engine:
+        store = open_store(self.settings) if self._store is None else self._store
+        engine = Engine(self.settings, store, self._callbacks)
+        try:
+            engine.start()
+        except RuntimeError as error:
+            raise NotConnectedError(f"no thread can be started: {error}") from error
+        process.finish_in_children()
+        return engine
 
     # --- what the process tells ----------------------------------------------------------------
 

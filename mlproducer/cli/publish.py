@@ -2,7 +2,7 @@
 
 Streams: a line is read when there is room in flight, and only while there is a connection, so that
 an outage stops the reading instead of filling the store. Every line is accounted for: confirmed,
-bad (no task), refused (given back by the library), or undelivered at the end.
+bad (no task), refused (given back by the library), dead-lettered, or undelivered at the end.
 
 Runs on: the main thread.
 """
@@ -33,6 +33,7 @@ from mlproducer.errors import (
     InvalidMessageError,
     InvalidTaskError,
     PublishError,
+    RetriesExhaustedError,
 )
 
 HELP = "publish a task per line of a file"
@@ -89,6 +90,7 @@ class Counts:
     :ivar deferred: not confirmed at once, whatever became of them
     :ivar refused: given back by the library
     :ivar bad: no task
+    :ivar dead_lettered: failed at every retry, and are among the dead letters now
     :ivar undelivered: still waiting for a retry when the time was up
     """
 
@@ -97,6 +99,7 @@ class Counts:
     deferred: int = 0
     refused: int = 0
     bad: int = 0
+    dead_lettered: int = 0
     undelivered: int = 0
 
     def rows(self) -> list[tuple[str, int]]:
@@ -107,6 +110,7 @@ class Counts:
             ("deferred at first", self.deferred),
             ("refused", self.refused),
             ("bad", self.bad),
+            ("dead-lettered", self.dead_lettered),
             ("undelivered", self.undelivered),
         ]
 
@@ -278,6 +282,8 @@ class Publication:
         for each in deferred:
             try:
                 each.receipt.result(0.0)
+            except RetriesExhaustedError as error:
+                self._fail("dead_lettered", each.number, error)
             except PublishError as error:
                 self._fail("refused", each.number, error)
             except TimeoutError:
@@ -296,7 +302,7 @@ class Publication:
 
     def _fail(self, outcome: str, number: int, error: Exception | None) -> None:
         setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
-        self._console.complain(f"line {number}: {outcome}: {error}")
+        self._console.complain(f"line {number}: {outcome.replace('_', '-')}: {error}")
         self._emit(number, outcome, getattr(error, "message_id", None), error)
 
     def _emit(

@@ -1,7 +1,7 @@
 """The health check under way: its questions, on a channel of its own, and who waits for the answer.
 
 Asked is whether the exchange is there, and how much the queues hold. Any answer means that the
-broker is alive, also that something is missing or forbidden, which closes this channel and no other.
+broker is alive, also that something is missing or forbidden, which closes this channel alone.
 
 Runs on: the I/O thread.
 """
@@ -9,6 +9,7 @@ Runs on: the I/O thread.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,20 +20,18 @@ from mlproducer.topology import Topology
 
 
 class Checkup:
-    """One check at a time."""
+    """What the health thread waits for; a check that has been answered goes on reading queues."""
 
     def __init__(self, topology: Topology, events: EventSink) -> None:
         self._topology = topology
         self._events = events
         self._reply: Future[None] | None = None
-        self._left: deque[str] = deque()
-        self._channel: Any = None
 
     def begin(self, open_channel: OpenChannel, reply: Future[None]) -> None:
         """Ask; the reply is resolved at the first answer."""
         self._reply = reply
-        self._left = deque([self._topology.exchange, *self._topology.queues])
-        open_channel(self._on_open, self._on_closed)
+        questions = _Questions(self._topology, self._events, self._on_alive)
+        open_channel(questions.on_open, questions.on_closed)
 
     def waits_for(self, reply: Future[None]) -> bool:
         """Whether this very check is still without an answer."""
@@ -45,26 +44,37 @@ class Checkup:
             reply.set_result(None)
         return reply is not None
 
-    def _on_open(self, channel: Any) -> None:
+    def _on_alive(self) -> None:
+        if self.end():
+            self._events.health_checked(alive=True)
+
+
+class _Questions:
+    """One channel's questions, one after the other."""
+
+    def __init__(self, topology: Topology, events: EventSink, alive: Callable[[], None]) -> None:
+        self._left = deque([topology.exchange, *topology.queues])
+        self._exchange = topology.exchange
+        self._events = events
+        self._alive = alive
+        self._channel: Any = None
+
+    def on_open(self, channel: Any) -> None:
         self._channel = channel
-        channel.exchange_declare(self._left[0], passive=True, callback=self._on_answer)
+        channel.exchange_declare(self._exchange, passive=True, callback=self._on_answer)
 
-    def _on_answer(self, frame: Any) -> None:
-        self._alive()
-        target = self._left.popleft()
-        if target != self._topology.exchange:
-            self._events.queue_depth(target, frame.method.message_count)
-        if self._left:
-            self._channel.queue_declare(self._left[0], passive=True, callback=self._on_answer)
-        else:
-            self._channel.close()
-
-    def _on_closed(self, loss: Loss) -> None:
+    def on_closed(self, loss: Loss) -> None:
         """Take the broker's refusal for an answer."""
         if self._left:
             self._events.health_fault(self._left[0], loss)
         self._alive()
 
-    def _alive(self) -> None:
-        if self.end():
-            self._events.health_checked(alive=True)
+    def _on_answer(self, frame: Any) -> None:
+        self._alive()
+        target = self._left.popleft()
+        if target != self._exchange:
+            self._events.queue_depth(target, frame.method.message_count)
+        if self._left:
+            self._channel.queue_declare(self._left[0], passive=True, callback=self._on_answer)
+        else:
+            self._channel.close()

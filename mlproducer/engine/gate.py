@@ -40,9 +40,8 @@ class Gate:
         return len(self._inside)
 
     def inside(self) -> list[Delivery]:
-        """Give the deliveries that are inside now."""
-        with self._lock:
-            return list(self._inside)
+        """Give the deliveries that are inside now; without the lock, for signal handlers."""
+        return list(self._inside)
 
     def enter(self, delivery: Delivery, deadline: float) -> bool:
         """Take a slot, waiting for one until ``deadline`` (monotonic); false if none came free.
@@ -54,12 +53,7 @@ class Gate:
             if not self._queue and self._admit_locked(delivery):
                 return True
             self._queue.append((delivery, turn))
-        if not turn.wait(deadline - time.monotonic()):
-            with self._lock:
-                if delivery not in self._inside:
-                    self._forget_locked(delivery)
-                    return False
-        return True
+        return turn.wait(deadline - time.monotonic()) or not self._give_up(delivery)
 
     def try_enter(self, delivery: Delivery) -> bool:
         """Take a slot if one is free and nobody waits for it."""
@@ -82,6 +76,17 @@ class Gate:
             turn.open()
         if not self._inside:
             self.emptied.changed()
+
+    def _give_up(self, delivery: Delivery) -> bool:
+        """Leave the queue, unless the slot came in the last moment; those behind may fit now."""
+        with self._lock:
+            if delivery in self._inside:
+                return False
+            self._forget_locked(delivery)
+            turns = self._next_locked()
+        for turn in turns:
+            turn.open()
+        return True
 
     def _admit_locked(self, delivery: Delivery) -> bool:
         """Let it in where there is room; one that is too large for the bytes goes in alone."""

@@ -21,6 +21,7 @@ from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Carrier, Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer.engine.checkup import Checkup
 from mlproducer.engine.cooldown import Cooldown
 from mlproducer.engine.dialer import Dialer
 from mlproducer.engine.gate import Gate
@@ -28,7 +29,6 @@ from mlproducer.engine.health import Health
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import EventLoop, Route
 from mlproducer.engine.mailbox import Item, Mailbox
-from mlproducer.engine.probe import Checkup
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError

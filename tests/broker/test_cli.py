@@ -205,6 +205,7 @@ def test_publish_accounts_for_every_line(rabbitmq_vhost: VirtualHost, tmp_path: 
         "deferred": 1,
         "refused": 1,
         "bad": 3,
+        "dead_lettered": 0,
         "undelivered": 1,
         "stopped": None,
     }
@@ -250,6 +251,19 @@ def test_publish_waits_for_what_was_deferred(rabbitmq_vhost: VirtualHost) -> Non
     assert record["outcome"] == "confirmed"
     assert (last["summary"]["deferred"], last["summary"]["confirmed"]) == (1, 1)
     assert drain(rabbitmq_vhost.url, ["later"]) == {record["message_id"]: 1}
+
+
+def test_publish_tells_of_dead_letters(rabbitmq_vhost: VirtualHost) -> None:
+    """A message that never finds a queue ends among the dead letters, and the exit code says so."""
+    line = _lines({**CELERY, "routing_key": "nowhere"})
+    retries = {"ML_MAX_MESSAGE_RETRIES": "1", "ML_MESSAGE_RETRY_BASE_DELAY": "100"}
+    result = _run("publish", "-", "--json", url=rabbitmq_vhost.url, stdin=line, **retries)
+    assert result.returncode == 1
+    record, last = _documents(result.stdout)
+    assert (record["line"], record["outcome"]) == (1, "dead_lettered")
+    assert last["summary"]["dead_lettered"] == 1
+    assert "line 1: dead-lettered: " in result.stderr
+    assert drain(rabbitmq_vhost.url, ["ml.dead_letter"]).total() == 1
 
 
 def test_publish_reads_nothing_without_a_broker() -> None:

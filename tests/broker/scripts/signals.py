@@ -15,7 +15,7 @@ from telling import message, tell, wait_for_go
 from mlproducer import MLProducer, Settings, errors
 
 INTERRUPTS = 500
-CLOSINGS = 30
+CLOSINGS = 100
 
 
 def sigterm_by_default() -> None:
@@ -86,7 +86,7 @@ def interrupts() -> None:
 
 
 def closings() -> None:
-    """Close, time and again, a producer from a signal handler that interrupts its publish()."""
+    """Close, time and again, a producer from a signal handler that interrupts its calls."""
     producer = MLProducer()
     longest = 0.0
     refused = 0
@@ -94,16 +94,17 @@ def closings() -> None:
     def close(_number: int, _frame: FrameType | None) -> None:
         nonlocal longest
         started = time.monotonic()
-        producer.close(2.0)
+        producer.close(1.0)
         longest = max(longest, time.monotonic() - started)
 
     signal.signal(signal.SIGALRM, close)
     for turn in range(CLOSINGS):
         producer = MLProducer()
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.01, 0.2))
+        call = producer.submit if turn % 2 else producer.publish
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0002, 0.05))
         try:
             for number in itertools.count():
-                producer.publish(message(f"{turn}-{number}"))
+                call(message(f"{turn}-{number}"))
         except errors.ProducerClosedError:
             refused += 1
     tell(longest=longest, refused=refused)

@@ -1,0 +1,416 @@
+"""How a producer begins and ends, and what is left of it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlproducer import ConnectionState, MLProducer, Settings
+from mlproducer.errors import (
+    ConfigurationError,
+    ProducerClosedError,
+    PublishError,
+    WouldDeadlockError,
+)
+from mlproducer.testing.proxy import Proxy
+from tests.helpers import LIMIT, Background, make_message
+from tests.threaded.brokers import Silent, ack
+from tests.threaded.conftest import QUICK, Connect, Serve
+
+
+def descriptors() -> dict[str, str]:
+    """What this process has open, and where it leads."""
+    found = {}
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that reads this directory
+            found[path.name] = str(path.readlink())
+    return found
+
+
+def threads() -> set[str]:
+    """Names of the library's threads, the broker's own apart."""
+    names = {thread.name for thread in threading.enumerate()}
+    return {name for name in names if name.startswith("mlproducer-") and "fake" not in name}
+
+
+# --- the beginning -----------------------------------------------------------------------------
+
+
+def test_the_constructor_does_nothing() -> None:
+    """No thread, no descriptor, no I/O, no time: safe at import time and before fork (1)."""
+    before = descriptors(), threading.active_count()
+    started = time.monotonic()
+    producer = MLProducer(Settings(url="amqp://u:p@192.0.2.1/"))
+    assert time.monotonic() - started < 0.05
+    status = producer.status()
+    assert status.connection_state is ConnectionState.DISCONNECTED
+    assert not producer.is_healthy()
+    assert producer.flush(0) == 0
+    assert (descriptors(), threading.active_count()) == before
+    assert producer.close(0).abandoned == ()
+
+
+def test_no_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A producer without a broker can be made anywhere; its first use says what is missing."""
+    monkeypatch.delenv("RABBITMQ_URL", raising=False)
+    producer = MLProducer()
+    for use in (producer.start, lambda: producer.publish(make_message())):
+        with pytest.raises(ConfigurationError, match="RABBITMQ_URL"):
+            use()
+    producer.close(0)
+
+
+def test_the_first_publish_starts_it(connect: Connect, serve: Serve) -> None:
+    """Threads are daemons with the contract's names; a second producer's have a number."""
+    broker = serve()
+    first, second = connect(broker), connect(broker)
+    assert threads() == set()
+    assert first.publish(make_message()).confirmed
+    assert "mlproducer-io" in threads()
+    assert second.publish(make_message()).confirmed
+    assert {"mlproducer-io", "mlproducer-io-2"} <= threads()
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name in threads())
+
+
+def test_many_start_it_at_once(connect: Connect, serve: Serve) -> None:
+    """However many threads come first, there is one engine and one connection."""
+    broker = serve()
+    producer = connect(broker)
+    background = Background()
+    barrier = threading.Barrier(20)
+
+    def publish(name: str) -> bool:
+        barrier.wait(LIMIT)
+        return producer.publish(make_message(name)).confirmed
+
+    for number in range(20):
+        background.call(publish, f"{number}")
+    assert background.gather() == [True] * 20
+    assert broker.accepted == 1
+
+
+# --- the end -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_left(serve: Serve) -> None:
+    """After close() no thread, descriptor or connection is left (110)."""
+    broker = serve()
+    before = descriptors()
+    for number in range(5):
+        producer = MLProducer(Settings(url=broker.url, **QUICK))
+        producer.on("confirmed", lambda: None)
+        assert producer.publish(make_message()).confirmed
+        for _ in range(number):
+            broker.connections[0].reset()
+            assert producer.publish(make_message()).result(LIMIT).confirmed
+        producer.close()
+        assert threads() == set()
+        broker.wait_for_connections(0, LIMIT)
+        assert descriptors() == before
+
+
+def test_closed(connect: Connect, serve: Serve) -> None:
+    """Nothing is taken any more; the state says so; nothing starts again."""
+    broker = serve()
+    producer = connect(broker)
+    assert producer.publish(make_message()).confirmed
+    assert producer.close().abandoned == ()
+    calls: list[Callable[[], Any]] = [
+        lambda: producer.publish(make_message()),
+        lambda: producer.submit(make_message()),
+        lambda: producer.publish_many([make_message()]),
+        producer.start,
+        producer.reconnect,
+        lambda: producer.wait_connected(0),
+    ]
+    for call in calls:
+        with pytest.raises(ProducerClosedError) as caught:
+            call()
+        assert not caught.value.possibly_sent
+    assert producer.status().connection_state is ConnectionState.CLOSED
+    assert not producer.is_healthy()
+    assert threads() == set()
+    assert len(broker.messages) == 1
+
+
+def test_close_drains(connect: Connect, serve: Serve) -> None:
+    """What is in flight has until the timeout to be confirmed, and is counted."""
+    broker = serve(Silent())
+    producer = connect(broker)
+    futures = [producer.submit(make_message()) for _ in range(10)]
+    messages = broker.wait_for_messages(10, LIMIT)
+    background = Background()
+    background.call(producer.close, LIMIT)
+    ack(messages[-1], multiple=True)
+    started = time.monotonic()
+    [report] = background.gather()
+    assert time.monotonic() - started < 1.0
+    assert (report.confirmed, report.abandoned) == (10, ())
+    assert all(future.result(0).confirmed for future in futures)
+
+
+def test_close_gives_up_in_time(connect: Connect, serve: Serve) -> None:
+    """What lived only in memory is listed, and everyone who waits is told."""
+    broker = serve(Silent())
+    producer = connect(broker)
+    background = Background()
+    waiting = background.call(producer.publish, make_message("waiting"), timeout=30)
+    future = producer.submit(make_message("in flight"))
+    receipt = producer.publish(make_message("deferred"), timeout=0.1)
+    broker.wait_for_messages(3, LIMIT)
+    started = time.monotonic()
+    report = producer.close(0.3)
+    assert 0.3 <= time.monotonic() - started < 0.8
+    assert set(report.abandoned) == {"waiting", "in flight", "deferred"}
+    for error in (waiting.exception(LIMIT), future.exception(0)):
+        assert isinstance(error, ProducerClosedError)
+        assert error.possibly_sent
+    with pytest.raises(ProducerClosedError):
+        receipt.result(0)
+
+
+def test_close_twice(connect: Connect, serve: Serve) -> None:
+    """The second close gives the first one's report, at once."""
+    producer = connect(serve(Silent()))
+    producer.submit(make_message("m"))
+    report = producer.close(0.1)
+    assert report.abandoned == ("m",)
+    started = time.monotonic()
+    assert producer.close() is report
+    assert time.monotonic() - started < 0.05
+
+
+def test_close_from_five_threads(connect: Connect, serve: Serve) -> None:
+    """All of them return in time, with publishers on other threads all the while (81)."""
+    broker = serve()
+    producer = connect(broker)
+    publishers, closers = Background(), Background()
+
+    def publish() -> None:
+        while True:
+            producer.publish(make_message())
+
+    for _ in range(5):
+        publishers.call(publish)
+    broker.wait_for_messages(50, LIMIT)
+    started = time.monotonic()
+    reports = [closers.call(producer.close, 2.0) for _ in range(5)]
+    closers.gather()
+    assert time.monotonic() - started < 2.5
+    assert len({id(report.result(0)) for report in reports}) == 1
+    with pytest.raises(ProducerClosedError):
+        publishers.gather()
+
+
+@pytest.mark.parametrize("timeout", [0.0, 0.2])
+@pytest.mark.parametrize("where", ["deaf", "refused", "blocked", "hole"])
+def test_close_against_all_odds(connect: Connect, serve: Serve, where: str, timeout: float) -> None:
+    """While connecting, or waiting to, or blocked, or cut off: within timeout + 0.5 s (35)."""
+    broker = serve(Silent())
+    with Proxy(("127.0.0.1", broker.port)) as proxy:
+        producer = connect(proxy.url(broker.url), connection_timeout=30.0)
+        if where == "deaf":
+            proxy.deaf()
+        elif where == "refused":
+            proxy.refuse()
+        producer.start()
+        if where in ("blocked", "hole"):
+            assert producer.wait_connected(LIMIT)
+            blocked = threading.Event()
+            producer.on("blocked", blocked.set)
+            broker.connections[0].block()
+            assert blocked.wait(LIMIT)
+        if where == "hole":
+            proxy.hole("both")
+        future = producer.submit(make_message("m"), retry=False)
+        started = time.monotonic()
+        producer.close(timeout)
+        assert time.monotonic() - started < timeout + 0.5
+        assert isinstance(future.exception(0), PublishError)
+        assert threads() <= {"mlproducer-proxy"}
+
+
+def test_context_manager(serve: Serve) -> None:
+    """A with block ends with close(), also when it raises."""
+    broker = serve()
+    settings = Settings(url=broker.url, **QUICK)
+    with MLProducer(settings) as producer:
+        future = producer.submit(make_message())
+    assert future.result(0).confirmed
+    assert threads() == set()
+    with suppress(LookupError), MLProducer(settings) as producer:
+        producer.start()
+        raise LookupError
+    assert producer.status().connection_state is ConnectionState.CLOSED
+
+
+# --- callbacks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["event", "done"])
+def test_no_deadlock_in_callbacks(connect: Connect, serve: Serve, how: str) -> None:
+    """Blocking calls on the producer's own threads are refused at once (74)."""
+    producer = connect(serve())
+    refusals: list[BaseException | None] = []
+    called = threading.Event()
+
+    def call_everything(_: object) -> None:
+        for call in (
+            lambda: producer.publish(make_message()),
+            lambda: producer.submit(make_message()),
+            lambda: producer.publish_many([make_message()]),
+            lambda: producer.wait_connected(LIMIT),
+            lambda: producer.flush(LIMIT),
+        ):
+            try:
+                call()
+            except WouldDeadlockError as error:
+                refusals.append(error)
+        producer.status()
+        producer.reconnect()
+        called.set()
+
+    if how == "event":
+        producer.on("confirmed", call_everything)
+        producer.publish(make_message())
+    else:
+        producer.submit(make_message()).add_done_callback(call_everything)
+    assert called.wait(1.0)
+    assert len(refusals) == 5
+    assert producer.publish(make_message()).confirmed
+
+
+def test_close_in_a_callback(connect: Connect, serve: Serve) -> None:
+    """It drains nothing, since that would wait for itself, and ends like any other."""
+    producer = connect(serve())
+    closed = threading.Event()
+    took: list[float] = []
+
+    def close() -> None:
+        started = time.monotonic()
+        producer.close()
+        took.append(time.monotonic() - started)
+        closed.set()
+
+    producer.on("connected", close)
+    producer.start()
+    assert closed.wait(LIMIT)
+    assert took[0] < 0.5
+    assert producer.status().connection_state is ConnectionState.CLOSED
+
+
+def test_callbacks_that_raise_or_block(connect: Connect, serve: Serve) -> None:
+    """They are logged, or wait for themselves; publishing and the other callbacks go on (75)."""
+    broker = serve()
+    producer = connect(broker)
+    entered, free, seen = threading.Event(), threading.Event(), []
+
+    def block(event: Any) -> None:
+        entered.set()
+        assert free.wait(LIMIT)
+
+    producer.on("confirmed", lambda _: 1 / 0)
+    producer.on("confirmed", block)
+    producer.on("confirmed", lambda event: seen.append(event.message_id))
+    assert producer.publish(make_message("a")).confirmed
+    assert entered.wait(LIMIT)
+    assert producer.publish(make_message("b")).confirmed
+    assert all(producer.publish(make_message()).confirmed for _ in range(100))
+    assert seen == []
+    free.set()
+    producer.close()
+    assert seen[:2] == ["a", "b"]
+    assert len(seen) == 102
+
+
+def test_close_with_a_callback_that_hangs(connect: Connect, serve: Serve) -> None:
+    """A callback that never ends cannot hold up close()."""
+    producer = connect(serve())
+    entered, free = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        entered.set()
+        free.wait(LIMIT)
+
+    producer.on("confirmed", hang)
+    assert producer.publish(make_message()).confirmed
+    assert entered.wait(LIMIT)
+    started = time.monotonic()
+    producer.close(0.2)
+    assert time.monotonic() - started < 0.7
+    free.set()
+    for thread in threading.enumerate():
+        if thread.name == "mlproducer-events":
+            thread.join(LIMIT)
+
+
+def test_events(connect: Connect, serve: Serve) -> None:
+    """Events come in the order in which things happened, with what they are about."""
+    broker = serve()
+    producer = connect(broker)
+    seen: list[tuple[str, str | None]] = []
+    back = threading.Event()
+    for name in ("connected", "disconnected", "confirmed", "blocked", "unblocked"):
+        producer.on(name, lambda event: seen.append((event.name, event.message_id)))
+    assert producer.publish(make_message("a")).confirmed
+    broker.connections[0].block()
+    broker.connections[0].unblock()
+    assert producer.publish(make_message("b")).confirmed
+    producer.on("connected", back.set)
+    broker.connections[0].reset()
+    assert back.wait(LIMIT)
+    assert seen == [
+        ("connected", None),
+        ("confirmed", "a"),
+        ("blocked", None),
+        ("unblocked", None),
+        ("confirmed", "b"),
+        ("disconnected", None),
+        ("connected", None),
+    ]
+    with pytest.raises(ValueError, match="event must be one of"):
+        producer.on("exploded", print)
+
+
+# --- what it shows and refuses -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("carry", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_not_picklable(carry: Callable[[object], object]) -> None:
+    """A producer does not travel; the error says what does."""
+    with pytest.raises(TypeError, match="pickle its settings"):
+        carry(MLProducer(Settings(url="amqp://u:p@h/")))
+
+
+def test_repr_and_status(connect: Connect, serve: Serve) -> None:
+    """They name the broker and the state, and no credentials."""
+    broker = serve()
+    producer = connect(broker.url.replace("guest:guest", "user:canary-8c1f"))
+    assert f"127.0.0.1:{broker.port}" in repr(producer)
+    assert "DISCONNECTED" in repr(producer)
+    assert producer.publish(make_message()).confirmed
+    status = producer.status()
+    assert status.broker == f"127.0.0.1:{broker.port}"
+    assert status.healthy
+    assert status.to_json()["rabbitmq"]["connectionState"] == "CONNECTED"
+    assert "CONNECTED" in repr(producer)
+    for shown in (repr(producer), repr(status), str(status.to_json()), repr(producer.settings)):
+        assert "canary-8c1f" not in shown
+        assert "user" not in shown
+
+
+def test_no_process_of_ours(connect: Connect, serve: Serve) -> None:
+    """Nothing is forked or spawned by publishing."""
+    producer = connect(serve())
+    assert producer.publish(make_message()).confirmed
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+    assert children.split() == []
