@@ -256,7 +256,7 @@ class MLProducer:
         :param timeout: seconds; ``None`` waits without a limit
         :returns: how many messages are left
         """
-        if self._engine is None:
+        if self._engine is None or self._closed:
             return 0
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._running().flush(deadline)

@@ -30,8 +30,9 @@ QUICK = {
     "message_retry_max_delay": 0.2,
     "retry_sweep_interval": 0.05,
     "declare_topology": "off",
+    "circuit_breaker_threshold": 1_000_000,
 }
-"""Delays that keep the tests short, and a handshake of few frames."""
+"""Short delays, a handshake of few frames, and a breaker that stays out of it."""
 
 Connect = Callable[..., MLProducer]
 Serve = Callable[..., FakeBroker]
