@@ -60,9 +60,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=_seconds,
-        default=30.0,
+        default=60.0,
         metavar="SECONDS",
-        help="how long to wait for a connection, and at the end for deferred messages (30)",
+        help="how long to wait for a connection, and at the end for deferred messages (60)",
     )
 
 
@@ -144,7 +144,9 @@ class Publication:
         self._deferred: list[_Deferred] = []
         self._stopped = ""
         self._retry_after = 0.0
-        self._pause = threading.Event()  # never set: it is only waited for
+        self._hope = threading.Event()
+        producer.on("connected", self._hope.set)
+        producer.on("circuit_closed", self._hope.set)
         self.counts = Counts()
 
     def run(self) -> None:
@@ -184,6 +186,7 @@ class Publication:
     def _publish(self, lines: Iterable[_Line]) -> bool:
         """Publish lines and account for them; say whether there were any."""
         self._taken = []
+        self._hope.clear()
         results = self._producer.publish_many(self._take(lines))
         taken, self._taken = self._taken, []
         for line, result in zip(taken, results, strict=True):
@@ -202,14 +205,15 @@ class Publication:
     def _publish_again(self) -> None:
         """Publish what an open circuit breaker has given back: it was not sent, and is ours.
 
-        A breaker that closes lets one message through, and the others after its confirm.
+        A new connection ends the breaker's cooldown; then it lets one message through, and the
+        others after its confirm.
         """
         deadline = time.monotonic() + self._patience
         while self._given_back and time.monotonic() < deadline:
             left = max(0.0, deadline - time.monotonic())
             if not self._producer.wait_connected(left):
                 break
-            self._pause.wait(min(left, max(self._retry_after, MIN_PAUSE)))
+            self._hope.wait(min(left, max(self._retry_after, MIN_PAUSE)))
             again, self._given_back = self._given_back, []
             self._publish(again)
             if len(self._given_back) < len(again):

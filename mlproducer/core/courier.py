@@ -212,7 +212,7 @@ class Courier:
         elif len(lost) == 1:
             self._convict(lost[0], loss, now)
         else:
-            self._lanes.trial.summon(self._still_wanted(lost), loss.text)
+            self._lanes.trial.summon(self._still_wanted(lost))
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""
@@ -236,6 +236,8 @@ class Courier:
         for delivery in dict.fromkeys([*lost, *self._lanes.clear(), *stored]):
             if delivery.open:
                 self._judge.give_back(delivery, failure(type(error), delivery, str(error)))
+            else:
+                self._judge.leave(delivery, Place.RETIRED)
 
     def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
         self._judge.fail(delivery, failure(type(error), delivery, str(error)), now)

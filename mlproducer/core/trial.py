@@ -1,7 +1,8 @@
 """Who closed the channel: finding the guilty message without punishing the others.
 
 A broker answers one bad message by closing the channel, under all that were in flight. They become
-suspects and are sent again one at a time. Whoever is alone on a channel when it closes is guilty.
+suspects and are sent again one at a time. Whoever is alone on a channel when it closes is guilty;
+those behind it, which the broker has never read, are free. So nobody is sent more than once more.
 
 Runs on: the I/O thread, its only owner.
 """
@@ -25,9 +26,8 @@ class Trial:
     def __len__(self) -> int:
         return len(self.suspects)
 
-    def summon(self, lost: list[Delivery], words: str) -> None:
-        """Line suspects up, first those at whom the broker's words point."""
-        lost.sort(key=lambda delivery: not _named(delivery, words))
+    def summon(self, lost: list[Delivery]) -> None:
+        """Line suspects up in the order in which the broker has read them."""
         self.suspects.extendleft(reversed(lost))
 
     def convict(self, guilty: Delivery, reply_code: int) -> list[Delivery]:
@@ -41,12 +41,6 @@ class Trial:
         freed = list(self.suspects)
         self.suspects.clear()
         return freed
-
-
-def _named(delivery: Delivery, words: str) -> bool:
-    """Whether the words name this message's exchange, or its size."""
-    envelope = delivery.envelope
-    return f"'{envelope.exchange}'" in words or f" {len(envelope.body)} " in words
 
 
 def _same_answer(reply_code: int, guilty: Delivery, other: Delivery) -> bool:

@@ -74,6 +74,8 @@ class _Questions:
         target = self._left.popleft()
         if target != self._exchange:
             self._events.queue_depth(target, frame.method.message_count)
+        if not self._channel.is_open:
+            return  # the connection is closing
         if self._left:
             self._channel.queue_declare(self._left[0], passive=True, callback=self._on_answer)
         else:

@@ -64,6 +64,14 @@ class Engine:
         :raises RuntimeError: the interpreter is shutting down
         """
         self._ordinal = threads.take_ordinal(self)
+        try:
+            self._start_threads()
+        except RuntimeError:
+            if "io" not in self._threads:
+                self._io.discard()
+            raise
+
+    def _start_threads(self) -> None:
         self._threads["io"] = self._spawn("io", self._io.run)
         for role, timer in self._io.timers().items():
             self._threads[role] = self._spawn(role, timer.run)
@@ -180,7 +188,8 @@ class Engine:
         return len(self._unsettled())
 
     def _unsettled(self) -> list[Delivery]:
-        return list(dict.fromkeys([*self.gate.inside(), *self._keeper.held()]))
+        inside = dict.fromkeys([*self.gate.inside(), *self._keeper.held()])
+        return [delivery for delivery in inside if delivery.open]
 
     def status(self) -> Status:
         """Say how things stand."""

@@ -39,6 +39,10 @@ class Gate:
     def __len__(self) -> int:
         return len(self._inside)
 
+    def half_empty(self) -> bool:
+        """Whether half of the window is free."""
+        return 2 * len(self._inside) <= self._limit
+
     def inside(self) -> list[Delivery]:
         """Give the deliveries that are inside now; without the lock, for signal handlers."""
         return list(self._inside)

@@ -62,6 +62,7 @@ class IOThread:
     ) -> None:
         self._give_up = settings.confirm_give_up
         self._events = events
+        self._gate = gate
         self._keeper = keeper
         self.mailbox = Mailbox()
         self.connected = Watch()
@@ -130,7 +131,7 @@ class IOThread:
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
                 self._events.crashed(error)
                 self._recover()
-            self._loop.close()
+            self._clear_away()
             if self.open:
                 self._loop = EventLoop()
         for item in self.mailbox.close():
@@ -158,12 +159,22 @@ class IOThread:
         item, self._in_hand = self._in_hand, None
         if isinstance(item, Delivery) and item.place is Place.MAILBOX:
             self.mailbox.put(item)
-        try:  # one more turn, in which pika sees its socket's end and closes it
-            self._loop.remove_handler(self.mailbox.fileno())
-            self._loop.add_callback_threadsafe(self._loop.stop)
+
+    def _clear_away(self) -> None:
+        """Close the loop, after a last turn in which pika sees and closes what is still open."""
+        self._loop.sever(self.mailbox.fileno())
+        self._loop.remove_handler(self.mailbox.fileno())
+        self._loop.add_callback_threadsafe(self._loop.stop)
+        try:
             self._loop.start()
         except Exception:
             logger.exception("the I/O loop failed again while it was cleared away")
+        self._loop.close()
+
+    def discard(self) -> None:
+        """Release what was never run."""
+        self.mailbox.close()
+        self._loop.close()
 
     def _on_bell(self, _fd: int, _events: int) -> None:
         now = time.monotonic()
@@ -326,6 +337,8 @@ class IOThread:
         self.courier.acked(tag, time.monotonic(), multiple=multiple)
         if self.courier.waiting:
             self._pump()
+        elif self._keeper.hurries and self._gate.half_empty():
+            self._keeper.sweep_soon()
 
     def nacked(self, tag: int, *, multiple: bool) -> None:
         """Settle what was refused."""

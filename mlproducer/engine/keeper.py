@@ -25,6 +25,7 @@ class Keeper:
     """Keeps the messages of one producer.
 
     :param interval: seconds between sweeps
+    :ivar hurries: the last sweep left some that are due, and the next need not wait
     """
 
     def __init__(self, store: Store, gate: Gate, backoff: Backoff, interval: float) -> None:
@@ -34,6 +35,7 @@ class Keeper:
         self._gate = gate
         self._backoff = backoff
         self._interval = interval
+        self.hurries = False
         self._desk: Desk | None = None
         self._watch: Callable[[], None] | None = None
         self._held: dict[Delivery, None] = {}
@@ -84,6 +86,7 @@ class Keeper:
 
     def sweep_soon(self) -> None:
         """Send out what is due without waiting for the next sweep."""
+        self.hurries = False
         self.thread.order(self.sweep)
 
     def _due(self, delivery: Delivery, now: float) -> float | None:
@@ -107,11 +110,14 @@ class Keeper:
         room = desk.ready() if desk is not None and self._keys else 0
         if desk is None or room == 0:
             return
-        for row in self._store.claim(now, room):
+        rows = self._store.claim(now, room)
+        self.hurries = len(rows) == room > 1
+        for row in rows:
             delivery = self._deliveries[row.key]
             if self._gate.try_enter(delivery):
                 desk.order(partial(desk.readmit, delivery))
             else:
+                self.hurries = True
                 self._store.release(row.key, row.attempts, now)
 
     def _put(self, delivery: Delivery, attempts: int, due: float | None) -> None:

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import os
 import platform
-import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -25,14 +24,15 @@ import pika
 from attrs import frozen
 from pika import exceptions, spec
 from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.channel import Channel
 from pika.connection import Connection
 
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.trial import NOT_FOUND
+from mlproducer.engine.losses import closed_by_broker, printable, translate
 from mlproducer.engine.roles import LinkOwner
 from mlproducer.engine.setup import Setup
-from mlproducer.engine.tls import describe
 from mlproducer.errors import NotConnectedError
 from mlproducer.message import Envelope
 from mlproducer.settings import Broker
@@ -41,9 +41,6 @@ from mlproducer.wire.frames import FrameWriter
 
 HIGH_WATER = 1024 * 1024
 """Bytes in pika's write buffer, which has no limit of its own, above which nothing is added."""
-
-_REPLY_CODE = re.compile(r"\((\d{3})\)")
-_TLS_ALERT = re.compile(r"\[SSL: (\w+)\]")
 
 
 class EventLoop(IOLoop):
@@ -76,6 +73,34 @@ class EventLoop(IOLoop):
         for descriptor in [fd for fd in self._watched if fd != spared]:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as twin:
                 twin.shutdown(socket.SHUT_RDWR)
+
+
+class IOServices(SelectorIOServicesAdapter):
+    """pika's services, which resolve a numeric host without a thread.
+
+    Python 3.12 starts no thread any more while it shuts down, when there may be much to deliver.
+    """
+
+    def getaddrinfo(
+        self,
+        host: str,
+        port: int,
+        on_done: Callable[[Any], None],
+        family: int = 0,
+        socktype: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+    ) -> Any:
+        """Give ``on_done`` the addresses, or an error, soon."""
+        numeric = flags | socket.AI_NUMERICHOST
+        try:
+            found: Any = socket.getaddrinfo(host, port, family, socktype, proto, numeric)
+        except socket.gaierror:
+            try:
+                return super().getaddrinfo(host, port, on_done, family, socktype, proto, flags)
+            except RuntimeError as error:
+                found = error
+        return self.call_later(0, functools.partial(on_done, found))
 
 
 @frozen
@@ -112,7 +137,7 @@ def blocking_channel(route: Route) -> Any:
     try:
         return pika.BlockingConnection(route.parameters()).channel()
     except (exceptions.AMQPError, OSError) as error:
-        raise NotConnectedError(_translate(route, error).text) from None
+        raise NotConnectedError(translate(route.broker.address, error).text) from None
 
 
 class ConfirmChannel:
@@ -156,12 +181,13 @@ class Link:
     def __init__(self, loop: EventLoop, route: Route, owner: LinkOwner, spared: int) -> None:
         self._loop = loop
         self._route = route
+        self._address = route.broker.address
         self._owner: LinkOwner | None = owner
         self._spared = spared
         self._confirming: Channel | None = None
         self._timer: Any = loop.call_later(route.timeout, self._on_timeout)
         self._connection = pika.SelectConnection(
-            route.parameters(), self._on_open, self._on_open_error, self._on_close, loop
+            route.parameters(), self._on_open, self._on_open_error, self._on_close, IOServices(loop)
         )
 
     # --- how it ends ---------------------------------------------------------------------------
@@ -190,14 +216,14 @@ class Link:
     def _on_timeout(self) -> None:
         """Give up on a broker that accepts and does not answer."""
         self._timer = None
-        self._fail(Loss(_say(self._route, "no answer in time"), kind=LossKind.TIMEOUT))
+        self._fail(Loss(f"{self._address}: no answer in time", kind=LossKind.TIMEOUT))
         self.cut()
 
     def _on_open_error(self, _connection: Connection, error: BaseException | str) -> None:
-        self._fail(_translate(self._route, error))
+        self._fail(translate(self._address, error))
 
     def _on_close(self, _connection: Connection, error: BaseException) -> None:
-        self._fail(_translate(self._route, error))
+        self._fail(translate(self._address, error))
 
     def _fail(self, loss: Loss) -> None:
         self._stop_timer()
@@ -212,8 +238,8 @@ class Link:
             self.cut()
             return
         if not (connection.publisher_confirms and connection.basic_nack):
-            self._fail(Loss(_say(self._route, "no publisher confirms"), kind=LossKind.PROTOCOL))
-            self._connection.close()
+            self._fail(Loss(f"{self._address}: no publisher confirms", kind=LossKind.PROTOCOL))
+            self.cut()
             return
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
@@ -276,7 +302,7 @@ class Link:
             return  # the end of the connection, which is told on its own, or our own doing
         if channel is self._confirming:
             self._timer = self._loop.call_later(self._route.timeout, self._on_timeout)
-            loss = _closed_by_broker(reason)
+            loss = closed_by_broker(reason)
             self._owner.channel_lost(loss)
             if loss.reply_code == NOT_FOUND:
                 self._declare()
@@ -285,7 +311,7 @@ class Link:
 
     def give_up(self, why: str) -> None:
         """Drop a connection that is of no use although it stands, and tell the owner."""
-        self._fail(Loss(_say(self._route, why), kind=LossKind.TIMEOUT))
+        self._fail(Loss(f"{self._address}: {why}", kind=LossKind.TIMEOUT))
         self.cut()
 
     def side_channel(
@@ -302,83 +328,6 @@ class Link:
             self._timer = None
 
 
-_REFUSALS = (
-    exceptions.AuthenticationError,
-    exceptions.ProbableAuthenticationError,
-    exceptions.ProbableAccessDeniedError,
-)
-
-_TABLE: tuple[tuple[tuple[type[BaseException], ...], LossKind, str], ...] = (
-    ((socket.gaierror,), LossKind.UNRESOLVED, "host name does not resolve"),
-    ((ConnectionRefusedError,), LossKind.REFUSED, "connection refused"),
-    ((TimeoutError, socket.timeout), LossKind.TIMEOUT, "no answer in time"),
-    (
-        (exceptions.IncompatibleProtocolError, exceptions.ProtocolVersionMismatch),
-        LossKind.PROTOCOL,
-        "closed the connection without speaking AMQP 0-9-1",
-    ),
-    ((exceptions.AMQPHeartbeatTimeout,), LossKind.HEARTBEAT, "no heartbeat"),
-    ((exceptions.ConnectionClosedByClient,), LossKind.CLOSED, "closed by us"),
-)
-
-
 def _tell_side(on_closed: Callable[[Loss], None], _channel: Channel, reason: Exception) -> None:
     if isinstance(reason, exceptions.ChannelClosedByBroker):
-        on_closed(_closed_by_broker(reason))
-
-
-def _closed_by_broker(reason: Any) -> Loss:
-    return Loss(printable(reason.reply_text), reason.reply_code, LossKind.CLOSED_BY_BROKER)
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """Give a broker's words cut short, with control characters escaped."""
-    shown = text[:limit]
-    return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
-
-
-def _root(error: BaseException | str) -> BaseException:
-    """Find what pika has wrapped, layer by layer."""
-    while isinstance(error, BaseException):
-        layers = [getattr(error, "exception", None), *getattr(error, "exceptions", ()), *error.args]
-        inner = next((each for each in reversed(layers) if isinstance(each, BaseException)), None)
-        if inner is None:
-            return error
-        error = inner
-    return ConnectionError(error)
-
-
-def _say(route: Route, text: str) -> str:
-    return f"{route.broker.address}: {text}"
-
-
-def _translate(route: Route, error: BaseException | str) -> Loss:
-    cause = _root(error)
-    if isinstance(cause, _REFUSALS):
-        return _refused(route, str(cause))
-    kind, text, code = LossKind.LOST, f"connection lost ({type(cause).__name__})", 0
-    alert = _TLS_ALERT.search(str(cause))  # pika keeps only the text of a late one
-    if isinstance(cause, ssl.SSLError):
-        kind, text = LossKind.TLS, describe(cause)
-    elif alert is not None:
-        kind, text = LossKind.TLS, f"TLS failed: {alert[1]}"
-    elif isinstance(cause, exceptions.ConnectionClosedByBroker):
-        kind, code = LossKind.CLOSED_BY_BROKER, cause.reply_code
-        text = f"closed by the broker: {code} {printable(cause.reply_text)}"
-    else:
-        for kinds, known, words in _TABLE:
-            if isinstance(cause, kinds):
-                kind, text = known, words
-                break
-    return Loss(_say(route, text), code, kind)
-
-
-def _refused(route: Route, words: str) -> Loss:
-    """Tell a refusal, for which the broker gave a code, from a reset: pika calls both so."""
-    code = _REPLY_CODE.search(words)
-    if code is None:
-        return Loss(_say(route, "connection lost during the handshake"), kind=LossKind.LOST)
-    if "limit" in words:
-        return Loss(_say(route, "a connection limit is reached"), kind=LossKind.CLOSED_BY_BROKER)
-    text = f"refused by the broker: {code[1]} {printable(words)}"
-    return Loss(_say(route, text), int(code[1]), LossKind.AUTHENTICATION)
+        on_closed(closed_by_broker(reason))

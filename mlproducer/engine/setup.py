@@ -50,6 +50,8 @@ class Setup:
 
     def _declare(self) -> None:
         declaration = self._left[0]
+        if not self._channel.is_open:
+            return  # the connection is closing
         declare = getattr(self._channel, declaration.method)
         declare(**declaration.arguments, callback=self._on_declared)
 

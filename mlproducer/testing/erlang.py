@@ -126,7 +126,9 @@ class ErlangNetwork:
         if erl_call is None:
             answer = self.ctl(node, ["--quiet", "eval", wrapped], timeout)
         else:
-            answer = self._run([erl_call, "-r", "-n", node, "-e"], wrapped, timeout)
+            answer = self._run(
+                [erl_call, "-h", f"c{secrets.token_hex(4)}", "-n", node, "-e"], wrapped, timeout
+            )
         found = _ANSWER.search(answer)
         if found is None:
             raise RabbitMQError(f"{node} could not evaluate the expression: {answer.strip()}")

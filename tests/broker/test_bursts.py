@@ -228,7 +228,7 @@ def test_killed_in_the_middle_of_publish_many(
 
 @pytest.mark.parametrize("threads", [1, 32])
 def test_speed(rabbitmq_vhost: VirtualHost, connect: Connect, threads: int) -> None:
-    """Blocking publishes pass at some hundreds a second at the least, even from one thread."""
+    """A publish waits for the broker and for no timer of ours: it takes milliseconds."""
     producer = connect()
     assert producer.wait_connected(LIMIT)
     burst = Burst(producer, threads=threads, each=2000 if threads == 1 else 400)
@@ -237,7 +237,7 @@ def test_speed(rabbitmq_vhost: VirtualHost, connect: Connect, threads: int) -> N
     rate = len(burst.journal) / (time.monotonic() - started)
     FIGURES[f"{threads} threads"] = f"{rate:,.0f} publishes/s, longest publish {longest:.3f} s"
     assert burst.journal.count(Outcome.CONFIRMED) == len(burst.journal)
-    assert rate > 200
+    assert rate > 100  # a machine in use by others; Nagle and a delayed ack would make it 25
 
 
 def test_speed_of_publish_many(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:

@@ -1,16 +1,11 @@
-"""The real commands, in processes of their own, against a real broker."""
+"""``check`` and ``publish``, in processes of their own, against a real broker."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -18,59 +13,28 @@ from mlproducer.testing import Certificates, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import QUEUES
 from tests.accounting import drain, open_channel
+from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
 
 pytestmark = pytest.mark.broker
 
-LIMIT = 120.0
-COMMAND = [sys.executable, "-m", "mlproducer"]
 SUMMARY = {"task": "summarization", "share_id": "1", "content": {"text": "PRIVATE"}}
 EMBEDDING = {"task": "embedding", "share_id": "2", "content": {"text": "PRIVATE"}}
 CELERY = {"task": "celery", "name": "x.y", "kwargs": {"a": "PRIVATE"}}
-
-
-def _environ(url: str | None, more: Mapping[str, str]) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RABBITMQ_", "ML_"))}
-    return {**kept, **({} if url is None else {"RABBITMQ_URL": url}), **more}
-
-
-def _run(
-    *argv: str, url: str | None = None, stdin: str = "", **environ: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, and see that it prints no secret."""
-    result = subprocess.run(
-        [*COMMAND, *argv],
-        env=_environ(url, environ),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    printed = result.stdout + result.stderr
-    assert "PRIVATE" not in printed
-    assert "Traceback" not in printed
-    password = urlsplit(url or "").password
-    assert password is None or password not in printed
-    return result
-
-
-def _documents(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
 
 
 # --- check -----------------------------------------------------------------------------------
 
 
 def _check(url: str, **environ: str) -> tuple[int, dict[str, dict[str, Any]]]:
-    result = _run("check", "--json", url=url, **environ)
-    (document,) = _documents(result.stdout)
+    result = run("check", "--json", url=url, **environ)
+    (document,) = documents(result.stdout)
     assert document["ok"] == (result.returncode == 0)
     return result.returncode, {step["step"]: step for step in document["steps"]}
 
 
 def test_check_of_a_good_broker(rabbitmq_vhost: VirtualHost) -> None:
     """All four steps are fine, and no queue holds anything afterwards."""
-    result = _run("check", url=rabbitmq_vhost.url)
+    result = run("check", url=rabbitmq_vhost.url)
     assert result.returncode == 0, result.stderr
     node = rabbitmq_vhost.node
     assert result.stdout.splitlines()[-1] == f"{node.host}:{node.port}: all is well"
@@ -122,7 +86,7 @@ def test_check_of_a_silent_broker(rabbitmq_vhost: VirtualHost) -> None:
 def test_check_names_missing_permissions(rabbitmq_vhost: VirtualHost) -> None:
     """Who may not configure fails to declare; who may not write fails to publish."""
     node, vhost = rabbitmq_vhost.node, rabbitmq_vhost.name
-    _run("check", url=rabbitmq_vhost.url)
+    run("check", url=rabbitmq_vhost.url)
     url = node.url_for(vhost, f"user-{vhost}", "a-password")
     node.add_user(f"user-{vhost}", "a-password")
     node.set_permissions(vhost, f"user-{vhost}", "^$", ".*", "^$")
@@ -193,9 +157,9 @@ def test_publish_accounts_for_every_line(rabbitmq_vhost: VirtualHost, tmp_path: 
             SUMMARY,
         )
     )
-    result = _run("publish", str(path), "--json", "--timeout", "0.5", url=rabbitmq_vhost.url)
+    result = run("publish", str(path), "--json", "--timeout", "0.5", url=rabbitmq_vhost.url)
     assert result.returncode == 1
-    *records, last = _documents(result.stdout)
+    *records, last = documents(result.stdout)
     outcomes = {record["line"]: record["outcome"] for record in records}
     wrong = {5: "bad", 6: "bad", 8: "undelivered", 9: "refused", 10: "bad"}
     assert outcomes == {**dict.fromkeys((1, 2, 7, 11), "confirmed"), **wrong}
@@ -219,7 +183,7 @@ def test_publish_accounts_for_every_line(rabbitmq_vhost: VirtualHost, tmp_path: 
 def test_publish_streams_standard_input(rabbitmq_vhost: VirtualHost) -> None:
     """More lines than are held at a time arrive once each, and people get a table."""
     count = 12_000
-    result = _run("publish", "-", url=rabbitmq_vhost.url, stdin=_lines(EMBEDDING) * count)
+    result = run("publish", "-", url=rabbitmq_vhost.url, stdin=_lines(EMBEDDING) * count)
     assert result.returncode == 0, result.stderr
     assert ["confirmed", str(count)] in [line.split() for line in result.stdout.splitlines()]
     found = drain(rabbitmq_vhost.url)
@@ -230,7 +194,7 @@ def test_publish_waits_for_what_was_deferred(rabbitmq_vhost: VirtualHost) -> Non
     """A message that has no queue at first goes out once there is one, and all is well."""
     process = subprocess.Popen(
         [*COMMAND, "publish", "-", "--json"],
-        env=_environ(rabbitmq_vhost.url, {"ML_MESSAGE_RETRY_BASE_DELAY": "200"}),
+        env=environ_of(rabbitmq_vhost.url, {"ML_MESSAGE_RETRY_BASE_DELAY": "200"}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -246,7 +210,7 @@ def test_publish_waits_for_what_was_deferred(rabbitmq_vhost: VirtualHost) -> Non
         with open_channel(rabbitmq_vhost.url) as channel:
             channel.queue_declare("later", durable=True)
             channel.queue_bind("later", "bookmarkai.ml", "later")
-        record, last = _documents(process.stdout.read())
+        record, last = documents(process.stdout.read())
         assert process.wait(LIMIT) == 0
     assert record["outcome"] == "confirmed"
     assert (last["summary"]["deferred"], last["summary"]["confirmed"]) == (1, 1)
@@ -257,9 +221,9 @@ def test_publish_tells_of_dead_letters(rabbitmq_vhost: VirtualHost) -> None:
     """A message that never finds a queue ends among the dead letters, and the exit code says so."""
     line = _lines({**CELERY, "routing_key": "nowhere"})
     retries = {"ML_MAX_MESSAGE_RETRIES": "1", "ML_MESSAGE_RETRY_BASE_DELAY": "100"}
-    result = _run("publish", "-", "--json", url=rabbitmq_vhost.url, stdin=line, **retries)
+    result = run("publish", "-", "--json", url=rabbitmq_vhost.url, stdin=line, **retries)
     assert result.returncode == 1
-    record, last = _documents(result.stdout)
+    record, last = documents(result.stdout)
     assert (record["line"], record["outcome"]) == (1, "dead_lettered")
     assert last["summary"]["dead_lettered"] == 1
     assert "line 1: dead-lettered: " in result.stderr
@@ -269,7 +233,7 @@ def test_publish_tells_of_dead_letters(rabbitmq_vhost: VirtualHost) -> None:
 def test_publish_reads_nothing_without_a_broker() -> None:
     """Where there is no broker, or no way in, it says so and at which line it stopped."""
     url = "amqp://u:password@127.0.0.1:1/"
-    result = _run("publish", "-", "--timeout", "0.2", url=url, stdin=_lines(SUMMARY))
+    result = run("publish", "-", "--timeout", "0.2", url=url, stdin=_lines(SUMMARY))
     assert result.returncode == 1
     assert "stopped before line 1: " in result.stderr
     assert "nothing listens there" in result.stderr
@@ -278,7 +242,7 @@ def test_publish_reads_nothing_without_a_broker() -> None:
 def test_publish_is_not_patient_with_a_wrong_password(rabbitmq_vhost: VirtualHost) -> None:
     """Credentials that are refused end it at once, whatever the patience."""
     url = rabbitmq_vhost.node.url_for(rabbitmq_vhost.name, password="wrong-password")
-    result = _run("publish", "-", "--timeout", "60", url=url, stdin=_lines(SUMMARY))
+    result = run("publish", "-", "--timeout", "60", url=url, stdin=_lines(SUMMARY))
     assert result.returncode == 1
     assert "mend user and password" in result.stderr
 
@@ -289,7 +253,7 @@ def test_publish_outlives_a_broker_that_is_killed(
     """The broker dies while lines are read; it comes back, and every line arrives."""
     process = subprocess.Popen(
         [*COMMAND, "publish", "-", "--json"],
-        env=_environ(rabbitmq_vhost.url, {}),
+        env=environ_of(rabbitmq_vhost.url, {}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -304,7 +268,7 @@ def test_publish_outlives_a_broker_that_is_killed(
         mortal_node.kill()
         mortal_node.launch()
         stdout, stderr = process.communicate(_lines(SUMMARY) * 2000, LIMIT)
-    *records, last = _documents(stdout)
+    *records, last = documents(stdout)
     assert last["summary"]["confirmed"] == 4000, stderr
     found = drain(rabbitmq_vhost.url)
     assert found.keys() == {record["message_id"] for record in records if record["message_id"]}
@@ -318,7 +282,7 @@ def test_nobody_reads_the_output(rabbitmq_vhost: VirtualHost, tmp_path: Path) ->
         (tmp_path / "stderr").open("wb") as errors,
         subprocess.Popen(
             [*COMMAND, "publish", str(path), "--json"],
-            env=_environ(rabbitmq_vhost.url, {}),
+            env=environ_of(rabbitmq_vhost.url, {}),
             stdout=subprocess.PIPE,
             stderr=errors,
         ) as process,
@@ -327,96 +291,3 @@ def test_nobody_reads_the_output(rabbitmq_vhost: VirtualHost, tmp_path: Path) ->
         process.stdout.close()
         assert process.wait(LIMIT) == 1
     assert "Traceback" not in (tmp_path / "stderr").read_text()
-
-
-# --- demo ------------------------------------------------------------------------------------
-
-
-def _left_behind(directory: Path) -> list[str]:
-    """Give the programs that still run in a directory."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            place = (process / "cwd").readlink()
-        except OSError:
-            continue  # it has ended meanwhile
-        if place.is_relative_to(directory):
-            found.append(process.name)
-    return found
-
-
-def test_demo_loses_nothing(tmp_path: Path) -> None:
-    """A private node is frozen and killed; everything is run, and nothing is left behind."""
-    result = _run("demo", "--messages", "80", "--json", TMPDIR=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    (document,) = _documents(result.stdout)
-    assert document["faults"] == ["frozen", "killed"]
-    assert document["published"] == document["run"] == 80
-    assert document["confirmed"] + document["deferred_then_confirmed"] == 80
-    assert document["deferred_then_confirmed"] > 0
-    assert document["lost"] == document["undelivered"] == document["foreign"] == 0
-    assert 1.0 < document["longest_publish"] < 5.25
-    assert _left_behind(tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_demo_on_a_broker_of_yours(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
-    """With RABBITMQ_URL set that broker is used, and no fault is made on it."""
-    url = rabbitmq_vhost.url
-    result = _run("demo", "--messages", "50", url=url, TMPDIR=str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "without freezing or killing it" in result.stdout
-    assert "killing the broker" not in result.stdout
-    rows = {line[:26].strip(): line[26:].strip() for line in result.stdout.splitlines()}
-    assert (rows["published"], rows["run by the worker"], rows["lost"]) == ("50", "50", "0")
-    assert rabbitmq_vhost.node.running
-
-
-@pytest.mark.parametrize("moment", ["starting a private RabbitMQ", "freezing the broker"])
-def test_demo_ends_at_ctrl_c(moment: str, tmp_path: Path) -> None:
-    """Ctrl-C gives exit code 130, no traceback, and leaves no program and no file behind."""
-    process = subprocess.Popen(
-        [*COMMAND, "demo"],
-        env=_environ(None, {"TMPDIR": str(tmp_path)}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if moment in line:
-                break
-        process.send_signal(signal.SIGINT)
-        _stdout, stderr = process.communicate(timeout=15.0)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert _left_behind(tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("absence", "command"),
-    [
-        ("import sys; sys.modules['celery'] = None", "pip install 'mlproducer[celery]'"),
-        (
-            "import os, mlproducer.testing.erlang as e; e._DIRECTORIES = (); os.environ['PATH']=''",
-            "apt-get install -y rabbitmq-server",
-        ),
-    ],
-    ids=["celery", "rabbitmq"],
-)
-def test_demo_says_what_to_install(absence: str, command: str) -> None:
-    """Without Celery or RabbitMQ the demo ends at once, with the command that installs it."""
-    program = f"{absence}; import sys; from mlproducer.cli import main; sys.exit(main(['demo']))"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        env=_environ(None, {}),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert command in result.stderr
-    assert "Traceback" not in result.stderr

@@ -1,97 +1,43 @@
-"""Every outcome of `publish()` that needs no store but memory, on a real node."""
+"""What the broker, or the lack of one, makes of a `publish()`, each with and without retry."""
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from types import NoneType
-from typing import Any
 
 import pytest
 
-from mlproducer import Message, MLProducer, Outcome, Receipt
+from mlproducer import Outcome, Receipt
 from mlproducer.errors import (
-    AuthenticationError,
     BrokerBlockedError,
     BrokerRejectedError,
     BufferFullError,
     ConfirmTimeoutError,
     ConnectionLostError,
     InvalidMessageError,
-    MessageTooLargeError,
     NackError,
     NotConnectedError,
-    ProducerClosedError,
-    PublishError,
     UnroutableError,
-    WouldDeadlockError,
 )
-from mlproducer.stores.memory import MemoryStore
 from mlproducer.testing import RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
 from tests.accounting import drain, open_channel
 from tests.broker.conftest import Connect
+from tests.broker.rows import (
+    EXCHANGE,
+    HEALED,
+    QUEUE,
+    assert_error,
+    assert_healed,
+    both_ways,
+    failure,
+    message,
+)
 
 pytestmark = pytest.mark.broker
-
-EXCHANGE = "bookmarkai.ml"
-QUEUE = "ml.embed"
-HEALED = 15.0
-"""Seconds within which what was deferred arrives once its fault is over, a restart included."""
-
-both_ways = pytest.mark.parametrize("retry", [True, False], ids=["retry", "no retry"])
-
-
-def message(name: str, **fields: Any) -> Message:
-    """A small message to the queue of the embeddings."""
-    return Message(**{"body": b"x", "routing_key": QUEUE, "message_id": name, **fields})
-
-
-def failure(
-    producer: MLProducer, given: Message, *, retry: bool, timeout: float = 5.0
-) -> tuple[PublishError, Receipt | None]:
-    """Publish what cannot be confirmed: the reason of its deferral, or the error raised.
-
-    With ``retry`` the message must be ours, without it must be given back.
-    """
-    if not retry:
-        with pytest.raises(PublishError) as caught:
-            producer.publish(given, timeout=timeout, retry=False)
-        return caught.value, None
-    receipt = producer.publish(given, timeout=timeout)
-    assert receipt.outcome is Outcome.DEFERRED
-    assert not receipt.durable
-    assert receipt.message_id == given.message_id
-    assert receipt.reason is not None
-    assert receipt.attempts == receipt.reason.attempts
-    return receipt.reason, receipt
-
-
-def assert_error(
-    error: BaseException | None,
-    kind: type[PublishError],
-    name: str | None,
-    *,
-    attempts: int,
-    possibly_sent: bool,
-) -> None:
-    """Hold an error against its row of the table."""
-    assert type(error) is kind
-    assert isinstance(error, PublishError)
-    assert error.message_id == name
-    assert (error.attempts, error.possibly_sent) == (attempts, possibly_sent)
-
-
-def assert_healed(receipt: Receipt, *, attempts: int) -> None:
-    """The fault is over: the message that was ours is confirmed."""
-    settled = receipt.result(HEALED)
-    assert settled.outcome is receipt.outcome is Outcome.CONFIRMED
-    assert settled.attempts == attempts
 
 
 @both_ways
@@ -297,267 +243,6 @@ def test_a_publish_waits_for_the_end_of_an_alarm(
     assert drain(rabbitmq_vhost.url) == {"early": 1, "m": 1}
 
 
-# --- rejected: one bad message, and a hundred innocents in flight beside it -------------------
-
-
-@contextmanager
-def size_limit(node: RabbitMQNode, limit: int) -> Iterator[None]:
-    """Lower the broker's ``max_message_size`` (bytes) for channels opened meanwhile."""
-    before = node.eval("{ok, N} = application:get_env(rabbit, max_message_size), N")
-    node.eval(f"application:set_env(rabbit, max_message_size, {limit})")
-    try:
-        yield
-    finally:
-        node.eval(f"application:set_env(rabbit, max_message_size, {before})")
-
-
-def check_rejected(
-    producer: MLProducer, vhost: VirtualHost, guilty: Message, reply_code: int, *, retry: bool
-) -> None:
-    """The guilty message alone is rejected, alone and in company; innocents are confirmed."""
-    with pytest.raises(BrokerRejectedError) as caught:
-        producer.publish(guilty, retry=retry)
-    assert_error(
-        caught.value, BrokerRejectedError, guilty.message_id, attempts=1, possibly_sent=False
-    )
-    assert caught.value.reply_code == reply_code
-    assert caught.value.reply_text
-    innocents = [message(f"innocent {n}") for n in range(100)]
-    with vhost.node.frozen():  # so that all are in flight when the channel closes
-        futures = [producer.submit(each, retry=retry) for each in innocents[:50]]
-        rejected = producer.submit(guilty, retry=retry)
-        futures += [producer.submit(each, retry=not retry) for each in innocents[50:]]
-        # written last, so that the others are in flight once its time is up
-        failure(producer, message("last"), retry=True, timeout=0.3)
-    error = rejected.exception(HEALED)
-    assert isinstance(error, BrokerRejectedError)
-    assert (error.reply_code, error.message_id) == (reply_code, guilty.message_id)
-    assert [future.result(HEALED).outcome for future in futures] == [Outcome.CONFIRMED] * 100
-    assert producer.flush(HEALED) == 0
-    found = drain(vhost.url)
-    assert found.keys() == {f"innocent {n}" for n in range(100)} | {"last"}
-    assert max(found.values()) <= 2
-
-
-@both_ways
-def test_rejected_for_a_missing_exchange(
-    rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool
-) -> None:
-    """A missing exchange is 404, for the message that names it and for no other."""
-    guilty = message("guilty", exchange="missing")
-    check_rejected(connect(), rabbitmq_vhost, guilty, 404, retry=retry)
-
-
-@both_ways
-def test_rejected_for_lack_of_permission(
-    rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool
-) -> None:
-    """An exchange to which the user may not write is 403, for the message that names it alone."""
-    name, node = secrets.token_hex(4), rabbitmq_vhost.node
-    node.add_user(name, "secret")
-    node.set_permissions(rabbitmq_vhost.name, name, write=r"^(bookmarkai\.ml|ml\..*)$")
-    with open_channel(rabbitmq_vhost.url) as channel:
-        channel.exchange_declare("forbidden", "topic")
-    producer = connect(node.url_for(rabbitmq_vhost.name, name, "secret"))
-    guilty = message("guilty", exchange="forbidden")
-    check_rejected(producer, rabbitmq_vhost, guilty, 403, retry=retry)
-
-
-@both_ways
-def test_rejected_for_its_size(
-    rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool
-) -> None:
-    """A body over the broker's own limit is 406, for the large message alone."""
-    with size_limit(rabbitmq_vhost.node, 1000):
-        guilty = message("guilty", body=b"x" * 1001)
-        check_rejected(connect(), rabbitmq_vhost, guilty, 406, retry=retry)
-
-
-def test_rejected_several_at_once(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
-    """Guilty messages of two kinds among innocents: each is found, and nobody else punished."""
-    node = rabbitmq_vhost.node
-    with size_limit(node, 1000):
-        producer = connect()
-        assert producer.wait_connected(HEALED)
-        with node.frozen():
-            innocents, guilty = [], {}
-            for n in range(100):
-                innocents.append(producer.submit(message(f"innocent {n}"), retry=n % 2 == 0))
-                if n % 20 == 0:
-                    lost, large = f"lost {n}", f"large {n}"
-                    guilty[lost] = producer.submit(message(lost, exchange=f"missing {n}")), 404
-                    guilty[large] = producer.submit(message(large, body=b"x" * (1001 + n))), 406
-            # written last, so that the others are in flight once its time is up
-            failure(producer, message("last"), retry=True, timeout=0.3)
-        for name, (future, reply_code) in guilty.items():
-            error = future.exception(HEALED)
-            assert isinstance(error, BrokerRejectedError)
-            assert (error.message_id, error.reply_code) == (name, reply_code)
-        assert [each.result(HEALED).outcome for each in innocents] == [Outcome.CONFIRMED] * 100
-        assert producer.flush(HEALED) == 0
-        found = drain(rabbitmq_vhost.url)
-    assert found.keys() == {f"innocent {n}" for n in range(100)} | {"last"}
-    assert max(found.values()) <= 2
-
-
-# --- refused at the door ----------------------------------------------------------------------
-
-
-def check_locked_out(producer: MLProducer, mend: Callable[[], object]) -> None:
-    """Every publish raises at once, with no secret in its text, until the fault is mended."""
-    let_in = threading.Event()
-    producer.on("connected", let_in.set)
-    for retry in (True, False):
-        started = time.monotonic()
-        with pytest.raises(AuthenticationError) as caught:
-            producer.publish(message(f"refused, {retry}"), retry=retry)
-        assert time.monotonic() - started < 1.0
-        assert_error(
-            caught.value,
-            AuthenticationError,
-            f"refused, {retry}",
-            attempts=0,
-            possibly_sent=False,
-        )
-        assert "wrong-secret" not in str(caught.value)
-    mend()
-    assert let_in.wait(HEALED)
-    assert producer.publish(message("m")).confirmed
-
-
-def test_wrong_password(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
-    """A wrong password is an AuthenticationError at once; once it is right, messages arrive."""
-    name, node = secrets.token_hex(4), rabbitmq_vhost.node
-    node.add_user(name, "another")
-    node.set_permissions(rabbitmq_vhost.name, name)
-    change = (
-        f'rabbit_auth_backend_internal:change_password(<<"{name}">>,<<"wrong-secret">>,<<"t">>)'
-    )
-    producer = connect(node.url_for(rabbitmq_vhost.name, name, "wrong-secret"))
-    check_locked_out(producer, lambda: node.eval(change))
-    assert drain(rabbitmq_vhost.url) == {"m": 1}
-
-
-def test_wrong_virtual_host(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
-    """A virtual host that is not there is an AuthenticationError; once it is, messages arrive."""
-    node, name = rabbitmq_vhost.node, f"late-{secrets.token_hex(4)}"
-    url = node.url_for(name)
-    try:
-        check_locked_out(connect(url), lambda: node.add_vhost(name))
-        assert drain(url) == {"m": 1}
-    finally:
-        node.delete_vhost(name)
-
-
-# --- refused by ourselves ---------------------------------------------------------------------
-
-
-@both_ways
-@pytest.mark.parametrize(
-    ("fields", "kind"),
-    [
-        ({"routing_key": "k" * 256}, InvalidMessageError),
-        ({"body": "text"}, InvalidMessageError),
-        ({"body": b"x" * 1001}, MessageTooLargeError),
-        ({"headers": {"h": "x" * 140_000}}, MessageTooLargeError),
-    ],
-    ids=["routing key", "body's type", "body's size", "headers' size"],
-)
-def test_invalid(
-    rabbitmq_vhost: VirtualHost,
-    connect: Connect,
-    fields: dict[str, object],
-    kind: type[PublishError],
-    *,
-    retry: bool,
-) -> None:
-    """What AMQP or our limit does not carry is refused on the caller's thread, others pass."""
-    producer = connect(max_message_bytes=1000)
-    assert producer.publish(message("before")).confirmed
-    started = time.monotonic()
-    with pytest.raises(kind) as caught:
-        producer.publish(message("bad", **fields), retry=retry)
-    assert time.monotonic() - started < 0.1
-    assert type(caught.value) is kind
-    assert (caught.value.attempts, caught.value.possibly_sent) == (0, False)
-    assert producer.status().retry_queue_size == 0
-    assert producer.publish(message("after")).confirmed
-    assert drain(rabbitmq_vhost.url) == {"before": 1, "after": 1}
-
-
-def test_store_full(rabbitmq_vhost: VirtualHost, connect: Connect, proxy: Proxy) -> None:
-    """Without room in the store a message is given back; what the store holds is delivered."""
-    proxy.refuse()
-    producer = connect(proxy.url(rabbitmq_vhost.url), store=MemoryStore(max_rows=2))
-    held = [producer.publish(message(f"held {n}")) for n in range(2)]
-    assert [each.outcome for each in held] == [Outcome.DEFERRED] * 2
-    with pytest.raises(BufferFullError) as caught:
-        producer.publish(message("no room"))
-    assert_error(caught.value, BufferFullError, "no room", attempts=0, possibly_sent=False)
-    error, _ = failure(producer, message("needs no room"), retry=False)
-    assert_error(error, NotConnectedError, "needs no room", attempts=0, possibly_sent=False)
-    proxy.accept()
-    for each in held:
-        assert_healed(each, attempts=1)
-    assert producer.publish(message("room again")).confirmed
-    assert drain(rabbitmq_vhost.url) == {"held 0": 1, "held 1": 1, "room again": 1}
-
-
-@both_ways
-@pytest.mark.parametrize("used", [True, False], ids=["used", "never used"])
-def test_closed(rabbitmq_vhost: VirtualHost, connect: Connect, *, used: bool, retry: bool) -> None:
-    """After `close` every publish raises, also that of a message which is wrong anyway."""
-    producer = connect()
-    if used:
-        assert producer.publish(message("before")).confirmed
-    producer.close()
-    for each in (message("m"), message("invalid", routing_key="k" * 256)):
-        with pytest.raises(ProducerClosedError) as caught:
-            producer.publish(each, retry=retry)
-        assert (caught.value.attempts, caught.value.possibly_sent) == (0, False)
-    if used:
-        assert drain(rabbitmq_vhost.url) == {"before": 1}
-
-
-def test_invalid_comes_before_not_connected(
-    rabbitmq_vhost: VirtualHost, connect: Connect, proxy: Proxy
-) -> None:
-    """A message that is wrong is refused as such, also without a connection."""
-    proxy.refuse()
-    producer = connect(proxy.url(rabbitmq_vhost.url))
-    error, _ = failure(producer, message("m"), retry=True)
-    assert type(error) is NotConnectedError
-    with pytest.raises(InvalidMessageError):
-        producer.publish(message("bad", routing_key="k" * 256))
-
-
-@both_ways
-def test_called_in_a_callback(
-    rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool
-) -> None:
-    """A publish in a callback would wait for itself: it raises, and the producer goes on."""
-    producer = connect()
-    raised: list[Future[PublishError]] = [Future(), Future()]
-
-    def publish_in(outcome: Future[PublishError]) -> None:
-        try:
-            producer.publish(message("in a callback"), retry=retry)
-        except PublishError as error:
-            outcome.set_result(error)
-
-    producer.on("connected", lambda: publish_in(raised[0]))
-    producer.submit(message("before")).add_done_callback(lambda _: publish_in(raised[1]))
-    for outcome in raised:
-        error = outcome.result(HEALED)
-        assert type(error) is WouldDeadlockError
-        assert (error.attempts, error.possibly_sent) == (0, False)
-    assert producer.publish(message("after"), retry=retry).confirmed
-    assert drain(rabbitmq_vhost.url) == {"before": 1, "after": 1}
-
-
-# --- many at once -----------------------------------------------------------------------------
-
-
 def test_a_full_window(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
     """Who finds no room in the window in time is told so, unsent; what is inside arrives once."""
     producer = connect(max_in_flight=2, publish_timeout=0.3)
@@ -611,23 +296,3 @@ def test_two_messages_of_one_id(rabbitmq_vhost: VirtualHost, connect: Connect) -
         expected = NoneType if key == QUEUE else UnroutableError
         assert type(future.exception(HEALED)) is expected
     assert drain(rabbitmq_vhost.url) == {"m": 10}
-
-
-def test_close_gives_back_what_only_memory_held(
-    rabbitmq_vhost: VirtualHost, connect: Connect, proxy: Proxy
-) -> None:
-    """A deferred message that `close` cannot deliver is named, and its waiters are told."""
-    proxy.refuse()
-    producer = connect(proxy.url(rabbitmq_vhost.url))
-    _, receipt = failure(producer, message("published"), retry=True)
-    future = producer.submit(message("submitted"))
-    report = producer.close(0.3)
-    assert set(report.abandoned) == {"published", "submitted"}
-    assert (report.confirmed, report.stored) == (0, 0)
-    assert receipt is not None
-    with pytest.raises(ProducerClosedError) as caught:
-        receipt.result(HEALED)
-    assert_error(caught.value, ProducerClosedError, "published", attempts=0, possibly_sent=False)
-    error = future.exception(HEALED)
-    assert_error(error, ProducerClosedError, "submitted", attempts=0, possibly_sent=False)
-    assert receipt.outcome is Outcome.DEFERRED

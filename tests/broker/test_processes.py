@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -121,15 +121,13 @@ def test_parent_ends_while_its_child_sleeps(
         proxy.wait_for_connections(0, timeout=1.0)
 
 
-def test_forks_while_threads_publish(
-    rabbitmq_vhost: VirtualHost, record_property: Callable[[str, object], None]
-) -> None:
+def test_forks_while_threads_publish(rabbitmq_vhost: VirtualHost) -> None:
     """50 forks under load: every child and every thread publishes, each message once, and soon."""
     ended = run("storm", url=rabbitmq_vhost.url)
     assert (ended.returncode, ended.stderr) == (0, "")
     *children, parent = ended.reports
     slowest = max(child["seconds"] for child in children)
-    record_property("storm", json.dumps(parent | {"codes": None, "slowest child": slowest}))
+    print({name: parent[name] for name in ("published", "median", "p99", "longest")}, slowest)
     assert parent["codes"] == [0] * 50
     assert parent["confirmed"] == parent["published"]
     assert parent["longest"] < 1.0
@@ -152,7 +150,7 @@ def test_child_makes_no_call_on_what_it_inherited(
         argv,
         input=b"\n",
         capture_output=True,
-        env={"RABBITMQ_URL": rabbitmq_vhost.url},
+        env={**os.environ, "RABBITMQ_URL": rabbitmq_vhost.url},
         timeout=60.0,
         check=True,
     )

@@ -48,27 +48,18 @@ class Tap:
         with contextlib.suppress(OSError):  # closed: the test is over
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._port), timeout=10.0)
-                server.settimeout(None)
                 self.sent.append(bytearray())
-                for source, sink, kept in (
-                    (client, server, self.sent[-1]),
-                    (server, client, bytearray()),
-                ):
-                    pump = threading.Thread(
-                        target=self._pump, args=[source, sink, kept], daemon=True
-                    )
-                    pump.start()
+                threading.Thread(
+                    target=self._forward, args=[client, self.sent[-1]], daemon=True
+                ).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
-        with contextlib.suppress(OSError):  # one side is gone, and so the other will be
-            while data := source.recv(65536):
-                kept.extend(data)
-                sink.sendall(data)
-        for sock in (sink, source):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        sink.close()
+    def _forward(self, client: socket.socket, sent: bytearray) -> None:
+        """Forward one connection; what the server said last arrives even after its reset."""
+        with client, socket.create_connection(("127.0.0.1", self._port)) as server:
+            back = threading.Thread(target=_pump, args=[server, client, bytearray()], daemon=True)
+            back.start()
+            _pump(client, server, sent)
+            back.join(10.0)
 
     def assert_nothing_in_the_clear(self) -> None:
         """Each connection began with a TLS record, and none ever spoke AMQP in the clear."""
@@ -77,6 +68,15 @@ class Tap:
             assert not sent or sent[0] == TLS_RECORD
             assert b"AMQP" not in sent
         assert any(self.sent)
+
+
+def _pump(source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
+    with contextlib.suppress(OSError):  # one side is gone
+        while data := source.recv(65536):
+            kept.extend(data)
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
 
 
 @frozen
@@ -330,7 +330,7 @@ def test_tls_to_a_plain_port(
 def test_plain_to_a_tls_port(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     """A plain client is told within seconds that the port does not speak AMQP."""
     producer = MLProducer(Settings(url=server.url(server.port, scheme="amqp")))
-    _assert_refused(producer, "closed the connection without speaking AMQP", caplog)
+    _assert_refused(producer, "without speaking AMQP", caplog)
 
 
 def test_sliced_and_reset(server: Server, certificates: Certificates) -> None:

@@ -51,6 +51,7 @@ INSIDE = {
         "process",
         "roles",
         "tls",
+        "losses",
         "gate",
         "mailbox",
         "threads",

@@ -30,7 +30,6 @@ QUICK = {
     "message_retry_max_delay": 0.2,
     "retry_sweep_interval": 0.05,
     "declare_topology": "off",
-    "circuit_breaker_threshold": 1_000_000,
 }
 """Short delays, a handshake of few frames, and a breaker that stays out of it."""
 

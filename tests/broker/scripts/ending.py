@@ -37,6 +37,7 @@ def main() -> None:
     """Hand over, and end, perhaps in a thread that outlives this one."""
     how, count, ending = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     if ending == "thread":
+        producer.publish(message("first"))
         threading.Thread(target=hand_over, args=[how, count]).start()
         return
     if ending.startswith("wait"):

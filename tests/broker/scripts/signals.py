@@ -15,7 +15,7 @@ from telling import message, tell, wait_for_go
 from mlproducer import MLProducer, Settings, errors
 
 INTERRUPTS = 500
-CLOSINGS = 100
+CLOSINGS = 60
 
 
 def sigterm_by_default() -> None:
@@ -94,7 +94,7 @@ def closings() -> None:
     def close(_number: int, _frame: FrameType | None) -> None:
         nonlocal longest
         started = time.monotonic()
-        producer.close(1.0)
+        producer.close(0.3)
         longest = max(longest, time.monotonic() - started)
 
     signal.signal(signal.SIGALRM, close)

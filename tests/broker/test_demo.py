@@ -1,0 +1,105 @@
+"""The demo as a user runs it: nothing is lost, and nothing is left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlproducer.testing.plugin import VirtualHost
+from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
+
+pytestmark = pytest.mark.broker
+
+
+def _left_behind(directory: Path) -> list[str]:
+    """Give the programs that still run in a directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            place = (process / "cwd").readlink()
+        except OSError:
+            continue  # it has ended meanwhile
+        if place.is_relative_to(directory):
+            found.append(process.name)
+    return found
+
+
+def test_demo_loses_nothing(tmp_path: Path) -> None:
+    """A private node is frozen and killed; everything is run, and nothing is left behind."""
+    result = run("demo", "--messages", "80", "--json", TMPDIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (document,) = documents(result.stdout)
+    assert document["faults"] == ["frozen", "killed"]
+    assert document["published"] == document["run"] == 80
+    assert document["confirmed"] + document["deferred_then_confirmed"] == 80
+    assert document["deferred_then_confirmed"] > 0
+    assert document["lost"] == document["undelivered"] == document["foreign"] == 0
+    assert 1.0 < document["longest_publish"] < 5.25
+    assert _left_behind(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_on_a_broker_of_yours(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
+    """With RABBITMQ_URL set that broker is used, and no fault is made on it."""
+    url = rabbitmq_vhost.url
+    result = run("demo", "--messages", "50", url=url, TMPDIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "without freezing or killing it" in result.stdout
+    assert "killing the broker" not in result.stdout
+    rows = {line[:26].strip(): line[26:].strip() for line in result.stdout.splitlines()}
+    assert (rows["published"], rows["run by the worker"], rows["lost"]) == ("50", "50", "0")
+    assert rabbitmq_vhost.node.running
+
+
+@pytest.mark.parametrize("moment", ["starting a private RabbitMQ", "freezing the broker"])
+def test_demo_ends_at_ctrl_c(moment: str, tmp_path: Path) -> None:
+    """Ctrl-C gives exit code 130, no traceback, and leaves no program and no file behind."""
+    process = subprocess.Popen(
+        [*COMMAND, "demo"],
+        env=environ_of(None, {"TMPDIR": str(tmp_path)}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if moment in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _stdout, stderr = process.communicate(timeout=15.0)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert _left_behind(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("absence", "command"),
+    [
+        ("import sys; sys.modules['celery'] = None", "pip install 'mlproducer[celery]'"),
+        (
+            "import os, mlproducer.testing.erlang as e; e._DIRECTORIES = (); os.environ['PATH']=''",
+            "apt-get install -y rabbitmq-server",
+        ),
+    ],
+    ids=["celery", "rabbitmq"],
+)
+def test_demo_says_what_to_install(absence: str, command: str) -> None:
+    """Without Celery or RabbitMQ the demo ends at once, with the command that installs it."""
+    program = f"{absence}; import sys; from mlproducer.cli import main; sys.exit(main(['demo']))"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environ_of(None, {}),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert command in result.stderr
+    assert "Traceback" not in result.stderr

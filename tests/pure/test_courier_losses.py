@@ -1,0 +1,235 @@
+"""The courier when the link goes, when the store fails, and at the end."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlproducer.core.delivery import Place
+from mlproducer.errors import (
+    AuthenticationError,
+    BufferFullError,
+    ConnectionLostError,
+    MessageTooLargeError,
+    NotConnectedError,
+    ProducerClosedError,
+    StoreError,
+    UnroutableError,
+)
+from tests.helpers import make_delivery
+from tests.pure.fakes import FakeCarrier, World, error_of, receipt_of
+
+
+@pytest.fixture
+def world() -> World:
+    """A courier with an open channel."""
+    world = World()
+    world.up()
+    return world
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+
+def test_loss(world: World) -> None:
+    """What was written is possibly sent, what was not stays and goes out on the next channel."""
+    world.carrier.room_left = 1
+    [written, unwritten] = world.send("a", "b")
+    world.carrier.room_left = 0
+    world.down()
+    world.down()
+    world.store(written)
+    reason = receipt_of(written).reason
+    assert isinstance(reason, ConnectionLostError)
+    assert (reason.attempts, reason.possibly_sent) == (1, True)
+    assert not unwritten.answer.done()
+    assert world.up().written == [("b", 1)]
+    assert [name for event, name in world.events.log if event == "ConnectionLostError"] == ["a"]
+
+
+def test_tags_of_a_lost_channel_are_dead(world: World) -> None:
+    """A new channel counts from 1; an old tag in mind settles nothing of it."""
+    world.send("a", "b")
+    world.down()
+    world.up()
+    world.send("c")
+    assert world.carrier.written == [("c", 1)]
+    world.ack(2)
+    assert world.events.strays == [2]
+
+
+def test_returned_then_lost(world: World) -> None:
+    """A return is known to be unroutable even if the ack never came."""
+    [delivery] = world.send("a", retry=False)
+    world.courier.returned(1, 312, "NO_ROUTE")
+    world.down()
+    assert isinstance(error_of(delivery), UnroutableError)
+    assert not error_of(delivery).possibly_sent
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_no_connection(retry: bool) -> None:
+    """Once an attempt has failed nobody waits: neither who is there nor who comes."""
+    world = World()
+    [early] = world.send("a", retry=retry)
+    world.courier.refuse(NotConnectedError("not connected: refused"), 0.1)
+    [late] = world.send("b", retry=retry)
+    for delivery in (early, late):
+        if retry:
+            world.store(delivery)
+            error = receipt_of(delivery).reason
+        else:
+            error = error_of(delivery)
+        assert isinstance(error, NotConnectedError)
+        assert (error.message_id, error.attempts) == (delivery.envelope.message_id, 0)
+        assert not error.possibly_sent
+    assert world.courier.waiting == 0
+
+
+def test_refused_credentials() -> None:
+    """They are raised to publishers, each its own; an owned message stays until they are right."""
+    world = World()
+    world.up()
+    [owned] = world.send("owned")
+    world.nack(1)
+    world.store(owned)
+    world.down()
+    world.courier.refuse(AuthenticationError("refused by the broker: 403"), 1.0)
+    [one, two] = world.send("a", "b")
+    assert isinstance(error_of(one), AuthenticationError)
+    assert error_of(one) is not error_of(two)
+    assert not error_of(one).possibly_sent
+    world.retry(owned)
+    assert owned.place is Place.STORED
+    assert not receipt_of(owned).confirmed
+    world.up()
+    world.retry(owned)
+    world.ack(1)
+    assert receipt_of(owned).confirmed
+
+
+def test_blocked_then_unblocked(world: World) -> None:
+    """While the broker blocks nothing is written; then all goes out in order."""
+    [first] = world.send("a")
+    world.courier.block(blocked=True)
+    assert not world.courier.able
+    world.send("b", "c")
+    assert world.carrier.written == [("a", 1)]
+    world.ack(1)
+    assert receipt_of(first).confirmed
+    world.courier.block(blocked=True)
+    world.courier.block(blocked=False)
+    world.courier.block(blocked=False)
+    world.courier.pump(1.0)
+    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]
+
+
+def test_a_new_connection_is_not_blocked(world: World) -> None:
+    """The alarm's word ends with the connection on which it came."""
+    world.courier.block(blocked=True)
+    world.send("a")
+    world.down()
+    world.courier.disconnected()
+    assert world.up().written == [("a", 1)]
+
+
+# --- withdrawn, too large, stores that fail, the end -------------------------------------------
+
+
+def test_withdrawn_is_never_sent(world: World) -> None:
+    """A future that was cancelled before the hand-over takes its message along."""
+    delivery = make_delivery("a")
+    assert delivery.answer.cancel()
+    world.courier.accept(delivery, 0.0)
+    world.courier.pump(0.0)
+    assert world.carrier.written == []
+    assert world.door.left == [delivery]
+    assert delivery.place is Place.RETIRED
+
+
+def test_accepted_cannot_be_withdrawn(world: World) -> None:
+    """Once the courier has it, it is too late to cancel."""
+    [delivery] = world.send("a")
+    assert not delivery.answer.cancel()
+    world.ack(1)
+    assert receipt_of(delivery).confirmed
+
+
+def test_headers_over_the_frame() -> None:
+    """A header that the negotiated frame cannot hold is given back; the next one goes."""
+    world = World()
+    world.up(FakeCarrier(header_limit=1))
+    [delivery] = world.send("a")
+    error = error_of(delivery)
+    assert isinstance(error, MessageTooLargeError)
+    assert (error.attempts, error.possibly_sent) == (0, False)
+    world.carrier.header_limit = 2
+    world.send("b")
+    assert world.carrier.written == [("b", 1)]
+
+
+@pytest.mark.parametrize("error", [BufferFullError("full"), StoreError("locked")])
+def test_store_fails(world: World, error: Exception) -> None:
+    """What could not be stored is its publisher's again, and is not sent later."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.courier.not_kept(delivery, error)  # type: ignore[arg-type]
+    assert error_of(delivery) is error
+    assert error_of(delivery).possibly_sent
+    assert delivery.place is Place.RETIRED
+    assert world.door.left == [delivery]
+
+
+def test_store_fails_for_what_is_in_flight(world: World) -> None:
+    """The tag stays open, but the message is not ours any more."""
+    [delivery] = world.send("a")
+    world.courier.expire(delivery, 5.0)
+    world.courier.not_kept(delivery, StoreError("locked"))
+    assert error_of(delivery).possibly_sent
+    world.down()
+    assert delivery.place is Place.RETIRED
+    assert world.up().written == []
+    assert world.door.left == [delivery]
+
+
+def test_abandon_at_close(world: World) -> None:
+    """Whoever still waits is told that the producer was closed, and what may have been sent."""
+    world.carrier.room_left = 1
+    [in_flight, waiting] = world.send("a", "b")
+    world.carrier.room_left = 0
+    stored = make_delivery("c")
+    world.courier.accept(stored, 0.0)
+    world.courier.refuse(NotConnectedError("not connected"), 0.0)
+    world.store(stored)
+    world.store(waiting)
+    receipt = receipt_of(stored)
+    world.courier.abandon(list(world.keeper.rows))
+    assert isinstance(error_of(in_flight), ProducerClosedError)
+    assert error_of(in_flight).possibly_sent
+    with pytest.raises(ProducerClosedError) as caught:
+        receipt.result(0)
+    assert not caught.value.possibly_sent
+    assert world.keeper.rows == {}
+    assert world.courier.in_flight == world.courier.waiting == 0
+    [late] = world.send("late")
+    assert isinstance(error_of(late), ProducerClosedError)
+
+
+def test_overdue(world: World) -> None:
+    """A channel is overdue from when its oldest open tag has waited for the limit."""
+    assert not world.courier.overdue(1000.0, 60.0)
+    world.send("a")
+    world.now = 30.0
+    world.send("b")
+    assert not world.courier.overdue(59.9, 60.0)
+    assert world.courier.overdue(60.0, 60.0)
+    world.ack(1)
+    assert not world.courier.overdue(60.0, 60.0)
+
+
+def test_room(world: World) -> None:
+    """Writing stops when the buffer is full, and goes on with the next ack."""
+    world.carrier.room_left = 10
+    world.send("a", "b", "c")
+    assert world.carrier.written == [("a", 1), ("b", 2)]  # 6 bytes each
+    world.ack(1)
+    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]
