@@ -191,10 +191,9 @@ class Courier:
         if delivery.dead:
             self._events.dead_lettered(delivery)
             delivery.give_back(exhausted(delivery))
-            return
-        self.confirmed += 1
-        self._events.confirmed(delivery)
-        if delivery.open:
+        elif delivery.open:  # else it was given back, and this confirm is nobody's any more
+            self.confirmed += 1
+            self._events.confirmed(delivery)
             delivery.confirm(now)
 
     # --- the link ------------------------------------------------------------------------------

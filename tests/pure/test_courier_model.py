@@ -81,6 +81,11 @@ class Sink(EventSink):
         assert delivery not in self._machine.confirmed, "I4: confirmed twice"
         self._machine.confirmed.add(delivery)
 
+    def dead_lettered(self, delivery: Delivery) -> None:
+        """Note the end of a message that was ours."""
+        assert delivery.kept, "only what is ours is buried"
+        self._machine.buried.add(delivery)
+
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
         """Check that nobody gets a message back that we told him was confirmed."""
         assert delivery not in self._machine.given_back, "I4: given back twice"
@@ -109,6 +114,7 @@ class CourierMachine(RuleBasedStateMachine):
         self.hidden: set[Delivery] = set()  # written, fate unknown: a queue may hold it
         self.confirmed: set[Delivery] = set()
         self.given_back: set[Delivery] = set()
+        self.buried: set[Delivery] = set()
         self.answers: dict[Delivery, object] = {}
         self.courier = Courier(
             1000, Breaker(1000, 30.0, lambda _state: None), self, FakeUndertaker(), self, Sink(self)
@@ -304,7 +310,8 @@ class CourierMachine(RuleBasedStateMachine):
         for delivery in self.known.values():
             assert delivery.place is Place.RETIRED
             assert (delivery.fate or delivery.answer).done()
-            assert (delivery in self.confirmed) or (delivery in self.given_back)
+            ends = self.confirmed, self.given_back, self.buried
+            assert sum(delivery in end for end in ends) == 1
         assert not self.inside
         assert set(self.rows) <= self.settled_rows
 
