@@ -111,7 +111,7 @@ class Keeper:
         if desk is None or room == 0:
             return
         rows = self._store.claim(now, room)
-        self.hurries = len(rows) == room > 1
+        self.hurries = len(rows) == room
         for row in rows:
             delivery = self._deliveries[row.key]
             if self._gate.try_enter(delivery):
