@@ -275,8 +275,7 @@ class MLProducer:
             return _report(self._report, timeout)
         report, engine = CloseReport(), self._engine
         if engine is not None:
-            own = engine.owns_thread(threading.current_thread())
-            report = engine.close(0.0 if own else timeout)
+            report = engine.close(0.0 if engine.runs_here() else timeout)
         self._report.set_result(report)
         return report
 
@@ -299,7 +298,7 @@ class MLProducer:
         engine = self._engine
         if engine is None or self._closed:
             engine = self._start_engine()
-        if blocking and engine.owns_thread(threading.current_thread()):
+        if blocking and engine.runs_here():
             raise WouldDeadlockError("a blocking call on the producer's own thread")
         return engine
 
@@ -315,9 +314,11 @@ class MLProducer:
                     made = self._engine = self._make_engine()
                 finally:
                     self._starter = None
+        if made is not None:
+            if self._closed:
+                made.close(0.0)  # close() came while it started, and may not have seen it
+            return made
         if self._closed or self._engine is None:
-            if made is not None:
-                made.close(0.0)  # close() came while it started, and has not seen it
             raise ProducerClosedError("the producer is closed")
         return self._engine
 

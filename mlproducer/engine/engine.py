@@ -81,9 +81,10 @@ class Engine:
     def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
         return threads.spawn(role, self._ordinal, target)
 
-    def owns_thread(self, thread: threading.Thread) -> bool:
-        """Whether a blocking call on this thread would wait for itself."""
-        return thread in (*self._threads.values(), *self.dispatcher.threads)
+    def runs_here(self) -> bool:
+        """Whether this is one of our threads, on which a blocking call would wait for itself."""
+        here = threading.current_thread()
+        return self.dispatcher.runs_here() or here in self._threads.values()
 
     def _watch(self) -> None:
         """Replace an I/O thread that died in spite of everything."""

@@ -15,7 +15,7 @@ from typing import Any
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.engine.tls import describe
 
-_REPLY_CODE = re.compile(r"\((\d{3})\)")
+_REPLY = re.compile(r"\((\d{3})\)\s*(.*)", re.DOTALL)
 _TLS_ALERT = re.compile(r"\[SSL: (\w+)\]")
 
 _BY_NAME: dict[str, tuple[LossKind, str]] = {
@@ -69,14 +69,15 @@ def printable(text: str, limit: int = 200) -> str:
 
 def _refused(address: str, words: str) -> Loss:
     """Tell a refusal, for which the broker gave a code, from a reset: pika calls both so."""
-    code = _REPLY_CODE.search(words)
-    if code is None:
+    reply = _REPLY.search(words)
+    if reply is None:
         return Loss(f"{address}: connection lost during the handshake", kind=LossKind.LOST)
     if "limit" in words:
         text = f"{address}: a connection limit is reached"
         return Loss(text, kind=LossKind.CLOSED_BY_BROKER)
-    text = f"{address}: refused by the broker: {code[1]} {printable(words)}"
-    return Loss(text, int(code[1]), LossKind.AUTHENTICATION)
+    said = reply[2].strip("'\"")  # pika quotes the broker as Python would
+    text = f"{address}: refused by the broker: {reply[1]} {printable(said)}"
+    return Loss(text, int(reply[1]), LossKind.AUTHENTICATION)
 
 
 def _root(error: BaseException | str) -> BaseException:

@@ -66,12 +66,19 @@ class Dispatcher:
     def __init__(self, spawn: Spawn) -> None:
         self._spawn = spawn
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._started = False
+        self._ident: int | None = None
         self.threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start the thread, once; called on a user's thread."""
-        if not self.threads:
+        if not self._started:
+            self._started = True
             self.threads.append(self._spawn("events", self._run))
+
+    def runs_here(self) -> bool:
+        """Whether this is the callbacks' thread, which may run before it is in the list."""
+        return threading.get_ident() == self._ident
 
     def call(self, function: Callable[[], object]) -> None:
         """Have something called soon."""
@@ -86,6 +93,7 @@ class Dispatcher:
         self._calls.put(None)
 
     def _run(self) -> None:
+        self._ident = threading.get_ident()
         while (function := self._calls.get(timeout=None)) is not None:
             try:
                 function()

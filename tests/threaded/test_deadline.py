@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from mlproducer import MLProducer, Receipt
+from mlproducer.core.delivery import Delivery
 from mlproducer.errors import (
     BrokerBlockedError,
     ConfirmTimeoutError,
@@ -224,6 +225,26 @@ def test_a_callback_in_the_loop_raises(
     assert receipt.result(LIMIT).confirmed
     assert producer.publish(make_message()).confirmed
     assert [each.properties.message_id for each in broker.messages].count("m") == 2
+
+
+def test_what_the_loop_had_in_hand(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message over which the loop failed, before it was accepted, is taken up by the next."""
+    broker = serve()
+    producer = connect(broker)
+    assert producer.publish(make_message()).confirmed
+    courier = producer._engine._io.courier  # type: ignore[union-attr]
+    accept, failures = courier.accept, [ValueError("bug")]
+
+    def failing(delivery: Delivery, now: float) -> None:
+        if failures:
+            raise failures.pop()
+        accept(delivery, now)
+
+    monkeypatch.setattr(courier, "accept", failing)
+    assert producer.publish(make_message("m"), timeout=2.0).confirmed
+    assert [each.properties.message_id for each in broker.messages].count("m") == 1
 
 
 def test_timeout_is_checked(connect: Connect, serve: Serve) -> None:

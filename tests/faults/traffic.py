@@ -1,0 +1,113 @@
+"""Threads that publish while a fault is played, and the account that is drawn up afterwards.
+
+Runs on: the tests' threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+from attrs import define, field
+
+from mlproducer import Message, MLProducer, Outcome
+from mlproducer.topology import QUEUES
+from tests.accounting import Account, Journal, drain
+
+LIMIT = 60.0
+"""Seconds after which a test stops waiting for what ought to come."""
+
+SLACK = 0.25
+"""Seconds that a publish may take on top of its timeout."""
+
+FOUND = 10.5
+"""Seconds within which a silent broker is found out, with traffic."""
+
+FIGURES: dict[str, str] = {}
+"""What was measured, in words, by the fault."""
+
+MakeMessage = Callable[[int], Message]
+
+
+def to_each_queue(number: int) -> Message:
+    """A message with an id of its own, to the queues in turn."""
+    routing_key = QUEUES[number % len(QUEUES)]
+    return Message(body=b"x" * 200, routing_key=routing_key, message_id=f"m{number}")
+
+
+@define(eq=False)
+class Traffic:
+    """Threads that publish, as a context manager; every fourth message is one without a retry.
+
+    :ivar pause: seconds of each thread between two calls, so that an outage does not flood
+    :ivar longest: seconds of the longest call
+    """
+
+    producer: MLProducer
+    threads: int = 16
+    pause: float = 0.005
+    make: MakeMessage = to_each_queue
+    journal: Journal = field(factory=Journal)
+    longest: float = 0.0
+    _numbers: itertools.count[int] = field(factory=itertools.count)
+    _over: threading.Event = field(factory=threading.Event)
+    _pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Traffic:
+        self._pool = ThreadPoolExecutor(self.threads)
+        self._calls = [self._pool.submit(self._publish) for _ in range(self.threads)]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        self.longest = max(call.result(LIMIT) for call in self._calls)
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def more(self, n: int) -> None:
+        """Wait until so many further calls have spoken."""
+        self.journal.wait_for(len(self.journal) + n, LIMIT)
+
+    def last(self, seconds: float) -> None:
+        """Let it go on for so long."""
+        assert not self._over.wait(seconds)
+
+    def _publish(self) -> float:
+        longest = 0.0
+        while not self._over.wait(self.pause):
+            number = next(self._numbers)
+            started = time.monotonic()
+            self.journal.publish(self.producer, self.make(number), retry=number % 4 != 0)
+            longest = max(longest, time.monotonic() - started)
+        return longest
+
+
+def balance(traffic: Traffic, url: str) -> Account:
+    """Let everything that is ours arrive, and check that nothing is lost, leaked or unexplained.
+
+    A second copy is explained where the message was in doubt: it was in flight at a loss.
+    """
+    journal = traffic.journal
+    assert traffic.producer.flush(LIMIT) == 0
+    assert journal.count(Outcome.DEFERRED) == 0
+    account = journal.check(drain(url))
+    assert account.lost == account.leaked == account.foreign == frozenset()
+    assert account.duplicates <= account.in_doubt
+    return account
+
+
+def tell(fault: str, traffic: Traffic, account: Account, more: str = "") -> None:
+    """Write down the figures of one fault."""
+    FIGURES[fault] = (
+        f"{len(traffic.journal)} messages, 0 lost, {account.duplicates} duplicates of "
+        f"{account.in_doubt} in doubt, longest publish {traffic.longest:.3f} s{more}"
+    )
