@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import TracebackType
 from typing import Any
 
@@ -22,13 +19,11 @@ from mlproducer.core.delivery import Delivery, Handshake
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import process
 from mlproducer.engine.engine import Engine
+from mlproducer.engine.lifecycle import Lifecycle
 from mlproducer.errors import (
     BufferFullError,
     ConfigurationError,
-    NotConnectedError,
-    ProducerClosedError,
     PublishError,
-    WouldDeadlockError,
 )
 from mlproducer.message import Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture
@@ -42,7 +37,7 @@ from mlproducer.wire.encode import Encoder, Task
 
 logger = logging.getLogger(__name__)
 
-_inherited: list[Engine | None] = []
+_inherited: list[Lifecycle] = []
 """Engines of parent processes: kept, so that nothing of theirs is collected, closed or flushed."""
 
 
@@ -63,17 +58,8 @@ class MLProducer:
         self._store = store
         self._encoder = Encoder(self.settings)
         self._callbacks = Callbacks()
-        self._closed = False
-        self._reset()
+        self._life = Lifecycle(self._make_engine)
         process.remember(self)
-
-    def _reset(self) -> None:
-        # guards: _engine while it starts; close() takes no lock, since it is for signal handlers
-        self._lifecycle = threading.Lock()
-        self._starter: int | None = None
-        self._first_close = [None]
-        self._engine: Engine | None = None
-        self._report: Future[CloseReport] = Future()
 
     def __repr__(self) -> str:
         return f"<MLProducer {redact(self.settings.url or '') or 'no URL'} {self._state().name}>"
@@ -91,7 +77,7 @@ class MLProducer:
         :param retry: keep a message that cannot be delivered now; otherwise its error is raised
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
-        engine = self._running()
+        engine = self._life.running()
         answer = Answer()
         delivery = self._delivery(engine, task, answer, timeout, retry=retry)
         try:
@@ -112,7 +98,7 @@ class MLProducer:
         :returns: a future with ``message_id``, resolved once the message's fate is known
         :raises BufferFullError: the in-flight window was full for ``publish_timeout``
         """
-        engine = self._running()
+        engine = self._life.running()
         future = DeliveryFuture(engine.dispatcher)
         delivery = self._delivery(engine, task, future, None, retry=retry, answer_deferral=False)
         future.message_id = delivery.envelope.message_id
@@ -137,7 +123,7 @@ class MLProducer:
         :param timeout: seconds for each message, from when it is taken
         :returns: for each task, in order, its receipt or its error
         """
-        engine = self._running()
+        engine = self._life.running()
         line = Line(engine)
         try:
             for task in tasks:
@@ -204,8 +190,8 @@ class MLProducer:
 
     def status(self) -> Status:
         """Say how things stand, without asking the broker."""
-        if self._engine is not None:
-            return self._engine.status()
+        if self._life.engine is not None:
+            return self._life.engine.status()
         return Status(connection_state=self._state())
 
     def is_healthy(self) -> bool:
@@ -221,13 +207,13 @@ class MLProducer:
         :raises ValueError: there is no such event
         """
         self._callbacks.add(event, callback)
-        if self._engine is not None:
-            self._engine.dispatcher.start()
+        if self._life.engine is not None:
+            self._life.engine.dispatcher.start()
 
     def _state(self) -> ConnectionState:
-        if self._engine is not None:
-            return self._engine.status().connection_state
-        return ConnectionState.CLOSED if self._closed else ConnectionState.DISCONNECTED
+        if self._life.engine is not None:
+            return self._life.engine.status().connection_state
+        return ConnectionState.CLOSED if self._life.closed else ConnectionState.DISCONNECTED
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -237,18 +223,18 @@ class MLProducer:
         :raises ConfigurationError: no broker is named, or a TLS file is unusable
         :raises ProducerClosedError: the producer was closed
         """
-        self._running()
+        self._life.running()
 
     def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait until there is a connection that carries messages.
 
         :param timeout: seconds; ``None`` waits without a limit
         """
-        return self._running().wait_connected(timeout)
+        return self._life.running().wait_connected(timeout)
 
     def reconnect(self) -> None:
         """Connect now if there is no connection; starts over where the attempts were used up."""
-        self._running(blocking=False).reconnect()
+        self._life.running(blocking=False).reconnect()
 
     def flush(self, timeout: float | None = None) -> int:
         """Wait until nothing is in flight or waiting for a retry.
@@ -256,10 +242,10 @@ class MLProducer:
         :param timeout: seconds; ``None`` waits without a limit
         :returns: how many messages are left
         """
-        if self._engine is None or self._closed:
+        if self._life.engine is None or self._life.closed:
             return 0
         deadline = None if timeout is None else time.monotonic() + timeout
-        return self._running().flush(deadline)
+        return self._life.running().flush(deadline)
 
     def close(self, timeout: float = 10.0) -> CloseReport:
         """Drain, then close; within ``timeout`` + 0.5 s, from any thread, any number of times.
@@ -268,16 +254,7 @@ class MLProducer:
 
         :param timeout: seconds for draining
         """
-        self._closed = True
-        try:
-            self._first_close.pop()
-        except IndexError:
-            return _report(self._report, timeout)
-        report, engine = CloseReport(), self._engine
-        if engine is not None:
-            report = engine.close(0.0 if engine.runs_here() else timeout)
-        self._report.set_result(report)
-        return report
+        return self._life.close(timeout)
 
     def __enter__(self) -> MLProducer:
         return self
@@ -293,58 +270,24 @@ class MLProducer:
     def __reduce__(self) -> str:
         raise TypeError("an MLProducer cannot be pickled; pickle its settings")
 
-    def _running(self, *, blocking: bool = True) -> Engine:
-        """Give the engine, started; refuse where waiting for it would never end."""
-        engine = self._engine
-        if engine is None or self._closed:
-            engine = self._start_engine()
-        if blocking and engine.runs_here():
-            raise WouldDeadlockError("a blocking call on the producer's own thread")
-        return engine
-
-    def _start_engine(self) -> Engine:
-        me = threading.get_ident()
-        if self._starter == me:
-            raise WouldDeadlockError("called in a signal handler that interrupted the start")
-        made: Engine | None = None
-        with self._lifecycle:
-            if self._engine is None and not self._closed:
-                self._starter = me
-                try:
-                    made = self._engine = self._make_engine()
-                finally:
-                    self._starter = None
-        if made is not None:
-            if self._closed:
-                made.close(0.0)  # close() came while it started, and may not have seen it
-            return made
-        if self._closed or self._engine is None:
-            raise ProducerClosedError("the producer is closed")
-        return self._engine
-
     def _make_engine(self) -> Engine:
         store = open_store(self.settings) if self._store is None else self._store
-        engine = Engine(self.settings, store, self._callbacks)
-        try:
-            engine.start()
-        except RuntimeError as error:
-            raise NotConnectedError(f"no thread can be started: {error}") from error
         process.finish_in_children()
-        return engine
+        return Engine(self.settings, store, self._callbacks)
 
     # --- what the process tells ----------------------------------------------------------------
 
     def forked(self) -> None:
         """Begin afresh in a child process, which must touch nothing of its parent's."""
-        engine = self._engine
-        _inherited.append(engine)
-        self._reset()
-        if engine is not None:
-            engine.disown()
+        parents = self._life
+        _inherited.append(parents)
+        self._life = Lifecycle(self._make_engine, closed=parents.closed)
+        if parents.engine is not None:
+            parents.engine.disown()
 
     def exiting(self, deadline: float) -> None:
         """Deliver what is in flight before the process ends, and say what is lost."""
-        if self._engine is not None and not self._closed:
+        if self._life.engine is not None and not self._life.closed:
             lost = self.close(max(0.0, deadline - time.monotonic())).abandoned
             if lost:
                 logger.error("the process ends: messages lost that lived in memory: %d", len(lost))
@@ -354,10 +297,3 @@ def _checked(timeout: float) -> float:
     if isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout >= 0:
         return timeout
     raise ConfigurationError("timeout must be a number of seconds from 0")
-
-
-def _report(report: Future[CloseReport], timeout: float) -> CloseReport:
-    try:
-        return report.result(timeout)
-    except FutureTimeoutError:
-        return CloseReport()

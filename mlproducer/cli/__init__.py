@@ -13,14 +13,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mlproducer.cli import check, demo, publish
-from mlproducer.cli.output import Console
+from mlproducer.cli import check, dead_letters, demo, publish, reliability
+from mlproducer.cli.output import Console, UsageError
 from mlproducer.errors import MLProducerError
 from mlproducer.testing import RabbitMQError, WorkerError
 
-FINE, FAILED, INTERRUPTED = 0, 1, 130
+FINE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
-COMMANDS = {"demo": demo, "publish": publish, "check": check}
+COMMANDS = {
+    "demo": demo,
+    "publish": publish,
+    "check": check,
+    "dead-letters": dead_letters,
+    "reliability": reliability,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Nobody reads any more; Python itself would complain again when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (MLProducerError, RabbitMQError, WorkerError, OSError) as error:
+    except (MLProducerError, RabbitMQError, WorkerError, UsageError, OSError) as error:
         text = _text(error)
         console.emit({"error": text})
         console.complain(text)
-        return FAILED
+        return USAGE if isinstance(error, UsageError) else FAILED
     return FINE if well else FAILED
 
 

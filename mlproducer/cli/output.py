@@ -24,6 +24,10 @@ LINE_INTERVAL = 5.0
 _CLEAR = "\r\x1b[K"
 
 
+class UsageError(Exception):
+    """What is asked for cannot be done in this way; the text says in which it can."""
+
+
 class Console:
     """Where one command prints.
 
@@ -44,6 +48,11 @@ class Console:
         """Tell people what went wrong."""
         self._print(f"mlproducer: {text}", sys.stderr)
 
+    def detail(self, text: str) -> None:
+        """Tell people what programs are told by `emit`."""
+        if not self._as_json:
+            self.say(text)
+
     def emit(self, value: object) -> None:
         """Tell a program, in one line; people are told otherwise."""
         if self._as_json:
@@ -53,9 +62,8 @@ class Console:
         """Show names and values to people, in two columns."""
         rows = list(rows)
         names, values = (max(map(len, column)) for column in zip(*rows, strict=True))
-        if not self._as_json:
-            for name, value in rows:
-                self.say(f"  {name:<{names}}  {value:>{values}}")
+        for name, value in rows:
+            self.detail(f"  {name:<{names}}  {value:>{values}}")
 
     def progress(self, share: float | None, text: str) -> None:
         """Show how far it is: a bar on a terminal, in a file a line now and then.
@@ -112,6 +120,15 @@ class _Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record's text, without a traceback."""
         self._console.complain(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+def plain(text: str, *, lines: bool = False) -> str:
+    """Escape what could play tricks on a terminal; line ends and tabs stay where ``lines`` is."""
+    kept = "\n\t" if lines else ""
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def draw(share: float) -> str:

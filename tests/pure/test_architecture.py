@@ -66,6 +66,7 @@ INSIDE = {
         "letterbox",
         "io_thread",
         "engine",
+        "lifecycle",
     ],
     "stores": ["protocol", "memory", "__init__"],
     "observe": ["events", "log", "callbacks"],

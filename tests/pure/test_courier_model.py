@@ -303,6 +303,8 @@ class CourierMachine(RuleBasedStateMachine):
     def _check_the_end(self) -> None:
         house = self.house
         for delivery, record in house.records.items():
+            if delivery.place is Place.MAILBOX and not record.ends:
+                house.withdraw(delivery)  # turned away too late: its publisher's own wait ends
             assert len(record.ends) == 1
             assert delivery.place is Place.RETIRED or record.ends == ["withdrawn"]
             assert (delivery.fate or delivery.answer).done()
