@@ -96,10 +96,12 @@ class Courier:
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent; from the store, where it waited for a retry."""
         delivery.place = Place.WAITING
-        if self._circuit_is_full():
+        refusal = self._refusal
+        closed = refusal is not None and refusal.permanent
+        if self._circuit_is_full() and not closed:
             self._judge.fail(delivery, self._circuit_open(delivery, now), now)
-        elif self._refusal is not None:
-            self._refuse_one(delivery, self._refusal, now)
+        elif refusal is not None:
+            self._refuse_one(delivery, refusal, now)
         else:
             self._lanes.add(delivery)
 

@@ -31,13 +31,12 @@ class Dialer:
     """Opens links, one at a time."""
 
     def __init__(
-        self, routes: Sequence[Route], backoff: Backoff, limit: int, owner: DialerOwner, spared: int
+        self, routes: Sequence[Route], backoff: Backoff, limit: int, owner: DialerOwner
     ) -> None:
         self._routes = routes
         self._backoff = backoff
         self._limit = limit
         self._owner = owner
-        self._spared = spared
         self._machine = Machine(LINK_MOVES, ConnectionState.DISCONNECTED)
         self._next_route = 0
         self._tried = 0
@@ -162,7 +161,7 @@ class Dialer:
 
     def _open(self) -> None:
         if self._loop is not None:
-            self._link = Link(self._loop, self.route, self._owner, self._spared)
+            self._link = Link(self._loop, self.route, self._owner)
 
     def _count_failure(self, loss: Loss) -> None:
         self.failures += 1

@@ -89,7 +89,6 @@ class IOThread:
             ),
             settings.max_reconnect_attempts,
             self,
-            self.mailbox.fileno(),
         )
         self._loop = EventLoop()
         self._in_hand: Item | None = None

@@ -17,7 +17,7 @@ import os
 import platform
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pika
@@ -70,16 +70,26 @@ class EventLoop(IOLoop):
 
     def sever(self, spared: int) -> None:
         """Shut down every socket but one, so that pika sees their end at once."""
-        for descriptor in [fd for fd in self._watched if fd != spared]:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as twin:
-                twin.shutdown(socket.SHUT_RDWR)
+        _shut_down(fd for fd in list(self._watched) if fd != spared)
+
+
+def _shut_down(descriptors: Iterable[int]) -> None:
+    """Shut down what is connected; pika fails over a socket that is shut down before it is."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as twin:
+            twin.getpeername()
+            twin.shutdown(socket.SHUT_RDWR)
 
 
 class IOServices(SelectorIOServicesAdapter):
-    """pika's services, which resolve a numeric host without a thread.
+    """pika's services for one connection, which resolve a numeric host without a thread.
 
     Python 3.12 starts no thread any more while it shuts down, when there may be much to deliver.
     """
+
+    def sever(self) -> None:
+        """Shut down this connection's socket, so that pika sees its end at once."""
+        _shut_down(list(getattr(self, "_watchers", ())))
 
     def getaddrinfo(
         self,
@@ -178,16 +188,16 @@ class ConfirmChannel:
 class Link:
     """One connection, and on it one confirm channel at a time."""
 
-    def __init__(self, loop: EventLoop, route: Route, owner: LinkOwner, spared: int) -> None:
+    def __init__(self, loop: EventLoop, route: Route, owner: LinkOwner) -> None:
         self._loop = loop
         self._route = route
         self._address = route.broker.address
         self._owner: LinkOwner | None = owner
-        self._spared = spared
+        self._services = IOServices(loop)
         self._confirming: Channel | None = None
         self._timer: Any = loop.call_later(route.timeout, self._on_timeout)
         self._connection = pika.SelectConnection(
-            route.parameters(), self._on_open, self._on_open_error, self._on_close, IOServices(loop)
+            route.parameters(), self._on_open, self._on_open_error, self._on_close, self._services
         )
 
     # --- how it ends ---------------------------------------------------------------------------
@@ -211,7 +221,7 @@ class Link:
         if self._connection.connection_state == Connection.CONNECTION_INIT:
             self._connection.close()  # no stream yet: pika ends the attempt
         elif not self._connection.is_closed:
-            self._loop.sever(self._spared)
+            self._services.sever()
 
     def _on_timeout(self) -> None:
         """Give up on a broker that accepts and does not answer."""

@@ -9,7 +9,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 from attrs import define, field
@@ -17,6 +16,7 @@ from attrs import define, field
 from mlproducer import Message, MLProducer, Outcome
 from mlproducer.topology import QUEUES
 from tests.accounting import Account, Journal, drain
+from tests.helpers import Background
 
 LIMIT = 60.0
 """Seconds after which a test stops waiting for what ought to come."""
@@ -55,11 +55,11 @@ class Traffic:
     longest: float = 0.0
     _numbers: itertools.count[int] = field(factory=itertools.count)
     _over: threading.Event = field(factory=threading.Event)
-    _pool: ThreadPoolExecutor | None = None
+    _calls: Background = field(factory=Background)
 
     def __enter__(self) -> Traffic:
-        self._pool = ThreadPoolExecutor(self.threads)
-        self._calls = [self._pool.submit(self._publish) for _ in range(self.threads)]
+        for _ in range(self.threads):
+            self._calls.call(self._publish)
         return self
 
     def __exit__(
@@ -69,9 +69,7 @@ class Traffic:
         traceback: TracebackType | None,
     ) -> None:
         self._over.set()
-        self.longest = max(call.result(LIMIT) for call in self._calls)
-        if self._pool is not None:
-            self._pool.shutdown()
+        self.longest = max(self._calls.gather(LIMIT))
 
     def more(self, n: int) -> None:
         """Wait until so many further calls have spoken."""

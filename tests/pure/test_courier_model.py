@@ -313,7 +313,7 @@ class CourierMachine(RuleBasedStateMachine):
                 assert isinstance(error, RetriesExhaustedError)
                 assert error.attempts == record.sends
                 assert error.reason is not None
-        assert not house.gate.inside()
+        assert not any(delivery.open for delivery in house.gate.inside())
         assert not house.keeper.held()
         assert not house.keeper.dead, "I25: dead letters are counted for ever"
         assert not house.keeper._keys

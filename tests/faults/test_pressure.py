@@ -1,0 +1,124 @@
+"""A broker that has no room: it blocks its publishers, or a queue of it rejects."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from mlproducer import Message, Outcome
+from mlproducer.errors import NackError
+from mlproducer.testing.plugin import VirtualHost
+from tests.accounting import Journal, drain, open_channel
+from tests.broker.conftest import Connect
+from tests.broker.rows import EXCHANGE, message
+from tests.faults.traffic import FIGURES, LIMIT, SLACK, Traffic, balance, tell
+
+pytestmark = pytest.mark.broker
+
+
+def test_memory_alarm(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """An alarm of 3 s in a burst: nothing lost, nothing twice, and no new connection (32)."""
+    producer = connect(publish_timeout=1.0, health_check_interval=0.5)
+    disconnected = threading.Event()
+    blocked = threading.Event()
+    producer.on("disconnected", disconnected.set)
+    producer.on("blocked", blocked.set)
+    with Traffic(producer) as traffic:
+        traffic.more(500)
+        with rabbitmq_vhost.node.memory_alarm():
+            assert blocked.wait(LIMIT)
+            assert not producer.is_healthy()
+            traffic.last(3.0)
+        traffic.more(500)
+    account = balance(traffic, rabbitmq_vhost.url)
+    tell("memory alarm for 3 s", traffic, account)
+    assert not disconnected.is_set()
+    assert account.duplicates == 0
+    assert traffic.longest < 1.0 + SLACK
+
+
+def test_close_while_blocked(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """close() is back in time although the broker reads nothing, and names what is left (35)."""
+    producer = connect()
+    blocked = threading.Event()
+    producer.on("blocked", blocked.set)
+    assert producer.publish(message("before")).confirmed
+    with rabbitmq_vhost.node.memory_alarm():
+        written = producer.submit(message("written"))
+        assert blocked.wait(LIMIT)
+        waits = producer.submit(message("waits"))
+        started = time.monotonic()
+        report = producer.close(1.0)
+        took = time.monotonic() - started
+    FIGURES["close(1.0) while blocked"] = f"{took:.2f} s"
+    assert 1.0 <= took < 1.5
+    assert set(report.abandoned) == {"written", "waits"}
+    assert written.exception(0) is not None
+    assert waits.exception(0) is not None
+    found = drain(rabbitmq_vhost.url)
+    assert found["before"] == 1
+    assert "waits" not in found
+
+
+def test_queue_full(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """What a full queue rejects waits until it is drained; the others go on meanwhile (36)."""
+    producer = connect(message_retry_base_delay=0.2, message_retry_max_delay=0.5)
+    assert producer.wait_connected(LIMIT)
+    journal = Journal()
+    limits = {"x-max-length": 10, "x-overflow": "reject-publish"}
+    with open_channel(rabbitmq_vhost.url) as channel:
+        channel.queue_declare("small", durable=True, arguments=limits)
+        channel.queue_bind("small", EXCHANGE, "small")
+    for n in range(30):
+        journal.publish(producer, message(f"small {n}", routing_key="small"))
+    rejected = [each for each in journal.receipts if each.outcome is Outcome.DEFERRED]
+    assert len(rejected) == 20
+    assert {type(each.reason) for each in rejected} == {NackError}
+    with Traffic(producer, threads=4) as traffic:
+        traffic.more(200)
+    assert traffic.journal.count(Outcome.CONFIRMED) == len(traffic.journal)
+    found = drain(rabbitmq_vhost.url, ["small"])
+    deadline = time.monotonic() + LIMIT
+    while producer.flush(0.5):
+        assert time.monotonic() < deadline
+        found += drain(rabbitmq_vhost.url, ["small"])
+    found += drain(rabbitmq_vhost.url, ["small"])
+    account = journal.check(found)
+    assert account.lost == account.leaked == account.foreign == frozenset()
+    assert account.duplicates == 0
+    assert balance(traffic, rabbitmq_vhost.url).duplicates == 0
+
+
+def test_drop_head_is_not_seen(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """A queue that drops its head confirms what it then forgets: no publisher can know (37)."""
+    producer = connect()
+    assert producer.wait_connected(LIMIT)
+    with open_channel(rabbitmq_vhost.url) as channel:
+        channel.queue_declare("forgets", durable=True, arguments={"x-max-length": 1})
+        channel.queue_bind("forgets", EXCHANGE, "forgets")
+    for n in range(3):
+        assert producer.publish(message(f"m{n}", routing_key="forgets")).confirmed
+    with open_channel(rabbitmq_vhost.url) as channel:
+        _, properties, _ = channel.basic_get("forgets", auto_ack=True)
+    assert properties is not None
+    assert properties.message_id == "m2"
+
+
+def test_large_bodies_under_an_alarm(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """200 bodies of 64 kB submitted under an alarm wait unwritten, and arrive once each."""
+    producer = connect()
+    blocked = threading.Event()
+    producer.on("blocked", blocked.set)
+    assert producer.wait_connected(LIMIT)
+    with rabbitmq_vhost.node.memory_alarm():
+        first = producer.submit(message("first"))
+        assert blocked.wait(LIMIT)
+        large = Message(body=b"x" * 65_536, routing_key="ml.embed")
+        futures = [producer.submit(large) for _ in range(200)]
+        assert producer.status().pending_confirms == 1
+    assert first.result(LIMIT).attempts == 1
+    assert [each.result(LIMIT).attempts for each in futures] == [1] * 200
+    found = drain(rabbitmq_vhost.url)
+    assert found == {"first": 1} | {each.message_id: 1 for each in futures}

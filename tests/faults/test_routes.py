@@ -1,0 +1,175 @@
+"""What stands on the broker goes: a binding, the exchange; or one message is poison for it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from mlproducer import CeleryTask, Message, MLProducer, Outcome
+from mlproducer.errors import BrokerRejectedError, RetriesExhaustedError, UnroutableError
+from mlproducer.testing.plugin import VirtualHost
+from tests.accounting import Journal, drain, open_channel
+from tests.broker.conftest import Connect
+from tests.broker.rows import EXCHANGE, QUEUE, message
+from tests.broker.test_rejected import size_limit
+from tests.faults.traffic import FIGURES, LIMIT, Traffic, balance, tell
+
+pytestmark = pytest.mark.broker
+
+DEAD_LETTERS = "ml.dead_letter"
+
+THREE_RETRIES = {
+    "max_message_retries": 3,
+    "message_retry_base_delay": 0.2,
+    "message_retry_max_delay": 2.0,
+}
+"""Due 0.2, 0.4 and 0.8 s after the failures."""
+
+
+def unbind(url: str) -> None:
+    """Take away the way to the queue of the embeddings."""
+    with open_channel(url) as channel:
+        channel.queue_unbind(QUEUE, EXCHANGE, QUEUE)
+
+
+def bind(url: str) -> None:
+    """Give it back."""
+    with open_channel(url) as channel:
+        channel.queue_bind(QUEUE, EXCHANGE, QUEUE)
+
+
+def test_unroutable_healed(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Unbound in a burst and bound again before the retries end: all arrive, once (40)."""
+    producer = connect(
+        max_message_retries=3, message_retry_base_delay=1.0, message_retry_max_delay=4.0
+    )
+    deferred = threading.Event()
+    producer.on("deferred", deferred.set)
+    with Traffic(producer, threads=8) as traffic:
+        traffic.more(200)
+        unbind(rabbitmq_vhost.url)
+        assert deferred.wait(LIMIT)
+        traffic.more(100)
+        bind(rabbitmq_vhost.url)
+        traffic.more(200)
+    account = balance(traffic, rabbitmq_vhost.url)
+    healed = sum(each.reason is not None for each in traffic.journal.receipts)
+    tell("unroutable, healed", traffic, account, f", {healed} healed")
+    assert healed > 0
+    assert account.duplicates == 0
+    assert drain(rabbitmq_vhost.url, [DEAD_LETTERS]) == {}
+
+
+@pytest.mark.parametrize("way", ["publish", "submit"])
+def test_unroutable_for_good(rabbitmq_vhost: VirtualHost, connect: Connect, way: str) -> None:
+    """After the last retry it is a dead letter: the same body and id, and why it is there."""
+    producer = connect(**THREE_RETRIES)
+    told = threading.Event()
+    producer.on("dead_lettered", told.set)
+    assert producer.publish(message("before")).confirmed
+    unbind(rabbitmq_vhost.url)
+    before = datetime.now(timezone.utc)
+    given = message("lost", body=b"the body", headers={"mine": "kept"}, priority=3)
+    started = time.monotonic()
+    with pytest.raises(RetriesExhaustedError) as caught:
+        if way == "publish":
+            producer.publish(given).result(LIMIT)
+        else:
+            producer.submit(given).result(LIMIT)
+    took = time.monotonic() - started
+    assert (caught.value.message_id, caught.value.attempts) == ("lost", 4)
+    assert isinstance(caught.value.reason, UnroutableError)
+    assert told.wait(LIMIT)
+    assert producer.flush(LIMIT) == 0
+    assert producer.status().dead_letters == 0
+    assert took >= 0.2 + 0.4 + 0.8
+    with open_channel(rabbitmq_vhost.url) as channel:
+        method, properties, body = channel.basic_get(DEAD_LETTERS, auto_ack=True)
+        assert channel.basic_get(DEAD_LETTERS, auto_ack=True) == (None, None, None)
+    assert method is not None
+    assert properties is not None
+    assert (body, properties.message_id, properties.priority) == (b"the body", "lost", 3)
+    assert (method.exchange, method.routing_key) == ("bookmarkai.ml.dlx", QUEUE)
+    headers = properties.headers or {}
+    assert headers["mine"] == "kept"
+    assert headers["x-death-reason"].startswith("UnroutableError")
+    assert headers["x-attempts"] == 4
+    assert headers["x-original-exchange"] == EXCHANGE
+    assert headers["x-original-routing-key"] == QUEUE
+    failed = datetime.fromisoformat(headers["x-first-failed-at"])
+    assert timedelta(seconds=-0.1) < failed - before < timedelta(seconds=1.0)
+    assert drain(rabbitmq_vhost.url) == {"before": 1}
+
+
+def test_dead_letter_of_a_celery_task(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """A task's dead letter keeps the task's headers and body, so that it can be replayed."""
+    producer = connect(**THREE_RETRIES)
+    task = CeleryTask("some.task", ["argument"], routing_key="nowhere", task_id="task-1")
+    with pytest.raises(RetriesExhaustedError):
+        producer.publish(task).result(LIMIT)
+    with open_channel(rabbitmq_vhost.url) as channel:
+        _, properties, body = channel.basic_get(DEAD_LETTERS, auto_ack=True)
+    assert properties is not None
+    headers = properties.headers or {}
+    assert (headers["task"], headers["id"]) == ("some.task", "task-1")
+    assert properties.correlation_id == properties.message_id == "task-1"
+    assert body is not None
+    assert b'"argument"' in body
+    assert headers["x-original-routing-key"] == "nowhere"
+
+
+def test_dead_letter_that_nobody_takes(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Without a queue for dead letters it stays in the store as dead, until there is one (102)."""
+    producer = connect(
+        max_message_retries=0, message_retry_base_delay=0.1, message_retry_max_delay=0.5
+    )
+    assert producer.publish(message("before")).confirmed
+    with open_channel(rabbitmq_vhost.url) as channel:
+        channel.queue_unbind(DEAD_LETTERS, "bookmarkai.ml.dlx", "#")
+    receipt = producer.publish(message("lost", routing_key="nowhere"))
+    assert receipt.outcome is Outcome.DEFERRED
+    with pytest.raises(TimeoutError):
+        receipt.result(1.5)
+    status = producer.status()
+    assert (status.dead_letters, status.retry_queue_size) == (1, 0)
+    with open_channel(rabbitmq_vhost.url) as channel:
+        channel.queue_bind(DEAD_LETTERS, "bookmarkai.ml.dlx", "#")
+    with pytest.raises(RetriesExhaustedError):
+        receipt.result(LIMIT)
+    assert producer.status().dead_letters == 0
+    assert drain(rabbitmq_vhost.url, [DEAD_LETTERS]) == {"lost": 1}
+
+
+def test_exchange_deleted(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Deleted in a burst, it is declared again; who uses another is held up for < 1 s (43)."""
+    producer = connect()
+    numbers = itertools.count()
+
+    def elsewhere(number: int) -> Message:
+        return Message(body=b"x", exchange="", routing_key=QUEUE, message_id=f"other{number}")
+
+    with Traffic(producer, threads=8) as traffic, Traffic(producer, 2, make=elsewhere) as others:
+        for _ in range(3):
+            traffic.more(200)
+            with open_channel(rabbitmq_vhost.url) as channel:
+                channel.exchange_delete(EXCHANGE)
+            next(numbers)
+            recovered(producer, numbers)
+            traffic.more(200)
+    assert producer.flush(LIMIT) == 0
+    found = drain(rabbitmq_vhost.url)
+    mine, theirs = split(found)
+    account, bystanders = traffic.journal.check(mine), others.journal.check(theirs)
+    refused = [
+        error for error in traffic.journal.given_back if isinstance(error, BrokerRejectedError)
+    ]
+    tell("exchange deleted x 3", traffic, account, f", {len(refused)} refused with 404")
+    FIGURES["exchange deleted, others"] = f"longest publish {others.longest:.3f} s"
+    assert account.lost == account.leaked == bystanders.lost == bystanders.leaked == frozenset()
+    assert account.foreign == bystanders.foreign == frozenset()
+    assert others.journal.given_back == []
+    assert others.longest < 1.0
