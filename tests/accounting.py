@@ -133,6 +133,11 @@ class Journal:
         """The answers of the calls that took their message over."""
         return [each for each in self._answers.values() if isinstance(each, Receipt)]
 
+    @property
+    def given_back(self) -> list[PublishError]:
+        """The answers of the calls that gave their message back."""
+        return [each for each in self._answers.values() if isinstance(each, PublishError)]
+
     def count(self, outcome: Outcome) -> int:
         """Count the calls that returned with this outcome, as it now stands."""
         return sum(each.outcome is outcome for each in self.receipts)

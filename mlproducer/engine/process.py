@@ -37,8 +37,8 @@ def remember(owner: Owner) -> None:
 def finish_in_children() -> None:
     """Be told of the end also where the process ends without ``atexit``.
 
-    Children of multiprocessing, and of Celery's billiard, leave by ``os._exit`` after they have run
-    finalizers of their own.
+    A process of multiprocessing, or of Celery's billiard, leaves by ``os._exit`` after finalizers
+    of its own. A child of Celery's prefork pool runs neither: it has a signal for its end.
     """
     for name in ("multiprocessing.util", "billiard.util"):
         module = sys.modules.get(name)

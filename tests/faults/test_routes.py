@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
+from collections import Counter
 from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from mlproducer import CeleryTask, Message, MLProducer, Outcome
+from mlproducer import CeleryTask, Message, Outcome
 from mlproducer.errors import BrokerRejectedError, RetriesExhaustedError, UnroutableError
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import Journal, drain, open_channel
+from tests.accounting import drain, open_channel
 from tests.broker.conftest import Connect
 from tests.broker.rows import EXCHANGE, QUEUE, message
 from tests.broker.test_rejected import size_limit
@@ -144,32 +144,53 @@ def test_dead_letter_that_nobody_takes(rabbitmq_vhost: VirtualHost, connect: Con
     assert drain(rabbitmq_vhost.url, [DEAD_LETTERS]) == {"lost": 1}
 
 
+def elsewhere(number: int) -> Message:
+    """A message by the default exchange, which nobody can delete."""
+    return Message(body=b"x", exchange="", routing_key=QUEUE, message_id=f"other{number}")
+
+
 def test_exchange_deleted(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
     """Deleted in a burst, it is declared again; who uses another is held up for < 1 s (43)."""
     producer = connect()
-    numbers = itertools.count()
-
-    def elsewhere(number: int) -> Message:
-        return Message(body=b"x", exchange="", routing_key=QUEUE, message_id=f"other{number}")
-
-    with Traffic(producer, threads=8) as traffic, Traffic(producer, 2, make=elsewhere) as others:
+    busy = Traffic(producer, threads=8)
+    bystanders = Traffic(producer, threads=2, make=elsewhere)
+    with busy, bystanders:
         for _ in range(3):
-            traffic.more(200)
+            busy.more(200)
             with open_channel(rabbitmq_vhost.url) as channel:
                 channel.exchange_delete(EXCHANGE)
-            next(numbers)
-            recovered(producer, numbers)
-            traffic.more(200)
+            busy.more(200)
+            bystanders.more(20)
     assert producer.flush(LIMIT) == 0
     found = drain(rabbitmq_vhost.url)
-    mine, theirs = split(found)
-    account, bystanders = traffic.journal.check(mine), others.journal.check(theirs)
-    refused = [
-        error for error in traffic.journal.given_back if isinstance(error, BrokerRejectedError)
-    ]
-    tell("exchange deleted x 3", traffic, account, f", {len(refused)} refused with 404")
-    FIGURES["exchange deleted, others"] = f"longest publish {others.longest:.3f} s"
-    assert account.lost == account.leaked == bystanders.lost == bystanders.leaked == frozenset()
-    assert account.foreign == bystanders.foreign == frozenset()
-    assert others.journal.given_back == []
-    assert others.longest < 1.0
+    theirs = Counter({name: n for name, n in found.items() if name.startswith("other")})
+    account, other = busy.journal.check(found - theirs), bystanders.journal.check(theirs)
+    refused = busy.journal.given_back
+    tell("exchange deleted x 3", busy, account, f", {len(refused)} refused with 404")
+    FIGURES["exchange deleted, others"] = f"longest publish {bystanders.longest:.3f} s"
+    assert account.lost == account.leaked == other.lost == other.leaked == frozenset()
+    assert account.foreign == other.foreign == frozenset()
+    assert {getattr(error, "reply_code", None) for error in refused} <= {404}
+    assert account.duplicates + other.duplicates <= 3 * 10
+    assert bystanders.journal.given_back == []
+    assert bystanders.longest < 1.0
+
+
+def test_poison_in_a_burst(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Ten bodies over the broker's limit, one by one: each alone is refused, with 406 (70)."""
+    with size_limit(rabbitmq_vhost.node, 1000):
+        producer = connect()
+        with Traffic(producer, threads=8) as traffic:
+            for n in range(10):
+                traffic.more(30)
+                with pytest.raises(BrokerRejectedError) as caught:
+                    producer.publish(message(f"poison {n}", body=b"x" * 1001))
+                assert (caught.value.message_id, caught.value.reply_code) == (f"poison {n}", 406)
+            traffic.more(30)
+    assert producer.flush(LIMIT) == 0
+    account = traffic.journal.check(drain(rabbitmq_vhost.url))
+    tell("poison x 10", traffic, account)
+    assert traffic.journal.given_back == []
+    assert account.lost == account.foreign == frozenset()
+    assert account.duplicates <= 10 * 8
+    assert traffic.longest < 1.0

@@ -1,0 +1,196 @@
+"""``mlproducer reliability``: break the broker in every way, and see that nothing is lost.
+
+Each scenario has a private node of its own. Where RABBITMQ_URL is set that broker is used, and what
+would harm it is skipped. In the end what `publish()` said is held against what lies in the queues.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import time
+from collections.abc import Iterator
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from attrs import asdict, frozen
+
+from mlproducer import Settings
+from mlproducer.cli.output import Console
+from mlproducer.cli.reliability import (
+    circuit_breaker,
+    connection_resilience,
+    health_checks,
+    message_retry,
+    publisher_confirms,
+)
+from mlproducer.cli.reliability.lab import Lab
+from mlproducer.cli.reliability.ledger import Account
+from mlproducer.cli.reliability.trials import Scenario, Step, Trial, UnexpectedError
+from mlproducer.errors import MLProducerError
+from mlproducer.testing import RabbitMQError
+
+SCENARIOS: dict[str, Scenario] = {
+    module.SCENARIO.name: module.SCENARIO
+    for module in (
+        connection_resilience,
+        message_retry,
+        circuit_breaker,
+        publisher_confirms,
+        health_checks,
+    )
+}
+ALL = "all"
+
+HELP = "break a broker in every way, and see what is lost"
+DESCRIPTION = (
+    "Run a scenario, or all (about 2 minutes), each on a private RabbitMQ node, with shortened "
+    "timers. Where RABBITMQ_URL is set that broker is used: it is not harmed, nothing is declared "
+    "on it, and nothing published but messages that it returns; the other steps are skipped."
+)
+LOG_LEVEL = logging.CRITICAL  # what the library warns of is done here on purpose, and told
+
+_FAILURES = (
+    UnexpectedError,
+    MLProducerError,
+    RabbitMQError,
+    TimeoutError,
+    FutureTimeoutError,  # a class of its own in Python 3.10
+    queue.Empty,
+)
+
+
+@frozen
+class Report:
+    """What came of one scenario."""
+
+    scenario: Scenario
+    steps: tuple[Step, ...]
+    account: Account
+
+    @property
+    def ok(self) -> bool:
+        """No step failed."""
+        return all(step.ok is not False for step in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give what programs read."""
+        steps = [{**asdict(step), "seconds": round(step.seconds, 3)} for step in self.steps]
+        account = self.account.to_json()
+        return {"scenario": self.scenario.name, "ok": self.ok, "steps": steps, "account": account}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add which scenario."""
+    parser.add_argument(
+        "scenario",
+        nargs="?",
+        default=ALL,
+        choices=(ALL, *SCENARIOS),
+        help=f"{ALL} (the default), {', '.join(SCENARIOS)}",
+        metavar="SCENARIO",
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console) -> bool:
+    """Run what is asked, print, and say whether all went as expected.
+
+    :raises RabbitMQNotInstalled: no RABBITMQ_URL is set and there is no RabbitMQ to start
+    """
+    started = time.monotonic()
+    chosen = [SCENARIOS[name] for name in SCENARIOS if arguments.scenario in (ALL, name)]
+    settings = Settings.from_env() if os.environ.get("RABBITMQ_URL") else None
+    reports = [_scenario(scenario, settings, console) for scenario in chosen]
+    total = sum((report.account for report in reports), Account())
+    well = all(report.ok for report in reports)
+    seconds = time.monotonic() - started
+    _sum_up(reports, total, seconds, console)
+    console.emit(
+        {
+            "ok": well,
+            "seconds": round(seconds, 3),
+            "private": settings is None,
+            "scenarios": [report.to_json() for report in reports],
+            **total.to_json(),
+        }
+    )
+    return well
+
+
+def _scenario(scenario: Scenario, settings: Settings | None, console: Console) -> Report:
+    console.say(f"{scenario.name}: {scenario.summary}")
+    with Lab(settings) as lab:
+        steps = []
+        for step in _steps(scenario, lab):
+            _show(step, console)
+            steps.append(step)
+        account = Account()
+        if lab.ledger.receipts:
+            arrived, account = _settle(lab)
+            _show(arrived, console)
+            steps.append(arrived)
+    console.say()
+    return Report(scenario, tuple(steps), account)
+
+
+def _steps(scenario: Scenario, lab: Lab) -> Iterator[Step]:
+    for trial in scenario.trials:
+        if lab.lacks(trial.need):
+            yield Step(trial.done, trial.expected, f"skipped: {trial.need.value}", None)
+        else:
+            yield _try(trial, lab)
+
+
+def _try(trial: Trial, lab: Lab) -> Step:
+    started = time.monotonic()
+    try:
+        ok, seen = True, trial.run(lab)
+    except UnexpectedError as error:
+        ok, seen = False, str(error)
+    except _FAILURES as error:
+        ok, seen = False, f"{type(error).__name__}: {error}"
+    return Step(trial.done, trial.expected, seen, ok, time.monotonic() - started)
+
+
+def _settle(lab: Lab) -> tuple[Step, Account]:
+    """Draw up the account, as a step of its own."""
+    accounts: list[Account] = []
+
+    def settle(lab: Lab) -> str:
+        accounts.append(account := lab.account())
+        if not account.well:
+            raise UnexpectedError(f"{account}, {account.leaked} leaked")
+        return str(account)
+
+    trial = Trial("hold what publish() said against the queues", "everything is there", settle)
+    step = _try(trial, lab)
+    return step, accounts[0] if accounts else Account(taken_over=len(lab.ledger.receipts))
+
+
+def _show(step: Step, console: Console) -> None:
+    word = {True: "ok", False: "FAILED", None: "skipped"}[step.ok]
+    taken = "" if step.ok is None else f"{step.seconds:.2f} s"
+    console.say(f"  {word:<7}  {taken:>7}  {step.done}")
+    console.say(f"                    expected  {step.expected}")
+    console.say(f"                    seen      {step.seen}")
+
+
+def _sum_up(reports: list[Report], total: Account, seconds: float, console: Console) -> None:
+    steps = [step for report in reports for step in report.steps]
+    counts = {word: sum(step.ok is word for step in steps) for word in (True, False, None)}
+    rows = [(f"{report.scenario.name}", "ok" if report.ok else "FAILED") for report in reports]
+    rows.append(("steps", f"{counts[True]} ok, {counts[False]} failed, {counts[None]} skipped"))
+    if total.taken_over:
+        rows += [
+            ("taken over by publish()", str(total.taken_over)),
+            ("delivered", f"{total.delivered}, {total.dead_lettered} of them as dead letters"),
+            ("delivery rate over the faults", f"{total.rate:.2%}"),
+            ("duplicates", str(total.duplicates)),
+            ("given back by publish()", str(total.given_back)),
+            ("longest publish()", f"{total.longest_publish:.3f} s"),
+        ]
+    console.table([*rows, ("seconds", f"{seconds:.1f}")])

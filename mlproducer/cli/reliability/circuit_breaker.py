@@ -1,0 +1,117 @@
+"""A broker that stops answering opens the breaker; one message at a time finds out when it is back.
+
+The broker stays frozen over the first trials, less long than the health check waits for an answer.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+
+from mlproducer import CircuitState
+from mlproducer.cli.reliability.lab import SETTLING, TIMERS, Lab
+from mlproducer.cli.reliability.trials import Scenario, Trial, expect, see
+from mlproducer.errors import CircuitOpenError
+
+THRESHOLD = 10
+COOLDOWN = float(TIMERS["circuit_breaker_cooldown"])
+MARGIN = 0.3
+FAST = 0.005
+CALLS = 200
+OUTLIERS = 2
+"""Calls during which the machine may be busy with something else."""
+
+AT_ONCE = 32
+TIMEOUT = 0.2
+
+
+def _opens(lab: Lab) -> str:
+    producer = lab.shared()
+    lab.check(producer)
+    opened = lab.events(producer, "circuit_opened")
+    lab.node.freeze()
+    lab.publish_at_once(producer, THRESHOLD - 1, timeout=TIMEOUT, retry=False)
+    before = producer.status()
+    lab.publish_at_once(producer, 1, timeout=TIMEOUT, retry=False)
+    opened.get(timeout=TIMEOUT)
+    after = producer.status()
+    failures = before.consecutive_failures
+    seen = f"{failures} failures: {before.circuit_state.name}; one more: {after.circuit_state.name}"
+    well = failures == THRESHOLD - 1 and before.circuit_state is CircuitState.CLOSED
+    return expect(well and after.circuit_breaker_open, seen)
+
+
+def _fails_fast(lab: Lab) -> str:
+    producer = lab.shared()
+    seconds, kinds = [], set()
+    for _ in range(CALLS):
+        started = time.monotonic()
+        kinds.add(type(lab.ledger.publish(producer, lab.message())))
+        seconds.append(time.monotonic() - started)
+    slow = sum(each >= FAST for each in seconds)
+    median, longest = statistics.median(seconds) * 1000, max(seconds) * 1000
+    seen = f"{CALLS} calls: median {median:.3f} ms, longest {longest:.3f} ms"
+    return expect(kinds == {CircuitOpenError} and slow <= OUTLIERS, seen)
+
+
+def _cools(lab: Lab) -> str:
+    producer = lab.shared()
+    answer = lab.ledger.publish(producer, lab.message())
+    left = answer.retry_after if isinstance(answer, CircuitOpenError) else 0.0
+    seconds = see(lambda: _is(lab, CircuitState.HALF_OPEN), COOLDOWN + MARGIN, "half-open")
+    seen = f"retry_after was {left:.2f} s; half-open {seconds:.2f} s later, without a publish()"
+    return expect(abs(seconds - left) < MARGIN, seen)
+
+
+def _probes(lab: Lab) -> str:
+    answers = lab.publish_at_once(lab.shared(), AT_ONCE, timeout=TIMEOUT, retry=False)
+    written = sum(answer.attempts for answer in answers)
+    kinds = Counter(type(answer).__name__ for answer in answers)
+    state = lab.shared().status().circuit_state
+    told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    seen = f"{written} message written ({told}); then {state.name}"
+    return expect(written == 1 and state is CircuitState.OPEN, seen)
+
+
+def _closes(lab: Lab) -> str:
+    producer = lab.shared()
+    closed = lab.events(producer, "circuit_closed")
+    lab.node.thaw()
+    see(lambda: _is(lab, CircuitState.HALF_OPEN), COOLDOWN + MARGIN, "half-open")
+    lab.check(producer)
+    closed.get(timeout=SETTLING)
+    state = producer.status().circuit_state
+    lab.check(producer)
+    return expect(state is CircuitState.CLOSED, f"the probe was confirmed; then {state.name}")
+
+
+def _is(lab: Lab, state: CircuitState) -> bool:
+    return lab.shared().status().circuit_state is state
+
+
+SCENARIO = Scenario(
+    "circuit-breaker",
+    "a broker that does not answer is left alone, and tried with one message at a time",
+    (
+        Trial(
+            f"freeze the broker and publish {THRESHOLD} messages",
+            f"open after exactly {THRESHOLD} failures in a row",
+            _opens,
+        ),
+        Trial(
+            f"publish {CALLS} more",
+            f"CircuitOpenError in less than {FAST * 1000:g} ms",
+            _fails_fast,
+        ),
+        Trial("wait, publishing nothing", f"half-open after {COOLDOWN:g} s", _cools),
+        Trial(
+            f"publish from {AT_ONCE} threads at once, the broker still frozen",
+            "one of them is the probe; open again when it fails",
+            _probes,
+        ),
+        Trial("let the broker go on, and publish once half-open", "closed", _closes),
+    ),
+)

@@ -1,0 +1,84 @@
+"""A connection that looks alive and is dead is found, without any traffic; one that waits is left.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+from mlproducer import MLProducer, Receipt
+from mlproducer.cli.reliability.lab import BACK, SETTLING, Lab
+from mlproducer.cli.reliability.trials import Need, Scenario, Trial, UnexpectedError, expect, hear
+
+INTERVAL = 1.0
+PROBE_LIMIT = 5.0
+FOUND = INTERVAL + PROBE_LIMIT + 0.5
+
+
+def _producer(lab: Lab, url: str | None = None) -> tuple[MLProducer, queue.SimpleQueue[Any]]:
+    producer = lab.producer(url, health_check_interval=INTERVAL)
+    return producer, lab.events(producer, "disconnected")
+
+
+def _frozen(lab: Lab) -> str:
+    producer, disconnected = _producer(lab)
+    connected = lab.events(producer, "connected")
+    with lab.node.frozen():
+        found = hear(disconnected, FOUND, "found dead")
+    back = hear(connected, BACK, "connected again")
+    lab.check(producer)
+    return f"found dead after {found:.2f} s, connected {back:.2f} s after it went on"
+
+
+def _one_way(lab: Lab) -> str:
+    proxy = lab.proxy()
+    producer, disconnected = _producer(lab, lab.through(proxy))
+    connected = lab.events(producer, "connected")
+    proxy.hole("s2c")
+    found = hear(disconnected, FOUND, "found dead")
+    proxy.heal()
+    back = hear(connected, BACK, "connected again")
+    lab.check(producer)
+    return f"found dead after {found:.2f} s, connected {back:.2f} s after the path was mended"
+
+
+def _alarmed(lab: Lab) -> str:
+    producer, disconnected = _producer(lab)
+    blocked = lab.events(producer, "blocked")
+    with lab.node.memory_alarm():
+        receipts = [lab.ledger.publish(producer, lab.message()) for _ in range(2)]
+        hear(blocked, BACK, "blocked")
+        try:
+            disconnected.get(timeout=FOUND)
+        except queue.Empty:
+            healthy = producer.is_healthy()
+        else:
+            raise UnexpectedError("the connection was given up")
+    taken = [each for each in receipts if isinstance(each, Receipt)]
+    for receipt in taken:
+        receipt.result(SETTLING)
+    once = lab.once({receipt.message_id for receipt in taken})
+    seen = f"left alone for {FOUND:.1f} s, is_healthy() {healthy}; afterwards {once}"
+    return expect(not healthy and len(taken) == len(receipts), seen)
+
+
+SCENARIO = Scenario(
+    "health-checks",
+    "a dead connection is found without traffic, and a blocked one is left alone",
+    (
+        Trial("freeze the broker", f"found dead within {FOUND:g} s, reconnected", _frozen),
+        Trial(
+            "let everything that the broker sends disappear",
+            f"found dead within {FOUND:g} s, reconnected",
+            _one_way,
+            Need.PATH,
+        ),
+        Trial(
+            f"set a memory alarm for {FOUND:g} s",
+            "blocked, not healthy, not reconnected; afterwards each message is there once",
+            _alarmed,
+        ),
+    ),
+)
