@@ -2,7 +2,8 @@
 
 Publishes from several threads, at a pace that leaves time for the faults, and in the end holds what
 `publish()` said against what the worker ran. Where RABBITMQ_URL is set that broker is used, which
-is not ours to freeze or kill.
+is not ours to freeze or kill; the tasks then go to a queue of the demo's own, since the library's
+queues may hold tasks of others, which our worker would run, and theirs would run ours.
 
 Runs on: the main thread, which watches and injects the faults; publishers ``demo-publisher``.
 """
@@ -20,9 +21,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from attrs import asdict
+from attrs import asdict, evolve
 
-from mlproducer import EmbeddingTask, MLProducer, Settings, SummarizationTask
+from mlproducer import CeleryTask, EmbeddingTask, MLProducer, Settings, SummarizationTask
 from mlproducer.cli import reach
 from mlproducer.cli.output import Console
 from mlproducer.cli.tally import Tally
@@ -34,13 +35,19 @@ HELP = "see nothing being lost while a broker is frozen and killed"
 DESCRIPTION = (
     "Publish texts that are on this machine to a private RabbitMQ node, freeze and kill the node "
     "in the middle, and let a Celery worker run the tasks. Takes about 30 s. "
-    "Where RABBITMQ_URL is set, that broker is used, and no fault is made."
+    "Where RABBITMQ_URL is set, that broker is used, and no fault is made: the tasks go by an "
+    "exchange to a queue, both named mlproducer.demo, so that tasks of others are not touched. "
+    "Both stay there, and so do the celery_delayed_* queues that every Celery worker declares "
+    "beside a quorum queue. Two demos on one broker at a time take each other's tasks."
 )
 LOG_LEVEL = logging.ERROR  # what the library warns of is done here on purpose, and told
 
 MESSAGES, MAX_MESSAGES = 400, 100_000
 PUBLISHERS = 8
 QUEUES = ("ml.summarize", "ml.embed")
+
+OWN = "mlproducer.demo"
+"""The exchange, and the queue, on a broker that is not the demo's own."""
 
 PUBLISHING = 16.0
 """Seconds over which the publishing is spread, so that the faults fall into it."""
@@ -61,7 +68,7 @@ TICK = 0.05
 STOPPING = 3.0
 """Seconds that the worker gets to end in good order."""
 
-Task = SummarizationTask | EmbeddingTask
+Task = SummarizationTask | EmbeddingTask | CeleryTask
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +110,7 @@ class Demo:
         self._numbers = itertools.count()
         self._connections: list[float] = []
         self._broker = ""
+        self._private = not os.environ.get("RABBITMQ_URL")
         self._faults: list[str] = []
 
     def run(self) -> None:
@@ -111,7 +119,8 @@ class Demo:
             settings, node = self._choose_broker(stack)
             producer = MLProducer(settings)
             self._listen(producer)
-            worker = CeleryWorker(str(settings.url), QUEUES, exchange=settings.exchange)
+            queues = QUEUES if node else (OWN,)
+            worker = CeleryWorker(str(settings.url), queues, exchange=settings.exchange)
             stack.callback(worker.stop, STOPPING)
             stack.enter_context(pool := ThreadPoolExecutor(PUBLISHERS, "demo-publisher"))
             stack.callback(producer.close, 0.0)
@@ -147,12 +156,12 @@ class Demo:
     # --- preparations --------------------------------------------------------------------------
 
     def _choose_broker(self, stack: contextlib.ExitStack) -> tuple[Settings, RabbitMQNode | None]:
-        if os.environ.get("RABBITMQ_URL"):
+        if not self._private:
             self._say(
-                "RABBITMQ_URL is set: using that broker, without freezing or killing it. "
-                f"The worker runs whatever is in {' and '.join(QUEUES)}"
+                "RABBITMQ_URL is set: using that broker, without freezing or killing it, "
+                f"with an exchange and a queue named {OWN}, which stay there"
             )
-            return Settings.from_env(), None
+            return evolve(Settings.from_env(), exchange=OWN, declare_topology="off"), None
         self._say("starting a private RabbitMQ node (RABBITMQ_URL is not set)")
         node = stack.enter_context(RabbitMQNode())
         return Settings(url=node.url), node
@@ -189,6 +198,9 @@ class Demo:
     def _task(self, number: int) -> Task:
         text = self._texts[number % len(self._texts)]
         share, backend = f"demo-{number}", {"backend": "api"}
+        if not self._private:
+            kwargs = {"share_id": share, "content": {"text": text.text}, "options": backend}
+            return CeleryTask("llm_service.tasks.summarize_content", (), kwargs, OWN)
         if number % 2:
             return EmbeddingTask(share, {"text": text.text, "type": "article"}, backend)
         return SummarizationTask(share, {"text": text.text, "title": text.title}, backend)

@@ -85,8 +85,8 @@ class Door(Protocol):
         """Let the next ones in."""
 
 
-class Events(Protocol):
-    """Whoever wants to know. Nothing here may block or raise."""
+class Events:
+    """Whoever wants to know, and overrides what it wants. Nothing there may block or raise."""
 
     def confirmed(self, delivery: Delivery) -> None:
         """The broker has it."""

@@ -8,38 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlproducer.core.delivery import Delivery
-from mlproducer.core.ports import Loss
-from mlproducer.core.states import CircuitState, ConnectionState
-from mlproducer.errors import PublishError
+from mlproducer.core.ports import Events, Loss
+from mlproducer.core.states import ConnectionState
 
 
-class EventSink:
-    """Takes every event and does nothing; subclasses take what they want."""
-
-    def confirmed(self, delivery: Delivery) -> None:
-        """The broker has a message."""
-
-    def failed(self, delivery: Delivery, error: PublishError) -> None:
-        """An attempt failed."""
-
-    def dead_lettered(self, delivery: Delivery) -> None:
-        """The broker has a message's dead letter."""
-
-    def deferred(self, delivery: Delivery) -> None:
-        """The library goes on with a message without its publisher."""
-
-    def possible_duplicate(self, delivery: Delivery) -> None:
-        """A message is sent again although an earlier attempt may have reached a queue."""
-
-    def given_back(self, delivery: Delivery, error: PublishError) -> None:
-        """The library does not own a message."""
-
-    def stray_confirm(self, tag: int) -> None:
-        """The broker settled a tag that was not open."""
-
-    def circuit_changed(self, state: CircuitState) -> None:
-        """The circuit breaker moved."""
+class EventSink(Events):
+    """Takes every event, also the courier's, and does nothing; subclasses take what they want."""
 
     def health_checked(self, *, alive: bool) -> None:
         """The broker answered a health check, or did not."""
@@ -82,7 +56,7 @@ class Fanout(EventSink):
     """Passes each event to those sinks that take it, and to no other."""
 
     def __init__(self, sinks: Sequence[EventSink]) -> None:
-        for name in vars(EventSink):
+        for name in dir(EventSink):
             if not name.startswith("_"):
                 takers = [getattr(sink, name) for sink in sinks if _takes(sink, name)]
                 setattr(self, name, takers[0] if len(takers) == 1 else _all_of(takers))

@@ -104,7 +104,7 @@ def test_all_connections_closed_every_half_second(
 def test_cut_by_the_network(
     rabbitmq_vhost: VirtualHost, connect: Connect, proxy: Proxy, how: str
 ) -> None:
-    """RST, FIN and half a FIN are losses: found at once, nothing lost, soon connected again (14)."""
+    """RST, FIN and half a FIN are losses: found at once, and the next attempt is soon (14)."""
     producer = connect(proxy.url(rabbitmq_vhost.url), reconnect_initial_delay=0.5)
     connections = Connections(producer)
     slowest = 0.0

@@ -75,11 +75,9 @@ def test_unroutable_for_good(rabbitmq_vhost: VirtualHost, connect: Connect, way:
     before = datetime.now(timezone.utc)
     given = message("lost", body=b"the body", headers={"mine": "kept"}, priority=3)
     started = time.monotonic()
+    owed = producer.publish(given) if way == "publish" else producer.submit(given)
     with pytest.raises(RetriesExhaustedError) as caught:
-        if way == "publish":
-            producer.publish(given).result(LIMIT)
-        else:
-            producer.submit(given).result(LIMIT)
+        owed.result(LIMIT)
     took = time.monotonic() - started
     assert (caught.value.message_id, caught.value.attempts) == ("lost", 4)
     assert isinstance(caught.value.reason, UnroutableError)

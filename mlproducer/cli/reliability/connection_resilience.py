@@ -1,5 +1,8 @@
 """The broker, or the way to it, goes away in every manner while threads publish.
 
+The breaker, which has a scenario of its own, is switched off: so publish() takes over what comes
+while there is no connection, instead of giving it back.
+
 Runs on: the main thread.
 """
 
@@ -13,11 +16,12 @@ from mlproducer.cli.reliability.trials import Need, Scenario, Trial, expect, hea
 
 TIMES = 5
 RESTART = 30.0
+BREAKER = 1_000_000
 LATE = float(TIMERS["publish_timeout"]) + 0.25
 
 
 def _killed(lab: Lab) -> str:
-    producer = lab.producer()
+    producer = lab.producer(circuit_breaker_threshold=BREAKER)
     lab.check(producer)
     lab.node.save_queues()
     connected = lab.events(producer, "connected")
@@ -30,7 +34,7 @@ def _killed(lab: Lab) -> str:
 
 
 def _closed(lab: Lab) -> str:
-    producer = lab.producer()
+    producer = lab.producer(circuit_breaker_threshold=BREAKER)
     connected = lab.events(producer, "connected")
     with lab.traffic(producer):
         longest = 0.0
@@ -42,7 +46,7 @@ def _closed(lab: Lab) -> str:
 
 def _reset(lab: Lab) -> str:
     proxy = lab.proxy()
-    producer = lab.producer(lab.through(proxy))
+    producer = lab.producer(lab.through(proxy), circuit_breaker_threshold=BREAKER)
     connected = lab.events(producer, "connected")
     with lab.traffic(producer):
         longest = 0.0
@@ -55,7 +59,7 @@ def _reset(lab: Lab) -> str:
 
 def _deaf(lab: Lab) -> str:
     proxy = lab.proxy()
-    producer = lab.producer(lab.through(proxy))
+    producer = lab.producer(lab.through(proxy), circuit_breaker_threshold=BREAKER)
     connected = lab.events(producer, "connected")
     proxy.deaf()
     proxy.reset()

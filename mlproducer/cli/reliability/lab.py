@@ -146,9 +146,9 @@ class Lab:
         return Message(body=b"x" * 1000, routing_key=routing_key, message_id=str(uuid.uuid4()))
 
     def check(self, producer: MLProducer) -> None:
-        """Publish one message; on a broker that is not ours, a probe.
+        """See that a message gets through; on a broker that is not ours, a probe.
 
-        :raises UnexpectedError: it does not get through
+        :raises UnexpectedError: it does not
         """
         error: object
         if self.private:
@@ -206,7 +206,8 @@ class Lab:
         """Let everything arrive that was taken over, and draw up the account."""
         if not (self.private and self.ledger.receipts):
             return Account()
-        see(self._settled, SETTLING, "all settled")
+        with contextlib.suppress(UnexpectedError):  # the account will show what is missing
+            see(self._settled, SETTLING, "all settled")
         return self.ledger.check(self.copies(), self.copies(DEAD_LETTERS))
 
     def _settled(self) -> bool:

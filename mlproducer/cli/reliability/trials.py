@@ -66,7 +66,7 @@ class Step:
     seconds: float = 0.0
 
 
-def expect(well: bool, seen: str) -> str:  # noqa: FBT001 - reads like assert
+def expect(well: bool, seen: str) -> str:
     """Give what was seen.
 
     :raises UnexpectedError: it was not well

@@ -1,0 +1,1 @@
+"""Programs that the fault suite runs in processes of their own."""
