@@ -79,7 +79,7 @@ def advise(error: PublishError, *, blocked: bool = False) -> str:
     if isinstance(error, BrokerRejectedError):
         return advise_code(error.reply_code)
     text = str(error)
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError) or "refused by the broker" in text:
         return _VIRTUAL_HOST if ": 530 " in text or "vhost" in text else _CREDENTIALS
     for words, advice in _BY_WORDS.items():
         if words in text:
@@ -115,6 +115,10 @@ _BY_WORDS = {
     "TLS failed": (
         "does the port speak TLS (5671)? A broker that wants a client's certificate gets it by "
         "RABBITMQ_SSL_CERTFILE and RABBITMQ_SSL_KEYFILE"
+    ),
+    "NOT_FOUND - no queue": (
+        "the library declares it when it first connects with ML_DECLARE_TOPOLOGY=active: "
+        "is this the virtual host that it uses?"
     ),
     "no answer in time": (
         "something accepts and stays silent: a wrong port, a firewall, a port that wants TLS "

@@ -27,4 +27,4 @@ class Cooldown:
 
     def _over(self) -> None:
         self.thread.due = None
-        self._desk.order(partial(self._desk.cool))
+        self._desk.order(self._desk.cool)

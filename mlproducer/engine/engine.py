@@ -8,13 +8,13 @@ Runs on: any thread.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery
@@ -67,12 +67,14 @@ class Engine:
         try:
             self._start_threads()
         except RuntimeError:
-            if "io" not in self._threads:
-                self._io.discard()
+            if "io" in self._threads:
+                self.close(0.0)
+            else:
+                self._io.reactor.discard()
             raise
 
     def _start_threads(self) -> None:
-        self._threads["io"] = self._spawn("io", self._io.run)
+        self._threads["io"] = self._spawn("io", self._io.reactor.run)
         for role, timer in self._io.timers().items():
             self._threads[role] = self._spawn(role, timer.run)
         if self._callbacks:
@@ -90,16 +92,17 @@ class Engine:
         """Replace an I/O thread that died in spite of everything."""
         if not self._closing and not self._threads["io"].is_alive():
             logger.critical("the I/O thread died; starting another")
-            self._threads["io"] = self._spawn("io", self._io.run)
+            self._threads["io"] = self._spawn("io", self._io.reactor.run)
 
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end the link and the threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout
         before = self._io.courier.confirmed
+        self._watch()
         self.flush(deadline)
         self._closing = True
         abandoned = tuple(delivery.envelope.message_id for delivery in self._unsettled())
-        self._io.order(functools.partial(self._io.close))
+        self._io.order(self._io.close)
         threads.join_all([self._threads["io"]], deadline + CLOSE_MARGIN)
         for timer in self._io.timers().values():
             timer.stop()
@@ -118,7 +121,7 @@ class Engine:
         harm whenever they are collected.
         """
         nothing = os.open(os.devnull, os.O_RDWR)
-        for descriptor in self._io.descriptors():
+        for descriptor in self._io.reactor.descriptors():
             os.dup2(nothing, descriptor, inheritable=False)
         os.close(nothing)
 
@@ -129,7 +132,7 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
-        if not self._io.mailbox.put(delivery):
+        if not self._io.reactor.mailbox.put(delivery):
             raise ProducerClosedError(
                 "the producer was closed", message_id=delivery.envelope.message_id
             )
@@ -150,18 +153,18 @@ class Engine:
 
     def turn_away(self, delivery: Delivery) -> None:
         """Hand over a delivery for which the gate had no room in time."""
-        self._io.order(functools.partial(self._io.turn_away, delivery))
+        self._io.order(partial(self._io.turn_away, delivery))
 
     def expire(self, delivery: Delivery) -> None:
         """Say that a publisher's time is up."""
-        self._io.order(functools.partial(self._io.expire, delivery))
+        self._io.order(partial(self._io.expire, delivery))
 
     def withdraw(self, delivery: Delivery) -> None:
         """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""
         delivery.retry = False
         if delivery.answer.cancel():
             self.gate.leave((delivery,))
-        self._io.mailbox.ring()
+        self._io.reactor.mailbox.ring()
 
     # --- the whole -----------------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class Engine:
 
     def reconnect(self) -> None:
         """Connect now, if there is no connection."""
-        self._io.order(functools.partial(self._io.dial))
+        self._io.order(self._io.dial)
 
     def flush(self, deadline: float | None) -> int:
         """Wait until nothing is in flight or waiting, and give how many are left."""

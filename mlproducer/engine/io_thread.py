@@ -1,15 +1,13 @@
-"""The I/O thread: pika's loop, the courier that judges, the dialer that keeps the link alive.
+"""What works on the I/O thread: the courier that judges, the dialer that keeps the link alive.
 
-Others hand deliveries and orders in by the mailbox and read the few plain attributes that are
-marked for them. The loop may fail; the thread may not: it tells everyone who waits, and goes on
-with a new loop.
+Others hand deliveries and orders in by the reactor's mailbox and read the few plain attributes that
+are marked for them.
 
 Runs on: the I/O thread, except where a method says otherwise.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -28,7 +26,8 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.health import Health
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import EventLoop, Route
-from mlproducer.engine.mailbox import Item, Mailbox
+from mlproducer.engine.mailbox import Item
+from mlproducer.engine.reactor import Reactor
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
@@ -64,7 +63,8 @@ class IOThread:
         self._events = events
         self._gate = gate
         self._keeper = keeper
-        self.mailbox = Mailbox()
+        self.reactor = Reactor(self)
+        self.order = self.reactor.order
         self.connected = Watch()
         self.is_connected = False
         self._topology = Topology.of(settings)
@@ -90,26 +90,15 @@ class IOThread:
             settings.max_reconnect_attempts,
             self,
         )
-        self._loop = EventLoop()
-        self._in_hand: Item | None = None
         self._breathing = False
-        self.open = True
 
     # --- for any thread ------------------------------------------------------------------------
-
-    def order(self, method: functools.partial[None]) -> None:
-        """Have something done on the I/O thread."""
-        self.mailbox.put(method)
 
     def ready(self) -> int:
         """How many messages handed over now would be written: none, one as a probe, or many."""
         if not self.courier.able:
             return 0
         return MANY if self.courier.breaker.state is CircuitState.CLOSED else 1
-
-    def descriptors(self) -> list[int]:
-        """Give every descriptor that is held here, for a forked child to let go of."""
-        return [*self._loop.descriptors(), *self.mailbox.descriptors()] if self.open else []
 
     def timers(self) -> dict[str, TimerThread]:
         """Give the timer threads by their roles."""
@@ -119,86 +108,49 @@ class IOThread:
             "breaker": self._cooldown.thread,
         }
 
-    # --- the thread ----------------------------------------------------------------------------
+    # --- what the reactor tells ----------------------------------------------------------------
 
-    def run(self) -> None:
-        """Run until `close`; survive whatever a callback raises."""
-        while self.open:
-            self._prepare()
-            try:
-                self._loop.start()
-            except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
-                self._events.crashed(error)
-                self._recover()
-            self._clear_away()
-            if self.open:
-                self._loop = EventLoop()
-        for item in self.mailbox.close():
-            if isinstance(item, Delivery):
-                self.courier.accept(item, time.monotonic())
-
-    def _prepare(self) -> None:
-        self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
-        self.dialer.attach(self._loop)
+    def begin(self, loop: EventLoop) -> None:
+        """Connect on a new loop, at once or, where an earlier loop failed, after a delay."""
+        self.dialer.attach(loop)
         self._breathing = False
         self._tick()
-        self.mailbox.ring()
         if self.dialer.failures:
             self.dialer.redial()
         else:
             self.dialer.dial()
 
-    def _recover(self) -> None:
-        """Tell those who wait that the loop failed; what it had in hand goes back into the box."""
-        now = time.monotonic()
-        self.is_connected = False
-        self.dialer.crashed()
-        self.courier.down(Loss("the I/O loop failed"), now)
-        self.courier.disconnected()
-        item, self._in_hand = self._in_hand, None
-        if isinstance(item, Delivery) and item.place is Place.MAILBOX:
-            self.mailbox.put(item)
+    def accept(self, delivery: Delivery) -> None:
+        """Take a delivery from its publisher."""
+        self.courier.accept(delivery, time.monotonic())
 
-    def _clear_away(self) -> None:
-        """Close the loop, after a last turn in which pika sees and closes what is still open."""
-        self._loop.sever(self.mailbox.fileno())
-        self._loop.remove_handler(self.mailbox.fileno())
-        self._loop.add_callback_threadsafe(self._loop.stop)
-        try:
-            self._loop.start()
-        except Exception:
-            logger.exception("the I/O loop failed again while it was cleared away")
-        self._loop.close()
-
-    def discard(self) -> None:
-        """Release what was never run."""
-        self.mailbox.close()
-        self._loop.close()
-
-    def _on_bell(self, _fd: int, _events: int) -> None:
-        now = time.monotonic()
-        accept = self.courier.accept
-        for item in self.mailbox.drain():
-            self._in_hand = item
-            if isinstance(item, Delivery):
-                accept(item, now)
-            else:
-                item()
-        if isinstance(self._in_hand, Delivery) and self.dialer.idle:
-            self.dialer.dial()  # the attempts were used up: a publisher starts them over
-        self._in_hand = None
+    def after_burst(self, last: Item | None) -> None:
+        """Write what has come; a publisher starts attempts over that were used up."""
+        if isinstance(last, Delivery) and self.dialer.idle:
+            self.dialer.dial()
         self._pump()
 
+    def failed(self, error: BaseException) -> None:
+        """Tell those who wait that the loop failed."""
+        self._events.crashed(error)
+        self.is_connected = False
+        self.dialer.crashed()
+        self.courier.down(Loss("the I/O loop failed"), time.monotonic())
+        self.courier.disconnected()
+
     def _pump(self) -> None:
-        self._breathing = False
         courier = self.courier
         courier.pump(time.monotonic())
         if courier.waiting and courier.able and not self._breathing:
             self._breathing = True
-            self._loop.call_later(BREATH, self._pump)
+            self.reactor.call_later(BREATH, self._breathe)
+
+    def _breathe(self) -> None:
+        self._breathing = False
+        self._pump()
 
     def _tick(self) -> None:
-        self._loop.call_later(TICK, self._tick)
+        self.reactor.call_later(TICK, self._tick)
         if self.courier.overdue(time.monotonic(), self._give_up) and not self.courier.blocked:
             self.dialer.give_up("confirms are overdue")
 
@@ -282,8 +234,7 @@ class IOThread:
     def finished(self) -> None:
         """End the thread."""
         self.is_connected = False
-        self.open = False
-        self._loop.stop()
+        self.reactor.stop()
 
     # --- what the link tells -------------------------------------------------------------------
 

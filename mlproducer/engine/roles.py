@@ -7,7 +7,7 @@ Runs on: the I/O thread; `Desk.order` on any.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class DialerOwner(LinkOwner, Protocol):
 class Desk(Protocol):
     """Where the keeper's answers go: the I/O thread's mailbox, and what it does with them."""
 
-    def order(self, method: functools.partial[None]) -> None:
+    def order(self, order: Callable[[], None]) -> None:
         """Have something done on the I/O thread."""
 
     def readmit(self, delivery: Delivery) -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +25,7 @@ def environ_of(url: str | None, more: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(
-    *argv: str, url: str | None = None, stdin: str = "", **environ: str
+    *argv: str, url: str | None = None, stdin: str = "", limit: float = LIMIT, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, and see that it prints no secret."""
     result = subprocess.run(
@@ -33,7 +34,7 @@ def run(
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=LIMIT,
+        timeout=limit,
         check=False,
     )
     printed = result.stdout + result.stderr
@@ -42,6 +43,19 @@ def run(
     password = urlsplit(url or "").password
     assert password is None or password not in printed
     return result
+
+
+def left_behind(directory: Path) -> list[str]:
+    """Give the programs that still run in a directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            place = (process / "cwd").readlink()
+        except OSError:
+            continue  # it has ended meanwhile
+        if place.is_relative_to(directory):
+            found.append(process.name)
+    return found
 
 
 def documents(text: str) -> list[dict[str, Any]]:

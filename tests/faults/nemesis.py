@@ -19,6 +19,7 @@ from attrs import define, field, frozen
 
 from mlproducer import Message, MLProducer, Receipt
 from mlproducer.errors import PublishError, RetriesExhaustedError
+from mlproducer.observe.callbacks import Event
 from mlproducer.testing import Proxy
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import QUEUES
@@ -123,18 +124,23 @@ class Victims:
     """Threads that publish, submit and publish many, until they are told to stop.
 
     :ivar longest: seconds of the longest publish() or submit()
+    :ivar left: messages without a fate at the end
+    :ivar reasons: why a message was deferred first, by its id
     """
 
     producer: MLProducer
     seed: int
     journal: Journal = field(factory=Journal)
     longest: float = 0.0
+    left: int = 0
+    reasons: dict[str, str] = field(factory=dict)
     _submitted: list[tuple[str, Future[Receipt]]] = field(factory=list)
     _over: threading.Event = field(factory=threading.Event)
     _calls: Background = field(factory=Background)
 
     def start(self) -> None:
         """Start the threads."""
+        self.producer.on("deferred", self._note_reason)
         for number in range(THREADS):
             self._calls.call(self._publish, number)
 
@@ -145,6 +151,9 @@ class Victims:
         self.left = self.producer.flush(LIMIT)
         for name, future in self._submitted:
             self.journal.note(name, _answer(name, future))
+
+    def _note_reason(self, event: Event) -> None:
+        self.reasons.setdefault(str(event.message_id), event.detail)
 
     def _publish(self, thread: int) -> float:
         dice = random.Random(f"{self.seed}-{thread}")
@@ -203,6 +212,7 @@ class Verdict:
     :ivar buried: ids whose publisher was told that they are dead letters
     :ivar dead: copies of each id among the dead letters
     :ivar resent: writes on top of each message's first one
+    :ivar in_flight: of these, the writes of messages that a loss or a nack has hit first
     :ivar unexplained: ids of which there are more copies than they were written
     """
 
@@ -211,6 +221,7 @@ class Verdict:
     buried: frozenset[str]
     dead: Counter[str]
     resent: int
+    in_flight: int
     unexplained: frozenset[str]
 
 
@@ -220,6 +231,8 @@ def judge(victims: Victims, url: str) -> Verdict:
     fates = {each.message_id: _fate(each) for each in victims.journal.receipts}
     written = {name: attempts for name, (_, attempts) in fates.items()}
     written |= {str(each.message_id): each.attempts for each in victims.journal.given_back}
+    again = Counter({name: attempts - 1 for name, attempts in written.items() if attempts > 1})
+    returned = {name for name, why in victims.reasons.items() if why == "UnroutableError"}
     # A dead letter stands beside the copies that earlier attempts may have left in the queue.
     only_dead = Counter({name: n for name, n in dead.items() if name not in alive})
     return Verdict(
@@ -227,7 +240,8 @@ def judge(victims: Victims, url: str) -> Verdict:
         undecided=frozenset(name for name, (fate, _) in fates.items() if fate == "undecided"),
         buried=frozenset(name for name, (fate, _) in fates.items() if fate == "buried"),
         dead=dead,
-        resent=sum(max(0, attempts - 1) for attempts in written.values()),
+        resent=again.total(),
+        in_flight=sum(n for name, n in again.items() if name not in returned),
         unexplained=frozenset(n for n, copies in alive.items() if copies > written.get(n, 0)),
     )
 

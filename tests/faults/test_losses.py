@@ -53,7 +53,10 @@ def stop_app(node: RabbitMQNode) -> None:
     node.ctl("start_app")
 
 
-@pytest.mark.parametrize("how", [stop, stop_app], ids=["stop", "stop_app"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(stop, marks=pytest.mark.slow, id="stop"), pytest.param(stop_app, id="stop_app")],
+)
 def test_stopped_in_good_order(
     rabbitmq_vhost: VirtualHost,
     connect: Connect,
@@ -76,6 +79,7 @@ def test_stopped_in_good_order(
     assert [each.message for each in ours if each.exc_info] == []
 
 
+@pytest.mark.slow
 def test_all_connections_closed_every_half_second(
     rabbitmq_vhost: VirtualHost, connect: Connect
 ) -> None:

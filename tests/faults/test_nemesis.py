@@ -22,7 +22,7 @@ pytestmark = pytest.mark.broker
 
 SEED = int(os.environ.get("MLPRODUCER_NEMESIS_SEED") or secrets.randbelow(1_000_000))
 SECONDS = float(os.environ.get("MLPRODUCER_NEMESIS_SECONDS", "600"))
-SHORT = 12.0
+SHORT = 10.0
 
 TIMEOUT = 1.5
 SLACK = 0.75
@@ -66,7 +66,7 @@ def torment(
         f"seed {SEED}, {len(victims.journal)} messages, {nemesis.played.total()} faults "
         f"({faults_played}), {len(losses)} connections lost, lost {len(verdict.account.lost)}, "
         f"leaked {len(verdict.account.leaked)}, duplicates {verdict.account.duplicates} of "
-        f"{verdict.resent} re-sent, dead letters {len(verdict.buried)}, "
+        f"{verdict.in_flight} re-sent after a loss, dead letters {len(verdict.buried)}, "
         f"longest publish {victims.longest:.3f} s (timeout {TIMEOUT:g} s)"
     )
     print(FIGURES[f"nemesis for {seconds:g} s"])

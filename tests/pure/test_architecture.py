@@ -64,6 +64,7 @@ INSIDE = {
         "link",
         "dialer",
         "letterbox",
+        "reactor",
         "io_thread",
         "engine",
         "lifecycle",

@@ -12,7 +12,7 @@ from typing import Any
 
 from pika import spec
 
-from mlproducer import CircuitState, MLProducer
+from mlproducer import MLProducer
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT
 
@@ -89,17 +89,22 @@ class Happenings:
 
 
 def circuit_of(producer: MLProducer) -> Happenings:
-    """Watch the breaker of a producer that has been started."""
-    moves = Happenings()
-    events = _io(producer)._events
-    told = events.circuit_changed
+    """Watch the breaker of a producer that has been started; each move is noted as its state."""
+    return told(producer, "circuit_changed", lambda state: state)
 
-    def tell(state: CircuitState) -> None:
-        told(state)
-        moves.note(state)
 
-    events.circuit_changed = tell
-    return moves
+def told(producer: MLProducer, event: str, note: Callable[..., Any]) -> Happenings:
+    """Watch what the sinks of a producer are told: what ``note`` makes of the event's arguments."""
+    seen = Happenings()
+    events = io_of(producer)._events
+    tell_on = getattr(events, event)
+
+    def tell(*args: Any, **kwargs: Any) -> None:
+        tell_on(*args, **kwargs)
+        seen.note(note(*args, **kwargs))
+
+    setattr(events, event, tell)
+    return seen
 
 
 def events_of(producer: MLProducer, *names: str) -> Happenings:
@@ -110,6 +115,7 @@ def events_of(producer: MLProducer, *names: str) -> Happenings:
     return seen
 
 
-def _io(producer: MLProducer) -> Any:
-    engine: Any = producer._engine
+def io_of(producer: MLProducer) -> Any:
+    """Give what the I/O thread of a producer owns."""
+    engine: Any = producer._life.engine
     return engine._io

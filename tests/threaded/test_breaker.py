@@ -29,7 +29,7 @@ from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
 from tests.helpers import LIMIT, Background, make_message
 from tests.threaded.brokers import ack
 from tests.threaded.conftest import QUICK, Connect, Serve
-from tests.threaded.moods import Happenings, Moody, circuit_of, events_of
+from tests.threaded.moods import Happenings, Moody, circuit_of, events_of, io_of
 
 OPEN, HALF_OPEN, CLOSED = CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED
 THRESHOLD = 10
@@ -141,9 +141,10 @@ def test_what_does_not_count(
         assert producer.wait_connected(LIMIT)
         broker.connections[0].block()
         blocked.wait_for("blocked")
+    timeout = SHORT if error is BrokerBlockedError else LIMIT
     for _ in range(THRESHOLD + 2):
         with pytest.raises(error):
-            producer.publish(make_message(), timeout=SHORT if error is BrokerBlockedError else 3.0)
+            producer.publish(make_message(), timeout=timeout, retry=False)
     assert producer.status().circuit_state is CLOSED
     assert producer.status().consecutive_failures == 0
 
@@ -181,8 +182,7 @@ def test_open_fails_fast(connect: Connect, serve: Serve, retry: bool) -> None:
     broker = serve(mood)
     producer, _ = opened(connect, broker, mood)
     go_on = threading.Event()
-    engine: Any = producer._engine
-    engine._io.order(partial(go_on.wait, LIMIT))
+    io_of(producer).order(partial(go_on.wait, LIMIT))
     message, took = make_message(), []
     for _ in range(1000):
         begun = time.perf_counter()
@@ -330,9 +330,7 @@ def test_a_status_moves_nothing(connect: Connect, serve: Serve) -> None:
     broker = serve(mood)
     producer = connect(broker, **{**TOUCHY, "circuit_breaker_cooldown": 0.05})
     moves = started(producer)
-    engine: Any = producer._engine
-    breaker_thread = engine._io._cooldown.thread
-    breaker_thread.stop()
+    io_of(producer)._cooldown.thread.stop()
     with pytest.raises(NackError):
         producer.publish(make_message(), retry=False)
     over = threading.Event()

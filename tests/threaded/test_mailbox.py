@@ -126,8 +126,8 @@ def test_an_idle_loop_is_woken_once(
     io_thread.order(functools.partial(occupy))
     assert busy.wait(LIMIT)
     rung: list[None] = []
-    ring = io_thread.mailbox.ring
-    monkeypatch.setattr(io_thread.mailbox, "ring", lambda: (rung.append(None), ring()))
+    ring = io_thread.reactor.mailbox.ring
+    monkeypatch.setattr(io_thread.reactor.mailbox, "ring", lambda: (rung.append(None), ring()))
     ran = threading.Event()
     orders: list[int] = []
     for number in range(1000):

@@ -73,9 +73,10 @@ class Report:
     account: Account
 
     @property
-    def ok(self) -> bool:
-        """No step failed."""
-        return all(step.ok is not False for step in self.steps)
+    def ok(self) -> bool | None:
+        """No step failed; ``None`` where all were skipped."""
+        results = {step.ok for step in self.steps}
+        return None if results == {None} else False not in results
 
     def to_json(self) -> dict[str, Any]:
         """Give what programs read."""
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     settings = Settings.from_env() if os.environ.get("RABBITMQ_URL") else None
     reports = [_scenario(scenario, settings, console) for scenario in chosen]
     total = sum((report.account for report in reports), Account())
-    well = all(report.ok for report in reports)
+    well = all(report.ok is not False for report in reports)
     seconds = time.monotonic() - started
     _sum_up(reports, total, seconds, console)
     console.emit(
@@ -140,7 +141,7 @@ def _scenario(scenario: Scenario, settings: Settings | None, console: Console) -
 def _steps(scenario: Scenario, lab: Lab) -> Iterator[Step]:
     for trial in scenario.trials:
         if lab.lacks(trial.need):
-            yield Step(trial.done, trial.expected, f"skipped: {trial.need.value}", None)
+            yield Step(trial.done, trial.expected, trial.need.value, None)
         else:
             yield _try(trial, lab)
 
@@ -172,17 +173,23 @@ def _settle(lab: Lab) -> tuple[Step, Account]:
 
 
 def _show(step: Step, console: Console) -> None:
-    word = {True: "ok", False: "FAILED", None: "skipped"}[step.ok]
     taken = "" if step.ok is None else f"{step.seconds:.2f} s"
-    console.say(f"  {word:<7}  {taken:>7}  {step.done}")
-    console.say(f"                    expected  {step.expected}")
-    console.say(f"                    seen      {step.seen}")
+    console.say(f"  {_word(step.ok):<7}  {taken:>7}  {step.done}")
+    if step.ok is None:
+        console.say(f"{'':20}it {step.seen}")
+    else:
+        console.say(f"{'':20}expected  {step.expected}")
+        console.say(f"{'':20}seen      {step.seen}")
+
+
+def _word(ok: bool | None) -> str:
+    return {True: "ok", False: "FAILED", None: "skipped"}[ok]
 
 
 def _sum_up(reports: list[Report], total: Account, seconds: float, console: Console) -> None:
     steps = [step for report in reports for step in report.steps]
     counts = {word: sum(step.ok is word for step in steps) for word in (True, False, None)}
-    rows = [(f"{report.scenario.name}", "ok" if report.ok else "FAILED") for report in reports]
+    rows = [(report.scenario.name, _word(report.ok)) for report in reports]
     rows.append(("steps", f"{counts[True]} ok, {counts[False]} failed, {counts[None]} skipped"))
     if total.taken_over:
         rows += [

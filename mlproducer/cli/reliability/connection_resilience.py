@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 
 from mlproducer import Receipt
+from mlproducer.cli import reach
 from mlproducer.cli.reliability.lab import BACK, TIMERS, Lab
 from mlproducer.cli.reliability.trials import Need, Scenario, Trial, expect, hear
 
@@ -67,6 +68,8 @@ def _deaf(lab: Lab) -> str:
     if lab.private:
         answer = lab.ledger.publish(producer, lab.message())
         expect(isinstance(answer, Receipt), f"given back: {type(answer).__name__}")
+    else:
+        reach.probe(producer, LATE)
     answered = time.monotonic() - started
     proxy.accept()
     seconds = hear(connected, BACK, "connected again")

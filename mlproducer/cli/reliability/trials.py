@@ -22,8 +22,8 @@ class Need(enum.Enum):
     """What a trial needs of the broker; the value says why it is skipped where that is missing."""
 
     NOTHING = ""
-    PATH = "goes through a proxy, which a broker with TLS does not"
-    NODE = "freezes, kills or fills the broker: unset RABBITMQ_URL"
+    PATH = "goes through a proxy, under whose name a broker with TLS is not trusted"
+    NODE = "needs a broker and queues that may be harmed: unset RABBITMQ_URL"
 
 
 class UnexpectedError(Exception):

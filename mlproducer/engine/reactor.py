@@ -1,0 +1,112 @@
+"""A loop that may fail, on a thread that may not.
+
+pika's loop ends with whatever a callback raises, and would go on accepting callbacks that never
+run. Here its end is told, what it had in hand goes back into the mailbox, and a new loop takes over.
+
+Runs on: the I/O thread, except `Reactor.order` and `Reactor.descriptors`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.engine.link import EventLoop
+from mlproducer.engine.mailbox import Item, Mailbox, Order
+
+logger = logging.getLogger(__name__)
+
+
+class ReactorOwner(Protocol):
+    """Who works on the loop."""
+
+    def begin(self, loop: EventLoop) -> None:
+        """Use this loop, the first one or the next."""
+
+    def accept(self, delivery: Delivery) -> None:
+        """Take a delivery from the mailbox."""
+
+    def after_burst(self, last: Item | None) -> None:
+        """Write what a burst has brought."""
+
+    def failed(self, error: BaseException) -> None:
+        """Leave everything that belonged to a loop that failed."""
+
+
+class Reactor:
+    """The mailbox, and the loop that empties it."""
+
+    def __init__(self, owner: ReactorOwner) -> None:
+        self._owner = owner
+        self._loop = EventLoop()
+        self._in_hand: Item | None = None
+        self._open = True
+        self.mailbox = Mailbox()
+
+    def order(self, order: Order) -> None:
+        """Have something done on the I/O thread."""
+        self.mailbox.put(order)
+
+    def descriptors(self) -> list[int]:
+        """Give every descriptor that is held here, for a forked child to let go of."""
+        return [*self._loop.descriptors(), *self.mailbox.descriptors()] if self._open else []
+
+    def call_later(self, delay: float, function: Callable[[], None]) -> None:
+        """Have something done after ``delay`` seconds, unless the loop fails meanwhile."""
+        self._loop.call_later(delay, function)
+
+    def run(self) -> None:
+        """Run until `stop`; survive whatever a callback raises."""
+        while self._open:
+            self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
+            self._owner.begin(self._loop)
+            self.mailbox.ring()
+            try:
+                self._loop.start()
+            except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
+                self._owner.failed(error)
+                self._put_back()
+            self._clear_away()
+            if self._open:
+                self._loop = EventLoop()
+        for item in self.mailbox.close():
+            if isinstance(item, Delivery):
+                self._owner.accept(item)
+
+    def stop(self) -> None:
+        """End the loop and the thread."""
+        self._open = False
+        self._loop.stop()
+
+    def discard(self) -> None:
+        """Release what was never run."""
+        self.mailbox.close()
+        self._loop.close()
+
+    def _on_bell(self, _fd: int, _events: int) -> None:
+        for item in self.mailbox.drain():
+            self._in_hand = item
+            if isinstance(item, Delivery):
+                self._owner.accept(item)
+            else:
+                item()
+        last, self._in_hand = self._in_hand, None
+        self._owner.after_burst(last)
+
+    def _put_back(self) -> None:
+        item, self._in_hand = self._in_hand, None
+        if isinstance(item, Delivery) and item.place is Place.MAILBOX:
+            self.mailbox.put(item)
+
+    def _clear_away(self) -> None:
+        """Close the loop, after a last turn in which pika sees and closes what is still open."""
+        self._loop.sever(self.mailbox.fileno())
+        self._loop.remove_handler(self.mailbox.fileno())
+        self._loop.add_callback_threadsafe(self._loop.stop)
+        try:
+            self._loop.start()
+        except Exception:
+            logger.exception("the I/O loop failed again while it was cleared away")
+        self._loop.close()

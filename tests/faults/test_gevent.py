@@ -1,0 +1,40 @@
+"""Under gevent's monkey patches a publish works, and lets the other greenlets run (91)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+from mlproducer.testing import Proxy
+from mlproducer.testing.plugin import VirtualHost
+from tests.accounting import drain
+from tests.broker.scripts import Program
+from tests.faults.test_outage import SCRIPTS
+from tests.faults.traffic import FIGURES
+
+pytestmark = pytest.mark.broker
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reason="needs gevent")
+def test_greenlets_go_on_during_a_publish(rabbitmq_vhost: VirtualHost, proxy: Proxy) -> None:
+    """Fifty greenlets publish; while one waits for a stalled broker the others have their turns."""
+    url = proxy.url(rabbitmq_vhost.url)
+    with Program([sys.executable, str(SCRIPTS / "green.py")], url) as program:
+        assert program.next()["outcomes"] == ["CONFIRMED"] * 50
+        proxy.stall()
+        program.go()
+        late = program.next()
+        proxy.resume()
+        program.go()
+        assert program.next() == {"left": 0}
+        ended = program.end()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    FIGURES["gevent"] = (
+        f"{late['ticks']} of {late['expected']:.0f} turns during a publish of {late['took']:.2f} s"
+    )
+    assert late["outcome"] == "DEFERRED"
+    assert 1.0 <= late["took"] < 1.25
+    assert late["ticks"] >= 0.7 * late["expected"]
+    assert drain(rabbitmq_vhost.url) == {f"m{n}": 1 for n in range(50)} | {"late": 1}

@@ -1,0 +1,272 @@
+"""The health check: who is given up, who is alive, when it asks and when it keeps still."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import pytest
+from pika import spec
+
+from mlproducer import MLProducer
+from mlproducer.engine import health
+from mlproducer.errors import ConfirmTimeoutError
+from mlproducer.testing.fake_broker import FakeConnection
+from mlproducer.testing.proxy import Proxy
+from mlproducer.topology import Topology
+from tests.helpers import LIMIT, make_message
+from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import Happenings, Moody, events_of, io_of, told
+
+OFTEN, NEVER = 0.02, 3600.0
+
+
+class Patient(Moody):
+    """A broker that answers questions as the test wants.
+
+    :ivar numb: connections that answer no question
+    :ivar fault: a reply code with which passive declares are refused
+    :ivar depth: messages in each queue
+    :ivar hold: keep answers about queues back
+    """
+
+    def __init__(self, mood: str = "ack") -> None:
+        super().__init__(mood)
+        self.numb: set[FakeConnection] = set()
+        self.fault = 0
+        self.depth = 0
+        self.hold = False
+        self.held: list[tuple[FakeConnection, int, Any]] = []
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Answer, or not."""
+        passive = getattr(method, "passive", False)
+        if connection in self.numb:
+            return
+        if passive and self.fault:
+            self.asked.release()
+            connection.close_channel(channel, self.fault, "because")
+        elif passive and isinstance(method, spec.Queue.Declare):
+            self.held.append((connection, channel, method))
+            if not self.hold:
+                self.answer_held()
+        else:
+            super().on_method(connection, channel, method)
+
+    def answer_held(self) -> None:
+        """Say how much is in the queues that were asked for."""
+        while self.held:
+            connection, channel, method = self.held.pop(0)
+            connection.send_method(channel, spec.Queue.DeclareOk(method.queue, self.depth, 0))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Shorten the time that a broker has for its answer."""
+    monkeypatch.setattr(health, "ANSWER_LIMIT", 0.2)
+    return 0.2
+
+
+def queues(producer: MLProducer) -> tuple[str, ...]:
+    """The queues whose depth is read."""
+    return tuple(Topology.of(producer.settings).queues)
+
+
+# --- silence -----------------------------------------------------------------------------------
+
+
+def test_a_silent_broker_is_given_up(connect: Connect, serve: Serve) -> None:
+    """A confirm timeout asks at once; 5 s without an answer, and the message goes elsewhere."""
+    patient = Patient("silent")
+    broker = serve(patient)
+    producer = connect(broker, health_check_interval=NEVER)
+    assert producer.wait_connected(LIMIT)
+    lost = told(producer, "disconnected", lambda loss: (time.monotonic(), loss.text))
+    patient.numb.add(broker.connections[0])
+    begun = time.monotonic()
+    receipt = producer.publish(make_message("m"), timeout=0.1)
+    assert isinstance(receipt.reason, ConfirmTimeoutError)
+    patient.mood = "ack"
+    assert receipt.result(LIMIT + 2.0).attempts == 2
+    [(when, why)] = lost.seen
+    assert 5.1 <= when - begun < 5.6
+    assert "no answer to the health check" in why
+    assert len(patient.times("m")) == 2
+
+
+@pytest.mark.parametrize("direction", ["c2s", "s2c", "both"])
+def test_a_path_dead_in_one_direction(
+    connect: Connect, serve: Serve, impatient: float, direction: Literal["c2s", "s2c", "both"]
+) -> None:
+    """Without any traffic the interval's check finds it, and a new connection takes over (23)."""
+    broker = serve(Moody())
+    with Proxy(("127.0.0.1", broker.port)) as proxy:
+        producer = connect(proxy.url(broker.url), health_check_interval=0.1)
+        assert producer.wait_connected(LIMIT)
+        lost = events_of(producer, "disconnected", "connected")
+        proxy.hole(direction)
+        lost.wait_until(lambda: "disconnected" in lost.seen)
+        proxy.heal()
+        lost.wait_until(lambda: "connected" in lost.seen)
+        assert producer.publish(make_message()).confirmed
+        producer.close(0.1)
+
+
+def test_a_freeze_that_ends_in_time(connect: Connect, serve: Serve) -> None:
+    """An answer that comes late, but within the limit, saves the connection: no duplicate (24)."""
+    patient = Patient()
+    broker = serve(patient)
+    with Proxy(("127.0.0.1", broker.port)) as proxy:
+        producer = connect(proxy.url(broker.url), health_check_interval=NEVER)
+        assert producer.publish(make_message()).confirmed
+        checked = told(producer, "health_checked", lambda *, alive: alive)
+        proxy.stall()
+        receipt = producer.publish(make_message("m"), timeout=0.1)
+        assert isinstance(receipt.reason, ConfirmTimeoutError)
+        proxy.resume()
+        checked.wait_for(True)
+        assert receipt.result(LIMIT).attempts == 1
+        producer.close(0.1)
+    assert broker.accepted == 1
+    assert len(patient.times("m")) == 1
+
+
+# --- any answer --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [403, 404])
+def test_a_fault_is_reported_and_alive(
+    connect: Connect, serve: Serve, impatient: float, code: int
+) -> None:
+    """What is missing or forbidden does not cost the connection, however often it is found."""
+    patient = Patient()
+    patient.fault = code
+    broker = serve(patient)
+    producer = connect(broker, health_check_interval=OFTEN)
+    assert producer.wait_connected(LIMIT)
+    faults = told(producer, "health_fault", lambda target, loss: (target, loss.reply_code))
+    checked = told(producer, "health_checked", lambda *, alive: alive)
+    checked.wait_until(lambda: len(checked.seen) >= 5)
+    assert set(faults.seen) == {(producer.settings.exchange, code)}
+    assert set(checked.seen) == {True}
+    assert producer.publish(make_message()).confirmed
+    assert broker.accepted == 1
+
+
+def test_reads_the_depth_of_the_queues(connect: Connect, serve: Serve) -> None:
+    """Each check reads how much waits in each queue, on a channel that it closes again."""
+    patient = Patient()
+    patient.depth = 7
+    producer = connect(serve(patient), health_check_interval=OFTEN)
+    assert producer.wait_connected(LIMIT)
+    depths = told(producer, "queue_depth", lambda queue, messages: (queue, messages))
+    names = queues(producer)
+    depths.wait_until(lambda: len(depths.seen) > 2 * len(names))
+    first = depths.seen.index((names[0], 7))
+    assert depths.seen[first : first + len(names)] == [(name, 7) for name in names]
+
+
+# --- when it asks ------------------------------------------------------------------------------
+
+
+def test_a_confirm_timeout_asks_at_once(connect: Connect, serve: Serve) -> None:
+    """Not a confirm that comes in time; one that is late, and without waiting for the interval."""
+    patient = Patient()
+    producer = connect(serve(patient), health_check_interval=NEVER)
+    assert producer.publish(make_message()).confirmed
+    assert not patient.asked.acquire(blocking=False)
+    patient.mood = "silent"
+    begun = time.monotonic()
+    producer.publish(make_message(), timeout=0.05)
+    assert patient.asked.acquire(timeout=LIMIT)
+    assert time.monotonic() - begun < 0.3
+
+
+def test_a_submit_that_waits_does_not_ask(connect: Connect, serve: Serve) -> None:
+    """It has no timeout of its own."""
+    patient = Patient("silent")
+    broker = serve(patient)
+    producer = connect(broker, health_check_interval=NEVER, publish_timeout=0.05)
+    producer.submit(make_message())
+    broker.wait_for_messages(1, LIMIT)
+    assert not patient.asked.acquire(timeout=0.2)
+
+
+def test_muted_while_blocked(connect: Connect, serve: Serve, impatient: float) -> None:
+    """A broker under an alarm does not read; it is not asked, and not given up (34)."""
+    patient = Patient()
+    broker = serve(patient)
+    producer = connect(broker, health_check_interval=OFTEN)
+    flow = events_of(producer, "blocked", "unblocked", "disconnected")
+    assert producer.wait_connected(LIMIT)
+    assert patient.asked.acquire(timeout=LIMIT)
+    broker.connections[0].block()
+    flow.wait_for("blocked")
+    checks = probes_of(producer)
+    checks.wait_until(lambda: len(checks.seen) >= 20)
+    assert checks.seen[-1] - checks.seen[0] > impatient
+    broker.connections[0].unblock()
+    flow.wait_for("blocked", "unblocked")
+    assert producer.publish(make_message()).confirmed
+    assert broker.accepted == 1
+
+
+def test_blocked_while_it_asks(connect: Connect, serve: Serve, impatient: float) -> None:
+    """An alarm that comes between question and answer ends the check without a verdict."""
+    patient = Patient()
+    broker = serve(patient)
+    producer = connect(broker, health_check_interval=NEVER)
+    assert producer.publish(make_message()).confirmed
+    checked = told(producer, "health_checked", lambda *, alive: alive)
+    flow = events_of(producer, "blocked", "disconnected")
+    [connection] = broker.connections
+    patient.numb.add(connection)
+    patient.mood = "silent"
+    producer.publish(make_message(), timeout=0.01)
+    connection.block()
+    flow.wait_for("blocked")
+    checks = probes_of(producer)
+    patient.numb.clear()
+    connection.unblock()
+    io_of(producer)._health.check_soon()
+    checks.wait_until(lambda: len(checks.seen) == 1)
+    checked.wait_for(True)
+    assert checked.seen == [True]
+    assert broker.accepted == 1
+
+
+def test_overlapping_checks(connect: Connect, serve: Serve) -> None:
+    """A check that still reads queues is not disturbed by the next; each reads its own."""
+    patient = Patient("silent")
+    patient.hold = True
+    broker = serve(patient)
+    producer = connect(broker, health_check_interval=NEVER)
+    assert producer.wait_connected(LIMIT)
+    depths = told(producer, "queue_depth", lambda queue, _messages: queue)
+    crashed = told(producer, "crashed", lambda error: error)
+    for _ in range(2):
+        producer.publish(make_message(), timeout=0.01)
+        assert patient.asked.acquire(timeout=LIMIT)
+    io_of(producer)._health.check_soon()
+    assert patient.asked.acquire(timeout=LIMIT)
+    patient.hold = False
+    patient.answer_held()
+    names = queues(producer)
+    depths.wait_until(lambda: len(depths.seen) == 3 * len(names))
+    assert sorted(depths.seen) == sorted(3 * names)
+    assert crashed.seen == []
+    assert broker.accepted == 1
+
+
+def probes_of(producer: MLProducer) -> Happenings:
+    """Watch when the health thread asks the I/O thread for a check."""
+    asked = Happenings()
+    io_thread = io_of(producer)
+    probe = io_thread.probe
+
+    def note(reply: Any) -> None:
+        probe(reply)
+        asked.note(time.monotonic())
+
+    io_thread.probe = note
+    return asked

@@ -1,0 +1,318 @@
+"""Retries: when they come, what they count, and what happens after the last."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from mlproducer import MLProducer, Outcome
+from mlproducer.core.backoff import Backoff
+from mlproducer.errors import (
+    BrokerBlockedError,
+    NackError,
+    NotConnectedError,
+    ProducerClosedError,
+    RetriesExhaustedError,
+    UnroutableError,
+)
+from mlproducer.testing.fake_broker import FakeBroker, FakeConnection, ReceivedMessage
+from tests.helpers import LIMIT, make_message
+from tests.threaded.brokers import ack
+from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import LETTERS, Happenings, Moody, events_of, io_of
+
+BASE, SWEEP = 0.1, 0.01
+RETRIES: dict[str, Any] = {
+    "max_message_retries": 3,
+    "message_retry_base_delay": BASE,
+    "message_retry_max_delay": 0.3,
+    "retry_sweep_interval": SWEEP,
+}
+"""The contract's retries, ten times as fast, and a cap that is reached."""
+
+
+def cut_off(producer: MLProducer, broker: FakeBroker) -> None:
+    """Lose the connection, and let no other be made."""
+    gone = events_of(producer, "disconnected")
+    broker.stop_listening()
+    broker.connections[0].reset()
+    gone.wait_for("disconnected")
+
+
+# --- the schedule ------------------------------------------------------------------------------
+
+
+def test_the_schedule(connect: Connect, serve: Serve) -> None:
+    """1, 2, 4 ... times the base, up to the cap; never early, and late by a sweep at most (I15)."""
+    mood = Moody("nack")
+    producer = connect(serve(mood), **{**RETRIES, "max_message_retries": 4})
+    with pytest.raises(RetriesExhaustedError):
+        producer.publish(make_message("m")).result(LIMIT)
+    *attempts, letter = mood.times("m")
+    waits = [later - earlier for earlier, later in zip(attempts, attempts[1:], strict=False)]
+    assert len(waits) == 4
+    for wait, due in zip(waits, [BASE, 2 * BASE, 0.3, 0.3], strict=True):
+        assert due <= wait < due + SWEEP + 0.15
+    assert letter - attempts[-1] < BASE
+
+
+def test_the_contracts_schedule(connect: Connect, serve: Serve) -> None:
+    """Without settings of one's own: 1, 2, 4 s, capped at 10, a sweep each second, 3 retries."""
+    producer = MLProducer()
+    settings = producer.settings
+    backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
+    assert [backoff.delay(failures) for failures in range(5)] == [1.0, 2.0, 4.0, 8.0, 10.0]
+    assert (settings.retry_sweep_interval, settings.max_message_retries) == (1.0, 3)
+    producer.close(0)
+
+
+def test_no_retries(connect: Connect, serve: Serve) -> None:
+    """With none allowed the first failure is the last, and the message a dead letter at once."""
+    mood = Moody("nack")
+    producer = connect(serve(mood), **{**RETRIES, "max_message_retries": 0})
+    receipt = producer.publish(make_message("m"))
+    assert receipt.outcome is Outcome.DEFERRED
+    with pytest.raises(RetriesExhaustedError) as caught:
+        receipt.result(LIMIT)
+    assert caught.value.attempts == 1
+    assert [each.exchange == LETTERS for _, each in mood.heard] == [False, True]
+
+
+# --- what counts as an attempt -----------------------------------------------------------------
+
+
+def test_no_attempt_while_disconnected(connect: Connect, serve: Serve) -> None:
+    """However long it lasts; and then the sweep comes with the connection, oldest first."""
+    mood = Moody()
+    broker = serve(mood)
+    producer = connect(broker, **{**RETRIES, "max_message_retries": 0}, reconnect_max_delay=0.05)
+    assert producer.publish(make_message()).confirmed
+    cut_off(producer, broker)
+    receipts = [producer.publish(make_message(f"{number}")) for number in range(20)]
+    for receipt in receipts:
+        assert isinstance(receipt.reason, NotConnectedError)
+        assert receipt.attempts == 0
+    swept = sweeps_of(producer)
+    swept.wait_until(lambda: len(swept.seen) >= 20)
+    assert producer.status().retry_queue_size == 20
+    broker.listen_again()
+    assert [receipt.result(LIMIT).attempts for receipt in receipts] == [1] * 20
+    assert mood.ids()[1:] == [f"{number}" for number in range(20)]
+
+
+def test_the_sweep_comes_with_the_connection(connect: Connect, serve: Serve) -> None:
+    """It does not wait for the next second."""
+    mood = Moody()
+    broker = serve(mood)
+    producer = connect(broker, retry_sweep_interval=60.0)
+    assert producer.publish(make_message()).confirmed
+    cut_off(producer, broker)
+    receipt = producer.publish(make_message("m"))
+    back = events_of(producer, "connected")
+    broker.listen_again()
+    back.wait_for("connected")
+    begun = time.monotonic()
+    assert receipt.result(LIMIT).confirmed
+    assert time.monotonic() - begun < 0.5
+
+
+def test_no_attempt_while_blocked(connect: Connect, serve: Serve) -> None:
+    """What waits for the end of the alarm uses up nothing, and goes out when it ends."""
+    mood = Moody()
+    broker = serve(mood)
+    producer = connect(broker, **{**RETRIES, "max_message_retries": 0})
+    flow = events_of(producer, "blocked")
+    assert producer.publish(make_message()).confirmed
+    broker.connections[0].block(keep_reading=True)
+    flow.wait_for("blocked")
+    receipt = producer.publish(make_message("m"), timeout=0.02)
+    assert isinstance(receipt.reason, BrokerBlockedError)
+    swept = sweeps_of(producer)
+    swept.wait_until(lambda: len(swept.seen) >= 20)
+    assert mood.times("m") == []
+    broker.connections[0].unblock()
+    assert receipt.result(LIMIT).attempts == 1
+
+
+def test_no_attempt_while_the_breaker_is_open(connect: Connect, serve: Serve) -> None:
+    """Sweeps that the breaker refuses cost nothing."""
+    mood = Moody("nack")
+    broker = serve(mood)
+    producer = connect(
+        broker,
+        **{**RETRIES, "max_message_retries": 1, "message_retry_base_delay": 0.001},
+        circuit_breaker_threshold=1,
+        circuit_breaker_cooldown=0.4,
+    )
+    receipt = producer.publish(make_message("m"))
+    mood.mood = "ack"
+    swept = sweeps_of(producer)
+    swept.wait_until(lambda: len(swept.seen) >= 10)
+    assert len(mood.times("m")) == 1
+    assert receipt.result(LIMIT).attempts == 2
+
+
+# --- dead letters ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["publish", "submit"])
+def test_after_the_last_retry(connect: Connect, serve: Serve, way: str) -> None:
+    """A dead letter with the documented headers, and an error with reason and attempts."""
+    mood = Moody("return")
+    broker = serve(mood)
+    producer = connect(broker, **{**RETRIES, "message_retry_base_delay": 0.01})
+    events = events_of(producer, "dead_lettered", "deferred", "confirmed")
+    if way == "publish":
+        result = producer.publish(make_message("m", body=b"precious")).result
+    else:
+        result = producer.submit(make_message("m", body=b"precious")).result
+    with pytest.raises(RetriesExhaustedError) as caught:
+        result(LIMIT)
+    error = caught.value
+    assert isinstance(error, RetriesExhaustedError)
+    assert (error.message_id, error.attempts) == ("m", 4)
+    assert isinstance(error.reason, UnroutableError)
+    assert error.reason.reply_code == 312
+    events.wait_until(lambda: "dead_lettered" in events.seen)
+    check_letter(mood.heard[-1][1])
+    assert mood.ids() == ["m"] * 5
+    assert producer.flush(LIMIT) == 0
+    status = producer.status()
+    assert (status.dead_letters, status.retry_queue_size) == (0, 0)
+
+
+def check_letter(letter: ReceivedMessage) -> None:
+    """Check what is documented of a dead letter."""
+    headers = dict(letter.properties.headers)
+    assert (letter.exchange, letter.routing_key, letter.body) == (LETTERS, "k", b"precious")
+    assert letter.mandatory
+    assert letter.properties.delivery_mode == 2
+    assert headers.pop("x-death-reason").startswith("UnroutableError")
+    assert headers.pop("x-first-failed-at").endswith("+00:00")
+    assert headers == {
+        "x-attempts": 4,
+        "x-original-exchange": "bookmarkai.ml",
+        "x-original-routing-key": "k",
+    }
+
+
+@pytest.mark.parametrize("fate", ["nack", "return", "close", "silent"])
+def test_a_letter_that_cannot_be_delivered(connect: Connect, serve: Serve, fate: str) -> None:
+    """It stays in the store as dead, never becomes a letter of a letter, and is tried again."""
+    mood = Moody("nack", letters=fate)
+    broker = serve(mood)
+    producer = connect(
+        broker,
+        **{**RETRIES, "max_message_retries": 0, "message_retry_max_delay": 0.05},
+        confirm_give_up=0.1,
+    )
+    receipt = producer.publish(make_message("m"))
+    broker.wait_for_messages(3, LIMIT)
+    status = producer.status()
+    assert (status.dead_letters, status.retry_queue_size) == (1, 0)
+    with pytest.raises(TimeoutError):
+        receipt.result(0)
+    mood.letters = "ack"
+    with pytest.raises(RetriesExhaustedError) as caught:
+        receipt.result(LIMIT)
+    assert caught.value.attempts == 1
+    assert producer.status().dead_letters == 0
+    assert all(each.exchange == LETTERS for _, each in mood.heard[1:])
+    assert all(len(each.properties.headers) == 5 for _, each in mood.heard[1:])
+
+
+def test_a_letter_outlives_the_connection(connect: Connect, serve: Serve) -> None:
+    """With no broker it waits as dead, and goes out with the next connection."""
+    mood = Moody("nack", letters="silent")
+    broker = serve(mood)
+    producer = connect(broker, **{**RETRIES, "max_message_retries": 0})
+    future = producer.submit(make_message("m"))
+    broker.wait_for_messages(2, LIMIT)
+    cut_off(producer, broker)
+    assert producer.status().dead_letters == 1
+    assert not future.done()
+    mood.letters = "ack"
+    broker.listen_again()
+    with pytest.raises(RetriesExhaustedError):
+        future.result(LIMIT)
+    assert len(mood.times("m")) == 3
+
+
+def test_a_late_ack_of_the_last_attempt(connect: Connect, serve: Serve) -> None:
+    """While its tag is open the last attempt is not over: no letter, and a late ack confirms."""
+    mood = Moody("silent")
+    broker = serve(mood)
+    producer = connect(broker, **{**RETRIES, "max_message_retries": 0})
+    receipt = producer.publish(make_message("m"), timeout=0.02)
+    swept = sweeps_of(producer)
+    swept.wait_until(lambda: len(swept.seen) >= 20)
+    [message] = broker.messages
+    ack(message)
+    assert receipt.result(LIMIT).confirmed
+    assert len(broker.messages) == 1
+
+
+# --- give-up, and the end ----------------------------------------------------------------------
+
+
+def test_confirm_give_up(connect: Connect, serve: Serve) -> None:
+    """The channel is replaced, all that was on it is sent once more, each under its own id."""
+
+    class Forgetful(Moody):
+        first: FakeConnection | None = None
+
+        def on_publish(
+            self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+        ) -> None:
+            self.first = self.first or connection
+            self.mood = "silent" if connection is self.first else "ack"
+            super().on_publish(connection, channel, tag, message)
+
+    mood = Forgetful()
+    broker = serve(mood)
+    producer = connect(broker, **RETRIES, confirm_give_up=0.2)
+    futures = [producer.submit(make_message(f"{number}")) for number in range(10)]
+    assert [future.result(LIMIT).attempts for future in futures] == [2] * 10
+    assert sorted(mood.ids()) == sorted([f"{number}" for number in range(10)] * 2)
+    assert all(later - earlier >= 0.2 for earlier, later in map(mood.times, map(str, range(10))))
+    assert broker.accepted == 2
+
+
+def test_close_with_retries_left(connect: Connect, serve: Serve) -> None:
+    """What waits for a retry, and a dead letter that was not taken, are abandoned by their ids."""
+    mood = Moody("nack", letters="nack")
+    producer = connect(serve(mood), **{**RETRIES, "message_retry_base_delay": 60.0})
+    waiting = producer.publish(make_message("waiting"))
+    assert isinstance(waiting.reason, NackError)
+    report = producer.close(0.1)
+    assert (report.confirmed, report.stored, report.abandoned) == (0, 0, ("waiting",))
+    with pytest.raises(ProducerClosedError) as caught:
+        waiting.result(0)
+    assert caught.value.possibly_sent
+
+
+def test_close_drains_retries(connect: Connect, serve: Serve) -> None:
+    """What is due within the timeout is sent again, and counted as confirmed."""
+    mood = Moody("nack")
+    producer = connect(serve(mood), **RETRIES)
+    receipts = [producer.publish(make_message()) for _ in range(5)]
+    mood.mood = "ack"
+    report = producer.close(LIMIT)
+    assert (report.confirmed, report.abandoned) == (5, ())
+    assert all(receipt.confirmed for receipt in receipts)
+
+
+def sweeps_of(producer: MLProducer) -> Happenings:
+    """Watch the retry thread's sweeps."""
+    seen = Happenings()
+    keeper = io_of(producer)._keeper
+    sweep = keeper.thread._errand
+
+    def note() -> None:
+        sweep()
+        seen.note(time.monotonic())
+
+    keeper.thread._errand = note
+    return seen
