@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from mlproducer.core.ports import Loss
+from mlproducer.engine.health import settle
 from mlproducer.engine.setup import OpenChannel
 from mlproducer.observe.events import EventSink
 from mlproducer.topology import Topology
@@ -41,7 +42,7 @@ class Checkup:
         """Let the health thread wait no longer; false if it did not."""
         reply, self._reply = self._reply, None
         if reply is not None:
-            reply.set_result(None)
+            settle(reply)
         return reply is not None
 
     def _on_alive(self) -> None:

@@ -104,8 +104,7 @@ class Engine:
         abandoned = tuple(delivery.envelope.message_id for delivery in self._unsettled())
         self._io.order(self._io.close)
         threads.join_all([self._threads["io"]], deadline + CLOSE_MARGIN)
-        for timer in self._io.timers().values():
-            timer.stop()
+        self._io.stop_timers()
         self.dispatcher.stop()
         threads.join_all(
             [*self._threads.values(), *self.dispatcher.threads], deadline + CLOSE_MARGIN

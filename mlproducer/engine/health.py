@@ -8,8 +8,9 @@ Runs on: the health thread; `Health.check_soon` on any.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
@@ -32,6 +33,14 @@ class Health:
         self._desk = desk
         self._interval = interval
         self._asked = False
+        self._reply: Future[None] | None = None
+
+    def stop(self) -> None:
+        """End the thread, also if it waits for an answer."""
+        self.thread.stop()
+        reply = self._reply
+        if reply is not None:
+            settle(reply)
 
     def check_soon(self) -> None:
         """Check without waiting for the interval; once, however often it is asked for."""
@@ -44,8 +53,16 @@ class Health:
         self.thread.due = time.monotonic() + self._interval
         self._asked = False
         reply: Future[None] = Future()
-        self._desk.order(partial(self._desk.probe, reply))
+        self._reply = reply
+        if not self._desk.order(partial(self._desk.probe, reply)):
+            return
         try:
             reply.result(ANSWER_LIMIT)
         except FutureTimeoutError:
             self._desk.order(partial(self._desk.silent, reply))
+
+
+def settle(reply: Future[None]) -> None:
+    """Let whoever waits for it go on, unless somebody else has."""
+    with contextlib.suppress(InvalidStateError):
+        reply.set_result(None)

@@ -23,7 +23,7 @@ from mlproducer.engine.checkup import Checkup
 from mlproducer.engine.cooldown import Cooldown
 from mlproducer.engine.dialer import Dialer
 from mlproducer.engine.gate import Gate
-from mlproducer.engine.health import Health
+from mlproducer.engine.health import Health, settle
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import EventLoop, Route
 from mlproducer.engine.mailbox import Item
@@ -108,6 +108,12 @@ class IOThread:
             "breaker": self._cooldown.thread,
         }
 
+    def stop_timers(self) -> None:
+        """End the timer threads, once they have done what they were told so far."""
+        self._keeper.thread.stop()
+        self._health.stop()
+        self._cooldown.thread.stop()
+
     # --- what the reactor tells ----------------------------------------------------------------
 
     def begin(self, loop: EventLoop) -> None:
@@ -191,7 +197,7 @@ class IOThread:
         """Ask the broker whether it is there, unless it is known why it would not answer."""
         link = self.dialer.link
         if link is None or not self.is_connected or self.courier.blocked:
-            reply.set_result(None)
+            settle(reply)
             return
         self._checkup.begin(link.side_channel, reply)
 

@@ -1,7 +1,8 @@
 """A loop that may fail, on a thread that may not.
 
 pika's loop ends with whatever a callback raises, and would go on accepting callbacks that never
-run. Here its end is told, what it had in hand goes back into the mailbox, and a new loop takes over.
+run. Here its end is told, what it had in hand goes back into the mailbox, and a new loop takes
+over.
 
 Runs on: the I/O thread, except `Reactor.order` and `Reactor.descriptors`.
 """
@@ -45,9 +46,9 @@ class Reactor:
         self._open = True
         self.mailbox = Mailbox()
 
-    def order(self, order: Order) -> None:
-        """Have something done on the I/O thread."""
-        self.mailbox.put(order)
+    def order(self, order: Order) -> bool:
+        """Have something done on the I/O thread; false if that has ended."""
+        return self.mailbox.put(order)
 
     def descriptors(self) -> list[int]:
         """Give every descriptor that is held here, for a forked child to let go of."""

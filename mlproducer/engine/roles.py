@@ -65,8 +65,8 @@ class DialerOwner(LinkOwner, Protocol):
 class Desk(Protocol):
     """Where the keeper's answers go: the I/O thread's mailbox, and what it does with them."""
 
-    def order(self, order: Callable[[], None]) -> None:
-        """Have something done on the I/O thread."""
+    def order(self, order: Callable[[], None]) -> bool:
+        """Have something done on the I/O thread; false if that has ended."""
 
     def readmit(self, delivery: Delivery) -> None:
         """Send a message again."""

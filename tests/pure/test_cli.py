@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ from mlproducer import (
     SummarizationTask,
     TranscriptionTask,
 )
-from mlproducer.cli import main, output
+from mlproducer.cli import COMMANDS, main, output
 from mlproducer.cli.lines import parse, read_lines
 from mlproducer.cli.reach import advise
+from mlproducer.cli.reliability import SCENARIOS, Report, show_totals
+from mlproducer.cli.reliability.ledger import Account, Ledger
+from mlproducer.cli.reliability.trials import Step
 from mlproducer.cli.tally import Tally
 from mlproducer.cli.texts import MAX_CHARACTERS, MIN_CHARACTERS, texts
 from mlproducer.errors import (
@@ -35,12 +39,12 @@ from mlproducer.errors import (
 )
 
 CLI = Path(mlproducer.cli.__file__).parent
-PUBLIC = {"mlproducer", "mlproducer.errors", "mlproducer.testing"}
+PUBLIC = {"mlproducer", "mlproducer.dead_letters", "mlproducer.errors", "mlproducer.testing"}
 CONTENT = {"text": "PRIVATE"}
 CELERY = {"task": "celery", "name": "x.y", "routing_key": "ml.embed"}
 
 
-@pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CLI.rglob("*.py")), ids=lambda path: path.name)
 def test_commands_know_the_public_api_only(path: Path) -> None:
     """A command does what any user could do."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -68,6 +72,13 @@ def test_commands_know_the_public_api_only(path: Path) -> None:
         ["demo", "--messages", "0"],
         ["demo", "--messages", "many"],
         ["demo", "--messages", "100001"],
+        ["dead-letters"],
+        ["dead-letters", "nosuch"],
+        ["dead-letters", "list", "id"],
+        ["dead-letters", "show"],
+        ["dead-letters", "show", "a", "b"],
+        ["reliability", "nosuch"],
+        ["reliability", "all", "message-retry"],
     ],
     ids=" ".join,
 )
@@ -79,11 +90,43 @@ def test_bad_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
     assert "usage: mlproducer" in captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "publish", "check"])
-def test_help_is_0(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *([name] for name in COMMANDS),
+        *(["dead-letters", name] for name in ("list", "show", "replay", "purge")),
+    ],
+    ids=" ".join,
+)
+def test_help_is_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Each command explains itself, and offers JSON."""
-    assert main([command, "--help"]) == 0
+    assert main([*argv, "--help"]) == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_the_scenarios_are_those_of_the_contract() -> None:
+    """They are found under their names, in the order in which ``all`` runs them."""
+    assert list(SCENARIOS) == [
+        "connection-resilience",
+        "message-retry",
+        "circuit-breaker",
+        "publisher-confirms",
+        "health-checks",
+    ]
+    assert all(name == scenario.name for name, scenario in SCENARIOS.items())
+
+
+@pytest.mark.parametrize("argv", [["--json", "purge"], ["purge", "id", "--json"]], ids=" ".join)
+def test_nobody_is_asked_where_nobody_could_answer(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal ``purge`` wants --yes: exit code 2, before anything is connected."""
+    monkeypatch.setenv("RABBITMQ_URL", "amqp://127.0.0.1:1/")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert main(["dead-letters", *argv]) == 2
+    captured = capsys.readouterr()
+    assert "--yes" in captured.err
+    assert "--yes" in json.loads(captured.out)["error"]
 
 
 def test_without_a_url_check_fails_with_the_hint(
@@ -215,6 +258,12 @@ def test_in_a_file_the_progress_is_a_line_now_and_then(
     assert capsys.readouterr().err == ""
 
 
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    """Control characters of others' texts are shown, not sent; line ends stay where they may."""
+    assert output.plain("a\x1b[2J\n\u202eb é") == "a\\x1b[2J\\n\\u202eb é"
+    assert output.plain("a\tb\n\x07", lines=True) == "a\tb\n\\x07"
+
+
 # --- advice ----------------------------------------------------------------------------------
 
 
@@ -229,6 +278,8 @@ def test_in_a_file_the_progress_is_a_line_now_and_then(
         (NotConnectedError("h:1: TLS failed: x"), "RABBITMQ_SSL_CERTFILE"),
         (NotConnectedError("h:1: no answer in time"), "firewall"),
         (NotConnectedError("something new"), "broker's log"),
+        (NotConnectedError("h:1: refused by the broker: 403 ACCESS_REFUSED"), "user and passwor"),
+        (NotConnectedError("h:1: 404 NOT_FOUND - no queue 'q' in vhost '/'"), "virtual host"),
         (BrokerRejectedError("x", reply_code=403), "set_permissions"),
         (BrokerRejectedError("x", reply_code=404), "ML_EXCHANGE"),
         (BrokerRejectedError("x", reply_code=999), "broker's log"),
@@ -300,3 +351,41 @@ def test_what_was_not_published_is_not_well() -> None:
     tally = Tally(2, [_receipt("a")])
     tally.look([_Run("a")])
     assert not tally.count().well
+
+
+# --- reliability -----------------------------------------------------------------------------
+
+
+def test_the_ledger_finds_what_is_lost_leaked_and_double() -> None:
+    """What was taken over must be found, what was given back as not sent must not."""
+    ledger = Ledger()
+    for name in ("there", "twice", "dead", "lost"):
+        ledger.note(name, _receipt(name))
+    ledger.note("leaked", NotConnectedError("x"))
+    ledger.note("doubtful", NackError("x"))
+    ledger.note("unsent", NotConnectedError("x"))
+    found = Counter({"there": 1, "twice": 2, "leaked": 1, "doubtful": 1})
+    account = ledger.check(found, Counter(["dead"]))
+    assert (account.taken_over, account.delivered, account.dead_lettered) == (4, 3, 1)
+    assert (account.given_back, account.leaked, account.duplicates) == (3, 1, 1)
+    assert account.rate == 0.75
+    assert not account.well
+    assert (account + account).duplicates == 2
+
+
+def test_the_totals_name_the_rate_and_what_was_skipped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """People read the delivery rate, and that a scenario without a step that ran is skipped."""
+    ledger = Ledger({name: _receipt(name) for name in "abc"}, {}, [0.25, 1.5])
+    account = ledger.check(Counter("abb"), Counter())
+    first, second = list(SCENARIOS.values())[:2]
+    failed, skipped = Step("d", "e", "s", ok=False), Step("d", "e", "s", ok=None)
+    reports = [Report(first, (failed, skipped), account), Report(second, (skipped,), Account())]
+    show_totals(reports, account, 2.0, output.Console(as_json=False))
+    rows = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    told = {name: value.strip() for name, value in rows.items()}
+    assert told["delivery rate over the faults"] == "66.67%"
+    assert told["longest publish()"] == "1.500 s"
+    assert told["steps"] == "0 ok, 1 failed, 2 skipped"
+    assert (told[first.name], told[second.name]) == ("FAILED", "skipped")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlproducer import MLProducer, Outcome
+from mlproducer import MLProducer, Outcome, Settings
 from mlproducer.core.backoff import Backoff
 from mlproducer.errors import (
     BrokerBlockedError,
@@ -58,14 +58,12 @@ def test_the_schedule(connect: Connect, serve: Serve) -> None:
     assert letter - attempts[-1] < BASE
 
 
-def test_the_contracts_schedule(connect: Connect, serve: Serve) -> None:
+def test_the_contracts_schedule() -> None:
     """Without settings of one's own: 1, 2, 4 s, capped at 10, a sweep each second, 3 retries."""
-    producer = MLProducer()
-    settings = producer.settings
+    settings = Settings()
     backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
     assert [backoff.delay(failures) for failures in range(5)] == [1.0, 2.0, 4.0, 8.0, 10.0]
     assert (settings.retry_sweep_interval, settings.max_message_retries) == (1.0, 3)
-    producer.close(0)
 
 
 def test_no_retries(connect: Connect, serve: Serve) -> None:

@@ -13,7 +13,7 @@ import logging
 import os
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     total = sum((report.account for report in reports), Account())
     well = all(report.ok is not False for report in reports)
     seconds = time.monotonic() - started
-    _sum_up(reports, total, seconds, console)
+    show_totals(reports, total, seconds, console)
     console.emit(
         {
             "ok": well,
@@ -186,11 +186,14 @@ def _word(ok: bool | None) -> str:
     return {True: "ok", False: "FAILED", None: "skipped"}[ok]
 
 
-def _sum_up(reports: list[Report], total: Account, seconds: float, console: Console) -> None:
-    steps = [step for report in reports for step in report.steps]
-    counts = {word: sum(step.ok is word for step in steps) for word in (True, False, None)}
+def show_totals(
+    reports: Sequence[Report], total: Account, seconds: float, console: Console
+) -> None:
+    """Show how each scenario went, and what became of all messages together."""
+    steps = [step.ok for report in reports for step in report.steps]
+    ok, failed, skipped = (steps.count(result) for result in (True, False, None))
     rows = [(report.scenario.name, _word(report.ok)) for report in reports]
-    rows.append(("steps", f"{counts[True]} ok, {counts[False]} failed, {counts[None]} skipped"))
+    rows.append(("steps", f"{ok} ok, {failed} failed, {skipped} skipped"))
     if total.taken_over:
         rows += [
             ("taken over by publish()", str(total.taken_over)),
