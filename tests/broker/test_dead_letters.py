@@ -236,7 +236,7 @@ def test_letters_of_the_broker(rabbitmq_vhost: VirtualHost, connect: Connect) ->
     assert _ids(url) == ["asks"]
 
 
-PREFETCH, MANY = 20, 600
+PREFETCH, MANY = 20, 2000
 
 
 @contextmanager

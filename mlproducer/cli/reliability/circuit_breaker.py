@@ -12,13 +12,13 @@ import time
 from collections import Counter
 
 from mlproducer import CircuitState
-from mlproducer.cli.reliability.lab import SETTLING, TIMERS, Lab
+from mlproducer.cli.reliability.lab import BACK, TIMERS, Lab
 from mlproducer.cli.reliability.trials import Scenario, Trial, expect, see
 from mlproducer.errors import CircuitOpenError
 
 THRESHOLD = 10
 COOLDOWN = float(TIMERS["circuit_breaker_cooldown"])
-MARGIN = 0.3
+MARGIN = 0.5
 FAST = 0.005
 CALLS = 200
 OUTLIERS = 2
@@ -36,7 +36,7 @@ def _opens(lab: Lab) -> str:
     lab.publish_at_once(producer, THRESHOLD - 1, timeout=TIMEOUT, retry=False)
     before = producer.status()
     lab.publish_at_once(producer, 1, timeout=TIMEOUT, retry=False)
-    opened.get(timeout=TIMEOUT)
+    opened.get(timeout=BACK)
     after = producer.status()
     failures = before.consecutive_failures
     seen = f"{failures} failures: {before.circuit_state.name}; one more: {after.circuit_state.name}"
@@ -82,7 +82,7 @@ def _closes(lab: Lab) -> str:
     lab.node.thaw()
     see(lambda: _is(lab, CircuitState.HALF_OPEN), COOLDOWN + MARGIN, "half-open")
     lab.check(producer)
-    closed.get(timeout=SETTLING)
+    closed.get(timeout=BACK)
     state = producer.status().circuit_state
     lab.check(producer)
     return expect(state is CircuitState.CLOSED, f"the probe was confirmed; then {state.name}")

@@ -14,7 +14,7 @@ from mlproducer.cli.reliability.trials import Need, Scenario, Trial, UnexpectedE
 
 INTERVAL = 1.0
 PROBE_LIMIT = 5.0
-FOUND = INTERVAL + PROBE_LIMIT + 0.5
+FOUND = INTERVAL + PROBE_LIMIT + 1.0
 
 
 def _producer(lab: Lab, url: str | None = None) -> tuple[MLProducer, queue.SimpleQueue[Any]]:

@@ -150,14 +150,15 @@ class Lab:
 
         :raises UnexpectedError: it does not
         """
-        error: object
         if self.private:
             answer = self.ledger.publish(producer, self.message())
-            error = answer.reason if isinstance(answer, Receipt) else answer
+            error = None if isinstance(answer, Receipt) else answer
         else:
-            error = reach.probe(producer, CONNECTING)
+            answer, error = None, reach.probe(producer, CONNECTING)
         if error is not None:
             raise UnexpectedError(f"{type(error).__name__}: {error}")
+        if isinstance(answer, Receipt):
+            answer.result(SETTLING)
 
     def publish_at_once(self, producer: MLProducer, count: int, **options: Any) -> list[Any]:
         """Publish from so many threads at once, and give what the calls said."""

@@ -17,7 +17,7 @@ from mlproducer.testing import Behaviour, FakeBroker
 
 MANY = 500
 FULL = 5
-TRIES = 200
+TRIES = 1000
 LIMIT = f'{{"max-length": {FULL}, "overflow": "reject-publish"}}'
 
 
