@@ -258,6 +258,7 @@ class Courier:
         """Give those whose publishers have not got them back, to be sent again."""
         for delivery in lost:
             delivery.doubtful = True
+            self.breaker.released(delivery)
             if not delivery.open:
                 self._judge.leave(delivery, Place.RETIRED)
         return [delivery for delivery in lost if delivery.open]
@@ -278,6 +279,7 @@ class Courier:
 
     def not_kept(self, delivery: Delivery, error: PublishError) -> None:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
+        self._keeper.forget(delivery)
         delivery.kept = False
         delivery.retry = False
         if delivery.place is Place.WAITING:

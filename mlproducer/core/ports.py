@@ -67,6 +67,9 @@ class Keeper(Protocol):
     def keep(self, delivery: Delivery, now: float) -> None:
         """Store it. Its answer comes back through `Courier.kept` or `Courier.not_kept`."""
 
+    def forget(self, delivery: Delivery) -> None:
+        """Hold it no longer: the store has refused it."""
+
     def settle(self, delivery: Delivery) -> None:
         """Delete it: it was confirmed, or given back."""
 

@@ -78,9 +78,13 @@ class Keeper:
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
+        self.forget(delivery)
+        self.thread.order(partial(self._done, delivery))
+
+    def forget(self, delivery: Delivery) -> None:
+        """Hold a message no longer, which the store has refused or is going to delete."""
         self._held.pop(delivery, None)
         self._dead.pop(delivery, None)
-        self.thread.order(partial(self._done, delivery))
         if not self._held:
             self._gate.emptied.changed()
 
@@ -127,8 +131,6 @@ class Keeper:
         try:
             key = self._store.put(delivery.envelope, attempts, due)
         except (BufferFullError, StoreError) as error:
-            self._held.pop(delivery, None)
-            self._gate.emptied.changed()
             desk.order(partial(desk.not_kept, delivery, error))
             return
         self._keys[delivery] = key

@@ -56,6 +56,10 @@ class FakeKeeper:
         """Store it."""
         self.rows[delivery] = delivery.attempts
 
+    def forget(self, delivery: Delivery) -> None:
+        """Hold it no longer."""
+        self.rows.pop(delivery, None)
+
     def settle(self, delivery: Delivery) -> None:
         """Delete it."""
         self.settled.append(delivery)

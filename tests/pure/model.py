@@ -1,8 +1,9 @@
-"""A producer without its threads: the real courier, keeper, gate and store, on a clock of the test's.
+"""A producer without its threads: the real courier, keeper, gate and store, on a test's clock.
 
 The broker and the publishers are models, which know what has happened to each message, and check
-every word that the library says against it. What its threads tell one another waits here in queues,
-so that a test can interleave them as it likes. The numbers (I1, I2 ...) are those of the invariants.
+every word that the library says against it. What its threads tell one another waits here in
+queues, so that a test can interleave them as it likes. The numbers (I1, I2 ...) are those of the
+invariants that the project holds to.
 
 Runs on: the test's thread.
 """

@@ -1,4 +1,4 @@
-"""The courier and its keeper against a model of broker, store and publishers, in any order of events.
+"""The courier and its keeper against a model of broker and publishers, in any order of events.
 
 A step is one thing that one of the threads, the broker or a publisher does. Each example ends in
 one of two ways: the producer is closed on the spot, or the faults stop and everything has to find
@@ -350,6 +350,6 @@ def test_a_million_steps(steps: int) -> None:
 
         steps = 0
 
-    long = settings(QUICK, max_examples=250_000 // steps, stateful_step_count=steps, database=None)
+    long = settings(QUICK, max_examples=320_000 // steps, stateful_step_count=steps, database=None)
     run_state_machine_as_test(Seeded, settings=long)
     assert Seeded.steps >= 250_000

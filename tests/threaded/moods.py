@@ -5,6 +5,7 @@ Runs on: the fake broker's thread, and the tests' threads.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -86,6 +87,11 @@ class Happenings:
         """Wait until it holds of what was seen."""
         with self._changed:
             assert self._changed.wait_for(holds, LIMIT), self.seen
+
+
+def gaps(times: list[float]) -> list[float]:
+    """Seconds from each to the next."""
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 def circuit_of(producer: MLProducer) -> Happenings:

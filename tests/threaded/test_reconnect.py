@@ -19,7 +19,7 @@ from mlproducer.testing.proxy import Proxy
 from tests.helpers import LIMIT, Background, make_message
 from tests.threaded.brokers import Holding, ack
 from tests.threaded.conftest import Connect, Serve
-from tests.threaded.moods import Happenings, Moody, events_of, io_of
+from tests.threaded.moods import Happenings, Moody, events_of, gaps, io_of
 
 INITIAL, MAXIMUM, JITTER = 0.1, 0.4, 0.3
 DELAYS: dict[str, Any] = {
@@ -59,8 +59,7 @@ class Dropping(Moody):
 
     def gaps(self) -> list[float]:
         """Seconds between one connection and the next."""
-        times = [when for when, _ in self.came.seen]
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        return gaps([when for when, _ in self.came.seen])
 
 
 def serve_dropping(serve: Serve, when: str = "at once") -> tuple[FakeBroker, Dropping]:
@@ -84,9 +83,8 @@ def test_the_backoff(connect: Connect, serve: Serve, when: str) -> None:
     gave_up = events_of(producer, "gave_up")
     producer.start()
     gave_up.wait_for("gave_up")
-    gaps = dropping.gaps()
-    assert len(gaps) == 4
-    for gap, step in zip(gaps, [INITIAL, 2 * INITIAL, MAXIMUM, MAXIMUM], strict=True):
+    assert len(dropping.gaps()) == 4
+    for gap, step in zip(dropping.gaps(), [INITIAL, 2 * INITIAL, MAXIMUM, MAXIMUM], strict=True):
         assert step <= gap < step * (1 + JITTER) + SLACK
     assert {there for _, there in dropping.came.seen} == {1}
     assert producer.status().reconnect_attempts == 5

@@ -48,7 +48,7 @@ ALL = "all"
 
 HELP = "break a broker in every way, and see what is lost"
 DESCRIPTION = (
-    "Run a scenario, or all (about 2 minutes), each on a private RabbitMQ node, with shortened "
+    "Run a scenario, or all (about a minute), each on a private RabbitMQ node, with shortened "
     "timers. Where RABBITMQ_URL is set that broker is used: it is not harmed, nothing is declared "
     "on it, and nothing published but messages that it returns; the other steps are skipped."
 )
