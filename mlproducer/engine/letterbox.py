@@ -19,6 +19,7 @@ from mlproducer.engine.link import Route, blocking_channel
 from mlproducer.engine.losses import closed_by_broker, translate
 from mlproducer.errors import MLProducerError, NotConnectedError
 from mlproducer.message import Message
+from mlproducer.wire.dead_letter import EXPIRATION_HEADER
 
 PATIENCE = 5.0
 """Seconds for the broker to hand out a letter that it has counted."""
@@ -159,6 +160,7 @@ def _letter(method: Any, properties: Any, body: bytes) -> Letter:
     reason, attempts, exchange, routing_key, since = (
         headers.pop(name, history.get(name)) for name in DEATH_HEADERS
     )
+    expiration = properties.expiration or headers.pop(EXPIRATION_HEADER, None)
     for name in BROKERS_HEADERS:
         headers.pop(name, None)
     message = Message(
@@ -169,7 +171,7 @@ def _letter(method: Any, properties: Any, body: bytes) -> Letter:
         content_type=properties.content_type,
         content_encoding=properties.content_encoding,
         priority=properties.priority,
-        expiration=int(properties.expiration) / 1000 if properties.expiration else None,
+        expiration=int(expiration) / 1000 if expiration else None,
         message_id=properties.message_id,
         correlation_id=properties.correlation_id,
         type=properties.type,

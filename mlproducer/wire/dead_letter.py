@@ -1,18 +1,22 @@
 """What a message becomes after its last retry: the same body, with headers that say what happened.
 
+It lives on in its queue until somebody looks at it, so an expiration becomes a header, as it does
+where RabbitMQ dead-letters (its guide, *Dead Letter Exchanges*).
+
 Runs on: the I/O thread.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 
 from mlproducer.message import Envelope
 from mlproducer.wire.amqp import table_entries
 
-_HAS_TYPE, _HAS_ENCODING, _HAS_HEADERS = 1 << 15, 1 << 14, 1 << 13
-_LENGTH = struct.Struct(">I")
+EXPIRATION_HEADER = "x-original-expiration"
+
+_HEADERS, _EXPIRATION, _CLUSTER_ID = 13, 8, 2
+_OCTETS = {12, 11}  # delivery mode and priority; the headers are a table, all else short strings
 
 
 def dead_letter(envelope: Envelope, exchange: str, headers: Mapping[str, str | int]) -> Envelope:
@@ -22,24 +26,39 @@ def dead_letter(envelope: Envelope, exchange: str, headers: Mapping[str, str | i
         task_type=envelope.task_type,
         exchange=exchange,
         routing_key=envelope.routing_key,
-        properties=_with_headers(envelope.properties, table_entries("headers", headers)),
+        properties=_dead(envelope.properties, headers),
         body=envelope.body,
     )
 
 
-def _with_headers(properties: bytes, entries: bytes) -> bytes:
-    """Add entries to the header table of an encoded property list, which may have none yet."""
-    flags = int.from_bytes(properties[:2], "big")
-    at = 2
-    for flag in (_HAS_TYPE, _HAS_ENCODING):  # short strings that stand before the headers
-        if flags & flag:
-            at += 1 + properties[at]
-    old = b""
-    rest = at
-    if flags & _HAS_HEADERS:
-        rest = at + 4 + _LENGTH.unpack_from(properties, at)[0]
-        old = properties[at + 4 : rest]
-    table = _LENGTH.pack(len(old) + len(entries)) + old + entries
-    return b"".join(
-        ((flags | _HAS_HEADERS).to_bytes(2, "big"), properties[2:at], table, properties[rest:])
-    )
+def _dead(properties: bytes, headers: Mapping[str, str | int]) -> bytes:
+    """Add headers to an encoded property list, which may have none yet, and drop its expiration."""
+    values = _split(properties)
+    expiration = values.pop(_EXPIRATION, None)
+    if expiration is not None:
+        headers = {**headers, EXPIRATION_HEADER: expiration[1:].decode()}
+    entries = values.get(_HEADERS, bytes(4))[4:] + table_entries("headers", headers)
+    values[_HEADERS] = len(entries).to_bytes(4, "big") + entries
+    flags = sum(1 << bit for bit in values) | 1 << _CLUSTER_ID
+    ordered = (values[bit] for bit in sorted(values, reverse=True))
+    return b"".join((flags.to_bytes(2, "big"), *ordered))
+
+
+def _split(properties: bytes) -> dict[int, bytes]:
+    """Cut a property list, open at its end, into its values by their flag's bit."""
+    flags, at = int.from_bytes(properties[:2], "big"), 2
+    values: dict[int, bytes] = {}
+    for bit in range(15, _CLUSTER_ID, -1):
+        if flags & 1 << bit:
+            end = at + _size(bit, properties, at)
+            values[bit] = properties[at:end]
+            at = end
+    return values
+
+
+def _size(bit: int, properties: bytes, at: int) -> int:
+    if bit in _OCTETS:
+        return 1
+    if bit == _HEADERS:
+        return 4 + int.from_bytes(properties[at : at + 4], "big")
+    return 1 + properties[at]

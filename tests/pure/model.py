@@ -1,256 +1,43 @@
 """A producer without its threads: the real courier, keeper, gate and store, on a test's clock.
 
-The broker and the publishers are models, which know what has happened to each message, and check
-every word that the library says against it. What its threads tell one another waits here in
-queues, so that a test can interleave them as it likes. The numbers (I1, I2 ...) are those of the
-invariants that the project holds to.
+What its threads tell one another waits here in queues, so that a test can interleave them as it
+likes; what they do is checked by the witnesses that are built in.
 
 Runs on: the test's thread.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from attrs import define, evolve, field, frozen
+from attrs import evolve
 
-from mlproducer.core.backoff import Backoff
-from mlproducer.core.breaker import Breaker
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Loss
 from mlproducer.core.recovery import accuses
 from mlproducer.core.states import CircuitState
 from mlproducer.engine.gate import Gate
-from mlproducer.engine.keeper import Keeper
-from mlproducer.errors import PublishError, RetriesExhaustedError, StoreError
+from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.message import Envelope
-from mlproducer.observe.events import EventSink
-from mlproducer.stores.memory import MemoryStore
 from tests.helpers import make_delivery
+from tests.pure.witnesses import (
+    PLENTY,
+    Channel,
+    Clock,
+    ModelBreaker,
+    ModelKeeper,
+    ModelStore,
+    Record,
+    Setup,
+    Sink,
+)
 
-BASE_DELAY, MAX_DELAY, COOLDOWN, SWEEP = 1.0, 10.0, 30.0, 1.0
-PLENTY = 1 << 20
 MANY = 1000
 WINDOW_BYTES = 40
 """Bytes inside at once: six messages of the tests' size, fewer of the larger ones."""
-
-WIDE = b"does not fit a narrow frame"
-
-
-@frozen
-class Setup:
-    """The settings of one run."""
-
-    max_retries: int = 3
-    threshold: int = 4
-    window: int = 8
-    rows: int = 50
-    durable: bool = False
-
-
-class Clock:
-    """Stands in for the module ``time`` where the library reads the clock."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        """The test's time."""
-        return self.now
-
-
-@define(eq=False)
-class Record:
-    """What has happened to one message."""
-
-    delivery: Delivery
-    serial: int
-    sends: int = 0
-    letters: int = 0
-    hits: int = 0
-    acked: bool = False
-    hidden: bool = False  # written, its fate unknown: a queue may hold it
-    counted: int = -1  # the write whose failure the breaker has counted last
-    not_before: float = 0.0
-    ends: list[str] = field(factory=list)
-    answer: object = None
-
-    @property
-    def writes(self) -> int:
-        """How often it was on the wire, as itself or as a dead letter."""
-        return self.sends + self.letters
-
-
-class Channel:
-    """The broker's side of one channel."""
-
-    def __init__(self, house: House, room: int, *, narrow: bool) -> None:
-        self._house = house
-        self._room = room
-        self._narrow = narrow
-        self.last = 0
-        self.open: dict[int, Record] = {}
-        self.returned: set[int] = set()
-        self.probes: set[int] = set()
-
-    def room(self) -> int:
-        """As much as the test gives."""
-        return self._room
-
-    def fits(self, envelope: Envelope) -> bool:
-        """A narrow channel has no frame for wide messages."""
-        return not (self._narrow and envelope.body == WIDE)
-
-    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
-        """Check each message on the wire."""
-        state = self._house.breaker.state
-        assert not self._house.blocked, "I19: written while the broker blocks"
-        assert state is not CircuitState.OPEN, "I17: written while the breaker is open"
-        if state is CircuitState.HALF_OPEN:
-            assert len(batch) == 1, "I17: one probe"
-            assert not self.probes & self.open.keys(), "I17: one probe at a time"
-            self.probes.add(batch[0][1])
-        for envelope, tag in batch:
-            self._write(self._house.by_id[envelope.message_id], envelope, tag)
-
-    def _write(self, record: Record, envelope: Envelope, tag: int) -> None:
-        delivery = record.delivery
-        self.last += 1
-        assert tag == self.last, "I7: tags count from 1 in the order of writing"
-        assert record not in self.open.values(), "I11: twice at once on one channel"
-        assert not record.ends, "I2, I4: sent after its end"
-        if not (record.sends or delivery.kept):
-            assert record.serial > self._house.last_first, "I24: first attempts in order"
-            self._house.last_first = record.serial
-        self.open[tag] = record
-        assert (envelope.exchange == "dead") == delivery.dead, "I22: a letter, or a message"
-        if delivery.dead:
-            record.letters += 1
-        else:
-            record.sends += 1
-
-    def settle(self, tag: int, *, multiple: bool) -> list[tuple[Record, bool]]:
-        """Give who is settled by a tag, and whether it had been returned."""
-        if tag > self.last:
-            return []
-        tags = [t for t in self.open if t == tag or (multiple and (t < tag or tag == 0))]
-        return [(self.open.pop(each), each in self.returned) for each in tags]
-
-
-class Sink(EventSink):
-    """Hears what the courier says of each message's end."""
-
-    def __init__(self, house: House) -> None:
-        self._house = house
-
-    def confirmed(self, delivery: Delivery) -> None:
-        """The broker has said so, and nothing else was said before."""
-        assert self._house.record(delivery).acked, "I3: confirmed without an ack, or returned"
-        self._end(delivery, "confirmed")
-
-    def dead_lettered(self, delivery: Delivery) -> None:
-        """Only a letter that is ours, and that the broker has."""
-        record = self._house.record(delivery)
-        assert delivery.kept, "only what is ours is buried"
-        assert record.letters, "I22: dead-lettered without a letter"
-        assert record.acked, "I22: dead-lettered without an ack, or returned"
-        self._end(delivery, "dead-lettered")
-
-    def deferred(self, delivery: Delivery) -> None:
-        """Only what the store holds."""
-        assert delivery in self._house.keeper._keys, "I20: deferred before it was stored"
-
-    def given_back(self, delivery: Delivery, error: PublishError) -> None:
-        """What is said of it is true."""
-        record = self._house.record(delivery)
-        assert error.message_id == delivery.envelope.message_id
-        assert error.attempts == record.sends, "I14: attempts are writes"
-        assert error.possibly_sent or not record.hidden, "I13: it may be there"
-        assert record.writes or not error.possibly_sent, "I13: it was never written"
-        self._end(delivery, "given back")
-
-    def _end(self, delivery: Delivery, end: str) -> None:
-        ends = self._house.record(delivery).ends
-        assert not ends, f"I4: {end} after {ends}"
-        ends.append(end)
-
-
-class ModelBreaker(Breaker):
-    """Checks that each attempt is counted once, and that it moves along its edges (I17)."""
-
-    def __init__(self, house: House) -> None:
-        super().__init__(house.setup.threshold, COOLDOWN, self._moved)
-        self._house = house
-        self._before = CircuitState.CLOSED
-        self._since = -math.inf
-        self.in_row = 0
-
-    def failed(self, delivery: Delivery, now: float) -> None:
-        """Count it, too."""
-        record = self._house.record(delivery)
-        assert record.counted != record.writes, "an attempt is counted once"
-        record.counted = record.writes
-        self.in_row += 1
-        super().failed(delivery, now)
-
-    def succeeded(self, delivery: Delivery) -> None:
-        """Start over, too."""
-        self.in_row = 0
-        super().succeeded(delivery)
-
-    def _moved(self, state: CircuitState) -> None:
-        before, self._before = self._before, state
-        if before is CircuitState.CLOSED:
-            assert (state, self.in_row) == (CircuitState.OPEN, self._house.setup.threshold)
-        elif before is CircuitState.OPEN:
-            assert state is CircuitState.HALF_OPEN
-            assert self._house.new_link or self._house.clock.now >= self._since + COOLDOWN
-            if self._house.channel is not None:
-                self._house.channel.probes.clear()
-        if state is CircuitState.OPEN:
-            self._since = self._house.clock.now
-
-
-class ModelStore(MemoryStore):
-    """A memory store that fails when it is told to, and may pass for a durable one."""
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup.rows)
-        self.durable = setup.durable
-        self.broken = False
-
-    def put(self, envelope: Envelope, attempts: int, due: float | None) -> int:
-        """Store a message, or not."""
-        if self.broken:
-            raise StoreError("locked", message_id=envelope.message_id, attempts=attempts)
-        return super().put(envelope, attempts, due)
-
-
-class ModelKeeper(Keeper):
-    """Notes when a message may be sent again at the earliest, by the contract (I15)."""
-
-    def __init__(self, house: House) -> None:
-        super().__init__(house.store, house.gate, Backoff(BASE_DELAY, MAX_DELAY), SWEEP)
-        self._house = house
-
-    def keep(self, delivery: Delivery, now: float) -> None:
-        """Store it, as soon as the thread gets to it."""
-        record = self._house.record(delivery)
-        assert not record.ends, "kept after its end"
-        assert now == self._house.clock.now
-        record.not_before = now + self._delay(delivery)
-        super().keep(delivery, now)
-
-    def _delay(self, delivery: Delivery) -> float:
-        if delivery.place is Place.IN_FLIGHT:
-            return math.inf
-        if delivery.dead:
-            return MAX_DELAY if delivery in self._dead else 0.0
-        return min(BASE_DELAY * 2 ** (delivery.attempts - 1), MAX_DELAY) * (delivery.attempts > 0)
 
 
 class House:
@@ -380,6 +167,16 @@ class House:
             orders.get(timeout=0)()
         elif due is not None and due <= self.clock.now:
             self.keeper.sweep()
+
+    def work(self, seconds: float) -> None:
+        """Let every thread do all that it has to do, now and after a time."""
+        self.drain(PLENTY)
+        self.clock.now += seconds
+        self.cool()
+        while not self.keeper.thread._orders.empty():
+            self.keep_house()
+        self.keep_house()
+        self.drain(PLENTY)
 
     # --- the broker ---
 

@@ -8,6 +8,7 @@ its end within a bounded time.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, seed, settings
@@ -30,17 +31,8 @@ from mlproducer.errors import (
     PublishError,
     RetriesExhaustedError,
 )
-from tests.pure.model import (
-    COOLDOWN,
-    PLENTY,
-    SWEEP,
-    WIDE,
-    WINDOW_BYTES,
-    Clock,
-    House,
-    Record,
-    Setup,
-)
+from tests.pure.model import WINDOW_BYTES, House
+from tests.pure.witnesses import COOLDOWN, PLENTY, SWEEP, WIDE, Clock, Record, Setup
 
 INSIDE = {Place.MAILBOX, Place.WAITING, Place.IN_FLIGHT}
 ROUNDS = 500
@@ -64,12 +56,12 @@ class CourierMachine(RuleBasedStateMachine):
 
     @initialize(
         max_retries=st.sampled_from([3, 3, 1, 0]),
-        threshold=st.sampled_from([4, 4, 1, 1000]),
+        threshold=st.sampled_from([4, 1000, 1000, 1]),
         window=st.sampled_from([8, 8, 2, 100]),
-        rows=st.sampled_from([50, 50, 2]),
+        rows=st.sampled_from([50, 50, 50, 2]),
         durable=st.booleans(),
         fair=st.booleans(),
-        connected=st.booleans(),
+        connected=st.sampled_from([True, True, True, False]),
     )
     def begin(self, *, fair: bool, connected: bool, **fields: int) -> None:
         """Make a producer."""
@@ -82,24 +74,27 @@ class CourierMachine(RuleBasedStateMachine):
 
     @rule(
         count=st.integers(1, 4),
-        retry=st.booleans(),
+        retry=st.sampled_from([True, True, True, False]),
         waits=st.booleans(),
         exchange=st.sampled_from("xy"),
         body=st.sampled_from([b"body"] * 4 + [WIDE]),
+        seen=st.booleans(),
     )
-    def publish(self, count: int, retry: bool, waits: bool, exchange: str, body: bytes) -> None:
-        """Some publish or submit."""
+    def publish(self, *, count: int, seen: bool, **message: Any) -> None:
+        """Some publish or submit; the I/O thread sees it at once, or later."""
         for _ in range(count):
-            delivery = self.house.publish(exchange=exchange, retry=retry, waits=waits, body=body)
+            delivery = self.house.publish(**message)
             if delivery is not None:
                 self.live[delivery] = self.house.record(delivery)
+        if seen:
+            self.house.drain(PLENTY)
 
     @precondition(lambda self: self.live)
-    @rule(pick=PICK)
-    def interrupt(self, pick: int) -> None:
+    @rule(pick=PICK, hit=st.sampled_from([False, False, True]))
+    def interrupt(self, pick: int, hit: bool) -> None:
         """A publisher is interrupted, and takes its message back if it still can."""
         delivery = self._one_of_the_live(pick)
-        if delivery.answer_deferral and not delivery.answer.done():
+        if hit and delivery.answer_deferral and not delivery.answer.done():
             self.house.withdraw(delivery)
 
     @precondition(lambda self: self.live)
@@ -164,7 +159,11 @@ class CourierMachine(RuleBasedStateMachine):
         """A message has no queue; its ack or nack comes later."""
         assert self.house.channel is not None
         tags = list(self.house.channel.open)
-        tag = tags[pick % len(tags)]
+        self.return_tag(tags[pick % len(tags)])
+
+    def return_tag(self, tag: int) -> None:
+        """Send a message back."""
+        assert self.house.channel is not None
         self.house.channel.returned.add(tag)
         self.house.courier.returned(tag, 312, "NO_ROUTE")
 
@@ -173,6 +172,21 @@ class CourierMachine(RuleBasedStateMachine):
     def flow(self, blocked: bool) -> None:
         """The alarm comes or goes."""
         self.house.block(blocked=blocked)
+
+    @rule(
+        seconds=st.sampled_from([1.0, 11.0, 31.0]),
+        seen=st.sampled_from(["ack", "nack", "nack", "return", "silence"]),
+    )
+    def a_while(self, seconds: float, seen: str) -> None:
+        """Every thread does all that it has to do, and the broker treats all alike."""
+        self.house.work(seconds)
+        channel = self.house.channel
+        if channel is None or seen == "silence":
+            return
+        if seen == "return":
+            for tag in list(channel.open):
+                self.return_tag(tag)
+        self.house.settle(channel.last, multiple=True, good=seen != "nack")
 
     # --- the link ---
 
@@ -202,7 +216,7 @@ class CourierMachine(RuleBasedStateMachine):
         self.house.courier.refuse(kind("no"), clock.now)
         assert self.house.courier.waiting == 0
 
-    @rule(broken=st.sampled_from([True, False, False]))
+    @rule(broken=st.sampled_from([True] + [False] * 5))
     def the_store(self, broken: bool) -> None:
         """The store fails, or works again."""
         self.house.store.broken = broken
@@ -285,11 +299,7 @@ class CourierMachine(RuleBasedStateMachine):
             house.drain(PLENTY)
             if house.channel is not None and house.channel.open:
                 house.settle(house.channel.last, multiple=True, good=True)
-            clock.now += SWEEP
-            while not house.keeper.thread._orders.empty():
-                house.keep_house()
-            house.keep_house()
-            house.drain(PLENTY)
+            house.work(SWEEP)
             if house.breaker.state is CircuitState.OPEN:
                 clock.now += COOLDOWN
                 house.cool()

@@ -22,6 +22,9 @@ TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20)
     content_type=st.none() | TEXT,
     content_encoding=st.none() | TEXT,
     priority=st.none() | st.integers(0, 255),
+    correlation_id=st.none() | TEXT,
+    type=st.none() | TEXT,
+    expiration=st.none() | st.integers(0, 99),
 )
 def test_adds_headers_and_changes_nothing_else(**fields: Any) -> None:
     """Whatever properties a message had, its dead letter has them too, and the headers of death."""
@@ -33,8 +36,10 @@ def test_adds_headers_and_changes_nothing_else(**fields: Any) -> None:
     before, after = (
         spec.BasicProperties().decode(envelope.properties + b"\x011") for envelope in (alive, dead)
     )
-    assert after.headers == {**headers, **SAID}
-    before.headers = after.headers = None
+    expired = {} if before.expiration is None else {"x-original-expiration": before.expiration}
+    assert after.headers == {**headers, **SAID, **expired}
+    assert after.expiration is None
+    before.headers = after.headers = before.expiration = None
     assert before == after
     assert (dead.exchange, dead.routing_key, dead.body) == ("dlx", "q", b"body")
     assert dead.message_id == alive.message_id
