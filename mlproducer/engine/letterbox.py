@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -160,7 +161,7 @@ def _letter(method: Any, properties: Any, body: bytes) -> Letter:
     reason, attempts, exchange, routing_key, since = (
         headers.pop(name, history.get(name)) for name in DEATH_HEADERS
     )
-    expiration = properties.expiration or headers.pop(EXPIRATION_HEADER, None)
+    expiration = str(properties.expiration or headers.pop(EXPIRATION_HEADER, ""))
     for name in BROKERS_HEADERS:
         headers.pop(name, None)
     message = Message(
@@ -171,7 +172,7 @@ def _letter(method: Any, properties: Any, body: bytes) -> Letter:
         content_type=properties.content_type,
         content_encoding=properties.content_encoding,
         priority=properties.priority,
-        expiration=int(expiration) / 1000 if expiration else None,
+        expiration=int(expiration) / 1000 if expiration.isdecimal() else None,
         message_id=properties.message_id,
         correlation_id=properties.correlation_id,
         type=properties.type,
@@ -192,16 +193,19 @@ def _letter(method: Any, properties: Any, body: bytes) -> Letter:
 
 
 def _history(headers: dict[str, Any]) -> dict[str, Any]:
-    """Say in our words what the broker notes of a message that it dead-lettered itself."""
+    """Say in our words what the broker notes of a message that it dead-lettered itself.
+
+    Anybody can publish such a header, so nothing is taken for granted.
+    """
     deaths = headers.get("x-death")
     if not (isinstance(deaths, list) and deaths and isinstance(deaths[-1], dict)):
         return {}
     first = deaths[-1]  # the latest stands first
-    keys, since = first.get("routing-keys") or [None], first.get("time")
+    keys, since = first.get("routing-keys"), first.get("time")
     return {
         "x-death-reason": first.get("reason"),
         "x-attempts": first.get("count"),
         "x-original-exchange": first.get("exchange"),
-        "x-original-routing-key": keys[0],
-        "x-first-failed-at": since and f"{since.isoformat()}+00:00",
+        "x-original-routing-key": keys[0] if isinstance(keys, list) and keys else None,
+        "x-first-failed-at": f"{since.isoformat()}+00:00" if isinstance(since, datetime) else None,
     }

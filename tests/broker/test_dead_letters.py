@@ -15,7 +15,7 @@ import pytest
 
 from mlproducer import CeleryTask, Message
 from mlproducer.errors import RetriesExhaustedError
-from mlproducer.testing import RabbitMQNode
+from mlproducer.testing import Proxy, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from tests.accounting import drain, open_channel
 from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
@@ -236,7 +236,26 @@ def test_letters_of_the_broker(rabbitmq_vhost: VirtualHost, connect: Connect) ->
     assert _ids(url) == ["asks"]
 
 
+def test_a_letter_that_lies_about_its_death(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Headers that anybody may have written neither stop a command nor the other letters."""
+    url = rabbitmq_vhost.url
+    deaths: list[Any] = [[], "text", [{}], [{"routing-keys": 1, "time": "x", "count": "y"}], [1]]
+    lies = [{"x-death": each} for each in deaths]
+    lies += [{"x-original-expiration": "soon", "x-attempts": "many"}, {"x-death-reason": 1}]
+    _bury(connect, [])
+    with open_channel(url) as channel:
+        for number, headers in enumerate(lies):
+            properties = pika.BasicProperties(message_id=str(number), headers=headers)
+            channel.basic_publish("", DEAD, b"PRIVATE", properties)
+    assert _ids(url) == [str(number) for number in range(len(lies))]
+    assert "7 deleted" in _fine(url, "purge", "--yes").stderr
+
+
 PREFETCH, MANY = 20, 2000
+DELAY = 0.02
+"""Seconds that every answer of the broker takes, so that a batch is long enough to be killed in."""
+
+MOMENTS = [n * DELAY / 2 for n in range(8)]
 
 
 @contextmanager
@@ -253,10 +272,10 @@ def _in_the_middle_of_a_replay(url: str) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-def _check_all_there(url: str, names: list[str]) -> None:
+def _check_all_there(url: str, names: list[str], kills: int) -> None:
     copies = drain(url, ["ml.embed", DEAD])
     assert copies.keys() == set(names)
-    assert copies.total() - len(copies) <= PREFETCH
+    assert copies.total() - len(copies) <= kills * PREFETCH
 
 
 def _bury_many(connect: Connect, url: str) -> list[str]:
@@ -270,14 +289,23 @@ def _bury_many(connect: Connect, url: str) -> list[str]:
     return names
 
 
-def test_a_replay_that_is_killed(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
-    """After kill -9 each letter is in its queue or a dead letter still, few of them both."""
+def test_a_replay_that_is_killed(
+    rabbitmq_vhost: VirtualHost, proxy: Proxy, connect: Connect
+) -> None:
+    """After kill -9, time and again, each letter is in its queue or a dead letter still.
+
+    At most those that were in hand are both.
+    """
     url = rabbitmq_vhost.url
     names = _bury_many(connect, url)
-    with _in_the_middle_of_a_replay(url) as process:
-        process.kill()
+    proxy.delay(DELAY, direction="s2c")
+    for moment in MOMENTS:
+        with _in_the_middle_of_a_replay(proxy.url(url)) as process:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(moment)
+            process.kill()
     assert 0 < rabbitmq_vhost.node.queue_depth(rabbitmq_vhost.name, "ml.embed") < MANY
-    _check_all_there(url, names)
+    _check_all_there(url, names, len(MOMENTS))
 
 
 def test_a_replay_whose_broker_is_killed(
@@ -296,7 +324,7 @@ def test_a_replay_whose_broker_is_killed(
     mortal_node.restart()
     for queue in ("ml.embed", DEAD):
         mortal_node.queue_depth(rabbitmq_vhost.name, queue)  # waits for its leader
-    _check_all_there(url, names)
+    _check_all_there(url, names, 1)
 
 
 # --- purge -----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tests.accounting import drain
 from tests.broker.conftest import Connect
 from tests.broker.rows import message
 from tests.broker.scripts import Program
+from tests.faults.test_losses import Connections
 from tests.faults.traffic import FIGURES, LIMIT
 
 pytestmark = pytest.mark.broker
@@ -149,13 +150,12 @@ def test_broker_that_drops_after_the_handshake(connect: Connect) -> None:
     with FakeBroker() as broker:
         producer = connect(broker.url, **TEN_ATTEMPTS)
         gave_up = threading.Event()
-        connected = threading.Semaphore(0)
+        connections = Connections(producer)
         producer.on("gave_up", gave_up.set)
-        producer.on("connected", connected.release)
         started = time.monotonic()
         producer.start()
-        for _ in range(10):
-            assert connected.acquire(timeout=LIMIT)
+        for turn in range(1, 11):
+            connections.wait_for(turn)
             for connection in broker.connections:
                 connection.reset()
         assert gave_up.wait(LIMIT)
@@ -163,6 +163,6 @@ def test_broker_that_drops_after_the_handshake(connect: Connect) -> None:
         with pytest.raises(TimeoutError):
             broker.wait_for_connections(1, 0.7)
         producer.reconnect()
-        assert connected.acquire(timeout=LIMIT)
+        connections.wait_for(11)
         assert broker.accepted == 11
         assert producer.publish(message("m")).confirmed

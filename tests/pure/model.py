@@ -9,7 +9,7 @@ Runs on: the test's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from attrs import evolve
@@ -168,15 +168,20 @@ class House:
         elif due is not None and due <= self.clock.now:
             self.keeper.sweep()
 
-    def work(self, seconds: float) -> None:
-        """Let every thread do all that it has to do, now and after a time."""
+    def work(self, seconds: float) -> Iterator[None]:
+        """Let every thread do all that it has to do, now and after a time, thing by thing."""
         self.drain(PLENTY)
+        yield
         self.clock.now += seconds
         self.cool()
+        yield
         while not self.keeper.thread._orders.empty():
             self.keep_house()
+            yield
         self.keep_house()
+        yield
         self.drain(PLENTY)
+        yield
 
     # --- the broker ---
 

@@ -91,17 +91,20 @@ def open_circuit_by(world: World, name: str) -> None:
 
 
 def test_what_waits_stays_when_it_opens() -> None:
-    """What was accepted before is not refused, and goes out when it is closed again."""
+    """What was accepted before is not refused; one of them is the probe, then all go out."""
     world = World(threshold=1)
     world.up(FakeCarrier(room=1))
-    world.send("a", "b")
+    world.send("a", "b", "c", "d")
+    world.carrier.room_left = 1000
     settle(world, "a", good=False)
     world.now = COOLDOWN
-    assert world.courier.waiting == 1
+    assert world.courier.waiting == 3
     world.courier.breaker.cool(world.now)
     world.courier.pump(world.now)
+    assert written(world) == ["a", "b"]
     settle(world, "b")
     assert state(world) is CLOSED
+    assert written(world) == ["a", "b", "c", "d"]
 
 
 # --- half-open ---------------------------------------------------------------------------------
@@ -203,6 +206,14 @@ def test_an_attempt_counts_once(late: str) -> None:
     else:
         world.down()
     assert world.courier.breaker.failures == 1
+
+
+def test_each_attempt_counts() -> None:
+    """A message that fails twice is two failures."""
+    world = World()
+    world.up()
+    exhausted(world, "a", 2)
+    assert world.courier.breaker.failures == 2
 
 
 @pytest.mark.parametrize("late", ["nack", "loss"])

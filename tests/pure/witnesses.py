@@ -241,4 +241,6 @@ class ModelKeeper(Keeper):
             return math.inf
         if delivery.dead:
             return MAX_DELAY if delivery in self._dead else 0.0
-        return min(BASE_DELAY * 2 ** (delivery.attempts - 1), MAX_DELAY) * (delivery.attempts > 0)
+        if delivery.attempts == 0:
+            return 0.0
+        return float(min(BASE_DELAY * 2.0 ** (delivery.attempts - 1), MAX_DELAY))

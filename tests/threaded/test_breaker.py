@@ -34,10 +34,10 @@ from tests.threaded.moods import Happenings, Moody, circuit_of, events_of, gaps,
 OPEN, HALF_OPEN, CLOSED = CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED
 THRESHOLD = 10
 SHORT = 0.05
-LONG = {"circuit_breaker_threshold": THRESHOLD, "circuit_breaker_cooldown": 30.0}
+LONG: dict[str, Any] = {"circuit_breaker_threshold": THRESHOLD, "circuit_breaker_cooldown": 30.0}
 """The contract's breaker."""
 
-TOUCHY = {"circuit_breaker_threshold": 1, "circuit_breaker_cooldown": 0.2}
+TOUCHY: dict[str, Any] = {"circuit_breaker_threshold": 1, "circuit_breaker_cooldown": 0.2}
 """One that opens at the first failure, and soon lets a probe through."""
 
 
@@ -275,7 +275,7 @@ def test_one_probe_among_a_hundred_threads(connect: Connect, serve: Serve) -> No
     def publish() -> bool:
         barrier.wait(LIMIT)
         try:
-            return producer.publish(make_message(), retry=False).confirmed
+            return producer.publish(make_message(), timeout=LIMIT, retry=False).confirmed
         except CircuitOpenError:
             refused.note(CircuitOpenError)
             return False

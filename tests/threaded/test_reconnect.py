@@ -27,7 +27,8 @@ DELAYS: dict[str, Any] = {
     "reconnect_max_delay": MAXIMUM,
     "reconnect_jitter": JITTER,
 }
-SLACK = 0.15
+SLACK = 1.0
+"""Seconds by which a loaded machine may be late."""
 
 
 class Dropping(Moody):
@@ -76,7 +77,7 @@ def serve_dropping(serve: Serve, when: str = "at once") -> tuple[FakeBroker, Dro
 def test_the_backoff(connect: Connect, serve: Serve, when: str) -> None:
     """Each delay lies between its step and 30 % more, up to the cap; one attempt at a time (I16).
 
-    A connection that is dropped before it was stable counts as a failure: no hot loop (19).
+    A connection that is dropped before it was stable counts as a failure: no hot loop (13).
     """
     broker, dropping = serve_dropping(serve, when)
     producer = connect(broker, **DELAYS, max_reconnect_attempts=5)
@@ -149,7 +150,7 @@ REVIVALS: dict[str, Callable[[MLProducer], object]] = {
 
 @pytest.mark.parametrize("way", REVIVALS)
 def test_gave_up_and_revived(connect: Connect, serve: Serve, way: str) -> None:
-    """After ten attempts nothing is tried until somebody asks; then the series begins anew."""
+    """After ten attempts nothing is tried until somebody asks; then the series begins anew (19)."""
     broker, dropping = serve_dropping(serve)
     producer = connect(
         broker,
@@ -190,7 +191,7 @@ def test_reconnect_while_attempts_remain(connect: Connect, serve: Serve) -> None
 
 
 def test_no_reconnect_while_blocked(connect: Connect, serve: Serve) -> None:
-    """Neither an order, nor a late confirm, nor an overdue one costs a blocked connection (33)."""
+    """Neither an order, nor a late confirm, nor an overdue one costs a blocked connection (32)."""
     mood = Moody("silent")
     broker = serve(mood)
     producer = connect(broker, confirm_give_up=0.1)

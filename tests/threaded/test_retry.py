@@ -32,6 +32,9 @@ RETRIES: dict[str, Any] = {
 }
 """The contract's retries, ten times as fast, and a cap that is reached."""
 
+LATE = 1.0
+"""Seconds by which a loaded machine may be late."""
+
 
 def cut_off(producer: MLProducer, broker: FakeBroker) -> None:
     """Lose the connection, and let no other be made."""
@@ -53,8 +56,8 @@ def test_the_schedule(connect: Connect, serve: Serve) -> None:
     *attempts, letter = mood.times("m")
     assert len(attempts) == 5
     for wait, due in zip(gaps(attempts), [BASE, 2 * BASE, 0.3, 0.3], strict=True):
-        assert due <= wait < due + SWEEP + 0.15
-    assert letter - attempts[-1] < BASE
+        assert due <= wait < due + SWEEP + LATE
+    assert letter - attempts[-1] < LATE
 
 
 def test_the_contracts_schedule() -> None:
@@ -112,7 +115,7 @@ def test_the_sweep_comes_with_the_connection(connect: Connect, serve: Serve) -> 
     back.wait_for("connected")
     begun = time.monotonic()
     assert receipt.result(LIMIT).confirmed
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - begun < LATE
 
 
 def test_no_attempt_while_blocked(connect: Connect, serve: Serve) -> None:
@@ -197,7 +200,7 @@ def check_letter(letter: ReceivedMessage) -> None:
 
 @pytest.mark.parametrize("fate", ["nack", "return", "close", "silent"])
 def test_a_letter_that_cannot_be_delivered(connect: Connect, serve: Serve, fate: str) -> None:
-    """It stays in the store as dead, never becomes a letter of a letter, and is tried again."""
+    """It stays in the store as dead, is never a letter of a letter, and is tried again (102)."""
     mood = Moody("nack", letters=fate)
     broker = serve(mood)
     producer = connect(
@@ -255,7 +258,7 @@ def test_a_late_ack_of_the_last_attempt(connect: Connect, serve: Serve) -> None:
 
 
 def test_confirm_give_up(connect: Connect, serve: Serve) -> None:
-    """The channel is replaced, all that was on it is sent once more, each under its own id."""
+    """The channel is replaced, all that was on it is sent once more under its own id (54)."""
 
     class Forgetful(Moody):
         first: FakeConnection | None = None
