@@ -286,6 +286,7 @@ class Courier:
             self._lanes.withdraw(delivery)
         if delivery.open:
             error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
+            error.attempts = delivery.attempts
             self._judge.give_back(delivery, error)
 
     # --- why a message was not sent ------------------------------------------------------------

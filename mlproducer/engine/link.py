@@ -112,6 +112,17 @@ class IOServices(SelectorIOServicesAdapter):
                 found = error
         return self.call_later(0, functools.partial(on_done, found))
 
+    def create_streaming_connection(
+        self, protocol_factory: Any, sock: socket.socket, on_done: Callable[[Any], None], **tls: Any
+    ) -> Any:
+        """Give ``on_done`` a stream, or an error; a reset may have come since the connect."""
+        try:
+            return super().create_streaming_connection(protocol_factory, sock, on_done, **tls)
+        except ValueError as error:  # pika's word for a socket that is not connected any more
+            sock.close()
+            lost = ConnectionResetError(str(error))
+            return self.call_later(0, functools.partial(on_done, lost))
+
 
 @frozen
 class Route:

@@ -280,6 +280,8 @@ class CourierMachine(RuleBasedStateMachine):
                 record.answer = record.answer or answer
                 assert record.answer is answer
             assert delivery.open == (record.ends in ([], ["withdrawn"]))
+            deferred = delivery.fate is not None and not record.ends
+            assert not deferred or delivery in self.house.keeper._keys, "I20: not stored"
             assert delivery.attempts == record.sends, "I14: an attempt is a write"
             assert record.writes <= 1 + record.hits, "I12: no write without a reason"
 

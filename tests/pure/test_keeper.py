@@ -1,0 +1,140 @@
+"""When a stored message is due again, by the keeper itself, without its thread."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from mlproducer.core.backoff import Backoff
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.engine import keeper as module
+from mlproducer.engine.gate import Gate
+from mlproducer.engine.keeper import Keeper
+from mlproducer.errors import PublishError
+from mlproducer.stores.memory import MemoryStore
+from tests.helpers import make_delivery
+from tests.pure.witnesses import Clock
+
+STEP = 0.25
+
+
+class Desk:
+    """Takes what the keeper says, and has room for everything."""
+
+    def __init__(self) -> None:
+        self.readmitted: list[Delivery] = []
+        self.refused: list[Delivery] = []
+
+    def order(self, method: partial[None]) -> bool:
+        """Do it at once."""
+        method()
+        return True
+
+    def ready(self) -> int:
+        """Many."""
+        return 1000
+
+    def readmit(self, delivery: Delivery) -> None:
+        """Note it."""
+        self.readmitted.append(delivery)
+
+    def kept(self, delivery: Delivery, *, durable: bool) -> None:
+        """It is stored."""
+
+    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
+        """Note it."""
+        self.refused.append(delivery)
+
+
+class Bench:
+    """A keeper with a fake clock."""
+
+    def __init__(self, rows: int = 10) -> None:
+        self.clock = Clock()
+        self.desk = Desk()
+        self.store = MemoryStore(rows)
+        self.keeper = Keeper(self.store, Gate(10), Backoff(1.0, 10.0), 1.0)
+        self.keeper.serve(self.desk, lambda: None)  # type: ignore[arg-type]
+
+    def keep(self, delivery: Delivery, attempts: int = 1) -> None:
+        """Have it stored."""
+        delivery.attempts = attempts
+        self.keeper.keep(delivery, self.clock.now)
+        self.work()
+
+    def work(self) -> None:
+        """Let the thread carry out its orders."""
+        while not self.keeper.thread._orders.empty():
+            self.keeper.thread._orders.get(timeout=0)()
+
+    def wait_for(self, delivery: Delivery, limit: float = 20.0) -> float | None:
+        """Sweep all the time, and say how long it took until it went out."""
+        begun = self.clock.now
+        while self.clock.now - begun < limit:
+            self.keeper.sweep()
+            if delivery in self.desk.readmitted:
+                return self.clock.now - begun
+            self.clock.now += STEP
+        return None
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A keeper on a fake clock."""
+    bench = Bench()
+    monkeypatch.setattr(module, "time", bench.clock)
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("attempts", "due"), [(0, 0.0), (1, 1.0), (2, 2.0), (3, 4.0), (4, 8.0), (5, 10.0), (9, 10.0)]
+)
+def test_due(bench: Bench, attempts: int, due: float) -> None:
+    """After an attempt 1, 2, 4 ... s, 10 at the most; at once where nothing was sent (I15)."""
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    bench.keep(delivery, attempts)
+    assert bench.wait_for(delivery) == due
+
+
+def test_not_due_while_its_tag_is_open(bench: Bench) -> None:
+    """What may still be confirmed is not sent again, until its channel is lost (I11)."""
+    delivery = make_delivery()
+    delivery.place = Place.IN_FLIGHT
+    bench.keep(delivery)
+    assert bench.wait_for(delivery) is None
+    delivery.place = Place.WAITING
+    bench.keep(delivery)
+    assert bench.wait_for(delivery) == 1.0
+
+
+def test_a_letter_is_due_at_once_and_then_seldom(bench: Bench) -> None:
+    """A dead letter that was not taken waits for the longest delay (102)."""
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    delivery.dead = True
+    bench.keep(delivery, 4)
+    assert bench.keeper.dead == 1
+    assert bench.wait_for(delivery) == 0.0
+    bench.desk.readmitted.clear()
+    bench.keep(delivery, 4)
+    assert bench.wait_for(delivery) == 10.0
+    bench.keeper.settle(delivery)
+    bench.work()
+    assert (bench.keeper.dead, len(bench.keeper), len(bench.store._slots)) == (0, 0, 0)
+
+
+def test_what_the_store_refuses(bench: Bench) -> None:
+    """It is held until the I/O thread has heard of it, is not put again, and leaves nothing."""
+    bench.store._max_rows = 0
+    delivery = make_delivery()
+    delivery.place, delivery.dead = Place.WAITING, True
+    bench.keep(delivery)
+    assert bench.desk.refused == [delivery]
+    assert bench.keeper.held() == [delivery]
+    bench.store._max_rows = 10
+    bench.keep(delivery)
+    assert len(bench.store._slots) == 0
+    bench.keeper.forget(delivery)
+    assert (len(bench.keeper), bench.keeper.dead) == (0, 0)
