@@ -157,13 +157,14 @@ class Line:
         while self._waits and not _undecided(self._waits[0]):
             self._finish_next()
         self._waits.append(wait)
+        hand_in = self._engine.post
         while not self._engine.gate.enter(delivery, self._deadline()):
             if self._waits[0] is wait:
-                self._engine.turn_away(delivery)
-                return
+                hand_in = self._engine.turn_away
+                break
             self._finish_next()
         try:
-            self._engine.post(delivery)
+            hand_in(delivery)
         except PublishError as error:
             wait.answer.set_exception(error)
 

@@ -24,6 +24,7 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.io_thread import IOThread
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import Route
+from mlproducer.engine.mailbox import Item
 from mlproducer.engine.tls import make_context
 from mlproducer.errors import CircuitOpenError, ProducerClosedError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
@@ -131,10 +132,7 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
-        if not self._io.reactor.mailbox.put(delivery):
-            raise ProducerClosedError(
-                "the producer was closed", message_id=delivery.envelope.message_id
-            )
+        self._hand_in(delivery, delivery)
 
     def refuse(self, delivery: Delivery) -> CircuitOpenError | None:
         """Give the error with which an open breaker fails a message on the spot.
@@ -151,8 +149,16 @@ class Engine:
         )
 
     def turn_away(self, delivery: Delivery) -> None:
-        """Hand over a delivery for which the gate had no room in time."""
-        self._io.order(partial(self._io.turn_away, delivery))
+        """Hand over a delivery for which the gate had no room in time.
+
+        :raises ProducerClosedError: the producer was closed meanwhile
+        """
+        self._hand_in(partial(self._io.turn_away, delivery), delivery)
+
+    def _hand_in(self, item: Item, delivery: Delivery) -> None:
+        if not self._io.reactor.mailbox.put(item):
+            message_id = delivery.envelope.message_id
+            raise ProducerClosedError("the producer was closed", message_id=message_id)
 
     def expire(self, delivery: Delivery) -> None:
         """Say that a publisher's time is up."""

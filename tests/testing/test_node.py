@@ -287,6 +287,7 @@ def test_a_missing_rabbitmq_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         RabbitMQNode().start()
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_cluster_goes_on_without_one_node(tmp_path: Path) -> None:
     """A quorum queue of three members confirms after one was killed, which catches up later."""
