@@ -8,7 +8,6 @@ Runs on: the I/O thread, except where a method says otherwise.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -35,8 +34,6 @@ from mlproducer.latch import Watch
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
 from mlproducer.topology import Declaration, Topology
-
-logger = logging.getLogger(__name__)
 
 TICK = 1.0
 """Seconds between looks at what is overdue."""
