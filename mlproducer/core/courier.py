@@ -118,6 +118,7 @@ class Courier:
             self._lanes.withdraw(delivery)
             self._judge.fail(delivery, self._unsent(delivery), now)
         elif delivery.place is Place.IN_FLIGHT:
+            delivery.late = True
             self._judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
 
     def pump(self, now: float) -> None:
@@ -138,28 +139,39 @@ class Courier:
 
     def _dispatch(self, delivery: Delivery, now: float) -> int:
         """Note an attempt before it is written, and give its tag."""
-        if delivery.doubtful:
-            self._events.possible_duplicate(delivery)
+        if delivery.attempts:
+            self._tell_of_retry(delivery)
         delivery.place = Place.IN_FLIGHT
         delivery.attempts += not delivery.dead
         delivery.sent_at = now
-        delivery.counted = False
+        delivery.counted = delivery.late = False
         delivery.returned = None
         self.breaker.sent(delivery)
         return self._lanes.confirms.register(delivery)
+
+    def _tell_of_retry(self, delivery: Delivery) -> None:
+        if delivery.doubtful:
+            self._events.possible_duplicate(delivery)
+        if not delivery.dead:
+            self._events.retried(delivery)
 
     # --- the broker ----------------------------------------------------------------------------
 
     def acked(self, tag: int, now: float, *, multiple: bool) -> None:
         """Settle what the broker has taken; what it returned before is unroutable."""
-        confirmed = []
+        taken = []
         for delivery in self._settle(tag, multiple=multiple):
             if delivery.returned is None:
-                self._confirmed(delivery, now)
-                confirmed.append(delivery)
+                taken.append(delivery)
             else:
                 self._judge.fail(delivery, unroutable(delivery), now)
-        self._door.leave(confirmed)
+        delivered = [delivery for delivery in taken if self._retire(delivery)]
+        if delivered:
+            self.confirmed += len(delivered)
+            self._events.confirmed(delivered, now)
+            for delivery in delivered:
+                delivery.confirm(now)
+        self._door.leave(taken)
 
     def nacked(self, tag: int, now: float, *, multiple: bool) -> None:
         """Settle what the broker has refused; another queue it was routed to may hold it."""
@@ -185,18 +197,19 @@ class Courier:
             delivery.place = Place.WAITING
         return settled
 
-    def _confirmed(self, delivery: Delivery, now: float) -> None:
+    def _retire(self, delivery: Delivery) -> bool:
+        """Let go of what the broker has; true where somebody is to be told that it is delivered."""
         delivery.place = Place.RETIRED
         self.breaker.succeeded(delivery)
         if delivery.kept:
             self._keeper.settle(delivery)
+        if delivery.late:
+            self._events.late_confirm(delivery)
         if delivery.dead:
             self._events.dead_lettered(delivery)
             delivery.give_back(exhausted(delivery))
-        elif delivery.open:  # else it was given back, and this confirm is nobody's any more
-            self.confirmed += 1
-            self._events.confirmed(delivery)
-            delivery.confirm(now)
+            return False
+        return delivery.open  # else it was given back, and this confirm is nobody's any more
 
     # --- the link ------------------------------------------------------------------------------
 

@@ -57,6 +57,7 @@ class Delivery:
     :ivar doubtful: an earlier attempt may have reached a queue
     :ivar kept: the keeper holds a row for it: the message is ours
     :ivar reason: what went wrong with the last attempt
+    :ivar late: its publisher has stopped waiting for the confirm of the attempt under way
     :ivar returned: the broker's reply code and text, between Basic.Return and its ack
     """
 
@@ -72,6 +73,7 @@ class Delivery:
         "fate",
         "first_failed",
         "kept",
+        "late",
         "open",
         "place",
         "reason",
@@ -106,6 +108,7 @@ class Delivery:
         self.open = True
         self.doubtful = False
         self.kept = False
+        self.late = False
         self.place = Place.MAILBOX
         self.reason: PublishError | None = None
         self.returned: tuple[int, str] | None = None

@@ -6,7 +6,7 @@ Runs on: the I/O thread.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -91,8 +91,14 @@ class Door(Protocol):
 class Events:
     """Whoever wants to know, and overrides what it wants. Nothing there may block or raise."""
 
-    def confirmed(self, delivery: Delivery) -> None:
-        """The broker has it."""
+    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
+        """The broker has them; one call for all that one frame has settled."""
+
+    def late_confirm(self, delivery: Delivery) -> None:
+        """The broker has one whose publisher waits no longer; `confirmed` follows."""
+
+    def retried(self, delivery: Delivery) -> None:
+        """It is written again."""
 
     def failed(self, delivery: Delivery, error: PublishError) -> None:
         """An attempt failed; what follows is `kept` or `given_back`."""

@@ -10,7 +10,7 @@ import inspect
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -131,10 +131,11 @@ class CallbackSink(EventSink):
         self._callbacks = callbacks
         self._dispatcher = dispatcher
 
-    def confirmed(self, delivery: Delivery) -> None:
-        """Tell."""
+    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
+        """Tell of each."""
         if self._callbacks.of("confirmed"):
-            self._tell(Event("confirmed", delivery.envelope.message_id))
+            for delivery in deliveries:
+                self._tell(Event("confirmed", delivery.envelope.message_id))
 
     def deferred(self, delivery: Delivery) -> None:
         """Tell, with the reason's name."""

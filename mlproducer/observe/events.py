@@ -10,10 +10,17 @@ from typing import Any
 
 from mlproducer.core.ports import Events, Loss
 from mlproducer.core.states import ConnectionState
+from mlproducer.errors import PublishError, StoreError
 
 
 class EventSink(Events):
     """Takes every event, also the courier's, and does nothing; subclasses take what they want."""
+
+    def refused(self, task_type: str, error: PublishError) -> None:
+        """A message was not accepted; told on the publisher's thread."""
+
+    def store_failed(self, error: StoreError) -> None:
+        """The store could not be used; told on the retry thread."""
 
     def health_checked(self, *, alive: bool) -> None:
         """The broker answered a health check, or did not."""

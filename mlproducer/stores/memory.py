@@ -5,14 +5,23 @@ Runs on: the retry thread, its only owner; anyone may read its depth.
 
 from __future__ import annotations
 
-from attrs import define
+from attrs import define, field, frozen
 
 from mlproducer.errors import BufferFullError
 from mlproducer.message import Envelope
-from mlproducer.stores.protocol import Depth, Row
+from mlproducer.stores.protocol import Depth
 
 MAX_ROWS = 10_000
 MAX_BYTES = 64 * 1024 * 1024
+
+
+@frozen
+class Row:
+    """A claimed row; goes with the move to the protocol's."""
+
+    key: int
+    envelope: Envelope = field(repr=False)
+    attempts: int
 
 
 @define

@@ -5,7 +5,7 @@ Runs on: the test's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from attrs import evolve
 
@@ -92,9 +92,10 @@ class Recorder(EventSink):
         self.log: list[tuple[str, str]] = []
         self.strays: list[int] = []
 
-    def confirmed(self, delivery: Delivery) -> None:
-        """Note it."""
-        self._note("confirmed", delivery)
+    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
+        """Note each."""
+        for delivery in deliveries:
+            self._note("confirmed", delivery)
 
     def failed(self, delivery: Delivery, error: PublishError) -> None:
         """Note the error's name."""

@@ -9,6 +9,7 @@ Runs on: the test's thread.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
@@ -138,10 +139,11 @@ class Sink(EventSink):
     def __init__(self, house: House) -> None:
         self._house = house
 
-    def confirmed(self, delivery: Delivery) -> None:
+    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """The broker has said so, and nothing else was said before."""
-        assert self._house.record(delivery).acked, "I3: confirmed without an ack, or returned"
-        self._end(delivery, "confirmed")
+        for delivery in deliveries:
+            assert self._house.record(delivery).acked, "I3: confirmed without an ack, or returned"
+            self._end(delivery, "confirmed")
 
     def dead_lettered(self, delivery: Delivery) -> None:
         """Only a letter that is ours, and that the broker has."""
