@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
@@ -123,14 +123,15 @@ class Receipt:
         :param timeout: seconds; ``None`` waits without a limit
         :raises RetriesExhaustedError: it was dead-lettered
         :raises ProducerClosedError: the producer was closed while only memory held the message
-        :raises TimeoutError: it is still undecided
+        :raises TimeoutError: it is still undecided; at once where it is in a durable store and
+            this producer was closed
         """
         if self._fate is None:
             return self
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             settled = self._fate.result(timeout)
-        except FutureTimeoutError:
+        except (FutureTimeoutError, CancelledError):
             raise TimeoutError(f"message {self.message_id} is still undecided") from None
         return settled.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
 

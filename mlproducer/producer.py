@@ -23,6 +23,7 @@ from mlproducer.engine.lifecycle import Lifecycle
 from mlproducer.errors import (
     BufferFullError,
     ConfigurationError,
+    InvalidTaskError,
     PublishError,
 )
 from mlproducer.message import Receipt
@@ -47,6 +48,7 @@ class MLProducer:
     :param settings: ``None`` reads the environment
     :param registry: a prometheus-client registry; ``None`` is that library's default one
     :param store: where messages wait for a retry; ``None`` is what the settings name
+    :ivar registry: where its metrics are
     :raises ConfigurationError: a variable of the environment does not parse
     """
 
@@ -54,12 +56,16 @@ class MLProducer:
         self, settings: Settings | None = None, *, registry: Any = None, store: Store | None = None
     ) -> None:
         self.settings = Settings.from_env() if settings is None else settings
-        self._registry = registry
+        from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
+
+        self.registry = registry
+        self._meter = metrics.meter(registry)
         self._store = store
         self._encoder = Encoder(self.settings)
         self._callbacks = Callbacks()
         self._life = Lifecycle(self._make_engine)
         process.remember(self)
+        self._meter.watch(self)
 
     def __repr__(self) -> str:
         return f"<MLProducer {redact(self.settings.url or '') or 'no URL'} {self._state().name}>"
@@ -109,8 +115,8 @@ class MLProducer:
                     message_id=future.message_id,
                 )
             engine.post(delivery)
-        except BaseException:
-            engine.withdraw(delivery)
+        except BaseException as error:
+            engine.withdraw(delivery, error)
             raise
         return future
 
@@ -143,23 +149,31 @@ class MLProducer:
         self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
     ) -> Receipt:
         """Build a `SummarizationTask` and `publish` it."""
-        return self.publish(SummarizationTask(share_id, content, options))
+        return self._publish_new(SummarizationTask, share_id, content, options)
 
     def publish_transcription_task(
         self, share_id: str, media_url: str, options: Mapping[str, Any] | None = None
     ) -> Receipt:
         """Build a `TranscriptionTask` and `publish` it."""
-        return self.publish(TranscriptionTask(share_id, media_url, options))
+        return self._publish_new(TranscriptionTask, share_id, media_url, options)
 
     def publish_embedding_task(
         self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
     ) -> Receipt:
         """Build an `EmbeddingTask` and `publish` it."""
-        return self.publish(EmbeddingTask(share_id, content, options))
+        return self._publish_new(EmbeddingTask, share_id, content, options)
 
     def publish_embedding_batch_task(self, items: Sequence[Any]) -> Receipt:
         """Build an `EmbeddingBatchTask` and `publish` it."""
-        return self.publish(EmbeddingBatchTask(items))
+        return self._publish_new(EmbeddingBatchTask, items)
+
+    def _publish_new(self, kind: Callable[..., Task], *fields: Any) -> Receipt:
+        try:
+            task = kind(*fields)
+        except InvalidTaskError as error:
+            self._meter.refused(kind, error)
+            raise
+        return self.publish(task)
 
     def _delivery(
         self,
@@ -173,14 +187,21 @@ class MLProducer:
     ) -> Delivery:
         started = time.monotonic()
         seconds = self.settings.publish_timeout if timeout is None else _checked(timeout)
+        try:
+            envelope, span = engine.spans.encode(self._encoder.encode, task)
+        except PublishError as error:
+            self._meter.refused(task, error)
+            raise
         delivery = Delivery(
-            self._encoder.encode(task),
+            envelope,
             answer,
             started=started,
             deadline=started + seconds,
             retry=retry,
             answer_deferral=answer_deferral,
         )
+        if span is not None:
+            engine.spans.follow(delivery, span)
         refusal = engine.refuse(delivery)
         if refusal is not None:
             raise refusal
@@ -273,7 +294,7 @@ class MLProducer:
     def _make_engine(self) -> Engine:
         store = open_store(self.settings) if self._store is None else self._store
         process.finish_in_children()
-        return Engine(self.settings, store, self._callbacks)
+        return Engine(self.settings, store, self._callbacks, self._meter)
 
     # --- what the process tells ----------------------------------------------------------------
 

@@ -37,6 +37,15 @@ def make_envelope(
     )
 
 
+class Patience(Future[Any]):
+    """A future that may be taken over only once, like what a publisher waits for."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Take it over, unless it was taken over or withdrawn."""
+        taken = self.running() or self.done()
+        return not taken and super().set_running_or_notify_cancel()
+
+
 def make_delivery(
     message_id: str | None = None,
     *,
@@ -51,7 +60,7 @@ def make_delivery(
     """Give a delivery as `MLProducer.publish` makes it."""
     return Delivery(
         make_envelope(message_id, exchange=exchange, routing_key=routing_key, body=body),
-        Future(),
+        Patience(),
         started=started,
         deadline=deadline,
         retry=retry,

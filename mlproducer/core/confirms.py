@@ -8,6 +8,8 @@ Runs on: the I/O thread, its only owner.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mlproducer.core.delivery import Delivery
 
 
@@ -20,6 +22,9 @@ class Confirms:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return iter(list(self._open.values()))
 
     def register(self, delivery: Delivery) -> int:
         """Give the next tag; before the write, since the confirm can be there first."""

@@ -10,6 +10,8 @@ Runs on: the I/O thread, its only owner.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.failure import exhausted, failure, rejected, unroutable
@@ -28,8 +30,11 @@ from mlproducer.errors import (
     NotConnectedError,
     ProducerClosedError,
     PublishError,
+    StoreError,
 )
 from mlproducer.message import Envelope
+
+CLOSED = "the producer was closed"
 
 
 class Courier:
@@ -55,6 +60,7 @@ class Courier:
         self._judge = Judge(max_retries, breaker, keeper, undertaker, door, events)
         self._lanes = Lanes()
         self._refusal: PublishError | None = None
+        self._heard = True  # the keeper's answers still arrive
         self.confirmed = 0
 
     # --- what others may see -------------------------------------------------------------------
@@ -84,6 +90,10 @@ class Courier:
         oldest = self._lanes.confirms.oldest()
         return oldest is not None and now - oldest.sent_at >= limit
 
+    @property
+    def _closed(self) -> bool:
+        return self._refusal is not None and self._refusal.permanent
+
     # --- publishers ----------------------------------------------------------------------------
 
     def accept(self, delivery: Delivery, now: float) -> None:
@@ -94,14 +104,14 @@ class Courier:
             self._judge.leave(delivery, Place.RETIRED)
 
     def readmit(self, delivery: Delivery, now: float) -> None:
-        """Take a message that is to be sent; from the store, where it waited for a retry."""
+        """Take a message that is to be sent, maybe from the store."""
         delivery.place = Place.WAITING
-        refusal = self._refusal
-        closed = refusal is not None and refusal.permanent
-        if self._circuit_is_full() and not closed:
+        if self._closed:
+            self._shelve_one(delivery, now)
+        elif self._circuit_is_full():
             self._judge.fail(delivery, self._circuit_open(delivery, now), now)
-        elif refusal is not None:
-            self._refuse_one(delivery, refusal, now)
+        elif self._refusal is not None:
+            self._refuse_one(delivery, self._refusal, now)
         else:
             self._lanes.add(delivery)
 
@@ -114,7 +124,11 @@ class Courier:
         """End the wait of a publisher whose time is up; its message may live on."""
         if not (delivery.open and delivery.answer_deferral):
             return
-        if delivery.place is Place.WAITING:
+        if delivery in self._judge.owed:
+            return  # the store has a moment more, then it is paid
+        if delivery.place is Place.MAILBOX:
+            self._store_is_silent(delivery)
+        elif delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)
             self._judge.fail(delivery, self._unsent(delivery), now)
         elif delivery.place is Place.IN_FLIGHT:
@@ -129,7 +143,9 @@ class Courier:
         room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
         for delivery in self._lanes.next(room):
-            if carrier.fits(delivery.envelope):
+            if delivery.leased_until < now:
+                self._judge.keep(delivery, now)  # frozen meanwhile: it may be another's by now
+            elif carrier.fits(delivery.envelope):
                 batch.append((delivery.envelope, self._dispatch(delivery, now)))
             else:
                 text = "the headers exceed the frame size"
@@ -201,7 +217,7 @@ class Courier:
         """Let go of what the broker has; true where somebody is to be told that it is delivered."""
         delivery.place = Place.RETIRED
         self.breaker.succeeded(delivery)
-        if delivery.kept:
+        if delivery.stored:
             self._keeper.settle(delivery)
         if delivery.late:
             self._events.late_confirm(delivery)
@@ -241,17 +257,37 @@ class Courier:
         for delivery in self._lanes.clear():
             self._refuse_one(delivery, error, now)
 
-    def abandon(self, stored: list[Delivery]) -> None:
-        """Give back whatever is still here or in the store: the producer is closing."""
-        error = self._refusal = ProducerClosedError("the producer was closed")
+    def shelve(self, now: float) -> None:
+        """Have a durable store take all that it may: the producer is closing."""
+        self._refusal = ProducerClosedError(CLOSED)
+        for delivery in [*self._lanes.confirms, *self._lanes.clear()]:
+            self._shelve_one(delivery, now)
+
+    def abandon(self, stored: list[Delivery], now: float) -> None:
+        """Tell everybody how it stands with messages that are still here or in the store."""
+        self._refusal = ProducerClosedError(CLOSED)
+        self._heard = False
         lost = self._lanes.lose_channel()
         for delivery in lost:
             delivery.doubtful = True
-        for delivery in dict.fromkeys([*lost, *self._lanes.clear(), *stored]):
-            if delivery.open:
-                self._judge.give_back(delivery, failure(type(error), delivery, str(error)))
-            else:
+        unpaid = list(self._judge.owed)
+        for delivery in dict.fromkeys([*lost, *self._lanes.clear(), *stored, *unpaid]):
+            if not delivery.open:
                 self._judge.leave(delivery, Place.RETIRED)
+            elif delivery.kept and self._keeper.durable and delivery not in self._judge.owed:
+                delivery.entrust(now)
+            else:
+                self._judge.part(delivery, failure(ProducerClosedError, delivery, CLOSED))
+
+    def _shelve_one(self, delivery: Delivery, now: float) -> None:
+        error = failure(ProducerClosedError, delivery, CLOSED)
+        if not delivery.open:
+            self._judge.leave(delivery, Place.RETIRED)
+        elif delivery.retry and self._keeper.durable and (delivery.stored or self._heard):
+            delivery.reason = delivery.reason or error
+            self._judge.keep(delivery, now)
+        elif delivery.place is not Place.IN_FLIGHT:
+            self._judge.part(delivery, error)
 
     def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
         self._judge.fail(delivery, failure(type(error), delivery, str(error)), now)
@@ -284,23 +320,35 @@ class Courier:
 
     # --- the keeper ----------------------------------------------------------------------------
 
-    def kept(self, delivery: Delivery, now: float, *, durable: bool) -> None:
-        """The message is stored: now its publisher may be told so."""
-        if delivery.open:
-            self._events.deferred(delivery)
-            delivery.defer(now, durable=durable)
+    def kept(self, deliveries: Iterable[Delivery], now: float) -> None:
+        """Messages are stored: now their publishers may be told so."""
+        for delivery in deliveries:
+            self._judge.promise(delivery, now)
 
     def not_kept(self, delivery: Delivery, error: PublishError) -> None:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
-        self._keeper.forget(delivery)
-        delivery.kept = False
-        delivery.retry = False
         if delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)
-        if delivery.open:
-            error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
-            error.attempts = delivery.attempts
-            self._judge.give_back(delivery, error)
+        self._judge.refused(delivery, error)
+
+    def withdrawn(self, deliveries: Iterable[Delivery]) -> None:
+        """The rows of messages that go back to their publishers are deleted."""
+        for delivery in deliveries:
+            self._judge.pay(delivery)
+
+    def owes(self, delivery: Delivery) -> bool:
+        """Whether its publisher's answer waits for the store."""
+        return delivery in self._judge.owed
+
+    def pay(self, delivery: Delivery) -> None:
+        """Let its publisher wait for the store no longer."""
+        self._judge.pay(delivery)
+
+    def _store_is_silent(self, delivery: Delivery) -> None:
+        """Give back a message that was to be stored before it is sent, unless it is under way."""
+        if delivery.claim():
+            text = f"the store has not answered in time: {self._keeper.name}"
+            self._judge.refused(delivery, failure(StoreError, delivery, text))
 
     # --- why a message was not sent ------------------------------------------------------------
 
@@ -316,6 +364,8 @@ class Courier:
 
     def _unsent(self, delivery: Delivery) -> PublishError:
         """Why a message that waits for the link has not been written (again) in time."""
+        if self._closed:
+            return failure(ProducerClosedError, delivery, CLOSED)
         if self.blocked:
             return failure(BrokerBlockedError, delivery, "the broker blocks publishers")
         if self._lanes.carrier is None:

@@ -9,6 +9,7 @@ Runs on: the I/O thread, which owns a delivery from the mailbox to its retiremen
 from __future__ import annotations
 
 import enum
+import math
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -42,6 +43,33 @@ class Handshake(Protocol):
         """Answer that it is the publisher's."""
 
 
+class Nobody:
+    """Waits for the fate of a message whose publisher is in another process, or gone."""
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Nobody withdraws it."""
+        return True
+
+    def cancel(self) -> bool:
+        """It is taken over."""
+        return False
+
+    def set_result(self, result: Receipt, /) -> None:
+        """Tell nobody."""
+
+    def set_exception(self, exception: PublishError, /) -> None:
+        """Tell nobody."""
+
+
+class Fate(Future[Receipt]):
+    """What becomes of a message, for those who hold its receipt or future.
+
+    :ivar delivery: is remembered as long as somebody holds this
+    """
+
+    delivery: Delivery | None = None
+
+
 class Delivery:
     """One message, from `publish()` to its fate.
 
@@ -55,16 +83,21 @@ class Delivery:
     :ivar first_failed: monotonic time of the first failure, 0 before it
     :ivar open: somebody is still to be told
     :ivar doubtful: an earlier attempt may have reached a queue
-    :ivar kept: the keeper holds a row for it: the message is ours
+    :ivar stored: the keeper has a row for it, or was told to make one
+    :ivar kept: the message is ours: it goes on without its publisher
+    :ivar buried: its letter has been handed to the keeper before
+    :ivar leased_until: monotonic time until which its row is this process's, who may send it
     :ivar reason: what went wrong with the last attempt
     :ivar late: its publisher has stopped waiting for the confirm of the attempt under way
     :ivar returned: the broker's reply code and text, between Basic.Return and its ack
     """
 
     __slots__ = (
+        "__weakref__",
         "answer",
         "answer_deferral",
         "attempts",
+        "buried",
         "counted",
         "dead",
         "deadline",
@@ -74,6 +107,7 @@ class Delivery:
         "first_failed",
         "kept",
         "late",
+        "leased_until",
         "open",
         "place",
         "reason",
@@ -81,6 +115,7 @@ class Delivery:
         "returned",
         "sent_at",
         "started",
+        "stored",
     )
 
     def __init__(
@@ -95,7 +130,7 @@ class Delivery:
     ) -> None:
         self.envelope = envelope
         self.answer = answer
-        self.fate: Future[Receipt] | None = None
+        self.fate: Fate | None = None
         self.started = started
         self.deadline = deadline
         self.retry = retry
@@ -107,7 +142,10 @@ class Delivery:
         self.dead = False
         self.open = True
         self.doubtful = False
+        self.stored = False
         self.kept = False
+        self.buried = False
+        self.leased_until = math.inf
         self.late = False
         self.place = Place.MAILBOX
         self.reason: PublishError | None = None
@@ -127,19 +165,23 @@ class Delivery:
         """Tell a publisher that waits for an answer that the library goes on without it."""
         if not (self.open and self.answer_deferral):
             return
-        self.fate = Future()
+        self.fate = Fate()
+        if durable:
+            self.fate.delivery = self
         self.fate.set_running_or_notify_cancel()
         self.answer_deferral = False
-        self.answer.set_result(
-            Receipt(
-                self.envelope.message_id,
-                self.attempts,
-                now - self.started,
-                durable,
-                self.reason,
-                self.fate,
-            )
-        )
+        self.answer.set_result(self._deferral(now, self.fate, durable=durable))
+
+    def entrust(self, now: float) -> None:
+        """Tell that the message is in a durable store, and its fate not to be learned here."""
+        self.open, self.kept = False, True
+        unknown: Future[Receipt] = Future()
+        unknown.cancel()
+        (self.fate or self.answer).set_result(self._deferral(now, unknown, durable=True))
+
+    def _deferral(self, now: float, fate: Future[Receipt], *, durable: bool) -> Receipt:
+        message_id, elapsed = self.envelope.message_id, now - self.started
+        return Receipt(message_id, self.attempts, elapsed, durable, self.reason, fate)
 
     def give_back(self, error: PublishError) -> None:
         """Tell that the library does not own it, or gives up on it."""

@@ -1,17 +1,22 @@
 """Where failures are judged: kept for a retry, given back, or buried. Each comes through here.
 
+What is said to a publisher waits until the store has done its part: a message is ours once it is
+stored, and the publisher's once its row is gone. What is *owed* to a publisher is said instead
+where the store has no answer in time.
+
 Runs on: the I/O thread, its only owner.
 """
 
 from __future__ import annotations
 
-from attrs import frozen
+from attrs import field, frozen
 
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.failure import failure
 from mlproducer.core.ports import Door, Events, Keeper, Undertaker
 from mlproducer.core.recovery import Verdict, decide
-from mlproducer.errors import PublishError
+from mlproducer.errors import PublishError, StoreError
 
 
 @frozen
@@ -19,6 +24,7 @@ class Judge:
     """Carries out what `decide` says, so that nothing is lost and nobody is told twice.
 
     :ivar max_retries: attempts after the first
+    :ivar owed: what publishers are told if the store stays silent
     """
 
     max_retries: int
@@ -27,6 +33,9 @@ class Judge:
     undertaker: Undertaker
     door: Door
     events: Events
+    owed: dict[Delivery, PublishError] = field(factory=dict, init=False)
+
+    # --- failures ------------------------------------------------------------------------------
 
     def fail(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Judge an attempt that failed, or a wait that was in vain."""
@@ -35,7 +44,7 @@ class Judge:
             self.leave(delivery, Place.RETIRED)
             return
         if delivery.dead:
-            self._keep(delivery, now)
+            self.keep(delivery, now)
             return
         delivery.reason = error
         delivery.first_failed = delivery.first_failed or now
@@ -53,28 +62,83 @@ class Judge:
         if verdict is Verdict.BURY:
             delivery.dead = True
             delivery.envelope = self.undertaker.dead_letter(delivery, error, now)
-        self._keep(delivery, now)
+        self.keep(delivery, now)
+
+    def keep(self, delivery: Delivery, now: float) -> None:
+        """Have it stored, or have its row say what came of the last attempt."""
+        known, was_ours = delivery.stored, delivery.kept
+        delivery.stored = delivery.kept = True
+        if known:
+            self.leave(delivery, Place.STORED)
+        elif delivery.place is not Place.IN_FLIGHT:
+            delivery.place = Place.STORED  # its slot is free once it is stored
+        self.keeper.keep(delivery, now, known=known)
+        if not known:
+            text = f"the store has not answered in time: {self.keeper.name}"
+            self.owed[delivery] = failure(StoreError, delivery, text)
+        elif not was_ours:
+            self.promise(delivery, now)  # it was stored before it was sent
 
     def give_back(self, delivery: Delivery, error: PublishError) -> None:
         """Let the publisher have it; what has its tag open stays there, and is not sent again."""
-        if delivery.kept:
-            self.keeper.settle(delivery)
         self.leave(delivery, Place.RETIRED)
-        self.events.given_back(delivery, error)
-        delivery.give_back(error)
+        if delivery.stored and self.keeper.durable:
+            self.owed[delivery] = error
+            self.keeper.withdraw(delivery)
+            return
+        if delivery.stored:
+            self.keeper.settle(delivery)
+        self._tell(delivery, error)
+
+    def part(self, delivery: Delivery, error: PublishError) -> None:
+        """Give a message back at the very end, when no answer of the store is heard any more."""
+        self.owed.pop(delivery, None)
+        self.leave(delivery, Place.RETIRED)
+        if delivery.stored:
+            self.keeper.settle(delivery)
+        self._tell(delivery, error)
 
     def leave(self, delivery: Delivery, place: Place) -> None:
         """Let go of a delivery, unless its tag is open: then only its publisher's wait is over."""
-        if delivery.place is Place.IN_FLIGHT:
-            return
-        if delivery.place is not Place.STORED:  # what is stored has left its slot before
+        if delivery.place is not Place.IN_FLIGHT:
             self.door.leave((delivery,))
-        delivery.place = place
+            delivery.place = place
 
-    def _keep(self, delivery: Delivery, now: float) -> None:
-        delivery.kept = True
-        self.leave(delivery, Place.STORED)
-        self.keeper.keep(delivery, now)
+    # --- answers of the keeper -----------------------------------------------------------------
+
+    def promise(self, delivery: Delivery, now: float) -> None:
+        """Tell that it is ours: it is stored."""
+        self.owed.pop(delivery, None)
+        if delivery.open:
+            self.events.deferred(delivery)
+            delivery.defer(now, durable=self.keeper.durable)
+        else:
+            self.keeper.settle(delivery)  # its publisher has got it back meanwhile
+
+    def refused(self, delivery: Delivery, error: PublishError) -> None:
+        """Give back what the store cannot take, or not in time; what is in flight stays there."""
+        self.owed.pop(delivery, None)
+        delivery.stored = delivery.kept = delivery.retry = False
+        if delivery.open:
+            error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
+            error.attempts = delivery.attempts
+            self.give_back(delivery, error)
+
+    def pay(self, delivery: Delivery) -> None:
+        """Tell what is owed, since its row is gone, or the store is silent."""
+        error = self.owed.pop(delivery, None)
+        if error is None or not delivery.open:
+            return
+        if isinstance(error, StoreError):
+            self.refused(delivery, error)
+        else:
+            self._tell(delivery, error)
+
+    def _tell(self, delivery: Delivery, error: PublishError) -> None:
+        self.events.given_back(delivery, error)
+        delivery.give_back(error)
+
+    # --- what is known of an attempt -----------------------------------------------------------
 
     def _count(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Tell the breaker, once for an attempt."""

@@ -61,17 +61,23 @@ class Carrier(Protocol):
 class Keeper(Protocol):
     """Whoever looks after messages that wait for a retry."""
 
+    name: str
+    """The store's path or host, for people."""
+
     durable: bool
     """Whether what is kept survives this process."""
 
-    def keep(self, delivery: Delivery, now: float) -> None:
-        """Store it. Its answer comes back through `Courier.kept` or `Courier.not_kept`."""
+    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
+        """Store it, or, where it is ``known``, note in its row what came of the last attempt.
 
-    def forget(self, delivery: Delivery) -> None:
-        """Hold it no longer: the store has refused it."""
+        The answer to the first comes back through `Courier.kept` or `Courier.not_kept`.
+        """
 
     def settle(self, delivery: Delivery) -> None:
-        """Delete it: it was confirmed, or given back."""
+        """Delete its row: it was confirmed, or given back."""
+
+    def withdraw(self, delivery: Delivery) -> None:
+        """Delete its row, and say so through `Courier.withdrawn`: it is to be given back."""
 
 
 class Undertaker(Protocol):

@@ -8,12 +8,15 @@ Runs on: any thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
 from mlproducer.core.backoff import Backoff
@@ -26,16 +29,21 @@ from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import Route
 from mlproducer.engine.mailbox import Item
 from mlproducer.engine.tls import make_context
-from mlproducer.errors import CircuitOpenError, ProducerClosedError
+from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
+from mlproducer.observe.meter import Meter
+from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings, TLSSettings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores.protocol import Store
 from mlproducer.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+SHELVE_LIMIT = 0.2
+"""Seconds of a close's grace that a durable store has for what could not be delivered."""
 
 CLOSE_MARGIN = 0.4
 """Seconds of a close's grace that ending the link and the threads may take."""
@@ -44,13 +52,20 @@ CLOSE_MARGIN = 0.4
 class Engine:
     """The running part of a producer."""
 
-    def __init__(self, settings: Settings, store: Store, callbacks: Callbacks) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, callbacks: Callbacks, meter: Meter
+    ) -> None:
         self.gate = Gate(settings.max_in_flight)
         self.dispatcher = Dispatcher(self._spawn)
         self._callbacks = callbacks
-        events = Fanout([LogSink(), CallbackSink(callbacks, self.dispatcher)])
+        self._meter = meter
+        self.spans = Spans(self.dispatcher)
+        events = Fanout(
+            [LogSink(), CallbackSink(callbacks, self.dispatcher), meter.sink(), self.spans]
+        )
+        self._events = events
         backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
-        self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval)
+        self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval, events)
         self._io = IOThread(settings, routes(settings), self.gate, self._keeper, events)
         self._keeper.serve(self._io, self._watch)
         self._ordinal = 0
@@ -90,7 +105,8 @@ class Engine:
         return self.dispatcher.runs_here() or here in self._threads.values()
 
     def _watch(self) -> None:
-        """Replace an I/O thread that died in spite of everything."""
+        """Write the gauges down, and replace an I/O thread that died in spite of everything."""
+        self._meter.refresh()
         if not self._closing and not self._threads["io"].is_alive():
             logger.critical("the I/O thread died; starting another")
             self._threads["io"] = self._spawn("io", self._io.reactor.run)
@@ -102,6 +118,8 @@ class Engine:
         self._watch()
         self.flush(deadline)
         self._closing = True
+        if self._keeper.durable:
+            self._shelve(deadline + SHELVE_LIMIT)
         abandoned = tuple(delivery.envelope.message_id for delivery in self._unsettled())
         self._io.order(self._io.close)
         threads.join_all([self._threads["io"]], deadline + CLOSE_MARGIN)
@@ -111,8 +129,15 @@ class Engine:
             [*self._threads.values(), *self.dispatcher.threads], deadline + CLOSE_MARGIN
         )
         threads.return_ordinal(self._ordinal)
-        confirmed = self._io.courier.confirmed - before
-        return CloseReport(confirmed=confirmed, abandoned=abandoned)
+        stored = self._keeper.stored if self._keeper.durable else 0
+        return CloseReport(self._io.courier.confirmed - before, stored, abandoned)
+
+    def _shelve(self, deadline: float) -> None:
+        """Have the store take what is left, unless it takes too long."""
+        done: Future[None] = Future()
+        if self._io.order(partial(self._io.shelve, done)):
+            with contextlib.suppress(FutureTimeoutError):
+                done.result(max(0.0, deadline - time.monotonic()))
 
     def disown(self) -> None:
         """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
@@ -132,7 +157,10 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
-        self._hand_in(delivery, delivery)
+        if self._keeper.writes_ahead and not self._closing:
+            self._keeper.write_ahead(delivery)
+        else:
+            self._hand_in(delivery, delivery)
 
     def refuse(self, delivery: Delivery) -> CircuitOpenError | None:
         """Give the error with which an open breaker fails a message on the spot.
@@ -142,11 +170,13 @@ class Engine:
         breaker = self._io.courier.breaker
         if not breaker.refuses() or (self._keeper.durable and delivery.retry):
             return None
-        return CircuitOpenError(
+        error = CircuitOpenError(
             "the circuit breaker is open",
             retry_after=max(0.0, breaker.reopens_at - time.monotonic()),
             message_id=delivery.envelope.message_id,
         )
+        self._events.given_back(delivery, error)
+        return error
 
     def turn_away(self, delivery: Delivery) -> None:
         """Hand over a delivery for which the gate had no room in time.
@@ -158,17 +188,22 @@ class Engine:
     def _hand_in(self, item: Item, delivery: Delivery) -> None:
         if not self._io.reactor.mailbox.put(item):
             message_id = delivery.envelope.message_id
-            raise ProducerClosedError("the producer was closed", message_id=message_id)
+            error = ProducerClosedError("the producer was closed", message_id=message_id)
+            self.withdraw(delivery, error)
+            raise error
 
     def expire(self, delivery: Delivery) -> None:
         """Say that a publisher's time is up."""
         self._io.order(partial(self._io.expire, delivery))
 
-    def withdraw(self, delivery: Delivery) -> None:
+    def withdraw(self, delivery: Delivery, error: BaseException | None = None) -> None:
         """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""
         delivery.retry = False
-        if delivery.answer.cancel():
+        if delivery.open and delivery.answer.cancel():
+            delivery.open = False
             self.gate.leave((delivery,))
+            told = error if isinstance(error, PublishError) else PublishError("interrupted")
+            self._events.given_back(delivery, told)
         self._io.reactor.mailbox.ring()
 
     # --- the whole -----------------------------------------------------------------------------
@@ -190,15 +225,20 @@ class Engine:
         return self.left()
 
     def _quiet(self) -> bool:
-        return not self.gate and not self._keeper
+        return not self.gate and not self._keeper.stored
 
     def left(self) -> int:
-        """Count the messages that are inside, or kept for a retry."""
-        return len(self._unsettled())
+        """Count the messages that are inside, or in the store, whoever wrote them there."""
+        has_row = self._keeper.shelf.has_row
+        inside = [each for each in self.gate.inside() if each.open]
+        return self._keeper.stored + sum(not (each.kept and has_row(each)) for each in inside)
 
     def _unsettled(self) -> list[Delivery]:
-        inside = dict.fromkeys([*self.gate.inside(), *self._keeper.held()])
-        return [delivery for delivery in inside if delivery.open]
+        """Give those that would be lost with this process."""
+        shelf, inside = self._keeper.shelf, self.gate.inside()
+        if self._keeper.durable:
+            return [each for each in inside if each.open and not shelf.has_row(each)]
+        return [each for each in dict.fromkeys([*inside, *shelf.deliveries()]) if each.open]
 
     def status(self) -> Status:
         """Say how things stand."""
@@ -208,8 +248,8 @@ class Engine:
             reconnect_attempts=dialer.failures,
             consecutive_failures=self._io.courier.breaker.failures,
             circuit_state=self._io.courier.breaker.state,
-            retry_queue_size=len(self._keeper) - self._keeper.dead,
-            dead_letters=self._keeper.dead,
+            retry_queue_size=self._keeper.depth.waiting,
+            dead_letters=self._keeper.depth.dead,
             pending_confirms=self._io.courier.in_flight,
             blocked=self._io.courier.blocked,
             broker=dialer.route.broker.address,

@@ -39,6 +39,10 @@ class Gate:
     def __len__(self) -> int:
         return len(self._inside)
 
+    def room(self) -> int:
+        """How many more may come in, at most."""
+        return max(0, self._limit - len(self._inside))
+
     def half_empty(self) -> bool:
         """Whether half of the window is free."""
         return 2 * len(self._inside) <= self._limit

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.breaker import Breaker
@@ -40,6 +41,9 @@ TICK = 1.0
 
 MANY = 1000
 """Messages that one sweep sends at most, so that it does not starve new ones."""
+
+STORE_LIMIT = 0.1
+"""Seconds beyond a publisher's deadline that the store may take to store, or delete, a message."""
 
 BREATH = 0.01
 """Seconds until the next write where pika's buffer was too full for all that waits."""
@@ -107,7 +111,7 @@ class IOThread:
 
     def stop_timers(self) -> None:
         """End the timer threads, once they have done what they were told so far."""
-        self._keeper.thread.stop()
+        self._keeper.stop()
         self._health.stop()
         self._cooldown.thread.stop()
 
@@ -168,26 +172,50 @@ class IOThread:
         self.courier.expire(delivery, time.monotonic())
         if delivery.place is Place.IN_FLIGHT:
             self._health.check_soon()
+        if self.courier.owes(delivery):
+            self.reactor.call_later(STORE_LIMIT, partial(self.courier.pay, delivery))
 
-    def readmit(self, delivery: Delivery) -> None:
-        """Send a message that the keeper held."""
-        self.courier.readmit(delivery, time.monotonic())
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
+        """Send messages that the keeper held."""
+        now = time.monotonic()
+        for delivery in deliveries:
+            self.courier.readmit(delivery, now)
 
-    def kept(self, delivery: Delivery, *, durable: bool) -> None:
-        """Tell a publisher that its message is stored."""
-        self.courier.kept(delivery, time.monotonic(), durable=durable)
+    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
+        """Send messages that are stored, as `accept` and `after_burst` do with others."""
+        self.readmit(deliveries)
+        now = time.monotonic()
+        for delivery in deliveries:
+            if delivery.deadline <= now:
+                self.expire(delivery)  # its publisher has asked while it was being stored
+        if self.dialer.idle:
+            self.dialer.dial()
 
-    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
-        """Tell a publisher that the store cannot take its message."""
-        self.courier.not_kept(delivery, error)
+    def kept(self, deliveries: Sequence[Delivery]) -> None:
+        """Tell publishers that their messages are stored."""
+        self.courier.kept(deliveries, time.monotonic())
+
+    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """Tell publishers that the store cannot take their messages."""
+        for delivery, error in refusals:
+            self.courier.not_kept(delivery, error)
+
+    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
+        """Tell publishers that their messages are their own again."""
+        self.courier.withdrawn(deliveries)
 
     def dial(self) -> None:
         """Connect, now, unless the broker is there and merely blocks."""
         self.dialer.dial()
 
+    def shelve(self, done: Future[None]) -> None:
+        """Have a durable store take what is left; the future is resolved once it has."""
+        self.courier.shelve(time.monotonic())
+        self._keeper.thread.order(partial(settle, done))
+
     def close(self) -> None:
-        """Give back what is left, and end the link and the thread."""
-        self.courier.abandon(self._keeper.held())
+        """Tell everybody how it stands, and end the link and the thread."""
+        self.courier.abandon(self._keeper.shelf.deliveries(), time.monotonic())
         self.dialer.close()
 
     def probe(self, reply: Future[None]) -> None:

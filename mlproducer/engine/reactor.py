@@ -73,8 +73,7 @@ class Reactor:
             if self._open:
                 self._loop = EventLoop()
         for item in self.mailbox.close():
-            if isinstance(item, Delivery):
-                self._owner.accept(item)
+            self._handle(item)
 
     def stop(self) -> None:
         """End the loop and the thread."""
@@ -89,12 +88,15 @@ class Reactor:
     def _on_bell(self, _fd: int, _events: int) -> None:
         for item in self.mailbox.drain():
             self._in_hand = item
-            if isinstance(item, Delivery):
-                self._owner.accept(item)
-            else:
-                item()
+            self._handle(item)
         last, self._in_hand = self._in_hand, None
         self._owner.after_burst(last)
+
+    def _handle(self, item: Item) -> None:
+        if isinstance(item, Delivery):
+            self._owner.accept(item)
+        else:
+            item()
 
     def _put_back(self) -> None:
         item, self._in_hand = self._in_hand, None

@@ -7,7 +7,7 @@ Runs on: the I/O thread; `Desk.order` on any.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -68,14 +68,20 @@ class Desk(Protocol):
     def order(self, order: Callable[[], None]) -> bool:
         """Have something done on the I/O thread; false if that has ended."""
 
-    def readmit(self, delivery: Delivery) -> None:
-        """Send a message again."""
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
+        """Send messages again."""
 
-    def kept(self, delivery: Delivery, *, durable: bool) -> None:
-        """It is stored."""
+    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored, and may be sent for the first time."""
 
-    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
-        """It could not be stored."""
+    def kept(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored, and wait for a retry."""
+
+    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """They could not be stored."""
+
+    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
+        """Their rows are gone."""
 
     def ready(self) -> int:
         """How many messages handed over now would be written: none, one as a probe, or many."""

@@ -16,7 +16,7 @@ from functools import partial
 
 from attrs import frozen
 
-from mlproducer.core.delivery import Delivery
+from mlproducer.core.delivery import Delivery, Fate
 from mlproducer.core.ports import Loss
 from mlproducer.core.states import CircuitState
 from mlproducer.message import Receipt
@@ -61,7 +61,10 @@ class Event:
 
 
 class Dispatcher:
-    """A queue of calls and the thread that makes them."""
+    """A queue of calls and the thread that makes them.
+
+    :ivar awaited: futures that will make calls, kept although nobody else may hold them
+    """
 
     def __init__(self, spawn: Spawn) -> None:
         self._spawn = spawn
@@ -69,6 +72,7 @@ class Dispatcher:
         self._started = False
         self._ident: int | None = None
         self.threads: list[threading.Thread] = []
+        self.awaited: set[Future[Receipt]] = set()
 
     def start(self) -> None:
         """Start the thread, once; called on a user's thread."""
@@ -172,7 +176,7 @@ class CallbackSink(EventSink):
             self._dispatcher.call(partial(callback, event))
 
 
-class DeliveryFuture(Future[Receipt]):
+class DeliveryFuture(Fate):
     """A future that carries its message's id and calls back off the I/O thread."""
 
     message_id: str
@@ -185,9 +189,11 @@ class DeliveryFuture(Future[Receipt]):
         """Call ``fn`` once the message's fate is known; at once where it is known already."""
         if not self.done():
             self._dispatcher.start()
+            self._dispatcher.awaited.add(self)
         super().add_done_callback(partial(self._call_back, fn))
 
     def _call_back(self, fn: Callable[[Future[Receipt]], object], future: Future[Receipt]) -> None:
+        self._dispatcher.awaited.discard(self)
         if any(thread.is_alive() for thread in self._dispatcher.threads):
             self._dispatcher.call(partial(fn, future))
         else:

@@ -1,89 +1,175 @@
 """State changes as log lines with ``key=value`` fields; nothing per message above DEBUG.
 
+In a storm only so many lines of one kind are logged; the next line of any kind is then preceded by
+the number of those left out. Words of others, such as the broker's, are escaped and cut.
+
 Runs on: the thread on which the event happens.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections.abc import Callable
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss, LossKind
-from mlproducer.core.states import CircuitState
+from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer.errors import StoreError
 from mlproducer.observe.events import EventSink
+from mlproducer.observe.limiter import Limiter
 
-logger = logging.getLogger("mlproducer")
+logger = logging.getLogger(__name__)
+
+MAX_WORDS = 200
+"""Characters that are shown of what others say."""
+
+
+class Lines:
+    """Log lines of several kinds, limited in a storm.
+
+    :param to: the logger of the module whose lines they are
+    :param clock: monotonic seconds
+    """
+
+    def __init__(self, to: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._to = to
+        self._clock = clock
+        self._limiter = Limiter()
+
+    def log(
+        self,
+        level: int,
+        kind: str,
+        fields: str = "",
+        *args: object,
+        error: BaseException | None = None,
+    ) -> None:
+        """Log a line that begins with its kind, unless there were too many of them just now.
+
+        :param error: whose traceback follows
+        """
+        now = self._clock()
+        self._tell_suppressed(now)
+        if self._limiter.admits(kind, now):
+            self._to.log(level, f"{kind} {fields}" if fields else kind, *args, exc_info=error)
+
+    def close(self) -> None:
+        """Say what was left out and not told yet."""
+        self._tell_suppressed(math.inf)
+
+    def _tell_suppressed(self, now: float) -> None:
+        for kind, count in self._limiter.suppressed(now):
+            self._to.warning("%s suppressed=%d", kind, count)
 
 
 class LogSink(EventSink):
     """Logs what an operator wants to read."""
 
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lines = Lines(logger, clock)
+        self._log = self._lines.log
+
     def connected(self, address: str) -> None:
         """Log at INFO."""
-        logger.info("connected broker=%s", address)
+        self._log(logging.INFO, "connected", "broker=%s", address)
 
     def disconnected(self, loss: Loss) -> None:
         """Log at WARNING, since messages wait; at INFO where we closed it ourselves."""
         level = logging.INFO if loss.kind is LossKind.CLOSED else logging.WARNING
-        logger.log(level, "disconnected kind=%s reason=%r", loss.kind.value, loss.text)
+        self._log(level, "disconnected", "kind=%s reason=%s", loss.kind.value, words(loss.text))
 
     def connection_error(self, loss: Loss) -> None:
         """Log at WARNING."""
-        logger.warning("cannot connect kind=%s reason=%r", loss.kind.value, loss.text)
+        self._log(
+            logging.WARNING,
+            "cannot connect",
+            "kind=%s reason=%s",
+            loss.kind.value,
+            words(loss.text),
+        )
 
     def gave_up(self, attempts: int, loss: Loss) -> None:
         """Log at ERROR, with what to do."""
-        logger.error(
-            "gave up connecting attempts=%d reason=%r: check the broker; "
+        self._log(
+            logging.ERROR,
+            "gave up connecting",
+            "attempts=%d reason=%s: check the broker; "
             "the next publish() or reconnect() starts over",
             attempts,
-            loss.text,
+            words(loss.text),
         )
 
     def channel_lost(self, loss: Loss) -> None:
         """Log at WARNING."""
-        logger.warning("channel closed code=%d reason=%r", loss.reply_code, loss.text)
+        self._log(
+            logging.WARNING,
+            "channel closed",
+            "code=%d reason=%s",
+            loss.reply_code,
+            words(loss.text),
+        )
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
         """Log at WARNING when it begins, at INFO when it ends."""
         if blocked:
-            logger.warning("blocked by the broker reason=%r", reason)
+            self._log(logging.WARNING, "blocked by the broker", "reason=%s", words(reason))
         else:
-            logger.info("unblocked by the broker")
+            self._log(logging.INFO, "unblocked by the broker")
 
     def topology_fault(self, target: str, loss: Loss) -> None:
         """Log at ERROR: somebody has to mend it."""
-        logger.error(
-            "cannot declare target=%s code=%d reason=%r", target, loss.reply_code, loss.text
-        )
+        self._log_fault("cannot declare", target, loss)
+
+    def health_fault(self, target: str, loss: Loss) -> None:
+        """Log at ERROR: somebody has to mend it."""
+        self._log_fault("health check", target, loss)
+
+    def _log_fault(self, kind: str, target: str, loss: Loss) -> None:
+        fields = "target=%s code=%d reason=%s"
+        self._log(logging.ERROR, kind, fields, target, loss.reply_code, words(loss.text))
 
     def circuit_changed(self, state: CircuitState) -> None:
         """Log at WARNING when it opens, else at INFO."""
         level = logging.WARNING if state is CircuitState.OPEN else logging.INFO
-        logger.log(level, "circuit breaker state=%s", state.value)
+        self._log(level, "circuit breaker", "state=%s", state.value)
 
     def dead_lettered(self, delivery: Delivery) -> None:
         """Log at ERROR: somebody has to look at it."""
-        logger.error(
-            "dead-lettered message_id=%r attempts=%d reason=%s",
-            delivery.envelope.message_id,
+        self._log(
+            logging.ERROR,
+            "dead-lettered",
+            "message_id=%s attempts=%d reason=%s",
+            words(delivery.envelope.message_id),
             delivery.attempts,
             type(delivery.reason).__name__,
         )
 
+    def store_failed(self, error: StoreError) -> None:
+        """Log at ERROR: what is deferred is not safe."""
+        self._log(logging.ERROR, "the store fails", "reason=%s", words(str(error)))
+
     def health_checked(self, *, alive: bool) -> None:
         """Log at WARNING where there was no answer."""
         if not alive:
-            logger.warning("no answer to the health check; reconnecting")
-
-    def health_fault(self, target: str, loss: Loss) -> None:
-        """Log at ERROR: somebody has to mend it."""
-        logger.error("health check target=%s code=%d reason=%r", target, loss.reply_code, loss.text)
+            self._log(logging.WARNING, "no answer to the health check; reconnecting")
 
     def stray_confirm(self, tag: int) -> None:
         """Log at WARNING: the broker breaks the protocol."""
-        logger.warning("confirm for a delivery tag that is not open tag=%d", tag)
+        fields = "tag=%d"
+        self._log(logging.WARNING, "confirm for a delivery tag that is not open", fields, tag)
 
     def crashed(self, error: BaseException) -> None:
         """Log at CRITICAL, with the traceback."""
-        logger.critical("the I/O loop failed; going on with a new one", exc_info=error)
+        self._log(logging.CRITICAL, "the I/O loop failed; going on with a new one", error=error)
+
+    def state_changed(self, state: ConnectionState) -> None:
+        """Log what is left to say at the end."""
+        if state is ConnectionState.CLOSED:
+            self._lines.close()
+
+
+def words(text: str) -> str:
+    """Quote what others say, cut short and with everything escaped that is no plain character."""
+    return repr(text[:MAX_WORDS])

@@ -1,94 +1,150 @@
-"""A store in memory: bounded, and gone with the process.
+"""A store in memory: bounded, and gone with the process. Its claims end when they are given up.
 
 Runs on: the retry thread, its only owner; anyone may read its depth.
 """
 
 from __future__ import annotations
 
-from attrs import define, field, frozen
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from attrs import define, evolve
 
 from mlproducer.errors import BufferFullError
-from mlproducer.message import Envelope
-from mlproducer.stores.protocol import Depth
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
 
 MAX_ROWS = 10_000
 MAX_BYTES = 64 * 1024 * 1024
 
 
-@frozen
-class Row:
-    """A claimed row; goes with the move to the protocol's."""
-
-    key: int
-    envelope: Envelope = field(repr=False)
-    attempts: int
-
-
 @define
 class _Slot:
-    envelope: Envelope
-    attempts: int
+    """A row: claimed while it has no due time."""
+
+    record: Record
+    token: int
     due: float | None
-    dead: bool = False
 
 
 class MemoryStore:
-    """Rows in a dict, in the order in which they came."""
+    """Rows in a dict, in the order in which they came.
 
+    :param clock: gives monotonic seconds
+    """
+
+    name = "memory"
     durable = False
+    write_ahead = False
+    lease = math.inf
 
-    def __init__(self, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        max_rows: int = MAX_ROWS,
+        max_bytes: int = MAX_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._max_rows = max_rows
         self._max_bytes = max_bytes
+        self._clock = clock
         self._slots: dict[int, _Slot] = {}
         self._bytes = 0
+        self._dead = 0
         self._last_key = 0
 
-    def put(self, envelope: Envelope, attempts: int, due: float | None) -> int:
-        """Store a message and give its key.
+    def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+        """Store messages, as far as there is room for all of them.
 
-        :raises BufferFullError: there is no room
+        :raises BufferFullError: there is not
         """
-        if len(self._slots) >= self._max_rows or self._bytes + envelope.size > self._max_bytes:
+        new = list(entries)
+        size = sum(entry.record.envelope.size for entry in new)
+        if len(self._slots) + len(new) > self._max_rows or self._bytes + size > self._max_bytes:
             raise BufferFullError(
-                f"the memory store is full ({len(self._slots)} messages, {self._bytes} bytes)",
-                message_id=envelope.message_id,
-                attempts=attempts,
+                f"the memory store is full ({len(self._slots)} messages, {self._bytes} bytes)"
             )
-        self._last_key += 1
-        self._slots[self._last_key] = _Slot(envelope, attempts, due)
-        self._bytes += envelope.size
-        return self._last_key
+        return [self._add(entry) for entry in new]
 
-    def release(self, key: int, attempts: int, due: float | None) -> None:
-        """Note a claimed row's attempts, and when it is due next."""
-        slot = self._slots[key]
-        slot.attempts, slot.due = attempts, due
+    def release(self, changes: Sequence[Change]) -> list[Claim]:
+        """Note what became of claimed rows."""
+        lost = []
+        for change in changes:
+            slot = self._slots.get(change.claim.key)
+            if slot is None or slot.token != change.claim.token or slot.due is not None:
+                lost.append(change.claim)
+                continue
+            self._count(slot.record, -1)
+            self._count(change.record, 1)
+            slot.record, slot.due = change.record, self._due(change.delay)
+        return lost
 
-    def bury(self, key: int, envelope: Envelope, due: float | None) -> None:
-        """Put its dead letter in the place of a claimed row's message."""
-        slot = self._slots[key]
-        self._bytes += envelope.size - slot.envelope.size
-        self._slots[key] = _Slot(envelope, slot.attempts, due, dead=True)
+    def renew(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Give the claims that hold no longer; the others hold anyway."""
+        return [claim for claim in claims if not self._holds(claim)]
 
-    def claim(self, now: float, limit: int) -> list[Row]:
+    def done(self, claims: Sequence[Claim]) -> None:
+        """Delete rows."""
+        for claim in claims:
+            slot = self._slots.get(claim.key)
+            if slot is not None and slot.token == claim.token:
+                self._count(self._slots.pop(claim.key).record, -1)
+
+    def claim(self, limit: int) -> list[Row]:
         """Claim what is due, the oldest first."""
+        now = self._clock()
         rows: list[Row] = []
         for key, slot in self._slots.items():
             if len(rows) == limit:
                 break
             if slot.due is not None and slot.due <= now:
-                slot.due = None
-                rows.append(Row(key, slot.envelope, slot.attempts))
+                rows.append(self._claimed(key, slot))
         return rows
 
-    def done(self, key: int) -> None:
-        """Delete a row."""
-        slot = self._slots.pop(key, None)
-        if slot is not None:
-            self._bytes -= slot.envelope.size
+    def letters(self, limit: int, after: int = 0) -> list[Row]:
+        """Show dead letters, by key."""
+        dead = [
+            Row(Claim(key, slot.token), slot.record)
+            for key, slot in self._slots.items()
+            if key > after and slot.record.dead
+        ]
+        return dead[:limit]
+
+    def seize(self, row: Row) -> Row | None:
+        """Claim a letter."""
+        slot = self._slots.get(row.claim.key)
+        if slot is None or slot.token != row.claim.token or slot.due is None:
+            return None
+        return self._claimed(row.claim.key, slot)
 
     def depth(self) -> Depth:
         """Count the rows."""
-        dead = sum(slot.dead for slot in self._slots.values())
-        return Depth(len(self._slots) - dead, dead)
+        return Depth(len(self._slots) - self._dead, self._dead)
+
+    def close(self) -> None:
+        """Make what is claimed due."""
+        now = self._clock()
+        for slot in self._slots.values():
+            if slot.due is None:
+                slot.due, slot.record = now, evolve(slot.record, doubtful=True)
+
+    def _add(self, entry: Entry) -> Claim:
+        self._last_key += 1
+        self._slots[self._last_key] = _Slot(entry.record, 1, self._due(entry.delay))
+        self._count(entry.record, 1)
+        return Claim(self._last_key, 1)
+
+    def _claimed(self, key: int, slot: _Slot) -> Row:
+        slot.due = None
+        slot.token += 1
+        return Row(Claim(key, slot.token), slot.record)
+
+    def _holds(self, claim: Claim) -> bool:
+        slot = self._slots.get(claim.key)
+        return slot is not None and slot.token == claim.token and slot.due is None
+
+    def _due(self, delay: float | None) -> float | None:
+        return None if delay is None else self._clock() + delay
+
+    def _count(self, record: Record, sign: int) -> None:
+        self._bytes += sign * record.envelope.size
+        self._dead += sign * record.dead

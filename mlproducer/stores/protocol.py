@@ -101,6 +101,9 @@ class Store(Protocol):
     used. Each is one transaction: it happens as a whole or not at all.
     """
 
+    name: str
+    """The path or host, for people; no password."""
+
     durable: bool
     """Whether its rows survive this process."""
 
@@ -130,13 +133,13 @@ class Store(Protocol):
         """Let leases begin anew, and give the claims that hold no longer."""
 
     def done(self, claims: Sequence[Claim]) -> None:
-        """Delete rows; a claim that holds no longer deletes nothing."""
+        """Delete rows that nobody has claimed since, also released ones; leave all others alone."""
 
     def claim(self, limit: int) -> list[Row]:
-        """Claim what is due, the oldest first."""
+        """Claim what is due, the oldest first; fewer than ``limit`` may be a part of it."""
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
-        """Show dead letters with a key above ``after``, by key, without claiming them."""
+        """Show dead letters with a key above ``after``, by key, unclaimed; none at the end."""
 
     def seize(self, row: Row) -> Row | None:
         """Claim a letter that `letters` showed; ``None`` if it is claimed, changed or gone."""

@@ -46,18 +46,22 @@ class FakeCarrier:
 class FakeKeeper:
     """Notes what is kept and settled; storing succeeds when the test says so."""
 
+    name = "fake"
     durable = False
 
     def __init__(self) -> None:
         self.rows: dict[Delivery, int] = {}
         self.settled: list[Delivery] = []
+        self.withdrawn: list[Delivery] = []
 
-    def keep(self, delivery: Delivery, now: float) -> None:
+    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
         """Store it."""
+        assert known == (delivery in self.rows)
         self.rows[delivery] = delivery.attempts
 
-    def forget(self, delivery: Delivery) -> None:
-        """Hold it no longer."""
+    def withdraw(self, delivery: Delivery) -> None:
+        """Delete it, and note that it is to be given back."""
+        self.withdrawn.append(delivery)
         self.rows.pop(delivery, None)
 
     def settle(self, delivery: Delivery) -> None:
@@ -167,8 +171,10 @@ class World:
         self.courier.pump(self.now)
 
     def store(self, delivery: Delivery) -> None:
-        """Have the keeper report that it has stored the message."""
-        self.courier.kept(delivery, self.now, durable=False)
+        """Have the keeper report that it has stored the message, whose slot is free now."""
+        if delivery.place is Place.STORED and self.courier.owes(delivery):
+            self.door.leave([delivery])
+        self.courier.kept([delivery], self.now)
 
     def retry(self, delivery: Delivery) -> None:
         """Have the keeper send a stored message again."""

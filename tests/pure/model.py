@@ -9,7 +9,7 @@ Runs on: the test's thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from attrs import evolve
@@ -51,10 +51,10 @@ class House:
         self.last_first = 0
         self.channel: Channel | None = None
         self.new_link = False
-        self.blocked = False
+        self.blocked = self.closed = False
         self.mailbox: deque[Delivery | Callable[[], None]] = deque()
         self.gate = Gate(setup.window, WINDOW_BYTES)
-        self.store = ModelStore(setup)
+        self.store = ModelStore(setup, clock)
         self.keeper = ModelKeeper(self)
         self.breaker = ModelBreaker(self)
         self.courier = Courier(
@@ -78,9 +78,11 @@ class House:
 
     # --- the desk ---
 
-    def order(self, method: partial[None]) -> None:
+    def order(self, method: partial[None]) -> bool:
         """Have something done by the I/O thread."""
-        self.mailbox.append(method)
+        if not self.closed:
+            self.mailbox.append(method)
+        return not self.closed
 
     def ready(self) -> int:
         """As the I/O thread says it."""
@@ -88,20 +90,33 @@ class House:
             return 0
         return MANY if self.breaker.state is CircuitState.CLOSED else 1
 
-    def readmit(self, delivery: Delivery) -> None:
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send again what was stored, and not before its time."""
-        assert delivery.place is Place.STORED
-        assert self.clock.now >= self.record(delivery).not_before, "I15: early"
-        assert delivery in self.gate._inside, "I6: inside without a slot"
-        self.courier.readmit(delivery, self.clock.now)
+        for delivery in deliveries:
+            if delivery.open:
+                assert delivery.place is Place.STORED
+                assert self.clock.now >= self.record(delivery).not_before, "I15: early"
+                assert delivery in self.gate._inside, "I6: inside without a slot"
+            self.courier.readmit(delivery, self.clock.now)
 
-    def kept(self, delivery: Delivery, *, durable: bool) -> None:
-        """Pass it on."""
-        self.courier.kept(delivery, self.clock.now, durable=durable)
+    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
+        """Send for the first time what is stored."""
+        for delivery in deliveries:
+            assert self.keeper.shelf.has_row(delivery), "I20: sent before it was stored"
+            self.courier.readmit(delivery, self.clock.now)
 
-    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
+    def kept(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on."""
-        self.courier.not_kept(delivery, error)
+        self.courier.kept(deliveries, self.clock.now)
+
+    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """Pass it on."""
+        for delivery, error in refusals:
+            self.courier.not_kept(delivery, error)
+
+    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
+        """Pass it on."""
+        self.courier.withdrawn(deliveries)
 
     # --- publishers ---
 
@@ -119,7 +134,10 @@ class House:
         record = Record(delivery, len(self.records) + 1)
         self.records[delivery] = self.by_id[delivery.envelope.message_id] = record
         if self.gate.try_enter(delivery):
-            self.mailbox.append(delivery)
+            if self.store.write_ahead:
+                self.keeper.write_ahead(delivery)
+            else:
+                self.mailbox.append(delivery)
         elif waits:
             self.mailbox.append(partial(self._turn_away, delivery))
         else:
@@ -139,7 +157,8 @@ class House:
 
     def _expire(self, delivery: Delivery) -> None:
         self.courier.expire(delivery, self.clock.now)
-        assert delivery.answer.done() or not delivery.answer_deferral or delivery.kept, "I4, I5"
+        done = delivery.answer.done() or not delivery.answer_deferral
+        assert done or self.courier.owes(delivery) or self.store.write_ahead, "I4, I5"
 
     def _turn_away(self, delivery: Delivery) -> None:
         self.courier.turn_away(delivery, self.clock.now)

@@ -62,6 +62,7 @@ class CourierMachine(RuleBasedStateMachine):
         window=st.sampled_from([8, 8, 2, 100]),
         rows=st.sampled_from([50, 50, 50, 2]),
         durable=st.booleans(),
+        ahead=st.booleans(),
         fair=st.booleans(),
         connected=st.sampled_from([True, True, True, False]),
     )
@@ -263,8 +264,9 @@ class CourierMachine(RuleBasedStateMachine):
             if place in (Place.WAITING, Place.IN_FLIGHT):
                 assert delivery in house.gate._inside, "I6: inside without a slot"
             elif place is Place.STORED:
-                assert delivery in house.keeper._held
-                assert house.mailbox or delivery not in house.gate._inside
+                owed = house.courier.owes(delivery)
+                assert owed or delivery in house.keeper.shelf.deliveries()
+                assert owed or house.mailbox or delivery not in house.gate._inside
         assert house.courier.in_flight == flying.total()
         assert house.courier.waiting == waiting.total()
         assert len(house.gate) <= house.setup.window
@@ -281,7 +283,7 @@ class CourierMachine(RuleBasedStateMachine):
                 assert record.answer is answer
             assert delivery.open == (record.ends in ([], ["withdrawn"]))
             deferred = delivery.fate is not None and not record.ends
-            assert not deferred or delivery in self.house.keeper._keys, "I20: not stored"
+            assert not deferred or self.house.keeper.shelf.claim_of(delivery), "I20: not stored"
             assert delivery.attempts == record.sends, "I14: an attempt is a write"
             assert record.writes <= 1 + record.hits, "I12: no write without a reason"
 
@@ -294,7 +296,7 @@ class CourierMachine(RuleBasedStateMachine):
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""
         for delivery, record in list(self.live.items()):
-            if delivery.place is Place.RETIRED:
+            if delivery.place is Place.RETIRED and not self.house.courier.owes(delivery):
                 assert record.ends
                 assert delivery not in self.house.gate._inside, "I6: a slot leaks"
                 del self.live[delivery]
@@ -307,11 +309,14 @@ class CourierMachine(RuleBasedStateMachine):
         if self.fair:
             self._stop_the_faults()
         house.channel = None
-        house.courier.abandon(house.keeper.held())
-        items, house.mailbox = list(house.mailbox), house.mailbox.__class__()
-        for item in items:
-            if isinstance(item, Delivery):
-                house.courier.accept(item, clock.now)
+        if house.store.durable:
+            house.courier.shelve(clock.now)
+            while not house.keeper.thread._orders.empty():
+                house.keep_house()
+            house.drain(PLENTY)
+        house.courier.abandon(house.keeper.shelf.deliveries(), clock.now)
+        house.drain(PLENTY)
+        house.closed = True
         house.store.broken = False
         while not house.keeper.thread._orders.empty():
             house.keep_house()
@@ -332,11 +337,10 @@ class CourierMachine(RuleBasedStateMachine):
             if house.breaker.state is CircuitState.OPEN:
                 clock.now += COOLDOWN
                 house.cool()
-            if not (house.gate or house.keeper or house.mailbox):
+            if not (house.gate or house.keeper.stored or house.mailbox):
                 break
         assert not house.gate.inside()
-        assert not house.keeper.held()
-        assert not house.keeper.dead
+        assert not house.keeper.stored
         assert not house.store._slots, "a row outlives its message"
 
     def _check_the_end(self) -> None:
@@ -344,7 +348,22 @@ class CourierMachine(RuleBasedStateMachine):
         for delivery, record in house.records.items():
             if delivery.place is Place.MAILBOX and not record.ends:
                 house.withdraw(delivery)  # turned away too late: its publisher's own wait ends
-            assert len(record.ends) == 1
+            if not record.ends and not delivery.open:
+                assert house.store.durable, "I20: entrusted to a store that does not last"
+                continue
+            assert len(record.ends) == 1, (
+                delivery.place,
+                delivery.open,
+                delivery.kept,
+                delivery.stored,
+                delivery.retry,
+                delivery.answer,
+                record.ends,
+                house.setup,
+                house.courier.owes(delivery),
+                delivery.reason,
+                delivery.answer_deferral,
+            )
             assert delivery.place is Place.RETIRED or record.ends == ["withdrawn"]
             assert (delivery.fate or delivery.answer).done()
             if record.ends == ["dead-lettered"]:
@@ -353,10 +372,19 @@ class CourierMachine(RuleBasedStateMachine):
                 assert error.attempts == record.sends
                 assert error.reason is not None
         assert not any(delivery.open for delivery in house.gate.inside())
-        assert not house.keeper.held()
-        assert not house.keeper.dead, "I25: dead letters are counted for ever"
-        assert not house.keeper._keys
-        assert not house.store._slots, "a row outlives its message"
+        records = house.records.items()
+        entrusted = sum(not record.ends and delivery.kept for delivery, record in records)
+        assert len(house.store._slots) == entrusted, (
+            "a row outlives its message, or is lost",
+            entrusted,
+            house.setup,
+            house.store._slots,
+            house.keeper.shelf.claims,
+            [
+                (d.place, d.open, d.kept, d.stored, d.dead, d.retry, d.answer, r.ends)
+                for d, r in records
+            ],
+        )
 
 
 QUICK = settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -12,7 +13,9 @@ from mlproducer.engine import keeper as module
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
 from mlproducer.errors import PublishError
+from mlproducer.observe.events import EventSink
 from mlproducer.stores.memory import MemoryStore
+from mlproducer.stores.protocol import Depth
 from tests.helpers import make_delivery
 from tests.pure.witnesses import Clock
 
@@ -35,16 +38,16 @@ class Desk:
         """Many."""
         return 1000
 
-    def readmit(self, delivery: Delivery) -> None:
-        """Note it."""
-        self.readmitted.append(delivery)
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
+        """Note them."""
+        self.readmitted += deliveries
 
-    def kept(self, delivery: Delivery, *, durable: bool) -> None:
-        """It is stored."""
+    def kept(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored."""
 
-    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
-        """Note it."""
-        self.refused.append(delivery)
+    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """Note them."""
+        self.refused += [delivery for delivery, _ in refusals]
 
 
 class Bench:
@@ -53,14 +56,16 @@ class Bench:
     def __init__(self, rows: int = 10) -> None:
         self.clock = Clock()
         self.desk = Desk()
-        self.store = MemoryStore(rows)
-        self.keeper = Keeper(self.store, Gate(10), Backoff(1.0, 10.0), 1.0)
+        self.store = MemoryStore(rows, clock=self.clock.monotonic)
+        self.keeper = Keeper(self.store, Gate(10), Backoff(1.0, 10.0), 1.0, EventSink())
         self.keeper.serve(self.desk, lambda: None)  # type: ignore[arg-type]
 
     def keep(self, delivery: Delivery, attempts: int = 1) -> None:
         """Have it stored."""
         delivery.attempts = attempts
-        self.keeper.keep(delivery, self.clock.now)
+        known, delivery.stored = delivery.stored, True
+        delivery.kept = True
+        self.keeper.keep(delivery, self.clock.now, known=known)
         self.work()
 
     def work(self) -> None:
@@ -115,14 +120,14 @@ def test_a_letter_is_due_at_once_and_then_seldom(bench: Bench) -> None:
     delivery.place = Place.WAITING
     delivery.dead = True
     bench.keep(delivery, 4)
-    assert bench.keeper.dead == 1
+    assert bench.keeper.depth == Depth(0, 1)
     assert bench.wait_for(delivery) == 0.0
     bench.desk.readmitted.clear()
     bench.keep(delivery, 4)
     assert bench.wait_for(delivery) == 10.0
     bench.keeper.settle(delivery)
     bench.work()
-    assert (bench.keeper.dead, len(bench.keeper), len(bench.store._slots)) == (0, 0, 0)
+    assert (bench.keeper.depth, bench.store.depth()) == (Depth(), Depth())
 
 
 def test_what_the_store_refuses(bench: Bench) -> None:
@@ -132,9 +137,7 @@ def test_what_the_store_refuses(bench: Bench) -> None:
     delivery.place, delivery.dead = Place.WAITING, True
     bench.keep(delivery)
     assert bench.desk.refused == [delivery]
-    assert bench.keeper.held() == [delivery]
     bench.store._max_rows = 10
     bench.keep(delivery)
-    assert len(bench.store._slots) == 0
-    bench.keeper.forget(delivery)
-    assert (len(bench.keeper), bench.keeper.dead) == (0, 0)
+    assert bench.store.depth() == Depth()
+    assert bench.keeper.shelf.deliveries() == []

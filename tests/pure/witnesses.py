@@ -9,7 +9,7 @@ Runs on: the test's thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
@@ -23,6 +23,7 @@ from mlproducer.errors import PublishError, StoreError
 from mlproducer.message import Envelope
 from mlproducer.observe.events import EventSink
 from mlproducer.stores.memory import MemoryStore
+from mlproducer.stores.protocol import Claim, Entry
 
 if TYPE_CHECKING:
     from tests.pure.model import House
@@ -42,6 +43,7 @@ class Setup:
     window: int = 8
     rows: int = 50
     durable: bool = False
+    ahead: bool = False
 
 
 class Clock:
@@ -155,7 +157,7 @@ class Sink(EventSink):
 
     def deferred(self, delivery: Delivery) -> None:
         """Only what the store holds."""
-        assert delivery in self._house.keeper._keys, "I20: deferred before it was stored"
+        assert self._house.keeper.shelf.claim_of(delivery), "I20: deferred before it was stored"
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
         """What is said of it is true."""
@@ -211,38 +213,40 @@ class ModelBreaker(Breaker):
 class ModelStore(MemoryStore):
     """A memory store that fails when it is told to, and may pass for a durable one."""
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup.rows)
+    def __init__(self, setup: Setup, clock: Clock) -> None:
+        super().__init__(setup.rows, clock=clock.monotonic)
         self.durable = setup.durable
+        self.write_ahead = setup.durable and setup.ahead
         self.broken = False
 
-    def put(self, envelope: Envelope, attempts: int, due: float | None) -> int:
-        """Store a message, or not."""
+    def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+        """Store messages, or not."""
         if self.broken:
-            raise StoreError("locked", message_id=envelope.message_id, attempts=attempts)
-        return super().put(envelope, attempts, due)
+            raise StoreError("locked")
+        return super().put(entries, patience)
 
 
 class ModelKeeper(Keeper):
     """Notes when a message may be sent again at the earliest, by the contract (I15)."""
 
     def __init__(self, house: House) -> None:
-        super().__init__(house.store, house.gate, Backoff(BASE_DELAY, MAX_DELAY), SWEEP)
+        backoff = Backoff(BASE_DELAY, MAX_DELAY)
+        super().__init__(house.store, house.gate, backoff, SWEEP, Sink(house))
         self._house = house
 
-    def keep(self, delivery: Delivery, now: float) -> None:
+    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
         """Store it, as soon as the thread gets to it."""
         record = self._house.record(delivery)
         assert not record.ends, "kept after its end"
         assert now == self._house.clock.now
-        record.not_before = now + self._delay(delivery)
-        super().keep(delivery, now)
+        record.not_before = now + self._earliest(delivery)
+        super().keep(delivery, now, known=known)
 
-    def _delay(self, delivery: Delivery) -> float:
+    def _earliest(self, delivery: Delivery) -> float:
         if delivery.place is Place.IN_FLIGHT:
             return math.inf
         if delivery.dead:
-            return MAX_DELAY if delivery in self._dead else 0.0
+            return MAX_DELAY if delivery.buried else 0.0
         if delivery.attempts == 0:
             return 0.0
         return float(min(BASE_DELAY * 2.0 ** (delivery.attempts - 1), MAX_DELAY))

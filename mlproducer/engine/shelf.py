@@ -1,0 +1,123 @@
+"""Which delivery belongs to which row of the store.
+
+In a durable store a row may outlive its delivery, and may be another process's: then a delivery
+is made of the record, and nobody waits for it. While a row waits there, its delivery is remembered
+only as long as somebody holds the receipt or future that it is to resolve, and without its body; so
+a backlog takes no memory. In the memory store the delivery is all there is, and stays.
+
+Runs on: the retry thread; `Shelf.deliveries` and `Shelf.has_row` on any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from datetime import datetime, timezone
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from attrs import evolve
+
+from mlproducer import errors
+from mlproducer.core.delivery import Delivery, Nobody, Place
+from mlproducer.errors import PublishError
+from mlproducer.stores.protocol import Claim, Record, Row
+
+_REASON_MAX = 255
+
+
+class Shelf:
+    """Deliveries whose message is in the store.
+
+    :ivar claims: the claim of each row that is this process's now
+    """
+
+    def __init__(self, *, durable: bool) -> None:
+        self._durable = durable
+        self._parked: MutableMapping[int, Delivery] = WeakValueDictionary() if durable else {}
+        self._last: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
+        self.claims: dict[Delivery, Claim] = {}
+
+    def has_row(self, delivery: Delivery) -> bool:
+        """Whether its row is there, and this process's."""
+        return delivery in self.claims
+
+    def deliveries(self) -> list[Delivery]:
+        """Give all that are remembered."""
+        return [*self.claims, *self._parked.values()]
+
+    def hold(self, delivery: Delivery, claim: Claim, leased_until: float) -> None:
+        """Remember a claim."""
+        delivery.leased_until = leased_until
+        self.claims[delivery] = claim
+
+    def park(self, delivery: Delivery, claim: Claim) -> None:
+        """Remember a delivery whose row waits, and is nobody's."""
+        self.claims.pop(delivery, None)
+        if self._durable:
+            delivery.envelope = evolve(delivery.envelope, properties=b"", body=b"")
+        self._parked[claim.key] = delivery
+        self._last[delivery] = claim
+
+    def claim_of(self, delivery: Delivery) -> Claim | None:
+        """Give the last claim of its row, which still holds if nobody has claimed it since."""
+        return self.claims.get(delivery) or self._last.get(delivery)
+
+    def take(self, row: Row, now: float, leased_until: float) -> Delivery | None:
+        """Give the delivery of a row that was claimed; ``None`` where it was given back."""
+        delivery = self._parked.pop(row.claim.key, None)
+        if delivery is None and not self._durable:
+            return None
+        if delivery is None:
+            delivery = _revived(row.record, now)
+        self._last.pop(delivery, None)
+        delivery.envelope = row.record.envelope
+        delivery.doubtful = delivery.doubtful or row.record.doubtful
+        self.hold(delivery, row.claim, leased_until)
+        return delivery
+
+    def drop(self, delivery: Delivery) -> Claim | None:
+        """Forget a delivery that has found its end, and give the last claim of its row."""
+        claim = self.claim_of(delivery)
+        self.claims.pop(delivery, None)
+        if self._last.pop(delivery, None) is not None and claim is not None:
+            self._parked.pop(claim.key, None)
+        return claim
+
+
+def record_of(delivery: Delivery, now: float) -> Record:
+    """Write down what is known of a delivery."""
+    reason = delivery.reason
+    return Record(
+        delivery.envelope,
+        attempts=delivery.attempts,
+        doubtful=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
+        dead=delivery.dead,
+        reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
+        first_failed_at=_epoch() - (now - delivery.first_failed) if delivery.first_failed else 0.0,
+    )
+
+
+def _revived(record: Record, now: float) -> Delivery:
+    """Make the delivery of a message that another process, or another life of this one, stored."""
+    delivery = Delivery(record.envelope, Nobody(), started=now, deadline=now, answer_deferral=False)
+    delivery.place = Place.STORED
+    delivery.stored = delivery.kept = True
+    delivery.dead = delivery.buried = record.dead
+    delivery.attempts = record.attempts
+    delivery.doubtful = record.doubtful
+    if record.reason:
+        delivery.reason = _error(record)
+    if record.first_failed_at:
+        delivery.first_failed = now - max(0.0, _epoch() - record.first_failed_at)
+    return delivery
+
+
+def _error(record: Record) -> PublishError:
+    name, _, text = record.reason.partition(": ")
+    kind = getattr(errors, name, PublishError)
+    known = isinstance(kind, type) and issubclass(kind, PublishError)
+    make = kind if known else PublishError
+    return make(text, message_id=record.envelope.message_id, attempts=record.attempts)
+
+
+def _epoch() -> float:
+    return datetime.now(timezone.utc).timestamp()

@@ -1,0 +1,278 @@
+"""What is counted when: events in, counts and readings out. Where they are kept is not known here.
+
+Each message is counted once, when its fate is known, and before its publisher is told.
+
+Runs on: events arrive on the thread on which they happen; readings are taken on any.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import get_ident
+from typing import Protocol
+
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer.errors import (
+    CircuitOpenError,
+    ConfirmTimeoutError,
+    InvalidMessageError,
+    InvalidTaskError,
+    MLProducerError,
+    NackError,
+    PublishError,
+    StoreError,
+    UnroutableError,
+)
+from mlproducer.message import RAW_TASK_TYPE, Message
+from mlproducer.observe import catalog
+from mlproducer.observe.catalog import Family, Merge
+from mlproducer.observe.events import EventSink
+from mlproducer.observe.tally import Counts, Labels, Series
+from mlproducer.status import Status
+from mlproducer.tasks import CeleryTask, MLTask
+
+MAX_NAME = 200
+"""Characters of a task type that gets a series of its own."""
+
+
+class Watched(Protocol):
+    """A producer, as far as its gauges need it."""
+
+    def status(self) -> Status:
+        """Say how things stand, without I/O."""
+
+
+class Meter:
+    """The metrics of the producers that share a registry.
+
+    :ivar counts: where counters and histograms are kept
+    """
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+        self._watched: dict[weakref.ref[Watched], None] = {}
+        self._task_types: dict[str, str] = {}
+        self._admitted = itertools.count()
+        self._depths: dict[Labels, float] = {}
+
+    def watch(self, producer: Watched) -> None:
+        """Read a producer's gauges for as long as somebody else holds on to it."""
+        self._watched[weakref.ref(producer, self._forget)] = None
+
+    def sink(self) -> EventSink:
+        """Give a sink for the events of one engine."""
+        return MetricsSink(self)
+
+    def refused(self, task: object, error: MLProducerError) -> None:
+        """Count what was not accepted, and so never became a delivery.
+
+        :param task: what was handed in, or its class where not even that could be made
+        """
+        labels = (self.task_type(_name_of(task)), status_of(error))
+        self.counts.series(catalog.TASKS_SENT, labels).inc()
+
+    def task_type(self, name: str) -> str:
+        """Give the label for a task type; names are users' own, so only so many are told apart."""
+        label = self._task_types.get(name)
+        return self._admit(name) if label is None else label
+
+    def depth(self, queue: str, messages: int) -> None:
+        """Note how much a queue holds."""
+        self._depths[(queue,)] = messages
+
+    def readings(self) -> Mapping[Family, Mapping[Labels, float]]:
+        """Give what every gauge shows now."""
+        watched = [producer() for producer in self._watched.copy()]
+        statuses = [producer.status() for producer in watched if producer is not None]
+        is_open = [s for s in statuses if s.connection_state is not ConnectionState.CLOSED]
+        readings: dict[Family, Mapping[Labels, float]] = {
+            family: {(): _merge(family, is_open)} for family in _READ
+        }
+        readings[catalog.QUEUE_DEPTH] = self._depths.copy() if is_open else {}
+        return readings
+
+    def refresh(self) -> None:
+        """Write the gauges down where they cannot be read when they are asked for."""
+
+    def forked(self) -> None:
+        """Start from zero, in a child process whose parent goes on counting."""
+        self._task_types, self._admitted = {}, itertools.count()
+        self._depths = {}
+
+    def _admit(self, name: str) -> str:
+        presentable = 0 < len(name) <= MAX_NAME and name.isprintable()
+        if not presentable or next(self._admitted) >= catalog.MAX_TASK_TYPES:
+            return catalog.OTHER
+        return self._task_types.setdefault(name, name)
+
+    def _forget(self, producer: weakref.ref[Watched]) -> None:
+        self._watched.pop(producer, None)
+
+
+class MetricsSink(EventSink):
+    """Counts the events of one engine."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._task_type = meter.task_type
+        self._series = meter.counts.series
+        self._sizes = self._series(catalog.MESSAGE_SIZE)
+        self._successes: dict[str, tuple[Series, Series]] = {}
+        self._lost_at: dict[int, float] = {}  # by the thread of the connection
+
+    # --- messages ------------------------------------------------------------------------------
+
+    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
+        """Count each."""
+        successes, observe_size = self._successes, self._sizes.observe
+        for delivery in deliveries:
+            envelope = delivery.envelope
+            sent, took = successes.get(envelope.task_type) or self._success(envelope.task_type)
+            sent.inc()
+            took.observe(now - delivery.started)
+            observe_size(len(envelope.body))
+
+    def dead_lettered(self, delivery: Delivery) -> None:
+        """Count it as failed."""
+        self._count(catalog.DEAD_LETTERED)
+        self._ended(delivery, "failure")
+
+    def given_back(self, delivery: Delivery, error: PublishError) -> None:
+        """Count it by the reason."""
+        self._ended(delivery, status_of(error))
+
+    def failed(self, delivery: Delivery, error: PublishError) -> None:
+        """Count what the broker said, or that it said nothing."""
+        if isinstance(error, NackError):
+            self._count(catalog.NACKS)
+        elif isinstance(error, UnroutableError):
+            self._count(catalog.RETURNS)
+        elif isinstance(error, ConfirmTimeoutError) and delivery.place is Place.IN_FLIGHT:
+            self._count(catalog.CONFIRM_TIMEOUTS)
+
+    def retried(self, delivery: Delivery) -> None:
+        """Count by task type."""
+        task_type = self._task_type(delivery.envelope.task_type)
+        self._count(catalog.TASK_RETRIES, task_type)
+
+    def late_confirm(self, delivery: Delivery) -> None:
+        """Count it."""
+        self._count(catalog.LATE_CONFIRMS)
+
+    def possible_duplicate(self, delivery: Delivery) -> None:
+        """Count it."""
+        self._count(catalog.POSSIBLE_DUPLICATES)
+
+    def _success(self, task_type: str) -> tuple[Series, Series]:
+        """Give the series of confirmed messages, and keep them where the name is one of few."""
+        label = self._task_type(task_type)
+        found = self._ends(label, "success")
+        if label == task_type:
+            self._successes[task_type] = found
+        return found
+
+    def _ended(self, delivery: Delivery, status: str) -> None:
+        sent, took = self._ends(self._task_type(delivery.envelope.task_type), status)
+        sent.inc()
+        took.observe(time.monotonic() - delivery.started)
+
+    def _ends(self, task_type: str, status: str) -> tuple[Series, Series]:
+        labels = (task_type, status)
+        return (
+            self._series(catalog.TASKS_SENT, labels),
+            self._series(catalog.TASK_PUBLISH_DURATION, labels),
+        )
+
+    def _count(self, family: Family, *labels: str) -> None:
+        self._series(family, labels).inc()
+
+    # --- connections ---------------------------------------------------------------------------
+
+    def connected(self, address: str) -> None:
+        """Measure how long there was none."""
+        lost_at = self._lost_at.pop(get_ident(), None)
+        if lost_at is not None:
+            self._series(catalog.RECONNECT_DURATION).observe(time.monotonic() - lost_at)
+
+    def disconnected(self, loss: Loss) -> None:
+        """Count it, unless we closed it ourselves."""
+        if loss.kind is not LossKind.CLOSED:
+            self._lost_at[get_ident()] = time.monotonic()
+            self.connection_error(loss)
+
+    def connection_error(self, loss: Loss) -> None:
+        """Count by the kind."""
+        self._count(catalog.CONNECTION_ERRORS, loss.kind.value)
+
+    def state_changed(self, state: ConnectionState) -> None:
+        """Count by the new state."""
+        self._count(catalog.CONNECTION_STATE_CHANGES, state.name)
+        self._meter.refresh()
+
+    # --- the rest ------------------------------------------------------------------------------
+
+    def circuit_changed(self, state: CircuitState) -> None:
+        """Count that it opens."""
+        if state is CircuitState.OPEN:
+            self._count(catalog.CIRCUIT_BREAKER_TRIPS)
+
+    def health_checked(self, *, alive: bool) -> None:
+        """Count where there was no answer."""
+        if not alive:
+            self._count(catalog.HEALTH_CHECK_FAILURES)
+
+    def queue_depth(self, queue: str, messages: int) -> None:
+        """Note it."""
+        self._meter.depth(queue, messages)
+
+    def store_failed(self, error: StoreError) -> None:
+        """Count it."""
+        self._count(catalog.STORE_ERRORS)
+
+
+def _name_of(task: object) -> str:
+    if isinstance(task, Message):
+        return RAW_TASK_TYPE
+    if isinstance(task, (MLTask, CeleryTask)) or (
+        isinstance(task, type) and issubclass(task, MLTask)
+    ):
+        return task.task_type
+    return catalog.UNKNOWN
+
+
+def status_of(error: MLProducerError) -> str:
+    """Give the label for a message that was given back."""
+    if isinstance(error, CircuitOpenError):
+        return "circuit_breaker_open"
+    if isinstance(error, (InvalidMessageError, InvalidTaskError)):
+        return "validation_error"
+    return "rejected"
+
+
+_CIRCUIT_NUMBERS = {CircuitState.CLOSED: 0, CircuitState.OPEN: 1, CircuitState.HALF_OPEN: 2}
+
+_READ: dict[Family, Callable[[Status], float]] = {
+    catalog.CONNECTION_STATE: lambda status: status.connection_state,
+    catalog.RECONNECT_ATTEMPTS: lambda status: status.reconnect_attempts,
+    catalog.RETRY_QUEUE_SIZE: lambda status: status.retry_queue_size,
+    catalog.PENDING_CONFIRMS: lambda status: status.pending_confirms,
+    catalog.CONNECTION_BLOCKED: lambda status: status.blocked,
+    catalog.CIRCUIT_BREAKER_OPEN: lambda status: status.circuit_breaker_open,
+    catalog.CIRCUIT_BREAKER_STATE: lambda status: _CIRCUIT_NUMBERS[status.circuit_state],
+    catalog.CIRCUIT_BREAKER_FAILURES: lambda status: status.consecutive_failures,
+    catalog.DEAD_LETTERS: lambda status: status.dead_letters,
+}
+
+
+def _merge(family: Family, statuses: Iterable[Status]) -> float:
+    values = [float(_READ[family](status)) for status in statuses]
+    if family.merge is Merge.SUM:
+        return sum(values)
+    if family.merge is Merge.GREATEST:
+        return max(values, default=0.0)
+    return min(values, default=float(ConnectionState.CLOSED))

@@ -1,0 +1,104 @@
+"""Counts of one process, which any thread may add to at any time without a lock.
+
+A lock here would be taken by publishers, the I/O thread and whoever scrapes; a fork, or a signal
+handler that publishes, could find it taken for ever. So each thread adds to cells of its own, and
+whoever reads adds them up. A thread's cells outlive it, and serve the next thread of its number.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from threading import get_ident
+from typing import Protocol
+
+from mlproducer.observe.catalog import FAMILIES, Family, Kind
+
+Labels = tuple[str, ...]
+
+
+class Series(Protocol):
+    """One series of a counter or histogram; whoever adds to it often keeps it."""
+
+    def inc(self) -> None:
+        """Add 1 to a counter."""
+
+    def observe(self, amount: float) -> None:
+        """Add a value to a histogram."""
+
+
+class Counts(Protocol):
+    """Whatever counters and histograms are kept in."""
+
+    def series(self, family: Family, labels: Labels = ()) -> Series:
+        """Give the series with these labels, the same one each time."""
+
+
+class Cells:
+    """A series in plain memory.
+
+    A counter has one cell; a histogram has one for each bucket, one for what is beyond them, and
+    last the sum.
+    """
+
+    __slots__ = ("_bounds", "_of", "_width")
+
+    def __init__(self, family: Family) -> None:
+        self._bounds = family.buckets
+        self._width = len(family.buckets) + 2 if family.kind is Kind.HISTOGRAM else 1
+        self._of: dict[int, list[float]] = {}
+
+    def inc(self) -> None:
+        """Add 1 to a counter."""
+        try:
+            self._of[get_ident()][0] += 1
+        except KeyError:
+            self._of[get_ident()] = [1]
+
+    def observe(self, amount: float) -> None:
+        """Add a value to a histogram."""
+        try:
+            cells = self._of[get_ident()]
+        except KeyError:
+            cells = self._of[get_ident()] = [0.0] * self._width
+        cells[bisect_left(self._bounds, amount)] += 1
+        cells[-1] += amount
+
+    def total(self) -> list[float]:
+        """Add up what all threads have counted."""
+        total = [0.0] * self._width
+        for cells in self._of.copy().values():
+            total = [a + b for a, b in zip(total, cells, strict=True)]
+        return total
+
+
+class Tally:
+    """Counters and histograms in plain memory."""
+
+    def __init__(self) -> None:
+        self._series: dict[tuple[Family, Labels], Cells] = {}
+        self.clear()
+
+    def series(self, family: Family, labels: Labels = ()) -> Cells:
+        """Give the series with these labels, the same one each time."""
+        found = self._series.get((family, labels))
+        return found or self._series.setdefault((family, labels), Cells(family))
+
+    def totals(self) -> Mapping[Family, Mapping[Labels, list[float]]]:
+        """Add up each series, for every family that is counted."""
+        totals: dict[Family, dict[Labels, list[float]]] = {
+            family: {} for family in FAMILIES if family.kind is not Kind.GAUGE
+        }
+        for (family, labels), cells in self._series.copy().items():
+            totals[family][labels] = cells.total()
+        return totals
+
+    def clear(self) -> None:
+        """Start from zero, in a child process whose parent goes on counting."""
+        self._series = {
+            (family, ()): Cells(family)
+            for family in FAMILIES
+            if family.kind is not Kind.GAUGE and not family.labels
+        }

@@ -1,0 +1,200 @@
+"""What is logged: one line per change, few in a storm, and nothing that others could forge."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mlproducer
+from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer.errors import NackError, StoreError
+from mlproducer.observe.limiter import Limiter
+from mlproducer.observe.log import MAX_WORDS, Lines, LogSink
+from tests.helpers import make_delivery
+from tests.pure.witnesses import Clock
+
+STORM = 10_000
+PERIOD = 10.0
+EVIL = "\x1b[2J\r\nCRITICAL forged \u202eline\u2028" + "x" * 1000
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Time that stands still until the test moves it."""
+    return Clock()
+
+
+@pytest.fixture
+def sink(clock: Clock, caplog: pytest.LogCaptureFixture) -> LogSink:
+    """A sink whose lines are caught, all of them."""
+    caplog.set_level(logging.DEBUG, "mlproducer")
+    return LogSink(clock.monotonic)
+
+
+# --- the limiter -------------------------------------------------------------------------------
+
+
+def test_limit_per_kind() -> None:
+    """Each kind has its own limit, and has it again in the next period."""
+    limiter = Limiter(2, PERIOD)
+    assert [limiter.admits("a", 1.0) for _ in range(4)] == [True, True, False, False]
+    assert limiter.admits("b", 1.0)
+    assert limiter.suppressed(10.9) == []
+    assert limiter.suppressed(11.0) == [("a", 2)]
+    assert limiter.suppressed(11.0) == []
+    assert limiter.admits("a", 11.0)
+
+
+def test_nothing_suppressed_nothing_told() -> None:
+    """A kind that kept within its limit is not spoken of."""
+    limiter = Limiter(2, PERIOD)
+    assert limiter.admits("a", 0.0)
+    assert limiter.admits("a", 0.0)
+    assert limiter.suppressed(math.inf) == []
+
+
+# --- storms ------------------------------------------------------------------------------------
+
+LOSS = Loss("h:5672: connection refused", kind=LossKind.REFUSED)
+
+STORMS: dict[str, Callable[[LogSink], None]] = {
+    "dead letters": lambda sink: sink.dead_lettered(make_delivery()),
+    "failed attempts": lambda sink: sink.connection_error(LOSS),
+    "lost connections": lambda sink: sink.disconnected(LOSS),
+    "lost channels": lambda sink: sink.channel_lost(Loss("gone", 404)),
+    "stray confirms": lambda sink: sink.stray_confirm(7),
+    "failing store": lambda sink: sink.store_failed(StoreError("locked")),
+    "crashes": lambda sink: sink.crashed(RuntimeError("bug")),
+    "breaker": lambda sink: sink.circuit_changed(CircuitState.OPEN),
+}
+
+
+@pytest.mark.parametrize("storm", STORMS)
+def test_storm(storm: str, sink: LogSink, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """Ten thousand events within a minute give fewer than 100 lines, which tell of the rest."""
+    for _ in range(STORM):
+        STORMS[storm](sink)
+        clock.now += 60.0 / STORM
+    sink.state_changed(ConnectionState.CLOSED)
+    assert len(caplog.messages) < 100
+    counts = [re.fullmatch(r".* suppressed=(\d+)", line) for line in caplog.messages]
+    told = [int(found[1]) for found in counts if found is not None]
+    assert len(caplog.messages) - len(told) + sum(told) == STORM
+
+
+def test_the_rest_is_told_by_the_next_line(
+    sink: LogSink, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once the storm's period is over, a line of another kind brings its number along."""
+    for _ in range(8):
+        sink.connection_error(LOSS)
+    clock.now += PERIOD
+    sink.connected("h:5672")
+    assert caplog.messages[5:] == ["cannot connect suppressed=3", "connected broker=h:5672"]
+
+
+def test_a_change_is_never_hidden_by_another_kind(
+    sink: LogSink, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A storm of one kind leaves the lines of the others alone."""
+    for _ in range(STORM):
+        sink.dead_lettered(make_delivery())
+    sink.connected("h:5672")
+    assert caplog.messages[-1] == "connected broker=h:5672"
+
+
+# --- lines -------------------------------------------------------------------------------------
+
+
+def test_fields(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
+    """Each change is one line with its fields, at a level that says whether to look."""
+    delivery = make_delivery("m")
+    delivery.attempts, delivery.reason = 4, NackError("the broker nacked the message")
+    sink.connected("h:5672")
+    sink.disconnected(LOSS)
+    sink.disconnected(Loss("closed by us", kind=LossKind.CLOSED))
+    sink.connection_error(LOSS)
+    sink.flow_changed(blocked=True, reason="low on memory")
+    sink.flow_changed(blocked=False, reason="")
+    sink.circuit_changed(CircuitState.OPEN)
+    sink.circuit_changed(CircuitState.CLOSED)
+    sink.health_checked(alive=True)
+    sink.health_checked(alive=False)
+    sink.topology_fault("ml.embed", Loss("PRECONDITION_FAILED", 406))
+    sink.dead_lettered(delivery)
+    assert [(each.levelname, each.getMessage()) for each in caplog.records] == [
+        ("INFO", "connected broker=h:5672"),
+        ("WARNING", "disconnected kind=refused reason='h:5672: connection refused'"),
+        ("INFO", "disconnected kind=closed reason='closed by us'"),
+        ("WARNING", "cannot connect kind=refused reason='h:5672: connection refused'"),
+        ("WARNING", "blocked by the broker reason='low on memory'"),
+        ("INFO", "unblocked by the broker"),
+        ("WARNING", "circuit breaker state=open"),
+        ("INFO", "circuit breaker state=closed"),
+        ("WARNING", "no answer to the health check; reconnecting"),
+        ("ERROR", "cannot declare target=ml.embed code=406 reason='PRECONDITION_FAILED'"),
+        ("ERROR", "dead-lettered message_id='m' attempts=4 reason=NackError"),
+    ]
+
+
+def test_nothing_per_message(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
+    """What happens to every message, or to many, is counted and not logged."""
+    delivery, error = make_delivery(), NackError("the broker nacked the message")
+    sink.confirmed([delivery], 0.0)
+    sink.failed(delivery, error)
+    sink.deferred(delivery)
+    sink.retried(delivery)
+    sink.late_confirm(delivery)
+    sink.possible_duplicate(delivery)
+    sink.given_back(delivery, error)
+    assert caplog.messages == []
+
+
+def test_foreign_words(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
+    """What a broker or a publisher says is escaped and cut: one line stays one line."""
+    sink.disconnected(Loss(EVIL))
+    sink.connection_error(Loss(EVIL))
+    sink.channel_lost(Loss(EVIL, 404))
+    sink.flow_changed(blocked=True, reason=EVIL)
+    sink.topology_fault("ml.embed", Loss(EVIL, 406))
+    sink.health_fault("ml.embed", Loss(EVIL, 404))
+    sink.gave_up(10, Loss(EVIL))
+    sink.store_failed(StoreError(EVIL))
+    sink.dead_lettered(make_delivery(EVIL))
+    assert len(caplog.messages) == 9
+    for line in caplog.messages:
+        assert line.isprintable()
+        assert len(line) < MAX_WORDS + 150
+
+
+def test_traceback_of_a_crash(caplog: pytest.LogCaptureFixture, sink: LogSink) -> None:
+    """A failure of the loop, which is a bug, is logged with its traceback."""
+    sink.crashed(RuntimeError("bug"))
+    [record] = caplog.records
+    assert record.levelno == logging.CRITICAL
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], RuntimeError)
+
+
+def test_lines_go_to_the_logger_they_are_given(caplog: pytest.LogCaptureFixture) -> None:
+    """Other modules limit their own lines, on their own loggers."""
+    lines = Lines(logging.getLogger("mlproducer.other"), Clock().monotonic)
+    lines.log(logging.ERROR, "a callback raised")
+    assert caplog.record_tuples == [("mlproducer.other", logging.ERROR, "a callback raised")]
+
+
+def test_one_logger_per_module() -> None:
+    """Each module logs under its own name, so that each can be turned down alone."""
+    package = Path(mlproducer.__file__).parent
+    for path in package.rglob("*.py"):
+        if {"cli", "testing"}.isdisjoint(path.parts):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger":
+                    assert ast.unparse(node.args[0]) == "__name__", path

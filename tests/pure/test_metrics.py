@@ -1,0 +1,454 @@
+"""What is counted when, and what Prometheus is shown of it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from attrs import evolve, field, mutable
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.parser import text_string_to_metric_families
+
+from mlproducer import (
+    CeleryTask,
+    CircuitState,
+    ConnectionState,
+    EmbeddingBatchTask,
+    Message,
+    Status,
+    SummarizationTask,
+)
+from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.ports import Loss, LossKind
+from mlproducer.errors import (
+    BrokerBlockedError,
+    BrokerRejectedError,
+    CircuitOpenError,
+    ConfirmTimeoutError,
+    InvalidMessageError,
+    InvalidTaskError,
+    MessageTooLargeError,
+    MLProducerError,
+    NackError,
+    ProducerClosedError,
+    PublishError,
+    StoreError,
+    UnroutableError,
+)
+from mlproducer.message import Envelope
+from mlproducer.observe import catalog, metrics
+from mlproducer.observe.catalog import FAMILIES, Kind
+from mlproducer.observe.events import EventSink
+from mlproducer.observe.meter import Meter
+from tests.helpers import make_delivery
+
+CONTRACT = {
+    "connection_state": ("gauge", ()),
+    "reconnect_attempts": ("gauge", ()),
+    "retry_queue_size": ("gauge", ()),
+    "pending_confirms": ("gauge", ()),
+    "connection_blocked": ("gauge", ()),
+    "circuit_breaker_open": ("gauge", ()),
+    "circuit_breaker_state": ("gauge", ()),
+    "circuit_breaker_failures": ("gauge", ()),
+    "dead_letters": ("gauge", ()),
+    "queue_depth": ("gauge", ("queue_name",)),
+    "tasks_sent_total": ("counter", ("task_type", "status")),
+    "task_retries_total": ("counter", ("task_type",)),
+    "connection_errors_total": ("counter", ("error_type",)),
+    "connection_state_changes_total": ("counter", ("state",)),
+    "confirm_timeouts_total": ("counter", ()),
+    "late_confirms_total": ("counter", ()),
+    "nacks_total": ("counter", ()),
+    "returns_total": ("counter", ()),
+    "dead_lettered_total": ("counter", ()),
+    "possible_duplicates_total": ("counter", ()),
+    "health_check_failures_total": ("counter", ()),
+    "circuit_breaker_trips_total": ("counter", ()),
+    "store_errors_total": ("counter", ()),
+    "task_publish_duration_seconds": ("histogram", ("task_type", "status")),
+    "message_size_bytes": ("histogram", ()),
+    "reconnect_duration_seconds": ("histogram", ()),
+}
+"""Section 7 of the contract: names, types, labels."""
+
+SENT, DURATION = "ml_producer_tasks_sent_total", "ml_producer_task_publish_duration_seconds"
+DISCONNECTED, CONNECTED, CLOSED = (
+    ConnectionState.DISCONNECTED,
+    ConnectionState.CONNECTED,
+    ConnectionState.CLOSED,
+)
+
+
+@mutable(eq=False)
+class Producer:
+    """Stands in for a producer, as far as gauges look."""
+
+    state: Status = field(factory=lambda: Status(connection_state=CONNECTED))
+
+    def status(self) -> Status:
+        """Give what the test has set."""
+        return self.state
+
+    def set(self, **changes: Any) -> None:
+        """Change some of it."""
+        self.state = evolve(self.state, **changes)
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """A registry of the test's own."""
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def meter(registry: CollectorRegistry) -> Meter:
+    """The meter of the test's registry."""
+    return metrics.meter(registry)
+
+
+@pytest.fixture
+def sink(meter: Meter) -> EventSink:
+    """The sink of one engine."""
+    return meter.sink()
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    """Give one series' value, by the name in the contract."""
+    return registry.get_sample_value(f"ml_producer_{name}", labels)
+
+
+def sent(registry: CollectorRegistry) -> Mapping[tuple[str, str], float]:
+    """Give what is counted of messages, by task type and status."""
+    samples = metrics.samples(registry)
+    return {(lab["task_type"], lab["status"]): n for name, lab, n in samples if name == SENT}
+
+
+def of_type(task_type: str, *, started: float = 0.0, body: bytes = b"body") -> Delivery:
+    """Give a delivery of a task type."""
+    envelope = Envelope("m", task_type, "x", "k", b"", body)
+    return Delivery(envelope, Future(), started=started, deadline=5.0)
+
+
+# --- the families ------------------------------------------------------------------------------
+
+
+def test_families_of_the_contract() -> None:
+    """The catalog has the contract's names, types and labels, and no others."""
+    listed = {f.name.removeprefix("ml_producer_"): (f.kind.value, f.labels) for f in FAMILIES}
+    assert listed == CONTRACT
+
+
+def test_complete_before_the_first_publish(registry: CollectorRegistry, meter: Meter) -> None:
+    """Every family is there at once, those without labels with their series, at zero."""
+    producer = Producer(Status(connection_state=DISCONNECTED))
+    meter.watch(producer)
+    shown = {
+        family.name: family
+        for family in text_string_to_metric_families(metrics.exposition(registry).decode())
+    }
+    assert shown.keys() == {f.name.removesuffix("_total") for f in FAMILIES}
+    for family in FAMILIES:
+        found = shown[family.name.removesuffix("_total")]
+        assert (found.type, found.documentation) == (family.kind.value, family.help)
+        assert bool(found.samples) == (not family.labels)
+        expected = 1.0 if family is catalog.CONNECTION_STATE else 0.0
+        assert {sample.value for sample in found.samples} <= {expected}
+
+
+def test_buckets_reach_beyond_the_timeouts() -> None:
+    """A publish that took longer than its timeout of 5 s is told from one that took minutes."""
+    for family in FAMILIES:
+        assert (family.kind is Kind.HISTOGRAM) == bool(family.buckets)
+        assert list(family.buckets) == sorted(set(family.buckets))
+    assert {5, 60} <= set(catalog.DURATIONS)
+    assert max(catalog.DURATIONS) > 60
+
+
+def test_foreign_metric_of_the_same_name(registry: CollectorRegistry) -> None:
+    """A name that somebody else has taken is an error each time, not half a set of families."""
+    Counter("ml_producer_nacks", "somebody else's", registry=registry)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="ml_producer_nacks"):
+            metrics.meter(registry)
+
+
+# --- each message once -------------------------------------------------------------------------
+
+
+def test_confirmed(registry: CollectorRegistry, sink: EventSink) -> None:
+    """A burst is counted by its task types, with durations and sizes in their buckets."""
+    burst = [of_type("a", started=8.0), of_type("b", body=b"x" * 1025), of_type("a", started=9.8)]
+    sink.confirmed(burst, 10.0)
+    assert sent(registry) == {("a", "success"): 2, ("b", "success"): 1}
+    labels = {"task_type": "a", "status": "success"}
+    within = {
+        bound: value(registry, "task_publish_duration_seconds_bucket", le=bound, **labels)
+        for bound in ("0.1", "0.25", "1.0", "2.5", "+Inf")
+    }
+    assert within == {"0.1": 0, "0.25": 1, "1.0": 1, "2.5": 2, "+Inf": 2}
+    assert value(registry, "task_publish_duration_seconds_sum", **labels) == pytest.approx(2.2)
+    assert value(registry, "task_publish_duration_seconds_count", **labels) == 2
+    assert value(registry, "message_size_bytes_bucket", le="1024.0") == 2
+    assert value(registry, "message_size_bytes_count") == 3
+    assert value(registry, "message_size_bytes_sum") == 1033
+
+
+def test_bounds_belong_to_their_bucket(registry: CollectorRegistry, sink: EventSink) -> None:
+    """A bucket holds what is less than its bound or equal to it, as ``le`` says."""
+    sink.confirmed([of_type("a", body=b"x" * n) for n in (256, 257)], 0.0)
+    assert value(registry, "message_size_bytes_bucket", le="256.0") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (NackError(), "rejected"),
+        (BrokerRejectedError(), "rejected"),
+        (BrokerBlockedError(), "rejected"),
+        (ProducerClosedError(), "rejected"),
+        (StoreError(), "rejected"),
+        (CircuitOpenError(), "circuit_breaker_open"),
+        (MessageTooLargeError(), "validation_error"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_given_back(
+    registry: CollectorRegistry, sink: EventSink, error: PublishError, status: str
+) -> None:
+    """A message given back counts once, by the reason, and its duration with it."""
+    sink.given_back(of_type("a"), error)
+    assert sent(registry) == {("a", status): 1}
+    labels = {"task_type": "a", "status": status}
+    assert value(registry, "task_publish_duration_seconds_count", **labels) == 1
+
+
+def test_dead_lettered(registry: CollectorRegistry, sink: EventSink) -> None:
+    """A dead letter is the one failure, however many attempts there were."""
+    delivery = of_type("a")
+    for _ in range(4):
+        sink.failed(delivery, NackError())
+    sink.dead_lettered(delivery)
+    assert sent(registry) == {("a", "failure"): 1}
+    assert value(registry, "dead_lettered_total") == 1
+    assert value(registry, "nacks_total") == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "labels"),
+    [
+        (object(), InvalidMessageError(), ("unknown", "validation_error")),
+        ({"task_type": "forged"}, InvalidMessageError(), ("unknown", "validation_error")),
+        (None, InvalidMessageError(), ("unknown", "validation_error")),
+        (Message(body=b"", routing_key="k"), MessageTooLargeError(), ("raw", "validation_error")),
+        (
+            CeleryTask("reports.build", [], {}, "k"),
+            InvalidMessageError(),
+            ("reports.build", "validation_error"),
+        ),
+        (SummarizationTask, InvalidTaskError(), ("summarize_llm", "validation_error")),
+        (EmbeddingBatchTask, InvalidTaskError(), ("embed_vectors", "validation_error")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_refused(
+    registry: CollectorRegistry,
+    meter: Meter,
+    task: object,
+    error: MLProducerError,
+    labels: tuple[str, str],
+) -> None:
+    """What is not accepted counts under the type of its task, and of no task where it is none."""
+    meter.refused(task, error)
+    assert sent(registry) == {labels: 1}
+
+
+def test_types_without_end(registry: CollectorRegistry, sink: EventSink) -> None:
+    """A user who makes up names gets a hundred series, and one more for all the others."""
+    for n in range(1000):
+        sink.confirmed([of_type(f"task-{n}")], 0.0)
+        sink.retried(of_type(f"task-{n}"))
+    counted = sent(registry)
+    assert len(counted) == 101
+    assert counted["task-99", "success"] == 1
+    assert counted["other", "success"] == 900
+    assert value(registry, "task_retries_total", task_type="other") == 900
+
+
+@pytest.mark.parametrize("name", ["", "\ud800", "a\nb", "x" * 201])
+def test_types_that_are_no_label(registry: CollectorRegistry, sink: EventSink, name: str) -> None:
+    """A name that would break a scrape, or fill it, is among the others; the rest is shown."""
+    sink.confirmed([of_type(name)], 0.0)
+    assert sent(registry) == {("other", "success"): 1}
+    assert metrics.exposition(registry)
+
+
+# --- the other counters ------------------------------------------------------------------------
+
+
+def test_what_the_broker_says(registry: CollectorRegistry, sink: EventSink) -> None:
+    """A nack, a return and a confirm timeout are told apart; what was never written is neither."""
+    written, unwritten = make_delivery(), make_delivery()
+    written.place, unwritten.place = Place.IN_FLIGHT, Place.WAITING
+    sink.failed(written, NackError())
+    sink.failed(written, UnroutableError())
+    sink.failed(written, ConfirmTimeoutError())
+    sink.failed(unwritten, ConfirmTimeoutError())
+    sink.late_confirm(written)
+    sink.possible_duplicate(written)
+    for name in ("nacks", "returns", "confirm_timeouts", "late_confirms", "possible_duplicates"):
+        assert value(registry, f"{name}_total") == 1, name
+
+
+def test_connection(
+    registry: CollectorRegistry, sink: EventSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and failed attempts count by their kind, a closing does not; outages are measured."""
+    now = iter([100.0, 103.0])
+    monkeypatch.setattr("mlproducer.observe.meter.time.monotonic", lambda: next(now))
+    sink.connected("h:5672")
+    assert value(registry, "reconnect_duration_seconds_count") == 0
+    sink.disconnected(Loss("", kind=LossKind.HEARTBEAT))
+    sink.connection_error(Loss("", kind=LossKind.REFUSED))
+    sink.connected("h:5672")
+    sink.disconnected(Loss("", kind=LossKind.CLOSED))
+    assert value(registry, "connection_errors_total", error_type="heartbeat") == 1
+    assert value(registry, "connection_errors_total", error_type="refused") == 1
+    assert value(registry, "connection_errors_total", error_type="closed") is None
+    assert value(registry, "reconnect_duration_seconds_count") == 1
+    assert value(registry, "reconnect_duration_seconds_sum") == 3
+
+
+def test_states(registry: CollectorRegistry, sink: EventSink) -> None:
+    """Moves of the connection count by where they lead; of the breaker, only that it opens."""
+    for state in ConnectionState:
+        sink.state_changed(state)
+    for circuit in (CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.OPEN):
+        sink.circuit_changed(circuit)
+    sink.health_checked(alive=True)
+    sink.health_checked(alive=False)
+    sink.store_failed(StoreError())
+    moves = "connection_state_changes_total"
+    assert [value(registry, moves, state=each.name) for each in ConnectionState] == [1] * 5
+    assert value(registry, "circuit_breaker_trips_total") == 2
+    assert value(registry, "health_check_failures_total") == 1
+    assert value(registry, "store_errors_total") == 1
+
+
+def test_closed_label_sets(registry: CollectorRegistry, sink: EventSink, meter: Meter) -> None:
+    """Whatever happens, a label with a closed set has one of the words that the catalog lists."""
+    for kind in LossKind:
+        sink.connection_error(Loss("", kind=kind))
+    for state in ConnectionState:
+        sink.state_changed(state)
+    for error in _all_errors(MLProducerError):
+        meter.refused(None, error())
+    words = {family.name: family.words for family in FAMILIES if family.words}
+    for name, labels, _ in metrics.samples(registry):
+        for label, allowed in words.get(name, {}).items():
+            assert labels[label] in allowed
+
+
+def _all_errors(root: type[MLProducerError]) -> Iterator[type[MLProducerError]]:
+    yield root
+    for kind in root.__subclasses__():
+        yield from _all_errors(kind)
+
+
+# --- gauges ------------------------------------------------------------------------------------
+
+
+def test_gauges_of_one_producer(registry: CollectorRegistry, meter: Meter) -> None:
+    """Each gauge shows what the status says, at the moment of the scrape."""
+    producer = Producer()
+    meter.watch(producer)
+    producer.set(
+        reconnect_attempts=2,
+        consecutive_failures=3,
+        circuit_state=CircuitState.OPEN,
+        retry_queue_size=4,
+        pending_confirms=5,
+        blocked=True,
+        dead_letters=6,
+    )
+    assert value(registry, "connection_state") == 3
+    assert value(registry, "reconnect_attempts") == 2
+    assert value(registry, "circuit_breaker_failures") == 3
+    assert value(registry, "circuit_breaker_open") == 1
+    assert value(registry, "circuit_breaker_state") == 1
+    assert value(registry, "retry_queue_size") == 4
+    assert value(registry, "pending_confirms") == 5
+    assert value(registry, "connection_blocked") == 1
+    assert value(registry, "dead_letters") == 6
+    producer.set(circuit_state=CircuitState.HALF_OPEN)
+    assert value(registry, "circuit_breaker_state") == 2
+    assert value(registry, "circuit_breaker_open") == 0
+
+
+def test_producers_that_share_a_registry(registry: CollectorRegistry, meter: Meter) -> None:
+    """Sizes add up, flags are those of any, the state is the least healthy one of those open."""
+    assert metrics.meter(registry) is meter
+    first, second, third = Producer(), Producer(), Producer()
+    for producer in (first, second, third):
+        meter.watch(producer)
+    first.set(pending_confirms=2, retry_queue_size=1)
+    second.set(pending_confirms=3, blocked=True, connection_state=DISCONNECTED)
+    third.set(pending_confirms=100, connection_state=CLOSED)
+    assert value(registry, "pending_confirms") == 5
+    assert value(registry, "retry_queue_size") == 1
+    assert value(registry, "connection_blocked") == 1
+    assert value(registry, "connection_state") == DISCONNECTED
+    second.set(connection_state=CLOSED)
+    assert value(registry, "connection_state") == CONNECTED
+    first.set(connection_state=CLOSED)
+    assert value(registry, "connection_state") == CLOSED
+    assert value(registry, "pending_confirms") == 0
+
+
+def test_registries_are_apart(registry: CollectorRegistry, sink: EventSink) -> None:
+    """What is counted on one registry does not show on another."""
+    other = CollectorRegistry()
+    metrics.meter(other).sink().confirmed([of_type("a")], 0.0)
+    assert sent(registry) == {}
+    assert sent(other) == {("a", "success"): 1}
+
+
+def test_dropped_producer(registry: CollectorRegistry, meter: Meter) -> None:
+    """A producer that nobody holds is collected, and shows no more; its counts stay."""
+    producer = Producer()
+    meter.watch(producer)
+    producer.set(pending_confirms=7)
+    gone = weakref.ref(producer)
+    meter.sink().confirmed([of_type("a")], 0.0)
+    del producer
+    gc.collect()
+    assert gone() is None
+    assert value(registry, "pending_confirms") == 0
+    assert sent(registry) == {("a", "success"): 1}
+
+
+def test_dropped_registry() -> None:
+    """A registry that nobody holds is collected, with everything that was counted on it."""
+    registry = CollectorRegistry()
+    meter = metrics.meter(registry)
+    gone = weakref.ref(registry)
+    del registry, meter
+    gc.collect()
+    assert gone() is None
+
+
+def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: EventSink) -> None:
+    """The last reading of each queue is shown for as long as some producer is open."""
+    producer = Producer()
+    meter.watch(producer)
+    sink.queue_depth("ml.embed", 3)
+    sink.queue_depth("ml.summarize", 9)
+    sink.queue_depth("ml.embed", 4)
+    assert value(registry, "queue_depth", queue_name="ml.embed") == 4
+    assert value(registry, "queue_depth", queue_name="ml.summarize") == 9
+    producer.set(connection_state=CLOSED)
+    assert value(registry, "queue_depth", queue_name="ml.embed") is None
