@@ -217,14 +217,17 @@ class Shape:
         self._keys = keys
         self._spellings = {spelling: key.wire for key in keys for spelling in key.spellings}
         self._accepted = ", ".join(key.name for key in keys)
+        self._may_be_empty = not any(key.required or key.default is not None for key in keys)
 
     def read(self, name: str, given: Any) -> dict[str, Any]:
         """Check a mapping and give it as it travels: in the table's order, with its defaults.
 
         :raises InvalidTaskError: an unknown or missing key, or a value that is not accepted
         """
-        if not isinstance(given, Mapping):
+        if type(given) is not dict and not isinstance(given, Mapping):
             refuse(name, given, f"a mapping with {self._accepted}")
+        if not given and self._may_be_empty:
+            return {}
         found = self._by_wire(name, given)
         result = {}
         for key in self._keys:

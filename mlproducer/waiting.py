@@ -8,6 +8,7 @@ Runs on: the users' threads; an `Answer` is given on the I/O thread.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -35,10 +36,10 @@ class Answer:
     __slots__ = ("_given", "_heirs", "_latch", "_token")
 
     def __init__(self) -> None:
-        self._latch = Latch()
+        self._latch: Latch | None = None
         self._token = [None]
         self._given: Receipt | PublishError | None = None
-        self._heirs: list[Future[Receipt]] = []
+        self._heirs: list[Future[Receipt]] | None = None
 
     def set_running_or_notify_cancel(self) -> bool:
         """Take the message over; false if it was withdrawn."""
@@ -62,7 +63,11 @@ class Answer:
 
     def wait(self, timeout: float) -> bool:
         """Wait for the answer; false if it did not come in ``timeout`` seconds."""
-        return self._given is not None or self._latch.wait(timeout)
+        if self._given is None:
+            latch = self._latch = Latch()
+            if self._given is None:  # else it came before the latch could be seen
+                return latch.wait(timeout)
+        return True
 
     def receipt(self) -> Receipt:
         """Give the answer that is there, or raise it."""
@@ -75,9 +80,9 @@ class Answer:
     def bequeath(self) -> Future[Receipt]:
         """Give a future that has the answer once it comes, for one who waits no longer."""
         heir: Future[Receipt] = Future()
-        self._heirs.append(heir)
+        heirs = self._heirs = [heir]
         if self._given is not None:
-            self._settle_heirs(self._given)
+            _settle(heirs, self._given)
         return heir
 
     def _take_token(self) -> bool:
@@ -89,17 +94,20 @@ class Answer:
 
     def _give(self, given: Receipt | PublishError) -> None:
         self._given = given
-        self._latch.open()
-        if self._heirs:
-            self._settle_heirs(given)
+        if self._latch is not None:
+            self._latch.open()
+        if self._heirs is not None:
+            _settle(self._heirs, given)
 
-    def _settle_heirs(self, given: Receipt | PublishError) -> None:
-        while self._heirs:
-            heir = self._heirs.pop()
-            if isinstance(given, Receipt):
-                heir.set_result(given)
-            else:
-                heir.set_exception(given)
+
+def _settle(heirs: list[Future[Receipt]], given: Receipt | PublishError) -> None:
+    """Pass an answer on, once: whoever takes the heir out of the list does it."""
+    with contextlib.suppress(IndexError):
+        heir = heirs.pop()
+        if isinstance(given, Receipt):
+            heir.set_result(given)
+        else:
+            heir.set_exception(given)
 
 
 @frozen

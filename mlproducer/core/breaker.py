@@ -29,14 +29,10 @@ class Breaker:
         self._cooldown = cooldown
         self._changed = changed
         self._machine = Machine(CIRCUIT_MOVES, CircuitState.CLOSED)
+        self.state = CircuitState.CLOSED
         self._probe: Delivery | None = None
         self._opened_at = 0.0
         self.failures = 0
-
-    @property
-    def state(self) -> CircuitState:
-        """Where the breaker stands."""
-        return self._machine.state
 
     @property
     def reopens_at(self) -> float:
@@ -45,10 +41,9 @@ class Breaker:
 
     def refuses(self) -> bool:
         """Whether nothing more may be sent now."""
-        state = self.state
-        return state is CircuitState.OPEN or (
-            state is CircuitState.HALF_OPEN and self._probe is not None
-        )
+        if self.state is CircuitState.CLOSED:
+            return False
+        return self.state is CircuitState.OPEN or self._probe is not None
 
     def sent(self, delivery: Delivery) -> None:
         """Note a write; in the half-open state it is the probe."""
@@ -91,4 +86,5 @@ class Breaker:
         self._step(event)
 
     def _step(self, event: CircuitEvent) -> None:
-        self._changed(self._machine.step(event))
+        self.state = self._machine.step(event)
+        self._changed(self.state)

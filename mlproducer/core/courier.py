@@ -105,6 +105,9 @@ class Courier:
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
+        if self._refusal is None and self.breaker.state is CircuitState.CLOSED:
+            self._lanes.add(delivery)
+            return
         delivery.place = Place.WAITING
         if self._closed:
             self._shelve_one(delivery, now)

@@ -56,6 +56,8 @@ class Gate:
 
         An interrupted publisher calls `leave`, which also takes it out of the queue.
         """
+        if self.try_enter(delivery):
+            return True
         turn = Latch()
         with self._lock:
             if not self._queue and self._admit_locked(delivery):

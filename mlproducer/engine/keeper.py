@@ -312,13 +312,16 @@ class Keeper:
             else:
                 self.settle(delivery)
                 message_id = delivery.envelope.message_id
-                delivery.give_back(ProducerClosedError(CLOSED, message_id=message_id))
+                error = ProducerClosedError(CLOSED, message_id=message_id)
+                self._events.given_back(delivery, error)
+                delivery.give_back(error)
 
     def _refuse(self, puts: Sequence[_Put], error: BufferFullError | StoreError) -> None:
         refusals = [(put.delivery, _copy(error, put.delivery)) for put in puts]
         if refusals and not self._tell(lambda desk: desk.not_kept(refusals)):
             for delivery, refusal in refusals:
                 if delivery.open:
+                    self._events.given_back(delivery, refusal)
                     delivery.give_back(refusal)
 
     def _note(self, notes: Sequence[_Note]) -> None:

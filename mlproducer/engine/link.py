@@ -186,8 +186,10 @@ class ConfirmChannel:
             for envelope, tag in batch:
                 self._carry_by_pika(envelope, tag)
         else:
-            publish = self._frames.publish
-            self._emit([b"".join([publish(envelope, tag) for envelope, tag in batch])])
+            pieces: list[bytes] = []
+            for envelope, tag in batch:
+                pieces += self._frames.publish(envelope, tag)
+            self._emit([b"".join(pieces)])
 
     def _carry_by_pika(self, envelope: Envelope, tag: int) -> None:
         properties = spec.BasicProperties().decode(self._frames.properties(envelope, tag))

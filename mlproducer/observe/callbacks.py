@@ -6,6 +6,7 @@ starts with the first of them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import queue
@@ -21,6 +22,7 @@ from mlproducer.core.ports import Loss
 from mlproducer.core.states import CircuitState
 from mlproducer.message import Receipt
 from mlproducer.observe.events import EventSink
+from mlproducer.observe.log import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +71,16 @@ class Dispatcher:
     def __init__(self, spawn: Spawn) -> None:
         self._spawn = spawn
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._started = False
+        self._unstarted = [None]
+        self._lines = Lines(logger)
         self._ident: int | None = None
         self.threads: list[threading.Thread] = []
         self.awaited: set[Future[Receipt]] = set()
 
     def start(self) -> None:
         """Start the thread, once; called on a user's thread."""
-        if not self._started:
-            self._started = True
+        with contextlib.suppress(IndexError):
+            self._unstarted.pop()
             self.threads.append(self._spawn("events", self._run))
 
     def runs_here(self) -> bool:
@@ -101,8 +104,9 @@ class Dispatcher:
         while (function := self._calls.get(timeout=None)) is not None:
             try:
                 function()
-            except Exception:
-                logger.exception("a callback raised")
+            except Exception as error:  # noqa: BLE001 - whatever it raises, the thread goes on
+                self._lines.log(logging.ERROR, "a callback raised", error=error)
+        self._lines.close()
 
 
 class Callbacks:

@@ -10,14 +10,11 @@ from typing import Any
 
 from mlproducer.core.ports import Events, Loss
 from mlproducer.core.states import ConnectionState
-from mlproducer.errors import PublishError, StoreError
+from mlproducer.errors import StoreError
 
 
 class EventSink(Events):
     """Takes every event, also the courier's, and does nothing; subclasses take what they want."""
-
-    def refused(self, task_type: str, error: PublishError) -> None:
-        """A message was not accepted; told on the publisher's thread."""
 
     def store_failed(self, error: StoreError) -> None:
         """The store could not be used; told on the retry thread."""

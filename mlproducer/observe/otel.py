@@ -16,30 +16,33 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope
 
-_propagator = TraceContextTextMapPropagator()
-
 OPERATION = "publish"
+
+_propagator = TraceContextTextMapPropagator()
+_tracer = trace.get_tracer("mlproducer")  # of the provider that is set by now, or later
+_CONSTANT = {
+    "messaging.system": "rabbitmq",
+    "messaging.operation.type": "send",
+    "messaging.operation.name": OPERATION,
+}
 
 
 class MessageSpan:
     """A span of kind PRODUCER.
 
-    :param given: the headers of a trace context handed in, which counts where no span is current
-    :ivar headers: the W3C trace context for the message, or nothing
+    :ivar headers: the W3C trace context for the message
     :ivar recording: somebody will see the span
     """
 
     __slots__ = ("_span", "headers", "recording")
 
-    def __init__(self, given: Mapping[str, str]) -> None:
-        parent = None
-        if given and not trace.get_current_span().get_span_context().is_valid:
-            parent = _propagator.extract(given)
-        tracer = trace.get_tracer("mlproducer")
-        self._span = tracer.start_span(OPERATION, parent, trace.SpanKind.PRODUCER)
-        self.recording = self._span.is_recording()
-        self.headers: dict[str, str] = {}
-        _propagator.inject(self.headers, trace.set_span_in_context(self._span))
+    def __init__(self, span: trace.Span, context: trace.SpanContext) -> None:
+        self._span = span
+        self.recording = span.is_recording()
+        ids = f"{context.trace_id:032x}-{context.span_id:016x}"
+        self.headers = {"traceparent": f"00-{ids}-{context.trace_flags:02x}"}
+        if context.trace_state:
+            self.headers["tracestate"] = context.trace_state.to_header()
 
     def describe(self, envelope: Envelope) -> None:
         """Say which message it is about: its route, id and size, nothing of what it says."""
@@ -48,9 +51,6 @@ class MessageSpan:
         self._span.update_name(f"{OPERATION} {destination}")
         self._span.set_attributes(
             {
-                "messaging.system": "rabbitmq",
-                "messaging.operation.type": "send",
-                "messaging.operation.name": OPERATION,
                 "messaging.destination.name": destination,
                 "messaging.rabbitmq.destination.routing_key": key,
                 "messaging.message.id": envelope.message_id,
@@ -71,3 +71,18 @@ class MessageSpan:
             self._span.set_attribute("error.type", error)
             self._span.set_status(trace.StatusCode.ERROR, error)
         self._span.end(at)
+
+
+def begin(given: Mapping[str, str]) -> MessageSpan | None:
+    """Begin a message's span; there is none where nobody traces.
+
+    :param given: the headers of a trace context handed in, which counts where no span is current
+    """
+    parent = None
+    if given and not trace.get_current_span().get_span_context().is_valid:
+        parent = _propagator.extract(given)
+    span = _tracer.start_span(OPERATION, parent, trace.SpanKind.PRODUCER, _CONSTANT)
+    if span is trace.INVALID_SPAN:
+        return None
+    context = span.get_span_context()
+    return MessageSpan(span, context) if context.is_valid else None

@@ -32,7 +32,7 @@ class Span(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Its W3C trace context, or nothing where there is none to carry on."""
+        """Its W3C trace context."""
 
     @property
     def recording(self) -> bool:
@@ -54,16 +54,16 @@ class Spans(EventSink):
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._open: dict[Delivery, Span] = {}
+        self._begin: Callable[[Mapping[str, str]], Span | None] | None = None
 
     def encode(self, encode: Callable[[T], Envelope], task: T) -> tuple[Envelope, Span | None]:
         """Encode a message that carries on the trace of its own span, if there is one."""
-        if "opentelemetry.trace" not in sys.modules:
+        begin = self._begin or self._look_for_opentelemetry()
+        span = None if begin is None else begin(tracing.current())
+        if span is None:
             return encode(task), None
-        from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
-
-        span: Span = otel.MessageSpan(tracing.current())
         try:
-            with tracing.trace_context(**span.headers) if span.headers else _UNCHANGED:
+            with tracing.carrying(span.headers):
                 envelope = encode(task)
         except BaseException as error:
             span.end(type(error).__name__, time.time_ns())
@@ -72,6 +72,13 @@ class Spans(EventSink):
             return envelope, None
         span.describe(envelope)
         return envelope, span
+
+    def _look_for_opentelemetry(self) -> Callable[[Mapping[str, str]], Span | None] | None:
+        if "opentelemetry.trace" in sys.modules:
+            from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
+
+            self._begin = otel.begin
+        return self._begin
 
     def follow(self, delivery: Delivery, span: Span) -> None:
         """End the span with the message's fate."""
@@ -124,9 +131,6 @@ class Spans(EventSink):
             self._dispatcher.call(end)
         else:
             end()
-
-
-_UNCHANGED = contextlib.nullcontext()
 
 
 def _end_all(spans: Iterable[Span], error: str, at: int) -> None:

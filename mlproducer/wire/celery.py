@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import os
 import socket
-import uuid
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +20,7 @@ from mlproducer.errors import InvalidMessageError
 from mlproducer.message import Envelope
 from mlproducer.tasks import CeleryTask, MLTask, PreferredBackends
 from mlproducer.wire import amqp, strict_json
+from mlproducer.wire.ids import new_id
 
 _EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
 _REMEMBERED = 1024
@@ -33,20 +33,20 @@ def encode(
     exchange: str,
     preferred: PreferredBackends,
     trace: Mapping[str, str],
-    now: datetime,
+    now: datetime | None = None,
 ) -> Envelope:
     """Turn a task into a message.
 
     :param exchange: where it goes unless the task itself says
     :param trace: the headers of a W3C trace context, or nothing
-    :param now: with a time zone; what a countdown counts from
+    :param now: what a countdown counts from, with a time zone; ``None`` is this moment
     :raises InvalidMessageError: AMQP or strict JSON cannot carry the task
     :raises MessageTooLargeError: its headers do not fit a frame
     """
     for name, value in task.free_form():
         strict_json.check(name, value)
     if isinstance(task, CeleryTask):
-        return _encode_any(task, exchange, trace, now)
+        return _encode_any(task, exchange, trace, now or datetime.now(timezone.utc))
     return _encode_ml(task, exchange, preferred, trace)
 
 
@@ -55,13 +55,13 @@ def _encode_ml(
 ) -> Envelope:
     route = task.route(preferred)
     check_route(exchange, route.routing_key)
-    task_id = str(uuid.uuid4())
+    task_id = new_id()
     return Envelope(
         message_id=task_id,
         task_type=task.task_type,
         exchange=exchange,
         routing_key=route.routing_key,
-        properties=_properties(route.name, task_id, _UNTIMED + _further(trace)),
+        properties=_plain_properties(route.name, task_id, _further(trace)),
         body=b"".join((b"[[],", _ml_kwargs(task.kwargs(preferred)), _EMBED)),
     )
 
@@ -71,7 +71,7 @@ def _encode_any(
 ) -> Envelope:
     exchange = exchange if task.exchange is None else task.exchange
     check_route(exchange, task.routing_key)
-    task_id = str(uuid.uuid4()) if task.task_id is None else task.task_id
+    task_id = new_id() if task.task_id is None else task.task_id
     args, kwargs = strict_json.dumps("args", task.args), strict_json.dumps("kwargs", task.kwargs)
     # A context among the task's own headers is the one that counts, not a mixture of both.
     trace = {} if "traceparent" in task.headers else trace
@@ -103,6 +103,22 @@ def _ml_kwargs(kwargs: Mapping[str, Any]) -> bytes:
         for name, value in kwargs.items():  # which of the fields was it
             strict_json.dumps(name, value)
         raise
+
+
+def _plain_properties(name: str, task_id: str, further: bytes) -> bytes:
+    """Encode what `_properties` does, for an id of our own and no times or priority."""
+    before, between, after = _template(name, os.getpid(), further)
+    short = b"$" + task_id.encode()  # 36 characters
+    return b"".join((before, short, between, short, after, short, short))
+
+
+@lru_cache(_REMEMBERED)
+def _template(name: str, _pid: int, further: bytes) -> tuple[bytes, bytes, bytes]:
+    """Encode what comes before, between and after the places of a task's id in its headers."""
+    sample = new_id()
+    encoded = _properties(name, sample, _UNTIMED + further)
+    before, between, after, *_ = encoded.split(b"$" + sample.encode())
+    return before, between, after
 
 
 def _properties(name: str, task_id: str, further: bytes, priority: int | None = None) -> bytes:

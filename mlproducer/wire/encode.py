@@ -5,8 +5,6 @@ Runs on: the publisher's thread.
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
-
 from mlproducer import tracing
 from mlproducer.errors import InvalidMessageError, MessageTooLargeError
 from mlproducer.message import Envelope, Message
@@ -58,7 +56,6 @@ class Encoder:
                 exchange=self._exchange,
                 preferred=self._preferred,
                 trace=tracing.current(),
-                now=datetime.now(timezone.utc),
             )
         else:
             accepted = ", ".join(kind.__name__ for kind in (*TASKS, Message))

@@ -20,6 +20,8 @@ _MANDATORY = b"\x01"
 _MAX_ROUTES = 1024
 """Routes remembered; a producer with more distinct routing keys than this starts over."""
 
+_LENGTHS = [bytes((length,)) for length in range(ATTEMPT_MAX)]
+
 _pack_frame = struct.Struct(">BHI").pack
 _pack_content = struct.Struct(">BHIHHQ").pack
 _pack_ids = struct.Struct(">HHH").pack
@@ -45,21 +47,19 @@ class FrameWriter:
         """Give the whole property list of one attempt."""
         return envelope.properties + _attempt(tag)
 
-    def publish(self, envelope: Envelope, tag: int) -> bytes:
-        """Encode one message: method frame, content header frame, body frames.
+    def publish(self, envelope: Envelope, tag: int) -> tuple[bytes, ...]:
+        """Encode one message: method frame, content header frame, body frames; in pieces.
 
         :param tag: the delivery tag, by which a return is matched to its attempt
         """
-        body, attempt = envelope.body, _attempt(tag)
-        payload = CONTENT_HEADER + len(envelope.properties) + len(attempt)
-        header = _pack_content(_HEADER, self._channel, payload, _BASIC, 0, len(body))
-        start = self._method(envelope) + header + envelope.properties + attempt
-        if not body:
-            return start + _END
-        if len(body) <= self._fragment:
-            frame = _pack_frame(_BODY, self._channel, len(body))
-            return b"".join((start, _END, frame, body, _END))
-        return b"".join((start, _END, *self._fragments(body)))
+        body, properties, attempt = envelope.body, envelope.properties, _attempt(tag)
+        payload = CONTENT_HEADER + len(properties) + len(attempt)
+        size = len(body)
+        header = _pack_content(_HEADER, self._channel, payload, _BASIC, 0, size)
+        start = self._method(envelope), header, properties, attempt, _END
+        if 0 < size <= self._fragment:
+            return *start, _pack_frame(_BODY, self._channel, size), body, _END
+        return *start, *self._fragments(body)
 
     def _method(self, envelope: Envelope) -> bytes:
         route = (envelope.exchange, envelope.routing_key)
@@ -91,4 +91,4 @@ class FrameWriter:
 
 def _attempt(tag: int) -> bytes:
     digits = b"%d" % tag
-    return bytes((len(digits),)) + digits
+    return _LENGTHS[len(digits)] + digits

@@ -5,12 +5,12 @@ Runs on: any thread.
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 from mlproducer.errors import InvalidMessageError
 from mlproducer.message import RAW_TASK_TYPE, Envelope, Message
 from mlproducer.wire import amqp
+from mlproducer.wire.ids import new_id
 
 
 def encode(message: Message, *, exchange: str) -> Envelope:
@@ -23,7 +23,7 @@ def encode(message: Message, *, exchange: str) -> Envelope:
     exchange = exchange if message.exchange is None else message.exchange
     amqp.short_string("exchange", exchange)
     amqp.short_string("routing_key", message.routing_key)
-    message_id = str(uuid.uuid4()) if message.message_id is None else message.message_id
+    message_id = new_id() if message.message_id is None else message.message_id
     return Envelope(
         message_id=message_id,
         task_type=RAW_TASK_TYPE,

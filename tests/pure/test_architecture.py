@@ -47,7 +47,7 @@ INSIDE = {
         "judge",
         "courier",
     ],
-    "wire": ["strict_json", "amqp", "frames", "celery", "raw", "encode", "dead_letter"],
+    "wire": ["strict_json", "ids", "amqp", "frames", "celery", "raw", "encode", "dead_letter"],
     "engine": [
         "process",
         "roles",
