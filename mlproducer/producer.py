@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from attrs import evolve
+
 from mlproducer.core.delivery import Delivery, Handshake
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import process
 from mlproducer.engine.engine import Engine
+from mlproducer.engine.fleet import Fleet
 from mlproducer.engine.lifecycle import Lifecycle
 from mlproducer.errors import (
     BufferFullError,
@@ -63,7 +66,7 @@ class MLProducer:
         self._store = store
         self._encoder = Encoder(self.settings)
         self._callbacks = Callbacks()
-        self._life = Lifecycle(self._make_engine)
+        self._life = Lifecycle(self._make_fleet)
         process.remember(self)
         self._meter.watch(self)
 
@@ -83,7 +86,7 @@ class MLProducer:
         :param retry: keep a message that cannot be delivered now; otherwise its error is raised
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
-        engine = self._life.running()
+        engine = self._life.running().choose()
         answer = Answer()
         delivery = self._delivery(engine, task, answer, timeout, retry=retry)
         try:
@@ -91,7 +94,7 @@ class MLProducer:
                 engine.post(delivery)
             else:
                 engine.turn_away(delivery)
-            return Wait(delivery, answer).finish(engine)
+            return Wait(engine, delivery, answer).finish()
         except PublishError:
             raise
         except BaseException:
@@ -104,7 +107,7 @@ class MLProducer:
         :returns: a future with ``message_id``, resolved once the message's fate is known
         :raises BufferFullError: the in-flight window was full for ``publish_timeout``
         """
-        engine = self._life.running()
+        engine = self._life.running().choose()
         future = DeliveryFuture(engine.dispatcher)
         delivery = self._delivery(engine, task, future, None, retry=retry, answer_deferral=False)
         future.message_id = delivery.envelope.message_id
@@ -129,17 +132,17 @@ class MLProducer:
         :param timeout: seconds for each message, from when it is taken
         :returns: for each task, in order, its receipt or its error
         """
-        engine = self._life.running()
-        line = Line(engine)
+        fleet = self._life.running()
+        line = Line()
         try:
             for task in tasks:
-                answer = Answer()
+                answer, engine = Answer(), fleet.choose()
                 try:
                     delivery = self._delivery(engine, task, answer, timeout, retry=retry)
                 except PublishError as error:
                     line.skip(error)
                 else:
-                    line.enter(Wait(delivery, answer))
+                    line.enter(Wait(engine, delivery, answer))
             return line.finish()
         except BaseException:
             line.withdraw()
@@ -211,8 +214,8 @@ class MLProducer:
 
     def status(self) -> Status:
         """Say how things stand, without asking the broker."""
-        if self._life.engine is not None:
-            return self._life.engine.status()
+        if self._life.fleet is not None:
+            return self._life.fleet.status()
         return Status(connection_state=self._state())
 
     def is_healthy(self) -> bool:
@@ -228,12 +231,12 @@ class MLProducer:
         :raises ValueError: there is no such event
         """
         self._callbacks.add(event, callback)
-        if self._life.engine is not None:
-            self._life.engine.dispatcher.start()
+        if self._life.fleet is not None:
+            self._life.fleet.listen()
 
     def _state(self) -> ConnectionState:
-        if self._life.engine is not None:
-            return self._life.engine.status().connection_state
+        if self._life.fleet is not None:
+            return self._life.fleet.status().connection_state
         return ConnectionState.CLOSED if self._life.closed else ConnectionState.DISCONNECTED
 
     # --- life ----------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ class MLProducer:
         :param timeout: seconds; ``None`` waits without a limit
         :returns: how many messages are left
         """
-        if self._life.engine is None or self._life.closed:
+        if self._life.fleet is None or self._life.closed:
             return 0
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._life.running().flush(deadline)
@@ -291,10 +294,17 @@ class MLProducer:
     def __reduce__(self) -> str:
         raise TypeError("an MLProducer cannot be pickled; pickle its settings")
 
-    def _make_engine(self) -> Engine:
-        store = open_store(self.settings) if self._store is None else self._store
+    def _make_fleet(self) -> Fleet:
+        count = self.settings.connections
+        if self._store is not None and count > 1:
+            raise ConfigurationError(
+                "a store of your own can serve only one connection"
+            )
+        share = evolve(self.settings, max_in_flight=max(1, self.settings.max_in_flight // count))
+        given = [] if self._store is None else [self._store]
+        stores = given or [open_store(self.settings) for _ in range(count)]
         process.finish_in_children()
-        return Engine(self.settings, store, self._callbacks, self._meter)
+        return Fleet([Engine(share, store, self._callbacks, self._meter) for store in stores])
 
     # --- what the process tells ----------------------------------------------------------------
 
@@ -302,13 +312,13 @@ class MLProducer:
         """Begin afresh in a child process, which must touch nothing of its parent's."""
         parents = self._life
         _inherited.append(parents)
-        self._life = Lifecycle(self._make_engine, closed=parents.closed)
-        if parents.engine is not None:
-            parents.engine.disown()
+        self._life = Lifecycle(self._make_fleet, closed=parents.closed)
+        if parents.fleet is not None:
+            parents.fleet.disown()
 
     def exiting(self, deadline: float) -> None:
         """Deliver what is in flight before the process ends, and say what is lost."""
-        if self._life.engine is not None and not self._life.closed:
+        if self._life.fleet is not None and not self._life.closed:
             lost = self.close(max(0.0, deadline - time.monotonic())).abandoned
             if lost:
                 logger.error("the process ends: messages lost that lived in memory: %d", len(lost))

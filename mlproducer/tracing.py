@@ -1,8 +1,9 @@
 """The W3C trace context that published messages carry on to their workers.
 
 It is handed in by whoever knows it, such as a web framework's middleware, and holds for the code
-inside; no tracing library is asked. A context that a stranger sent is no reason to lose a message:
-what is malformed is dropped.
+inside. Where OpenTelemetry traces, it is the parent of a message's span unless another span is
+current. A context that a stranger sent is no reason to lose a message: what is malformed is
+dropped.
 
 Runs on: any thread; each thread and each asyncio task has its own context.
 """
@@ -31,7 +32,14 @@ def trace_context(traceparent: str | None, tracestate: str | None = "") -> Itera
     :param traceparent: as the header of that name, version 00; anything else means no context
     :param tracestate: as the header of that name, at most 512 characters; else it is left out
     """
-    token = _context.set(_accepted(traceparent, tracestate))
+    with carrying(_accepted(traceparent, tracestate)):
+        yield
+
+
+@contextmanager
+def carrying(headers: Mapping[str, str]) -> Iterator[None]:
+    """Let the messages published inside carry these headers, which are known to be well formed."""
+    token = _context.set(headers)
     try:
         yield
     finally:

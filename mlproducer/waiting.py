@@ -112,23 +112,25 @@ def _settle(heirs: list[Future[Receipt]], given: Receipt | PublishError) -> None
 
 @frozen
 class Wait:
-    """A delivery, and the answer that its publisher waits for."""
+    """A delivery, the answer that its publisher waits for, and whoever carries it."""
 
+    engine: Engine
     delivery: Delivery
     answer: Answer
 
-    def finish(self, engine: Engine) -> Receipt:
+    def finish(self) -> Receipt:
         """Wait until the courier has spoken; at the deadline ask it to.
 
         :raises PublishError: the message is the publisher's again
         """
-        if not self.answer.wait(self.delivery.deadline - time.monotonic()):
-            engine.expire(self.delivery)
-            if not self.answer.wait(GRACE):
-                return self._unanswered(engine)
-        return self.answer.receipt()
+        answer = self.answer
+        if not (answer.done() or answer.wait(self.delivery.deadline - time.monotonic())):
+            self.engine.expire(self.delivery)
+            if not answer.wait(GRACE):
+                return self._unanswered()
+        return answer.receipt()
 
-    def _unanswered(self, engine: Engine) -> Receipt:
+    def _unanswered(self) -> Receipt:
         """End the wait although the courier is silent: its thread hangs, or has just died."""
         delivery = self.delivery
         withdrawn = self.answer.cancel()
@@ -139,7 +141,7 @@ class Wait:
             possibly_sent=not withdrawn,
         )
         if withdrawn or not delivery.retry:
-            engine.withdraw(delivery)
+            self.engine.withdraw(delivery)
             raise error
         elapsed = time.monotonic() - delivery.started
         message_id = delivery.envelope.message_id
@@ -150,8 +152,7 @@ class Wait:
 class Line:
     """Deliveries, and what was refused among them, in the order in which they were handed in."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
         self._waits: deque[Wait | PublishError] = deque()
         self._results: list[Receipt | PublishError] = []
 
@@ -165,10 +166,10 @@ class Line:
         while self._waits and not _undecided(self._waits[0]):
             self._finish_next()
         self._waits.append(wait)
-        hand_in = self._engine.post
-        while not self._engine.gate.enter(delivery, self._deadline()):
+        hand_in = wait.engine.post
+        while not wait.engine.gate.enter(delivery, self._deadline()):
             if self._waits[0] is wait:
-                hand_in = self._engine.turn_away
+                hand_in = wait.engine.turn_away
                 break
             self._finish_next()
         try:
@@ -186,7 +187,7 @@ class Line:
         """Take back all that are left, since nobody will look at their answers."""
         for each in self._waits:
             if isinstance(each, Wait):
-                self._engine.withdraw(each.delivery)
+                each.engine.withdraw(each.delivery)
 
     def _finish_next(self) -> None:
         each = self._waits.popleft()
@@ -194,7 +195,7 @@ class Line:
             self._results.append(each)
             return
         try:
-            self._results.append(each.finish(self._engine))
+            self._results.append(each.finish())
         except PublishError as error:
             self._results.append(error)
 

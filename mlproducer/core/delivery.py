@@ -17,6 +17,10 @@ from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
 
 
+ORPHANED = 0.05
+"""Seconds after which a future's lock, which is held for microseconds, is nobody's any more."""
+
+
 class Place(enum.Enum):
     """Where a delivery is; always exactly one."""
 
@@ -64,10 +68,33 @@ class Nobody:
 class Fate(Future[Receipt]):
     """What becomes of a message, for those who hold its receipt or future.
 
+    An interrupt in the stdlib's own wait can leave a future's lock taken for ever. Such a future is
+    given up after a moment, since its waiter is gone, so that nobody else waits for it in vain.
+
     :ivar delivery: is remembered as long as somebody holds this
     """
 
     delivery: Delivery | None = None
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Take the message over; false if it was withdrawn."""
+        return self._usable() and super().set_running_or_notify_cancel()
+
+    def set_result(self, result: Receipt) -> None:
+        """Tell that it is delivered."""
+        if self._usable():
+            super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Tell that it is not."""
+        if self._usable():
+            super().set_exception(exception)
+
+    def _usable(self) -> bool:
+        taken = self._condition.acquire(timeout=ORPHANED)
+        if taken:
+            self._condition.release()
+        return taken
 
 
 class Delivery:

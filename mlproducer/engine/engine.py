@@ -8,15 +8,12 @@ Runs on: any thread.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
 from mlproducer.core.backoff import Backoff
@@ -30,6 +27,7 @@ from mlproducer.engine.link import Route
 from mlproducer.engine.mailbox import Item
 from mlproducer.engine.tls import make_context
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
+from mlproducer.latch import Latch
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
@@ -37,7 +35,7 @@ from mlproducer.observe.meter import Meter
 from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings, TLSSettings
 from mlproducer.status import CloseReport, Status
-from mlproducer.stores.protocol import Store
+from mlproducer.stores.protocol import Depth, Store
 from mlproducer.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -68,9 +66,12 @@ class Engine:
         self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval, events)
         self._io = IOThread(settings, routes(settings), self.gate, self._keeper, events)
         self._keeper.serve(self._io, self._watch)
+        self.durable = store.durable
         self._ordinal = 0
         self._threads: dict[str, threading.Thread] = {}
         self._closing = False
+        self._confirmed_before = 0
+        self._abandoned: tuple[str, ...] = ()
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -84,7 +85,8 @@ class Engine:
             self._start_threads()
         except RuntimeError:
             if "io" in self._threads:
-                self.close(0.0)
+                self.end()
+                self.join(time.monotonic() + CLOSE_MARGIN)
             else:
                 self._io.reactor.discard()
             raise
@@ -111,33 +113,34 @@ class Engine:
             logger.critical("the I/O thread died; starting another")
             self._threads["io"] = self._spawn("io", self._io.reactor.run)
 
-    def close(self, timeout: float) -> CloseReport:
-        """Drain, then end the link and the threads, all within ``timeout`` and a margin."""
-        deadline = time.monotonic() + timeout
-        before = self._io.courier.confirmed
+    def drain(self, deadline: float) -> None:
+        """Begin to close: deliver what is inside, until a monotonic deadline."""
+        self._confirmed_before = self._io.courier.confirmed
         self._watch()
         self.flush(deadline)
         self._closing = True
-        if self._keeper.durable:
-            self._shelve(deadline + SHELVE_LIMIT)
-        abandoned = tuple(delivery.envelope.message_id for delivery in self._unsettled())
+
+    def shelve(self) -> Latch:
+        """Have a durable store take what is left; the latch is opened once it has."""
+        done = Latch()
+        if not (self.durable and self._io.order(partial(self._io.shelve, done))):
+            done.open()
+        return done
+
+    def end(self) -> None:
+        """Have link and threads end, and everybody told how it stands."""
+        self._abandoned = tuple(each.envelope.message_id for each in self._unsettled())
         self._io.order(self._io.close)
-        threads.join_all([self._threads["io"]], deadline + CLOSE_MARGIN)
+
+    def join(self, deadline: float) -> CloseReport:
+        """Wait for the threads, until a monotonic deadline, and give what became of messages."""
+        threads.join_all([self._threads["io"]], deadline)
         self._io.stop_timers()
         self.dispatcher.stop()
-        threads.join_all(
-            [*self._threads.values(), *self.dispatcher.threads], deadline + CLOSE_MARGIN
-        )
+        threads.join_all([*self._threads.values(), *self.dispatcher.threads], deadline)
         threads.return_ordinal(self._ordinal)
-        stored = self._keeper.stored if self._keeper.durable else 0
-        return CloseReport(self._io.courier.confirmed - before, stored, abandoned)
-
-    def _shelve(self, deadline: float) -> None:
-        """Have the store take what is left, unless it takes too long."""
-        done: Future[None] = Future()
-        if self._io.order(partial(self._io.shelve, done)):
-            with contextlib.suppress(FutureTimeoutError):
-                done.result(max(0.0, deadline - time.monotonic()))
+        confirmed = self._io.courier.confirmed - self._confirmed_before
+        return CloseReport(confirmed, self.rows().stored if self.durable else 0, self._abandoned)
 
     def disown(self) -> None:
         """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
@@ -208,35 +211,41 @@ class Engine:
 
     # --- the whole -----------------------------------------------------------------------------
 
-    def wait_connected(self, timeout: float | None) -> bool:
+    def able(self) -> bool:
+        """Whether a message handed over now would be written."""
+        return self._io.courier.able
+
+    def wait_connected(self, deadline: float | None) -> bool:
         """Wait until the link carries messages."""
-        deadline = None if timeout is None else time.monotonic() + timeout
         return self._io.connected.wait_for(lambda: self._io.is_connected, deadline)
 
     def reconnect(self) -> None:
         """Connect now, if there is no connection."""
         self._io.order(self._io.dial)
 
-    def flush(self, deadline: float | None) -> int:
-        """Wait until nothing is in flight or waiting, and give how many are left."""
+    def flush(self, deadline: float | None) -> None:
+        """Wait until nothing is in flight or waiting."""
         if self._io.dialer.idle:
             self.reconnect()
         self.gate.emptied.wait_for(self._quiet, deadline)
-        return self.left()
 
     def _quiet(self) -> bool:
-        return not self.gate and not self._keeper.stored
+        return not self.gate and not self.rows().stored
 
-    def left(self) -> int:
-        """Count the messages that are inside, or in the store, whoever wrote them there."""
+    def rows(self) -> Depth:
+        """Count the messages in the store, whoever wrote them there."""
+        return self._keeper.depth
+
+    def inside(self) -> int:
+        """Count the messages inside that the store does not count."""
         has_row = self._keeper.shelf.has_row
         inside = [each for each in self.gate.inside() if each.open]
-        return self._keeper.stored + sum(not (each.kept and has_row(each)) for each in inside)
+        return sum(not (each.kept and has_row(each)) for each in inside)
 
     def _unsettled(self) -> list[Delivery]:
         """Give those that would be lost with this process."""
         shelf, inside = self._keeper.shelf, self.gate.inside()
-        if self._keeper.durable:
+        if self.durable:
             return [each for each in inside if each.open and not shelf.has_row(each)]
         return [each for each in dict.fromkeys([*inside, *shelf.deliveries()]) if each.open]
 
@@ -248,8 +257,8 @@ class Engine:
             reconnect_attempts=dialer.failures,
             consecutive_failures=self._io.courier.breaker.failures,
             circuit_state=self._io.courier.breaker.state,
-            retry_queue_size=self._keeper.depth.waiting,
-            dead_letters=self._keeper.depth.dead,
+            retry_queue_size=self.rows().waiting,
+            dead_letters=self.rows().dead,
             pending_confirms=self._io.courier.in_flight,
             blocked=self._io.courier.blocked,
             broker=dialer.route.broker.address,

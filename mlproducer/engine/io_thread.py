@@ -31,7 +31,7 @@ from mlproducer.engine.reactor import Reactor
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
-from mlproducer.latch import Watch
+from mlproducer.latch import Latch, Watch
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
 from mlproducer.topology import Declaration, Topology
@@ -208,10 +208,10 @@ class IOThread:
         """Connect, now, unless the broker is there and merely blocks."""
         self.dialer.dial()
 
-    def shelve(self, done: Future[None]) -> None:
-        """Have a durable store take what is left; the future is resolved once it has."""
+    def shelve(self, done: Latch) -> None:
+        """Have a durable store take what is left; the latch is opened once it has."""
         self.courier.shelve(time.monotonic())
-        self._keeper.thread.order(partial(settle, done))
+        self._keeper.thread.order(done.open)
 
     def close(self) -> None:
         """Tell everybody how it stands, and end the link and the thread."""

@@ -107,12 +107,6 @@ class Keeper:
             max(0, depth.dead - (self._ended[True] - dead)),
         )
 
-    @property
-    def stored(self) -> int:
-        """Count the rows of both kinds; anyone may ask."""
-        depth = self.depth
-        return depth.waiting + depth.dead
-
     def serve(self, desk: Desk, watch: Callable[[], None]) -> None:
         """Say whom to answer, and what to look after at each sweep."""
         self._desk = desk
@@ -188,7 +182,7 @@ class Keeper:
     def _send_out(self) -> None:
         desk = self._desk
         room = 0
-        if desk is not None and self.stored:
+        if desk is not None and self.depth.stored:
             room = min(desk.ready(), self._gate.room())
         if desk is None or room == 0:
             return
@@ -348,7 +342,7 @@ class Keeper:
 
     def _count(self) -> None:
         self._counted = (self._store.depth(), self._deleted[False], self._deleted[True])
-        if not self.stored:
+        if not self.depth.stored:
             self._gate.emptied.changed()
 
     def _close(self) -> None:

@@ -11,7 +11,6 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from threading import get_ident
 from typing import Protocol
 
 from mlproducer.core.delivery import Delivery, Place
@@ -123,7 +122,7 @@ class MetricsSink(EventSink):
         self._series = meter.counts.series
         self._sizes = self._series(catalog.MESSAGE_SIZE)
         self._successes: dict[str, tuple[Series, Series]] = {}
-        self._lost_at: dict[int, float] = {}  # by the thread of the connection
+        self._lost_at: float | None = None
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -195,14 +194,14 @@ class MetricsSink(EventSink):
 
     def connected(self, address: str) -> None:
         """Measure how long there was none."""
-        lost_at = self._lost_at.pop(get_ident(), None)
+        lost_at, self._lost_at = self._lost_at, None
         if lost_at is not None:
             self._series(catalog.RECONNECT_DURATION).observe(time.monotonic() - lost_at)
 
     def disconnected(self, loss: Loss) -> None:
         """Count it, unless we closed it ourselves."""
         if loss.kind is not LossKind.CLOSED:
-            self._lost_at[get_ident()] = time.monotonic()
+            self._lost_at = time.monotonic()
             self.connection_error(loss)
 
     def connection_error(self, loss: Loss) -> None:

@@ -93,6 +93,11 @@ class Depth:
     waiting: int = 0
     dead: int = 0
 
+    @property
+    def stored(self) -> int:
+        """All together."""
+        return self.waiting + self.dead
+
 
 class Store(Protocol):
     """Keeps messages.

@@ -15,8 +15,9 @@ import pytest
 from attrs import field, frozen
 
 from mlproducer.testing.node import RabbitMQNode
+from mlproducer.testing.redis_server import RedisServer
 
-__all__ = ["VirtualHost", "rabbitmq_node", "rabbitmq_vhost"]
+__all__ = ["VirtualHost", "rabbitmq_node", "rabbitmq_vhost", "redis_server"]
 
 
 @frozen
@@ -42,3 +43,10 @@ def rabbitmq_vhost(rabbitmq_node: RabbitMQNode) -> Iterator[VirtualHost]:
     rabbitmq_node.add_vhost(name)
     yield VirtualHost(name, rabbitmq_node, rabbitmq_node.url_for(name))
     rabbitmq_node.delete_vhost(name)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A running Redis, shared by all tests: each takes a prefix of its own."""
+    with RedisServer() as server:
+        yield server

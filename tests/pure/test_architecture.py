@@ -69,6 +69,7 @@ INSIDE = {
         "reactor",
         "io_thread",
         "engine",
+        "fleet",
         "lifecycle",
     ],
     "stores": ["protocol", "memory", "__init__"],

@@ -210,7 +210,7 @@ def test_a_callback_in_the_loop_raises(
     broker = serve()
     producer = connect(broker)
     assert producer.publish(make_message()).confirmed
-    io_thread = producer._life.engine._io  # type: ignore[union-attr]
+    io_thread = producer._life.fleet.engines[0]._io  # type: ignore[union-attr]
     acked, failures = io_thread.acked, [ValueError("bug")]
 
     def failing(tag: int, *, multiple: bool) -> None:
@@ -234,7 +234,7 @@ def test_what_the_loop_had_in_hand(
     broker = serve()
     producer = connect(broker)
     assert producer.publish(make_message()).confirmed
-    courier = producer._life.engine._io.courier  # type: ignore[union-attr]
+    courier = producer._life.fleet.engines[0]._io.courier  # type: ignore[union-attr]
     accept, failures = courier.accept, [ValueError("bug")]
 
     def failing(delivery: Delivery, now: float) -> None:

@@ -116,7 +116,7 @@ def test_an_idle_loop_is_woken_once(
     """A burst that comes while the I/O thread is busy costs one wake."""
     producer = connect(serve())
     assert producer.wait_connected(LIMIT)
-    io_thread = producer._life.engine._io  # type: ignore[union-attr]
+    io_thread = producer._life.fleet.engines[0]._io  # type: ignore[union-attr]
     busy, free = threading.Event(), threading.Event()
 
     def occupy() -> None:
