@@ -302,7 +302,7 @@ class MLProducer:
             )
         share = evolve(self.settings, max_in_flight=max(1, self.settings.max_in_flight // count))
         given = [] if self._store is None else [self._store]
-        stores = given or [open_store(self.settings) for _ in range(count)]
+        stores = given or [open_store(self.settings, count) for _ in range(count)]
         process.finish_in_children()
         return Fleet([Engine(share, store, self._callbacks, self._meter) for store in stores])
 

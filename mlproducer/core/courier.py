@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.failure import exhausted, failure, rejected, unroutable
+from mlproducer.core.farewell import CLOSED, Farewell
 from mlproducer.core.judge import Judge
 from mlproducer.core.lanes import Lanes
 from mlproducer.core.ports import Carrier, Door, Events, Keeper, Loss, Undertaker
@@ -34,13 +35,12 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Envelope
 
-CLOSED = "the producer was closed"
-
 
 class Courier:
     """Carries deliveries over the link and answers their publishers.
 
     :param max_retries: attempts after the first
+    :ivar farewell: what happens when the producer is closed
     :ivar confirmed: messages that the broker has confirmed; anyone may read it
     """
 
@@ -59,8 +59,8 @@ class Courier:
         self._events = events
         self._judge = Judge(max_retries, breaker, keeper, undertaker, door, events)
         self._lanes = Lanes()
+        self.farewell = Farewell(self._lanes, self._judge)
         self._refusal: PublishError | None = None
-        self._heard = True  # the keeper's answers still arrive
         self.confirmed = 0
 
     # --- what others may see -------------------------------------------------------------------
@@ -90,10 +90,6 @@ class Courier:
         oldest = self._lanes.confirms.oldest()
         return oldest is not None and now - oldest.sent_at >= limit
 
-    @property
-    def _closed(self) -> bool:
-        return self._refusal is not None and self._refusal.permanent
-
     # --- publishers ----------------------------------------------------------------------------
 
     def accept(self, delivery: Delivery, now: float) -> None:
@@ -105,12 +101,9 @@ class Courier:
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
-        if self._refusal is None and self.breaker.state is CircuitState.CLOSED:
-            self._lanes.add(delivery)
-            return
         delivery.place = Place.WAITING
-        if self._closed:
-            self._shelve_one(delivery, now)
+        if self.farewell.begun:
+            self.farewell.see_off(delivery, now)
         elif self._circuit_is_full():
             self._judge.fail(delivery, self._circuit_open(delivery, now), now)
         elif self._refusal is not None:
@@ -260,38 +253,6 @@ class Courier:
         for delivery in self._lanes.clear():
             self._refuse_one(delivery, error, now)
 
-    def shelve(self, now: float) -> None:
-        """Have a durable store take all that it may: the producer is closing."""
-        self._refusal = ProducerClosedError(CLOSED)
-        for delivery in [*self._lanes.confirms, *self._lanes.clear()]:
-            self._shelve_one(delivery, now)
-
-    def abandon(self, stored: list[Delivery], now: float) -> None:
-        """Tell everybody how it stands with messages that are still here or in the store."""
-        self._refusal = ProducerClosedError(CLOSED)
-        self._heard = False
-        lost = self._lanes.lose_channel()
-        for delivery in lost:
-            delivery.doubtful = True
-        unpaid = list(self._judge.owed)
-        for delivery in dict.fromkeys([*lost, *self._lanes.clear(), *stored, *unpaid]):
-            if not delivery.open:
-                self._judge.leave(delivery, Place.RETIRED)
-            elif delivery.kept and self._keeper.durable and delivery not in self._judge.owed:
-                delivery.entrust(now)
-            else:
-                self._judge.part(delivery, failure(ProducerClosedError, delivery, CLOSED))
-
-    def _shelve_one(self, delivery: Delivery, now: float) -> None:
-        error = failure(ProducerClosedError, delivery, CLOSED)
-        if not delivery.open:
-            self._judge.leave(delivery, Place.RETIRED)
-        elif delivery.retry and self._keeper.durable and (delivery.stored or self._heard):
-            delivery.reason = delivery.reason or error
-            self._judge.keep(delivery, now)
-        elif delivery.place is not Place.IN_FLIGHT:
-            self._judge.part(delivery, error)
-
     def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
         self._judge.fail(delivery, failure(type(error), delivery, str(error)), now)
 
@@ -357,6 +318,8 @@ class Courier:
 
     def _circuit_is_full(self) -> bool:
         """Whether the breaker has no place for another message; half-open, it has one."""
+        if self.breaker.state is CircuitState.CLOSED:
+            return False
         half_open = self.breaker.state is CircuitState.HALF_OPEN
         return self.breaker.refuses() or (half_open and self.waiting > 0)
 
@@ -367,7 +330,7 @@ class Courier:
 
     def _unsent(self, delivery: Delivery) -> PublishError:
         """Why a message that waits for the link has not been written (again) in time."""
-        if self._closed:
+        if self.farewell.begun:
             return failure(ProducerClosedError, delivery, CLOSED)
         if self.blocked:
             return failure(BrokerBlockedError, delivery, "the broker blocks publishers")

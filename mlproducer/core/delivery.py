@@ -16,7 +16,6 @@ from typing import Protocol
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
 
-
 ORPHANED = 0.05
 """Seconds after which a future's lock, which is held for microseconds, is nobody's any more."""
 

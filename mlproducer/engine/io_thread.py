@@ -210,12 +210,12 @@ class IOThread:
 
     def shelve(self, done: Latch) -> None:
         """Have a durable store take what is left; the latch is opened once it has."""
-        self.courier.shelve(time.monotonic())
+        self.courier.farewell.shelve(time.monotonic())
         self._keeper.thread.order(done.open)
 
     def close(self) -> None:
         """Tell everybody how it stands, and end the link and the thread."""
-        self.courier.abandon(self._keeper.shelf.deliveries(), time.monotonic())
+        self.courier.farewell.abandon(self._keeper.shelf.deliveries(), time.monotonic())
         self.dialer.close()
 
     def probe(self, reply: Future[None]) -> None:

@@ -22,8 +22,8 @@ from functools import partial
 from attrs import evolve, field, frozen
 
 from mlproducer.core.backoff import Backoff
-from mlproducer.core.courier import CLOSED
 from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.farewell import CLOSED
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.roles import Desk
 from mlproducer.engine.shelf import Shelf, record_of

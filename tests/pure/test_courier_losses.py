@@ -202,7 +202,7 @@ def test_abandon_at_close(world: World) -> None:
     world.store(stored)
     world.store(waiting)
     receipt = receipt_of(stored)
-    world.courier.abandon(list(world.keeper.rows), 0.0)
+    world.courier.farewell.abandon(list(world.keeper.rows), 0.0)
     assert isinstance(error_of(in_flight), ProducerClosedError)
     assert error_of(in_flight).possibly_sent
     with pytest.raises(ProducerClosedError) as caught:

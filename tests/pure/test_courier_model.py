@@ -310,11 +310,11 @@ class CourierMachine(RuleBasedStateMachine):
             self._stop_the_faults()
         house.channel = None
         if house.store.durable:
-            house.courier.shelve(clock.now)
+            house.courier.farewell.shelve(clock.now)
             while not house.keeper.thread._orders.empty():
                 house.keep_house()
             house.drain(PLENTY)
-        house.courier.abandon(house.keeper.shelf.deliveries(), clock.now)
+        house.courier.farewell.abandon(house.keeper.shelf.deliveries(), clock.now)
         house.drain(PLENTY)
         house.closed = True
         house.store.broken = False
@@ -337,10 +337,10 @@ class CourierMachine(RuleBasedStateMachine):
             if house.breaker.state is CircuitState.OPEN:
                 clock.now += COOLDOWN
                 house.cool()
-            if not (house.gate or house.keeper.stored or house.mailbox):
+            if not (house.gate or house.keeper.depth.stored or house.mailbox):
                 break
         assert not house.gate.inside()
-        assert not house.keeper.stored
+        assert not house.keeper.depth.stored
         assert not house.store._slots, "a row outlives its message"
 
     def _check_the_end(self) -> None:

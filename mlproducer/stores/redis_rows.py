@@ -1,0 +1,131 @@
+"""How records, changes and claims are written as a script's arguments, and rows are read back.
+
+What comes from Redis is not trusted: each field has its type, and the message its checksum. It must
+not know how the fields travel.
+
+Runs on: the retry thread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from mlproducer.message import Envelope
+from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row
+
+Field = bytes | str | int
+
+MICROSECONDS = 1_000_000
+
+
+class UnreadableRowError(Exception):
+    """A row that this library did not write, or not so."""
+
+
+def entry_fields(entry: Entry) -> tuple[Field, ...]:
+    """Give flags, state and message of what is to be stored."""
+    record = entry.record
+    return _flags(record, entry.ahead), _state(record), *_message(record.envelope)
+
+
+def change_fields(change: Change) -> tuple[Field, ...]:
+    """Give what is new of a row: its message only where a dead letter has taken its place."""
+    claim, record = change.claim, change.record
+    delay = -1 if change.delay is None else int(change.delay * MICROSECONDS)
+    message = _message(record.envelope) if record.dead else ("",) * 5
+    return claim.key, claim.token, delay, _flags(record), _state(record), *message
+
+
+def claim_fields(claims: Iterable[Claim]) -> list[Field]:
+    """Give keys and tokens."""
+    return [each for claim in claims for each in (claim.key, claim.token)]
+
+
+def read_row(fields: Sequence[bytes]) -> Row:
+    """Read what a script shows of a row.
+
+    :raises UnreadableRowError: it is none
+    """
+    try:
+        numbers, message_id, route, properties, body, state = fields
+        key, token, doubtful, checksum = map(int, numbers.split(b" "))
+        if checksum != _sum(message_id, route, properties, body):
+            raise UnreadableRowError
+        name = message_id.decode(errors="surrogatepass")
+        envelope = Envelope(name, *_read_route(route), properties, body)
+        attempts, dead, reason, first_failed_at = _read_state(state)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UnreadableRowError from None
+    record = Record(envelope, attempts, doubtful == 1, dead, reason, first_failed_at)
+    return Row(Claim(key, token), record)
+
+
+def name_of(fields: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """Give key and token of a row that cannot be read; the script has checked these two."""
+    key, token, _ = fields[0].split(b" ", 2)
+    return key, token
+
+
+def _message(envelope: Envelope) -> tuple[Field, ...]:
+    message_id = envelope.message_id.encode(errors="surrogatepass")
+    route = _route(envelope.task_type, envelope.exchange, envelope.routing_key)
+    checksum = _sum(message_id, route, envelope.properties, envelope.body)
+    return message_id, route, envelope.properties, envelope.body, checksum
+
+
+def _flags(record: Record, ahead: bool = False) -> Field:
+    """Say what a script must know of a record: doubtful (u), dead, stored ahead."""
+    return "u" * record.doubtful + "d" * record.dead + "a" * ahead
+
+
+def _sum(message_id: bytes, route: bytes, properties: bytes, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(properties, zlib.crc32(route, zlib.crc32(message_id))))
+
+
+def _state(record: Record) -> bytes:
+    return _write_state(record.attempts, record.dead, record.reason, record.first_failed_at)
+
+
+# Most rows have the same few routes, and no failure so far.
+
+
+@lru_cache(maxsize=256)
+def _route(*texts: str) -> bytes:
+    return json.dumps(texts).encode()
+
+
+@lru_cache(maxsize=256)
+def _write_state(attempts: int, dead: bool, reason: str, first_failed_at: float) -> bytes:
+    state = {
+        "attempts": attempts,
+        "dead": dead,
+        "reason": reason,
+        "first_failed_at": first_failed_at,
+    }
+    return json.dumps(state).encode()
+
+
+@lru_cache(maxsize=256)
+def _read_route(route: bytes) -> tuple[str, str, str]:
+    task_type, exchange, routing_key = texts = json.loads(route)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    return task_type, exchange, routing_key
+
+
+@lru_cache(maxsize=256)
+def _read_state(state: bytes) -> tuple[int, bool, str, float]:
+    known = json.loads(state)
+    attempts, dead = known["attempts"], known["dead"]
+    reason, since = known["reason"], known["first_failed_at"]
+    if type(attempts) is not int or not 0 <= attempts < 2**31:
+        raise TypeError
+    if type(dead) is not bool or not isinstance(reason, str):
+        raise TypeError
+    if type(since) not in (int, float) or not math.isfinite(since):
+        raise TypeError
+    return attempts, dead, reason, float(since)
