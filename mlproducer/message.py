@@ -4,7 +4,7 @@
 which it waits, travels and is stored: a route, encoded properties, a body. `Receipt` is what the
 library answers. Nothing here knows how a message travels.
 
-Runs on: any thread; everything here is frozen.
+Runs on: any thread; nothing here is changed once it is made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from mlproducer.errors import PublishError
 
@@ -60,9 +60,11 @@ class Message:
     persistent: bool = True
 
 
-@frozen(eq=False)
+@define(eq=False)
 class Envelope:
     """A message ready to travel: everything checked, everything encoded.
+
+    Nobody changes one; `attrs.frozen` would see to that at half a microsecond a message.
 
     Every attempt sends the same bytes, so that a consumer can tell a duplicate by its id.
 

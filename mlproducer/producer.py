@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
-
-from attrs import evolve
+from typing import TYPE_CHECKING, Any
 
 from mlproducer.core.delivery import Delivery, Handshake
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import process
-from mlproducer.engine.engine import Engine
-from mlproducer.engine.fleet import Fleet
 from mlproducer.engine.lifecycle import Lifecycle
 from mlproducer.errors import (
     BufferFullError,
@@ -31,13 +28,18 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture
+from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import Settings, redact
 from mlproducer.status import CloseReport, Status
-from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
 from mlproducer.waiting import Answer, Line, Wait
 from mlproducer.wire.encode import Encoder, Task
+
+if TYPE_CHECKING:
+    from mlproducer.engine.engine import Engine
+    from mlproducer.engine.fleet import Fleet
+    from mlproducer.observe.meter import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,6 @@ class MLProducer:
     :param settings: ``None`` reads the environment
     :param registry: a prometheus-client registry; ``None`` is that library's default one
     :param store: where messages wait for a retry; ``None`` is what the settings name
-    :ivar registry: where its metrics are
     :raises ConfigurationError: a variable of the environment does not parse
     """
 
@@ -59,16 +60,16 @@ class MLProducer:
         self, settings: Settings | None = None, *, registry: Any = None, store: Store | None = None
     ) -> None:
         self.settings = Settings.from_env() if settings is None else settings
-        from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
-
-        self.registry = registry
-        self._meter = metrics.meter(registry)
+        self._registry = registry
+        self._made_meter: Meter | None = None
         self._store = store
         self._encoder = Encoder(self.settings)
         self._callbacks = Callbacks()
+        self._recorder = Recorder()
         self._life = Lifecycle(self._make_fleet)
         process.remember(self)
-        self._meter.watch(self)
+        if "prometheus_client" in sys.modules:  # else nobody looks at metrics yet
+            self._meter()
 
     def __repr__(self) -> str:
         return f"<MLProducer {redact(self.settings.url or '') or 'no URL'} {self._state().name}>"
@@ -86,9 +87,10 @@ class MLProducer:
         :param retry: keep a message that cannot be delivered now; otherwise its error is raised
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
+        started = time.monotonic()
         engine = self._life.running().choose()
         answer = Answer()
-        delivery = self._delivery(engine, task, answer, timeout, retry=retry)
+        delivery = self._delivery(engine, task, answer, timeout, started, retry=retry)
         try:
             if engine.gate.enter(delivery, delivery.deadline):
                 engine.post(delivery)
@@ -107,9 +109,12 @@ class MLProducer:
         :returns: a future with ``message_id``, resolved once the message's fate is known
         :raises BufferFullError: the in-flight window was full for ``publish_timeout``
         """
+        started = time.monotonic()
         engine = self._life.running().choose()
         future = DeliveryFuture(engine.dispatcher)
-        delivery = self._delivery(engine, task, future, None, retry=retry, answer_deferral=False)
+        delivery = self._delivery(
+            engine, task, future, None, started, retry=retry, answer_deferral=False
+        )
         future.message_id = delivery.envelope.message_id
         try:
             if not engine.gate.enter(delivery, delivery.deadline):
@@ -138,7 +143,9 @@ class MLProducer:
             for task in tasks:
                 answer, engine = Answer(), fleet.choose()
                 try:
-                    delivery = self._delivery(engine, task, answer, timeout, retry=retry)
+                    delivery = self._delivery(
+                        engine, task, answer, timeout, time.monotonic(), retry=retry
+                    )
                 except PublishError as error:
                     line.skip(error)
                 else:
@@ -174,7 +181,7 @@ class MLProducer:
         try:
             task = kind(*fields)
         except InvalidTaskError as error:
-            self._meter.refused(kind, error)
+            self._meter().refused(kind, error)
             raise
         return self.publish(task)
 
@@ -184,16 +191,16 @@ class MLProducer:
         task: Task,
         answer: Handshake,
         timeout: float | None,
+        started: float,
         *,
         retry: bool,
         answer_deferral: bool = True,
     ) -> Delivery:
-        started = time.monotonic()
         seconds = self.settings.publish_timeout if timeout is None else _checked(timeout)
         try:
             envelope, span = engine.spans.encode(self._encoder.encode, task)
         except PublishError as error:
-            self._meter.refused(task, error)
+            self._meter().refused(task, error)
             raise
         delivery = Delivery(
             envelope,
@@ -221,6 +228,10 @@ class MLProducer:
     def is_healthy(self) -> bool:
         """Whether messages get through: connected, breaker not open, not blocked."""
         return self.status().healthy
+
+    def recent(self) -> Recent:
+        """Give rates, errors and dead letters of the last minutes, without asking the broker."""
+        return self._recorder.recent()
 
     def on(self, event: str, callback: Callable[..., object]) -> None:
         """Call ``callback`` at an event, on a thread of its own.
@@ -294,17 +305,26 @@ class MLProducer:
     def __reduce__(self) -> str:
         raise TypeError("an MLProducer cannot be pickled; pickle its settings")
 
+    @property
+    def registry(self) -> Any:
+        """Where its metrics are; whoever asks for it finds them registered."""
+        self._meter()
+        return self._registry
+
+    def _meter(self) -> Meter:
+        if self._made_meter is None:
+            from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
+
+            meter = metrics.meter(self._registry)
+            meter.watch(self)
+            self._made_meter = meter
+        return self._made_meter
+
     def _make_fleet(self) -> Fleet:
-        count = self.settings.connections
-        if self._store is not None and count > 1:
-            raise ConfigurationError(
-                "a store of your own can serve only one connection"
-            )
-        share = evolve(self.settings, max_in_flight=max(1, self.settings.max_in_flight // count))
-        given = [] if self._store is None else [self._store]
-        stores = given or [open_store(self.settings, count) for _ in range(count)]
+        from mlproducer.engine.fleet import assemble  # noqa: PLC0415 - pika is slow to import
+
         process.finish_in_children()
-        return Fleet([Engine(share, store, self._callbacks, self._meter) for store in stores])
+        return assemble(self.settings, self._store, self._callbacks, self._meter(), self._recorder)
 
     # --- what the process tells ----------------------------------------------------------------
 
@@ -313,6 +333,7 @@ class MLProducer:
         parents = self._life
         _inherited.append(parents)
         self._life = Lifecycle(self._make_fleet, closed=parents.closed)
+        self._recorder = Recorder()
         if parents.fleet is not None:
             parents.fleet.disown()
 

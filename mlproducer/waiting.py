@@ -13,14 +13,17 @@ import math
 import time
 from collections import deque
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
-from attrs import frozen
+from attrs import define
 
 from mlproducer.core.delivery import Delivery
-from mlproducer.engine.engine import Engine
 from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.latch import Latch
 from mlproducer.message import Receipt
+
+if TYPE_CHECKING:
+    from mlproducer.engine.engine import Engine
 
 GRACE = 0.15
 """Seconds beyond a publisher's deadline within which the courier is expected to have spoken."""
@@ -110,7 +113,7 @@ def _settle(heirs: list[Future[Receipt]], given: Receipt | PublishError) -> None
             heir.set_exception(given)
 
 
-@frozen
+@define
 class Wait:
     """A delivery, the answer that its publisher waits for, and whoever carries it."""
 

@@ -40,6 +40,7 @@ class Courier:
     """Carries deliveries over the link and answers their publishers.
 
     :param max_retries: attempts after the first
+    :ivar judge: who decides what is done with failures
     :ivar farewell: what happens when the producer is closed
     :ivar confirmed: messages that the broker has confirmed; anyone may read it
     """
@@ -57,9 +58,9 @@ class Courier:
         self._keeper = keeper
         self._door = door
         self._events = events
-        self._judge = Judge(max_retries, breaker, keeper, undertaker, door, events)
+        self.judge = Judge(max_retries, breaker, keeper, undertaker, door, events)
         self._lanes = Lanes()
-        self.farewell = Farewell(self._lanes, self._judge)
+        self.farewell = Farewell(self._lanes, self.judge)
         self._refusal: PublishError | None = None
         self.confirmed = 0
 
@@ -97,7 +98,7 @@ class Courier:
         if delivery.claim():
             self.readmit(delivery, now)
         else:
-            self._judge.leave(delivery, Place.RETIRED)
+            self.judge.leave(delivery, Place.RETIRED)
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
@@ -105,7 +106,7 @@ class Courier:
         if self.farewell.begun:
             self.farewell.see_off(delivery, now)
         elif self._circuit_is_full():
-            self._judge.fail(delivery, self._circuit_open(delivery, now), now)
+            self.judge.fail(delivery, self._circuit_open(delivery, now), now)
         elif self._refusal is not None:
             self._refuse_one(delivery, self._refusal, now)
         else:
@@ -114,57 +115,61 @@ class Courier:
     def turn_away(self, delivery: Delivery, now: float) -> None:
         """Judge a message for which the in-flight window had no room in time."""
         if delivery.claim():
-            self._judge.fail(delivery, self._unsent(delivery), now)
+            self.judge.fail(delivery, self._unsent(delivery), now)
 
     def expire(self, delivery: Delivery, now: float) -> None:
         """End the wait of a publisher whose time is up; its message may live on."""
         if not (delivery.open and delivery.answer_deferral):
             return
-        if delivery in self._judge.owed:
+        if delivery in self.judge.owed:
             return  # the store has a moment more, then it is paid
         if delivery.place is Place.MAILBOX:
             self._store_is_silent(delivery)
         elif delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)
-            self._judge.fail(delivery, self._unsent(delivery), now)
+            self.judge.fail(delivery, self._unsent(delivery), now)
         elif delivery.place is Place.IN_FLIGHT:
             delivery.late = True
-            self._judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
+            self.judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
 
     def pump(self, now: float) -> None:
         """Write what waits, as far as the link has room; half-open, one message as the probe."""
         carrier = self._lanes.carrier
         if carrier is None or not self.able:
             return
+        if not self._lanes.waiting:
+            return
         room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
         for delivery in self._lanes.next(room):
             if delivery.leased_until < now:
-                self._judge.keep(delivery, now)  # frozen meanwhile: it may be another's by now
+                self.judge.keep(delivery, now)  # frozen meanwhile: it may be another's by now
             elif carrier.fits(delivery.envelope):
                 batch.append((delivery.envelope, self._dispatch(delivery, now)))
             else:
                 text = "the headers exceed the frame size"
-                self._judge.fail(delivery, failure(MessageTooLargeError, delivery, text), now)
+                self.judge.fail(delivery, failure(MessageTooLargeError, delivery, text), now)
         if batch:
             carrier.carry(batch)
 
     def _dispatch(self, delivery: Delivery, now: float) -> int:
         """Note an attempt before it is written, and give its tag."""
-        if delivery.attempts:
-            self._tell_of_retry(delivery)
+        if delivery.attempts or delivery.kept:
+            self._begin_retry(delivery)
         delivery.place = Place.IN_FLIGHT
         delivery.attempts += not delivery.dead
         delivery.sent_at = now
-        delivery.counted = delivery.late = False
-        delivery.returned = None
-        self.breaker.sent(delivery)
+        if self.breaker.state is CircuitState.HALF_OPEN:
+            self.breaker.sent(delivery)
         return self._lanes.confirms.register(delivery)
 
-    def _tell_of_retry(self, delivery: Delivery) -> None:
+    def _begin_retry(self, delivery: Delivery) -> None:
+        """Forget what came of the attempt before, and tell of this one."""
+        delivery.counted = delivery.late = False
+        delivery.returned = None
         if delivery.doubtful:
             self._events.possible_duplicate(delivery)
-        if not delivery.dead:
+        if delivery.attempts and not delivery.dead:
             self._events.retried(delivery)
 
     # --- the broker ----------------------------------------------------------------------------
@@ -176,7 +181,7 @@ class Courier:
             if delivery.returned is None:
                 taken.append(delivery)
             else:
-                self._judge.fail(delivery, unroutable(delivery), now)
+                self.judge.fail(delivery, unroutable(delivery), now)
         delivered = [delivery for delivery in taken if self._retire(delivery)]
         if delivered:
             self.confirmed += len(delivered)
@@ -254,7 +259,7 @@ class Courier:
             self._refuse_one(delivery, error, now)
 
     def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        self._judge.fail(delivery, failure(type(error), delivery, str(error)), now)
+        self.judge.fail(delivery, failure(type(error), delivery, str(error)), now)
 
     def _fail_all(
         self, deliveries: list[Delivery], kind: type[PublishError], text: str, now: float
@@ -263,9 +268,9 @@ class Courier:
         for delivery in deliveries:
             if delivery.returned is None:
                 delivery.doubtful = True
-                self._judge.fail(delivery, failure(kind, delivery, text), now)
+                self.judge.fail(delivery, failure(kind, delivery, text), now)
             else:
-                self._judge.fail(delivery, unroutable(delivery), now)
+                self.judge.fail(delivery, unroutable(delivery), now)
 
     def _still_wanted(self, lost: list[Delivery]) -> list[Delivery]:
         """Give those whose publishers have not got them back, to be sent again."""
@@ -273,13 +278,13 @@ class Courier:
             delivery.doubtful = True
             self.breaker.released(delivery)
             if not delivery.open:
-                self._judge.leave(delivery, Place.RETIRED)
+                self.judge.leave(delivery, Place.RETIRED)
         return [delivery for delivery in lost if delivery.open]
 
     def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""
         for delivery in self._lanes.trial.convict(guilty, loss.reply_code):
-            self._judge.fail(delivery, rejected(delivery, loss.reply_code, loss.text), now)
+            self.judge.fail(delivery, rejected(delivery, loss.reply_code, loss.text), now)
         self._lanes.add_first(self._lanes.trial.discharge())
 
     # --- the keeper ----------------------------------------------------------------------------
@@ -287,32 +292,24 @@ class Courier:
     def kept(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Messages are stored: now their publishers may be told so."""
         for delivery in deliveries:
-            self._judge.promise(delivery, now)
+            self.judge.promise(delivery, now)
 
     def not_kept(self, delivery: Delivery, error: PublishError) -> None:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
         if delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)
-        self._judge.refused(delivery, error)
+        self.judge.refused(delivery, error)
 
     def withdrawn(self, deliveries: Iterable[Delivery]) -> None:
         """The rows of messages that go back to their publishers are deleted."""
         for delivery in deliveries:
-            self._judge.pay(delivery)
-
-    def owes(self, delivery: Delivery) -> bool:
-        """Whether its publisher's answer waits for the store."""
-        return delivery in self._judge.owed
-
-    def pay(self, delivery: Delivery) -> None:
-        """Let its publisher wait for the store no longer."""
-        self._judge.pay(delivery)
+            self.judge.pay(delivery)
 
     def _store_is_silent(self, delivery: Delivery) -> None:
         """Give back a message that was to be stored before it is sent, unless it is under way."""
         if delivery.claim():
             text = f"the store has not answered in time: {self._keeper.name}"
-            self._judge.refused(delivery, failure(StoreError, delivery, text))
+            self.judge.refused(delivery, failure(StoreError, delivery, text))
 
     # --- why a message was not sent ------------------------------------------------------------
 

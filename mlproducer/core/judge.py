@@ -124,6 +124,10 @@ class Judge:
             error.attempts = delivery.attempts
             self.give_back(delivery, error)
 
+    def owes(self, delivery: Delivery) -> bool:
+        """Whether its publisher's answer waits for the store."""
+        return delivery in self.owed
+
     def pay(self, delivery: Delivery) -> None:
         """Tell what is owed, since its row is gone, or the store is silent."""
         error = self.owed.pop(delivery, None)

@@ -32,6 +32,7 @@ from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
 from mlproducer.observe.meter import Meter
+from mlproducer.observe.recent import Recorder
 from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings, TLSSettings
 from mlproducer.status import CloseReport, Status
@@ -51,15 +52,27 @@ class Engine:
     """The running part of a producer."""
 
     def __init__(
-        self, settings: Settings, store: Store, callbacks: Callbacks, meter: Meter
+        self,
+        settings: Settings,
+        store: Store,
+        callbacks: Callbacks,
+        meter: Meter,
+        recorder: Recorder,
     ) -> None:
         self.gate = Gate(settings.max_in_flight)
         self.dispatcher = Dispatcher(self._spawn)
         self._callbacks = callbacks
         self._meter = meter
+        self._recorder = recorder
         self.spans = Spans(self.dispatcher)
         events = Fanout(
-            [LogSink(), CallbackSink(callbacks, self.dispatcher), meter.sink(), self.spans]
+            [
+                LogSink(),
+                CallbackSink(callbacks, self.dispatcher),
+                meter.sink(),
+                recorder.sink(self.gate.inside),
+                self.spans,
+            ]
         )
         self._events = events
         backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
@@ -109,6 +122,7 @@ class Engine:
     def _watch(self) -> None:
         """Write the gauges down, and replace an I/O thread that died in spite of everything."""
         self._meter.refresh()
+        self._recorder.sample()
         if not self._closing and not self._threads["io"].is_alive():
             logger.critical("the I/O thread died; starting another")
             self._threads["io"] = self._spawn("io", self._io.reactor.run)
@@ -230,7 +244,7 @@ class Engine:
         self.gate.emptied.wait_for(self._quiet, deadline)
 
     def _quiet(self) -> bool:
-        return not self.gate and not self.rows().stored
+        return not self.gate and self._keeper.asked and not self.rows().stored
 
     def rows(self) -> Depth:
         """Count the messages in the store, whoever wrote them there."""

@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from attrs import evolve, frozen
 
 from mlproducer.engine.engine import CLOSE_MARGIN, SHELVE_LIMIT, Engine
+from mlproducer.errors import ConfigurationError
+from mlproducer.observe.callbacks import Callbacks
+from mlproducer.observe.meter import Meter
+from mlproducer.observe.recent import Recorder
+from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
+from mlproducer.stores import open_store
+from mlproducer.stores.protocol import Store
 
 
 @frozen
@@ -111,6 +118,22 @@ class Fleet:
         """Count rows: a durable store is the same one for all, a memory store is each one's own."""
         counts = [getattr(engine.rows(), kind) for engine in self.engines]
         return max(counts) if self.engines[0].durable else sum(counts)
+
+
+def assemble(
+    settings: Settings, store: Store | None, callbacks: Callbacks, meter: Meter, recorder: Recorder
+) -> Fleet:
+    """Make the engines that the settings ask for, not started.
+
+    :param store: ``None`` is what the settings name, for each engine one of its own
+    :raises ConfigurationError: the settings do not fit together
+    """
+    count = settings.connections
+    if store is not None and count > 1:
+        raise ConfigurationError("a store of your own can serve only one connection")
+    share = evolve(settings, max_in_flight=max(1, settings.max_in_flight // count))
+    stores = [open_store(settings, count) for _ in range(count)] if store is None else [store]
+    return Fleet([Engine(share, each, callbacks, meter, recorder) for each in stores])
 
 
 def _burden(engine: Engine) -> tuple[bool, int]:

@@ -31,7 +31,7 @@ class Gate:
         self._limit = limit
         self._max_bytes = max_bytes
         self._inside: dict[Delivery, int] = {}
-        self._bytes = 0
+        self._bytes = self._reserved = 0
         self._queue: deque[tuple[Delivery, Latch]] = deque()
         # guards: _inside, _bytes, _queue; never held while waiting, logging or calling back
         self._lock = threading.Lock()
@@ -43,9 +43,13 @@ class Gate:
         """How many more may come in, at most."""
         return max(0, self._limit - len(self._inside))
 
-    def half_empty(self) -> bool:
-        """Whether half of the window is free."""
-        return 2 * len(self._inside) <= self._limit
+    def share(self, *, backlog: bool) -> None:
+        """Leave a part of the window to messages that wait for a retry, while there are some."""
+        self._reserved = self._limit // 4 if backlog else 0
+
+    def welcomes(self) -> bool:
+        """Whether it is worth while to look for messages that wait for a retry."""
+        return 2 * self.room() >= (self._reserved if self._queue else self._limit)
 
     def inside(self) -> list[Delivery]:
         """Give the deliveries that are inside now; without the lock, for signal handlers."""
@@ -56,19 +60,18 @@ class Gate:
 
         An interrupted publisher calls `leave`, which also takes it out of the queue.
         """
-        if self.try_enter(delivery):
-            return True
-        turn = Latch()
         with self._lock:
-            if not self._queue and self._admit_locked(delivery):
+            if not self._queue and self._admit_locked(delivery, self._reserved):
                 return True
+            turn = Latch()
             self._queue.append((delivery, turn))
         return turn.wait(deadline - time.monotonic()) or not self._give_up(delivery)
 
     def try_enter(self, delivery: Delivery) -> bool:
-        """Take a slot if one is free and nobody waits for it."""
+        """Take a slot if one is free and nobody waits for it, or one that is left to retries."""
         with self._lock:
-            return not self._queue and self._admit_locked(delivery)
+            queued = self._queue and not self._reserved
+            return not queued and self._admit_locked(delivery, 0)
 
     def leave(self, deliveries: Iterable[Delivery]) -> None:
         """Give slots back; for a delivery that holds none, nothing happens."""
@@ -98,10 +101,10 @@ class Gate:
             turn.open()
         return True
 
-    def _admit_locked(self, delivery: Delivery) -> bool:
+    def _admit_locked(self, delivery: Delivery, reserved: int) -> bool:
         """Let it in where there is room; one that is too large for the bytes goes in alone."""
         size = delivery.envelope.size
-        if len(self._inside) >= self._limit:
+        if len(self._inside) >= self._limit - reserved:
             return False
         if self._inside and self._bytes + size > self._max_bytes:
             return False
@@ -111,7 +114,7 @@ class Gate:
 
     def _next_locked(self) -> list[Latch]:
         turns = []
-        while self._queue and self._admit_locked(self._queue[0][0]):
+        while self._queue and self._admit_locked(self._queue[0][0], self._reserved):
             turns.append(self._queue.popleft()[1])
         return turns
 

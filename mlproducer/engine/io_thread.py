@@ -172,8 +172,8 @@ class IOThread:
         self.courier.expire(delivery, time.monotonic())
         if delivery.place is Place.IN_FLIGHT:
             self._health.check_soon()
-        if self.courier.owes(delivery):
-            self.reactor.call_later(STORE_LIMIT, partial(self.courier.pay, delivery))
+        if self.courier.judge.owes(delivery):
+            self.reactor.call_later(STORE_LIMIT, partial(self.courier.judge.pay, delivery))
 
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that the keeper held."""
@@ -318,7 +318,7 @@ class IOThread:
         self.courier.acked(tag, time.monotonic(), multiple=multiple)
         if self.courier.waiting:
             self._pump()
-        elif self._keeper.hurries and self._gate.half_empty():
+        elif self._keeper.hurries and self._gate.welcomes():
             self._keeper.sweep_soon()
 
     def nacked(self, tag: int, *, multiple: bool) -> None:

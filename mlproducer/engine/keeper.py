@@ -70,6 +70,7 @@ class Keeper:
     """Keeps the messages of one producer.
 
     :param interval: seconds between sweeps
+    :ivar asked: the store has been asked how much it holds, or could not be
     :ivar hurries: the last sweep left some that are due, and the next need not wait
     """
 
@@ -82,6 +83,7 @@ class Keeper:
         self.thread = TimerThread(self.sweep)
         self.shelf = Shelf(durable=store.durable)
         self.hurries = False
+        self.asked = not store.durable
         self._store = store
         self._gate = gate
         self._backoff = backoff
@@ -178,6 +180,9 @@ class Keeper:
             self._send_out()
         except StoreError as error:
             self._failed(error)
+        if not self.asked:
+            self.asked = True
+            self._gate.emptied.changed()
 
     def _send_out(self) -> None:
         desk = self._desk
@@ -189,6 +194,7 @@ class Keeper:
         now = time.monotonic()
         rows = self._store.claim(room)
         self.hurries = bool(rows)
+        self._gate.share(backlog=self.hurries)
         taken, left = [], []
         for row in rows:
             delivery = self.shelf.take(row, now, self._lease_from(now))

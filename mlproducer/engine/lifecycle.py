@@ -12,10 +12,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING
 
-from mlproducer.engine.fleet import Fleet
 from mlproducer.errors import NotConnectedError, ProducerClosedError, WouldDeadlockError
 from mlproducer.status import CloseReport
+
+if TYPE_CHECKING:
+    from mlproducer.engine.fleet import Fleet
 
 
 class Lifecycle:

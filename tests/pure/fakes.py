@@ -172,7 +172,7 @@ class World:
 
     def store(self, delivery: Delivery) -> None:
         """Have the keeper report that it has stored the message, whose slot is free now."""
-        if delivery.place is Place.STORED and self.courier.owes(delivery):
+        if delivery.place is Place.STORED and self.courier.judge.owes(delivery):
             self.door.leave([delivery])
         self.courier.kept([delivery], self.now)
 

@@ -158,7 +158,7 @@ class House:
     def _expire(self, delivery: Delivery) -> None:
         self.courier.expire(delivery, self.clock.now)
         done = delivery.answer.done() or not delivery.answer_deferral
-        assert done or self.courier.owes(delivery) or self.store.write_ahead, "I4, I5"
+        assert done or self.courier.judge.owes(delivery) or self.store.write_ahead, "I4, I5"
 
     def _turn_away(self, delivery: Delivery) -> None:
         self.courier.turn_away(delivery, self.clock.now)

@@ -26,6 +26,8 @@ FLOORS = [
     {"producer"},
     {"dead_letters"},
     {"__init__"},
+    {"monitoring", "page"},
+    {"wsgi"},
     {"testing"},
     {"cli"},
     {"__main__"},
@@ -76,10 +78,11 @@ INSIDE = {
     "stores": [
         "protocol",
         "memory",
+        "redis_rows",
+        "sqlite_sql",
         "sqlite_file",
         "sqlite",
         "redis_url",
-        "redis_rows",
         "redis_lua",
         "redis_scripts",
         "redis_link",
@@ -97,6 +100,7 @@ INSIDE = {
         "callbacks",
         "otel",
         "spans",
+        "recent",
     ],
 }
 """Where order inside a room matters: a file imports only from those before it."""
@@ -221,7 +225,8 @@ def test_locks_are_few_and_say_what_they_guard() -> None:
     locks = len(re.findall(r"\b(?:R?Lock|Condition|Semaphore)\(", text))
     assert locks <= 3
     assert text.count("# guards:") == locks
-    assert text.count("threading.Thread(") == 1
+    spawning = [path for path in LIBRARY if "threading.Thread(" in path.read_text("utf-8")]
+    assert set(map(_name, spawning)) == {"engine/threads.py", "wsgi.py"}
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=_name)

@@ -264,7 +264,7 @@ class CourierMachine(RuleBasedStateMachine):
             if place in (Place.WAITING, Place.IN_FLIGHT):
                 assert delivery in house.gate._inside, "I6: inside without a slot"
             elif place is Place.STORED:
-                owed = house.courier.owes(delivery)
+                owed = house.courier.judge.owes(delivery)
                 assert owed or delivery in house.keeper.shelf.deliveries()
                 assert owed or house.mailbox or delivery not in house.gate._inside
         assert house.courier.in_flight == flying.total()
@@ -296,7 +296,7 @@ class CourierMachine(RuleBasedStateMachine):
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""
         for delivery, record in list(self.live.items()):
-            if delivery.place is Place.RETIRED and not self.house.courier.owes(delivery):
+            if delivery.place is Place.RETIRED and not self.house.courier.judge.owes(delivery):
                 assert record.ends
                 assert delivery not in self.house.gate._inside, "I6: a slot leaks"
                 del self.live[delivery]
@@ -360,7 +360,7 @@ class CourierMachine(RuleBasedStateMachine):
                 delivery.answer,
                 record.ends,
                 house.setup,
-                house.courier.owes(delivery),
+                house.courier.judge.owes(delivery),
                 delivery.reason,
                 delivery.answer_deferral,
             )

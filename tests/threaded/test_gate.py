@@ -186,3 +186,25 @@ def test_lost_wakeups(connect: Connect, serve: Serve, limit: int) -> None:
     assert all(receipt.confirmed for receipts in results for receipt in receipts)
     assert len(broker.messages) == 4 * count
     assert producer.flush(LIMIT) == 0
+
+
+def test_retries_have_a_share() -> None:
+    """While there is a backlog a quarter of the window is its own, however many wait outside."""
+    gate = Gate(8)
+    gate.share(backlog=True)
+    for _ in range(6):
+        assert gate.enter(make_delivery(), soon())
+    background = Background()
+    outside = background.call(gate.enter, make_delivery(), soon())
+    wait_until_queued(gate, 1)
+    assert gate.welcomes()
+    retries = [make_delivery(), make_delivery()]
+    assert all(map(gate.try_enter, retries))
+    assert not gate.welcomes()
+    assert not gate.try_enter(make_delivery())
+    gate.leave(retries)
+    assert not outside.done(), "a publisher has taken a slot that is left to retries"
+    gate.share(backlog=False)
+    gate.leave([])
+    assert outside.result(LIMIT)
+    background.gather()

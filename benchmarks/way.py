@@ -1,0 +1,129 @@
+"""The way of a message through the real classes, without threads, sockets or a broker.
+
+Each step is one stage for a burst of messages, from making the tasks to handing their receipts to
+their publishers. On the way of a success nothing is stored and nothing is buried, so that keeper
+and undertaker are never asked to do anything.
+
+Runs on: the caller's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.contestants.work import TEXT
+from mlproducer import Settings, SummarizationTask
+from mlproducer.core.breaker import Breaker
+from mlproducer.core.courier import Courier
+from mlproducer.core.delivery import Delivery
+from mlproducer.engine.gate import Gate
+from mlproducer.engine.mailbox import Mailbox
+from mlproducer.message import Envelope
+from mlproducer.observe.events import EventSink
+from mlproducer.waiting import Answer, Wait
+from mlproducer.wire.amqp import FRAME_MAX
+from mlproducer.wire.encode import Encoder
+from mlproducer.wire.frames import FrameWriter
+
+BURST = 32
+"""Messages that one wake-up of the I/O thread finds in the mailbox."""
+
+
+class _Idle:
+    """A keeper that keeps nothing, an undertaker without work, an engine nobody waits for."""
+
+    name = "memory"
+    durable = False
+
+
+_IDLE: Any = _Idle()
+_PLENTY = 1 << 20
+
+
+class Way:
+    """What a producer has inside, with this object in the place of the channel."""
+
+    def __init__(self) -> None:
+        settings = Settings(url="amqp://localhost/")
+        self._encoder = Encoder(settings)
+        self._gate = Gate(settings.max_in_flight)
+        self._mailbox = Mailbox()
+        self._frames = FrameWriter(1, FRAME_MAX)
+        self._batch: list[tuple[Envelope, int]] = []
+        self._tag = 0
+        breaker = Breaker(10, 30.0, lambda _state: None)
+        self._courier = Courier(3, breaker, _IDLE, _IDLE, self._gate, EventSink())
+        self._courier.up(self)
+
+    def close(self) -> None:
+        """Release the mailbox's descriptors."""
+        self._mailbox.close()
+
+    # --- the channel ---------------------------------------------------------------------------
+
+    def room(self) -> int:
+        """There is always room."""
+        return _PLENTY
+
+    def fits(self, envelope: Envelope) -> bool:
+        """As on a real channel."""
+        return self._frames.fits(envelope)
+
+    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+        """Leave the frames for a stage of their own."""
+        self._batch = batch
+        self._tag = batch[-1][1]
+
+    # --- stages --------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Give the stages of one burst; each is to be called before the next is taken."""
+        tasks: list[SummarizationTask] = []
+        envelopes: list[Envelope] = []
+        waits: list[Wait] = []
+        yield "make the task", lambda: tasks.extend(_tasks())
+        yield "encode it", lambda: envelopes.extend(map(self._encoder.encode, tasks))
+        yield "delivery and answer", lambda: waits.extend(map(_wait, envelopes))
+        yield "enter the gate", lambda: self._enter(waits)
+        yield "mailbox, in and out", lambda: self._post(waits)
+        yield "courier: accept, write", lambda: self._accept(waits)
+        yield "frames", self._write
+        yield "courier: confirm, leave", self._confirm
+        yield "take the receipt", lambda: [wait.finish() for wait in waits]
+
+    def _enter(self, waits: list[Wait]) -> None:
+        for wait in waits:
+            self._gate.enter(wait.delivery, wait.delivery.deadline)
+
+    def _post(self, waits: list[Wait]) -> None:
+        for wait in waits:
+            self._mailbox.put(wait.delivery)
+        for _ in self._mailbox.drain():
+            pass
+
+    def _accept(self, waits: list[Wait]) -> None:
+        now = time.monotonic()
+        for wait in waits:
+            self._courier.accept(wait.delivery, now)
+        self._courier.pump(now)
+
+    def _write(self) -> None:
+        pieces: list[bytes] = []
+        for envelope, tag in self._batch:
+            pieces += self._frames.publish(envelope, tag)
+        b"".join(pieces)
+
+    def _confirm(self) -> None:
+        self._courier.acked(self._tag, time.monotonic(), multiple=True)
+
+
+def _tasks() -> list[SummarizationTask]:
+    return [SummarizationTask(f"share-{number}", {"text": TEXT}) for number in range(BURST)]
+
+
+def _wait(envelope: Envelope) -> Wait:
+    now = time.monotonic()
+    answer = Answer()
+    return Wait(_IDLE, Delivery(envelope, answer, started=now, deadline=now + 5.0), answer)

@@ -1,0 +1,266 @@
+"""The dashboard and the alert rules against the catalog of metrics, and the command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlproducer.cli import main
+from mlproducer.core.states import ConnectionState
+from mlproducer.monitoring import ALERTS_FILE, DASHBOARD_FILE, files, queries
+from mlproducer.monitoring.panels import CIRCUIT_WORDS, CONNECTION_WORDS
+from mlproducer.observe import catalog, meter
+from mlproducer.observe.catalog import FAMILIES, Kind
+
+BY_SERIES = {
+    f"{family.name}{suffix}": family
+    for family in FAMILIES
+    for suffix in (("_bucket", "_sum", "_count") if family.kind is Kind.HISTOGRAM else ("",))
+}
+"""The family of each series that Prometheus can be asked for."""
+
+DASHBOARD: dict[str, Any] = json.loads(files()[DASHBOARD_FILE])
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+TARGETS = [target for panel in PANELS for target in panel["targets"]]
+QUERIES = [target["expr"] for target in TARGETS]
+
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def alerts() -> list[tuple[str, str, str]]:
+    """Read the name, the query and the patience of each alert out of the rule file."""
+    rule = (
+        r'- alert: (\w+)\n +expr: (".*")\n +for: (\w+)\n +labels:\n +severity: \w+\n +annotations:'
+    )
+    found = re.findall(rule, files()[ALERTS_FILE])
+    return [(name, json.loads(expr), patience) for name, expr, patience in found]
+
+
+def series_of(query: str) -> Iterator[str]:
+    """Give the series that a query asks for."""
+    yield from re.findall(r"\bml_\w+", query)
+
+
+# --- the alerts --------------------------------------------------------------------------------
+
+
+def test_alerts_of_the_contract() -> None:
+    """Names, queries and patience, by the names of the contract and not of the catalog."""
+    assert alerts() == [
+        ("MLProducerHighRetryQueueSize", "ml_producer_retry_queue_size > 100", "5m"),
+        ("MLProducerRetryQueueHigh", "ml_producer_retry_queue_size > 50", "5m"),
+        (
+            "MLProducerCircuitBreakerOpen",
+            "max_over_time(ml_producer_circuit_breaker_open[1m]) == 1",
+            "2m",
+        ),
+        ("MLProducerConnectionUnhealthy", "ml_producer_connection_state != 3", "2m"),
+        ("MLProducerDisconnected", "ml_producer_connection_state < 3", "3m"),
+    ]
+
+
+def test_each_alert_says_what_to_do() -> None:
+    """Summary, description and action are there, as texts that any YAML reader takes."""
+    lines = files()[ALERTS_FILE].splitlines()
+    for name in ("summary", "description", "action"):
+        texts = [line.partition(": ")[2] for line in lines if line.strip().startswith(f"{name}: ")]
+        assert len(texts) == len(alerts())
+        assert all(len(json.loads(text)) > 20 for text in texts)
+        assert all(text.isascii() for text in texts)
+
+
+# --- the dashboard -----------------------------------------------------------------------------
+
+
+def test_rows_of_the_dashboard() -> None:
+    """Its title and rows, in the order in which somebody looks for a fault."""
+    assert DASHBOARD["title"] == "ML Producer Monitoring"
+    assert [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"] == [
+        "Connection",
+        "Delivery",
+        "Latency percentiles",
+        "Retries and dead letters",
+        "Circuit breaker",
+        "Back-pressure",
+    ]
+
+
+def test_every_panel_asks_the_chosen_data_source() -> None:
+    """The data source is a variable, and nothing asks another one."""
+    first = DASHBOARD["templating"]["list"][0]
+    assert (first["type"], first["query"], first["name"]) == (
+        "datasource",
+        "prometheus",
+        "datasource",
+    )
+    assert all(each["datasource"] == SOURCE for each in [*PANELS, *TARGETS])
+
+
+def test_every_panel_explains_itself() -> None:
+    """A title of its own, a description, a unit, and a name for each line."""
+    titles = [panel["title"] for panel in PANELS]
+    assert len(set(titles)) == len(titles)
+    assert all(panel["description"].endswith(".") for panel in PANELS)
+    assert all(panel["fieldConfig"]["defaults"]["unit"] for panel in PANELS)
+    assert all(target["legendFormat"] for target in TARGETS)
+
+
+def test_panels_do_not_overlap() -> None:
+    """Each has a number and a place of its own, within the 24 columns."""
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        columns = range(place["x"], place["x"] + place["w"])
+        cells = {(x, y) for x in columns for y in range(place["y"], place["y"] + place["h"])}
+        assert columns.stop <= 24
+        assert not cells & taken
+        taken |= cells
+    numbers = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_states_have_the_words_of_the_code() -> None:
+    """Numbers of states are shown as the words that the library has for them."""
+    assert {number: word for number, (word, _) in CONNECTION_WORDS.items()} == {
+        state.value: state.name.lower() for state in ConnectionState
+    }
+    assert {
+        word.replace("-", "_").upper(): number for number, (word, _) in CIRCUIT_WORDS.items()
+    } == {state.name: number for state, number in meter._CIRCUIT_NUMBERS.items()}
+
+
+# --- both against the catalog ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query", [*QUERIES, *(expr for _, expr, _ in alerts())])
+def test_queries_ask_for_what_there_is(query: str) -> None:
+    """Each series, label and word of a query is in the catalog; only counters have a rate."""
+    found = list(series_of(query))
+    assert found
+    assert set(found) <= set(BY_SERIES)
+    for name in re.findall(r"(?:rate|increase)\((\w+)", query):
+        assert BY_SERIES[name].kind is not Kind.GAUGE
+    family = BY_SERIES[found[0]]
+    for labels in re.findall(r"by \(([^)]*)\)", query):
+        assert set(labels.split(", ")) <= {*family.labels, "le"}
+    for label, word in re.findall(r'\{(\w+)!?="(\w+)"\}', query):
+        assert word in family.words[label]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target["expr"])
+def test_lines_are_named_by_labels_that_they_have(target: dict[str, str]) -> None:
+    """A legend's label is one that the query keeps."""
+    expr = target["expr"]
+    for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
+        kept = re.search(r"by \(([^)]*)\)", expr)
+        assert label in (kept[1].split(", ") if kept else ["instance"])
+
+
+def test_every_family_is_drawn() -> None:
+    """The dashboard leaves out nothing of what is measured."""
+    drawn = {BY_SERIES[name] for query in QUERIES for name in series_of(query)}
+    assert drawn == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: queries.rate(catalog.TASKS_SENT, "state"), "no label 'state'"),
+        (lambda: queries.rate(catalog.TASKS_SENT, status='="sucess"'), "no status 'sucess'"),
+        (lambda: queries.rate(catalog.NACKS, status='="success"'), "no label 'status'"),
+        (lambda: queries.rate(catalog.PENDING_CONFIRMS), "has no rate"),
+        (lambda: queries.gauge(catalog.NACKS), "is a counter, and not a gauge"),
+        (lambda: queries.quantile(0.5, catalog.NACKS), "is a counter, and not a histogram"),
+        (lambda: queries.greatest(catalog.QUEUE_DEPTH, "queue"), "no label 'queue'"),
+    ],
+)
+def test_wrong_queries_are_refused(make: Any, why: str) -> None:
+    """What could never be answered is refused when the query is made."""
+    with pytest.raises(ValueError, match=why):
+        make()
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def export(directory: Path, *options: str) -> int:
+    """Run the command, and give its exit code."""
+    return main(["monitoring", "export", str(directory), *options])
+
+
+def names(directory: Path) -> set[str]:
+    """Give the names of a directory's files, hidden ones too."""
+    return {path.name for path in directory.iterdir()}
+
+
+def results(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Read what a program is told: what came of each file."""
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is True
+    assert {each["for"] for each in told["files"]} == {"grafana", "prometheus"}
+    return {Path(each["path"]).name: each["result"] for each in told["files"]}
+
+
+def test_export_writes_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It makes the directory, writes the files, readable as others are, and says where they are."""
+    directory = tmp_path / "a" / "b"
+    assert export(directory) == 0
+    printed = capsys.readouterr().out
+    assert names(directory) == {DASHBOARD_FILE, ALERTS_FILE}
+    (tmp_path / "other").touch()
+    for name, text in files().items():
+        assert (directory / name).read_text(encoding="utf-8") == text
+        assert str(directory / name) in printed
+        assert (directory / name).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_export_again_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that say the same are left alone, and are no failure."""
+    assert export(tmp_path, "--json") == 0
+    assert results(capsys) == {DASHBOARD_FILE: "written", ALERTS_FILE: "written"}
+    before = (tmp_path / ALERTS_FILE).stat()
+    assert export(tmp_path, "--json") == 0
+    assert results(capsys) == {DASHBOARD_FILE: "unchanged", ALERTS_FILE: "unchanged"}
+    assert (tmp_path / ALERTS_FILE).stat() == before
+
+
+def test_export_keeps_what_was_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that differs is named, nothing is written, the exit code is 1; --force replaces it."""
+    (tmp_path / ALERTS_FILE).write_text("groups: []\n")
+    assert export(tmp_path, "--json") == 1
+    captured = capsys.readouterr()
+    assert f"{ALERTS_FILE}: differs from what would be written" in captured.err
+    assert "--force" in json.loads(captured.out)["error"]
+    assert names(tmp_path) == {ALERTS_FILE}
+    assert (tmp_path / ALERTS_FILE).read_text() == "groups: []\n"
+
+    assert export(tmp_path, "--json", "--force") == 0
+    assert results(capsys) == {DASHBOARD_FILE: "written", ALERTS_FILE: "replaced"}
+    assert (tmp_path / ALERTS_FILE).read_text() == files()[ALERTS_FILE]
+
+
+@pytest.mark.parametrize("name", ["", ALERTS_FILE, f"{ALERTS_FILE}/below"])
+def test_export_to_where_it_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """A directory that is a file, or lies below one, is named, with exit code 1."""
+    (tmp_path / "file").touch()
+    assert export(tmp_path / "file" / name) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert str(tmp_path / "file") in captured.err
+    assert names(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["export"], ["export", ""], ["export", "a", "b"], ["nosuch"]], ids=" ".join
+)
+def test_bad_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a directory, or with an empty one, nothing is written to the current one."""
+    assert main(["monitoring", *argv]) == 2
+    assert "usage: mlproducer" in capsys.readouterr().err

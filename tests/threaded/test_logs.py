@@ -1,0 +1,113 @@
+"""What whole producers log in a storm: few lines, none of which holds a payload or a secret."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mlproducer import MLProducer
+from mlproducer.errors import PublishError
+from mlproducer.testing.fake_broker import FakeBroker
+from tests.helpers import LIMIT, make_message
+from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import Moody, events_of
+
+STORM = 10_000
+FEW = 100
+BODY = b"a payload that nobody may read"
+SECRET = "wrong-horse-battery"
+
+
+@pytest.fixture(autouse=True)
+def everything(caplog: pytest.LogCaptureFixture) -> None:
+    """Catch every line of the library's, and not pika's."""
+    caplog.set_level(logging.DEBUG, "mlproducer")
+
+
+def check(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Few lines, each of which is fit to be read; give them."""
+    ours = [each for each in caplog.records if each.name.startswith("mlproducer")]
+    lines = [each.getMessage() for each in ours]
+    assert len(lines) < FEW
+    for line in lines:
+        assert line.isprintable()
+        assert BODY.decode() not in line
+        assert SECRET not in line
+    return lines
+
+
+def publish_all(producer: MLProducer, count: int, *, retry: bool) -> list[Any]:
+    """Publish as many messages, each with a payload."""
+    messages = (make_message(body=BODY) for _ in range(count))
+    return producer.publish_many(messages, retry=retry, timeout=60.0)
+
+
+def test_failures(connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Ten thousand messages that the broker refuses are counted, and not logged one by one."""
+    producer = connect(serve(Moody("nack")))
+    answers = publish_all(producer, STORM, retry=False)
+    assert sum(isinstance(answer, PublishError) for answer in answers) == STORM
+    producer.close(LIMIT)
+    assert [line.split()[0] for line in check(caplog)] == ["connected", "disconnected"]
+
+
+def test_dead_letters(connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """Ten thousand dead letters are some lines, and the number of the others."""
+    producer = connect(serve(Moody("nack")), max_message_retries=0, max_in_flight=STORM)
+    publish_all(producer, STORM, retry=True)
+    assert producer.flush(60.0) == 0
+    producer.close(LIMIT)
+    lines = [line for line in check(caplog) if line.startswith("dead-lettered")]
+    told = sum(int(line.rpartition("=")[2]) for line in lines if "suppressed=" in line)
+    singles = sum("message_id=" in line for line in lines)
+    assert told + singles == STORM
+
+
+def test_callbacks(connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """A callback that raises ten thousand times is logged some times."""
+    producer = connect(serve())
+
+    def raising(_event: object) -> None:
+        raise RuntimeError
+
+    producer.on("confirmed", raising)
+    publish_all(producer, STORM, retry=True)
+    producer.close(LIMIT)
+    assert any(line.startswith("a callback raised") for line in check(caplog))
+
+
+def flap(broker: FakeBroker, producer: MLProducer) -> None:
+    """Lose the connection, and get another."""
+    seen = events_of(producer, "connected")
+    broker.wait_for_connections(1, LIMIT)[0].reset()
+    seen.wait_until(lambda: "connected" in seen.seen)
+
+
+def refuse(broker: FakeBroker, producer: MLProducer) -> None:
+    """Publish while nobody listens."""
+    broker.stop_listening()
+    broker.wait_for_connections(1, LIMIT)[0].reset()
+    publish_all(producer, 500, retry=False)
+    broker.listen_again()
+    assert producer.wait_connected(LIMIT)
+
+
+@pytest.mark.parametrize("act", [flap, refuse])
+def test_connections(
+    connect: Connect,
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    act: Callable[[FakeBroker, MLProducer], None],
+) -> None:
+    """A broker that comes and goes, twenty times, leaves few lines, without its password."""
+    broker = serve()
+    url = broker.url.replace("guest:guest", f"guest:{SECRET}")
+    producer = connect(url, reconnect_initial_delay=0.001, reconnect_max_delay=0.002)
+    assert producer.wait_connected(LIMIT)
+    for _ in range(20):
+        act(broker, producer)
+    producer.close(LIMIT)
+    assert any("suppressed=" in line for line in check(caplog))

@@ -1,0 +1,318 @@
+"""Metrics of whole producers: each message once, before its publisher is told, and none besides."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from mlproducer import ConnectionState, MLProducer, Settings, SummarizationTask
+from mlproducer.errors import (
+    BufferFullError,
+    CircuitOpenError,
+    InvalidMessageError,
+    InvalidTaskError,
+    MessageTooLargeError,
+    NackError,
+    ProducerClosedError,
+    PublishError,
+    RetriesExhaustedError,
+)
+from mlproducer.observe import metrics
+from mlproducer.observe.meter import Meter
+from mlproducer.observe.tally import Tally
+from mlproducer.testing.fake_broker import FakeBroker
+from tests.helpers import LIMIT, make_delivery, make_message
+from tests.threaded.brokers import Silent, ack
+from tests.threaded.conftest import QUICK, Serve
+from tests.threaded.moods import Moody, events_of
+
+SHORT = 0.15
+TASK = SummarizationTask("s-1", {"text": "text"})
+
+Produce = Callable[..., MLProducer]
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """A registry of the test's own."""
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def produce(registry: CollectorRegistry) -> Iterator[Produce]:
+    """Make producers on that registry: ``produce(broker, **settings)``."""
+    producers: list[MLProducer] = []
+
+    def make(broker: FakeBroker, **settings: Any) -> MLProducer:
+        chosen = Settings(url=broker.url, **{**QUICK, **settings})
+        producers.append(MLProducer(chosen, registry=registry))
+        return producers[-1]
+
+    yield make
+    for producer in producers:
+        producer.close(SHORT)
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    """Give one series' value, 0 where there is none."""
+    return registry.get_sample_value(f"ml_producer_{name}", labels) or 0.0
+
+
+def sent(registry: CollectorRegistry) -> Counter[str]:
+    """Count messages by their status."""
+    counts: Counter[str] = Counter()
+    for name, labels, number in metrics.samples(registry):
+        if name == "ml_producer_tasks_sent_total":
+            counts[labels["status"]] += int(number)
+    return counts
+
+
+def test_counted_before_the_publisher_knows(
+    produce: Produce, serve: Serve, registry: CollectorRegistry
+) -> None:
+    """When publish() returns, or a future is done, the message has been counted."""
+    producer = produce(serve())
+    for n in range(200):
+        assert producer.publish(make_message()).confirmed
+        assert value(registry, "tasks_sent_total", task_type="raw", status="success") == n + 1
+    assert producer.submit(TASK).result(LIMIT).confirmed
+    labels = {"task_type": "summarize_llm", "status": "success"}
+    assert value(registry, "tasks_sent_total", **labels) == 1
+    assert value(registry, "task_publish_duration_seconds_count", **labels) == 1
+
+
+def test_nothing_is_counted_twice(
+    produce: Produce, serve: Serve, registry: CollectorRegistry
+) -> None:
+    """Calls of every outcome: as many messages are counted as there were calls."""
+    mood = Moody()
+    producer = produce(serve(mood), max_message_retries=0, max_message_bytes=1000)
+    assert producer.publish(make_message()).confirmed
+    mood.mood = "nack"
+    with pytest.raises(NackError):
+        producer.publish(make_message(), retry=False)
+    buried = producer.submit(make_message())
+    with pytest.raises(RetriesExhaustedError):
+        buried.result(LIMIT)
+    with pytest.raises(InvalidMessageError):
+        producer.publish(None)  # type: ignore[arg-type]
+    with pytest.raises(MessageTooLargeError):
+        producer.submit(make_message(body=b"x" * 1001))
+    with pytest.raises(InvalidTaskError):
+        producer.publish_summarization_task("s-1", {})
+    [error] = producer.publish_many([None])  # type: ignore[list-item]
+    assert isinstance(error, InvalidMessageError)
+    assert sent(registry) == Counter(success=1, rejected=1, failure=1, validation_error=4)
+    assert value(registry, "nacks_total") == 2
+    assert value(registry, "dead_lettered_total") == 1
+
+
+def test_deferred_counts_when_it_is_settled(
+    produce: Produce, serve: Serve, registry: CollectorRegistry
+) -> None:
+    """A message that is ours still counts nowhere but in the gauges, until its fate is known."""
+    broker = serve(Silent())
+    producer = produce(broker)
+    receipt = producer.publish(make_message(), timeout=SHORT)
+    assert sent(registry) == Counter()
+    assert value(registry, "confirm_timeouts_total") == 1
+    assert value(registry, "pending_confirms") == 1
+    [message] = broker.wait_for_messages(1, LIMIT)
+    ack(message)
+    assert receipt.result(LIMIT).confirmed
+    assert sent(registry) == Counter(success=1)
+    assert value(registry, "late_confirms_total") == 1
+
+
+def test_given_back_and_confirmed_late(
+    produce: Produce, serve: Serve, registry: CollectorRegistry
+) -> None:
+    """A message that its publisher has got back stays rejected, also if its confirm comes."""
+    broker = serve(Silent())
+    producer = produce(broker)
+    with pytest.raises(PublishError):
+        producer.publish(make_message(), timeout=SHORT, retry=False)
+    [message] = broker.wait_for_messages(1, LIMIT)
+    ack(message)
+    assert producer.flush(LIMIT) == 0
+    assert sent(registry) == Counter(rejected=1)
+    assert value(registry, "late_confirms_total") == 1
+
+
+def test_open_breaker(produce: Produce, serve: Serve, registry: CollectorRegistry) -> None:
+    """Messages that an open breaker refuses are counted, whichever way they came."""
+    mood = Moody("nack")
+    producer = produce(serve(mood), circuit_breaker_threshold=1, circuit_breaker_cooldown=30.0)
+    with pytest.raises(NackError):
+        producer.publish(make_message(), retry=False)
+    for _ in range(3):
+        with pytest.raises(CircuitOpenError):
+            producer.publish(make_message())
+    with pytest.raises(CircuitOpenError):
+        producer.submit(make_message())
+    errors = producer.publish_many([make_message(), make_message()])
+    assert {type(error) for error in errors} == {CircuitOpenError}
+    assert sent(registry) == Counter(rejected=1, circuit_breaker_open=6)
+    assert value(registry, "circuit_breaker_open") == 1
+    assert value(registry, "circuit_breaker_state") == 1
+    assert value(registry, "circuit_breaker_trips_total") == 1
+
+
+def test_full_window(produce: Produce, serve: Serve, registry: CollectorRegistry) -> None:
+    """A submit that finds no room is rejected, once."""
+    producer = produce(serve(Silent()), max_in_flight=1, publish_timeout=SHORT)
+    inside = producer.submit(make_message())
+    with pytest.raises(BufferFullError):
+        producer.submit(make_message())
+    assert sent(registry) == Counter(rejected=1)
+    producer.close(0.0)
+    with pytest.raises(ProducerClosedError):
+        inside.result(LIMIT)
+    assert sent(registry) == Counter(rejected=2)
+
+
+def test_interrupted_line(produce: Produce, serve: Serve, registry: CollectorRegistry) -> None:
+    """Messages that are withdrawn when publish_many() is interrupted count once, too."""
+
+    def tasks() -> Iterator[Any]:
+        for _ in range(5):
+            yield make_message()
+        raise KeyboardInterrupt
+
+    broker = serve()
+    broker.stop_listening()
+    producer = produce(broker)
+    with pytest.raises(KeyboardInterrupt):
+        producer.publish_many(tasks())
+    broker.listen_again()
+    assert producer.flush(LIMIT) == 0
+    counted = sent(registry)
+    assert counted.total() == 5
+    assert counted["rejected"] + counted["success"] == 5
+
+
+def test_closed_meanwhile(
+    produce: Produce, serve: Serve, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that comes just after close() is rejected once, whichever way it came."""
+    producer = produce(serve())
+    assert producer.publish(make_message()).confirmed
+    fleet = producer._life.running()
+    producer.close(SHORT)
+    monkeypatch.setattr(producer._life, "running", lambda: fleet)
+    with pytest.raises(ProducerClosedError):
+        producer.publish(make_message())
+    with pytest.raises(ProducerClosedError):
+        producer.submit(make_message())
+    [error] = producer.publish_many([make_message()])
+    assert isinstance(error, ProducerClosedError)
+    assert sent(registry) == Counter(success=1, rejected=3)
+
+
+def test_reconnect_is_measured(produce: Produce, serve: Serve, registry: CollectorRegistry) -> None:
+    """A lost connection is an error of its kind, and how long it was missed is observed."""
+    broker = serve()
+    producer = produce(broker)
+    assert producer.wait_connected(LIMIT)
+    assert value(registry, "connection_state") == ConnectionState.CONNECTED
+    seen = events_of(producer, "disconnected", "connected")
+    [connection] = broker.wait_for_connections(1, LIMIT)
+    connection.reset()
+    seen.wait_for("disconnected", "connected")
+    assert value(registry, "connection_errors_total", error_type="lost") == 1
+    assert value(registry, "reconnect_duration_seconds_count") == 1
+    assert 0 < value(registry, "reconnect_duration_seconds_sum") < LIMIT
+    moves = "connection_state_changes_total"
+    assert value(registry, moves, state="CONNECTED") == 2
+    assert value(registry, moves, state="DISCONNECTED") == 1
+
+
+def test_two_producers(produce: Produce, serve: Serve, registry: CollectorRegistry) -> None:
+    """On one registry counts add up; a closed producer leaves the gauges, not the counters."""
+    broker = serve()
+    first, second = produce(broker), produce(broker)
+    assert first.wait_connected(LIMIT)
+    assert value(registry, "connection_state") == ConnectionState.DISCONNECTED
+    assert second.wait_connected(LIMIT)
+    assert value(registry, "connection_state") == ConnectionState.CONNECTED
+    first.publish(make_message())
+    second.publish(make_message())
+    first.close(SHORT)
+    assert value(registry, "connection_state") == ConnectionState.CONNECTED
+    assert sent(registry) == Counter(success=2)
+    second.close(SHORT)
+    assert value(registry, "connection_state") == ConnectionState.CLOSED
+
+
+def test_default_registry(serve: Serve) -> None:
+    """Without a registry of its own a producer uses prometheus-client's, as a second one does."""
+    name, labels = "ml_producer_tasks_sent_total", {"task_type": "raw", "status": "success"}
+    before = REGISTRY.get_sample_value(name, labels) or 0.0
+    quick: dict[str, Any] = dict(QUICK)
+    settings = Settings(url=serve().url, **quick)
+    for _ in range(2):
+        with MLProducer(settings) as producer:
+            producer.publish(make_message())
+    assert REGISTRY.get_sample_value(name, labels) == before + 2
+
+
+def test_dropped_producer(serve: Serve, registry: CollectorRegistry) -> None:
+    """A producer that was closed and dropped is collected: its gauges do not hold it."""
+    producer = MLProducer(Settings(url=serve().url), registry=registry)
+    producer.publish(make_message())
+    producer.close(LIMIT)
+    gone = weakref.ref(producer)
+    del producer
+    gc.collect()
+    assert gone() is None
+    assert sent(registry) == Counter(success=1)
+
+
+def test_import_is_light() -> None:
+    """Importing the package imports neither prometheus-client nor OpenTelemetry."""
+    code = (
+        "import sys, mlproducer; "
+        "print({'prometheus_client', 'opentelemetry'} & {m.split('.')[0] for m in sys.modules})"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30.0, check=True
+    )
+    assert ended.stdout == "set()\n"
+
+
+def test_threads_lose_no_count() -> None:
+    """Threads that count at the same time, while somebody adds up, lose nothing."""
+    each, burst, tally = 5000, [make_delivery()], Tally()
+    sink = Meter(tally).sink()
+    start = threading.Barrier(5, timeout=LIMIT)
+
+    def count() -> None:
+        start.wait(LIMIT)
+        for _ in range(each):
+            sink.confirmed(burst, 0.0)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    start.wait(LIMIT)
+    seen: list[float] = [0.0]
+    while any(thread.is_alive() for thread in threads):
+        seen.append(_all_counted(tally))
+    for thread in threads:
+        thread.join(LIMIT)
+    assert seen == sorted(seen)
+    assert _all_counted(tally) == 4 * each
+
+
+def _all_counted(tally: Tally) -> float:
+    counts = next(series for family, series in tally.totals().items() if "sent" in family.name)
+    return sum(cells[0] for cells in counts.values())

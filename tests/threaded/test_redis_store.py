@@ -1,0 +1,385 @@
+"""The Redis store on a Redis that is well: rows, claims, counts, keys, what is no row.
+
+Runs on: pytest's main thread; a second process where something forks.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+
+from mlproducer.errors import StoreError
+from mlproducer.message import Envelope
+from mlproducer.stores import redis_scripts as scripts
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
+from mlproducer.stores.redis import RedisStore
+from mlproducer.testing.redis_server import RedisError, RedisServer
+from tests.helpers import LIMIT, make_envelope
+
+LEASE = 0.2
+HOUR = 3600.0
+
+Open = Callable[..., RedisStore]
+
+
+@pytest.fixture
+def prefix() -> str:
+    """Give a prefix that no other test has."""
+    return f"test-{secrets.token_hex(4)}:"
+
+
+@pytest.fixture
+def connect(redis_server: RedisServer, prefix: str) -> Iterator[Open]:
+    """Open stores on the same rows: ``connect(lease=...)``."""
+    with ExitStack() as stores:
+
+        def make(**options: float) -> RedisStore:
+            store = RedisStore(redis_server.url, prefix=prefix, **options)  # type: ignore[arg-type]
+            return stores.enter_context(closing(store))
+
+        yield make
+
+
+def ids(rows: list[Row]) -> list[str]:
+    """Give the rows' message ids."""
+    return [row.record.envelope.message_id for row in rows]
+
+
+def waiting(*names: str) -> list[Entry]:
+    """Give entries that are due at once."""
+    return [Entry(Record(make_envelope(name)), 0.0) for name in names]
+
+
+def eventually(claim: Callable[[], list[Row]]) -> list[Row]:
+    """Ask until time has brought something."""
+    deadline = time.monotonic() + LIMIT
+    never = threading.Event()
+    while not (rows := claim()):
+        assert time.monotonic() < deadline
+        never.wait(0.01)
+    return rows
+
+
+def keys(server: RedisServer, prefix: str) -> set[str]:
+    """Give the names of all keys of a store, without what they begin with."""
+    found = server.call("KEYS", f"{prefix}*")
+    return {key.decode().removeprefix(f"{prefix}{{store}}:") for key in found}
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def test_a_record_comes_back_as_it_was(connect: Open) -> None:
+    """Every field, also bytes that are no text, and text that is no ASCII."""
+    envelope = Envelope("id", "transcription", "böse", "schlüssel", bytes(range(256)), b"\r\n\0")
+    record = Record(envelope, 2, True, False, "NackError: nein ✗", 1_700_000_000.25)
+    connect().put([Entry(record, 0.0)], 1.0)
+    (row,) = connect().claim(10)
+    came = row.record
+    assert came.envelope.properties == envelope.properties
+    assert came.envelope.body == envelope.body
+    assert (came.envelope.exchange, came.envelope.routing_key) == ("böse", "schlüssel")
+    assert (came.envelope.message_id, came.envelope.task_type) == ("id", "transcription")
+    assert (came.attempts, came.doubtful, came.dead) == (2, True, False)
+    assert (came.reason, came.first_failed_at) == ("NackError: nein ✗", 1_700_000_000.25)
+
+
+def test_a_thousand_rows_are_one_command(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """Every call of the protocol is one round trip, however many rows it has."""
+    store = connect()
+    store.depth()
+
+    def commands(call: Callable[[], object]) -> int:
+        redis_server.call("CONFIG", "RESETSTAT")
+        call()
+        stats = redis_server.call("INFO", "commandstats").decode()
+        (line,) = [each for each in stats.splitlines() if each.startswith("cmdstat_evalsha:")]
+        return int(line.partition("calls=")[2].partition(",")[0])
+
+    claims: list[Claim] = []
+    entries = [Entry(Record(make_envelope())) for _ in range(1000)]
+    store.put([Entry(Record(make_envelope(), dead=True))], 1.0)  # the scripts are known by now
+    assert commands(lambda: claims.extend(store.put(entries, 1.0))) == 1
+    assert commands(lambda: store.renew(claims)) == 1
+    changes = [Change(each, Record(make_envelope()), 0.0) for each in claims]
+    assert commands(lambda: store.release(changes)) == 1
+    rows: list[Row] = []
+    assert commands(lambda: rows.extend(store.claim(1000))) == 1
+    assert commands(lambda: store.done([row.claim for row in rows])) == 1
+    assert commands(store.depth) == 1
+    assert len(rows) == 1000
+    assert store.depth() == Depth(0, 1)
+
+
+def test_all_keys_lie_on_one_node_and_go_with_the_rows(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """Keys begin with the prefix and share a hash tag; of deleted rows nothing stays."""
+    store = connect()
+    claims = store.put([*waiting("a"), Entry(Record(make_envelope()), ahead=True)], 1.0)
+    claims += store.put([Entry(Record(make_envelope(), dead=True), 0.0)], 1.0)
+    names = redis_server.call("KEYS", f"{prefix}*")
+    assert len(names) == 8
+    assert all(name.startswith(f"{prefix}{{store}}:".encode()) for name in names)
+    store.done(claims)
+    assert keys(redis_server, prefix) == {"last"}
+
+
+def test_only_a_dead_letter_replaces_the_message(connect: Open) -> None:
+    """A release that gives up no message keeps the one that was put, whatever body it names."""
+    store = connect()
+    (claim,) = store.put([Entry(Record(make_envelope("a", body=b"message")))], 1.0)
+    store.release([Change(claim, Record(make_envelope("a", body=b""), attempts=1), 0.0)])
+    (row,) = store.claim(1)
+    assert (row.record.envelope.body, row.record.attempts) == (b"message", 1)
+    letter = Record(make_envelope("a", body=b"letter"), attempts=2, dead=True, reason="R: r")
+    store.release([Change(row.claim, letter, 0.0)])
+    assert store.depth() == Depth(0, 1)
+    (row,) = store.letters(10)
+    assert (row.record.envelope.body, row.record.reason) == (b"letter", "R: r")
+    taken = store.seize(row)
+    assert taken is not None
+    store.release([Change(taken.claim, Record(make_envelope("a")), 0.0)])
+    assert store.depth() == Depth(1, 0)
+    assert store.letters(10) == []
+
+
+def test_two_prefixes_are_two_stores(redis_server: RedisServer) -> None:
+    """What one prefix has, another does not see."""
+    one = RedisStore(f"{redis_server.url}?prefix=one-{secrets.token_hex(4)}:")
+    two = RedisStore(f"{redis_server.url}?prefix=two-{secrets.token_hex(4)}:")
+    with closing(one), closing(two):
+        one.put(waiting("a"), 1.0)
+        assert two.depth() == Depth()
+        assert two.claim(10) == []
+        assert ids(one.claim(10)) == ["a"]
+
+
+def test_large_messages_are_claimed_a_part_at_a_time(connect: Open) -> None:
+    """A backlog of large messages does not come into memory all at once."""
+    store = connect()
+    body = bytes(6 * 1024 * 1024)
+    store.put([Entry(Record(make_envelope(name, body=body)), 0.0) for name in "abcd"], 5.0)
+    assert [ids(store.claim(10)), ids(store.claim(10)), ids(store.claim(10))] == [
+        ["a", "b"],
+        ["c", "d"],
+        [],
+    ]
+
+
+# --- claims ------------------------------------------------------------------------------------
+
+
+def test_the_oldest_goes_first_whenever_it_became_due(connect: Open) -> None:
+    """Among what is due, rows go by age, not by when they became due."""
+    store = connect()
+    old, new = store.put([Entry(Record(make_envelope(name))) for name in ("old", "new")], 1.0)
+    record = Record(make_envelope())
+    store.release([Change(new, record, 0.0)])
+    store.release([Change(old, record, 0.0)])
+    assert ids(store.claim(1)) == ["old"]
+    assert ids(store.claim(1)) == ["new"]
+
+
+def test_a_claim_that_ended_by_itself_leaves_a_doubt(connect: Open) -> None:
+    """After the lease anybody gets the row, doubtful; the first owner can do nothing more."""
+    first, second = connect(lease=LEASE), connect()
+    (claim,) = first.put([Entry(Record(make_envelope("a")))], 1.0)
+    assert second.claim(1) == []
+    (row,) = eventually(lambda: second.claim(1))
+    assert row.record.doubtful
+    assert row.claim.key == claim.key
+    assert row.claim.token > claim.token
+    assert first.renew([claim]) == [claim]
+    assert first.release([Change(claim, Record(make_envelope()), 0.0)]) == [claim]
+    first.done([claim])
+    assert second.renew([row.claim]) == []
+
+
+def test_a_claim_that_was_renewed_by_claiming_again_is_another(connect: Open) -> None:
+    """A process that gets its own row back has one claim, not two: the older does nothing."""
+    store = connect(lease=LEASE)
+    (old,) = store.put([Entry(Record(make_envelope("a")))], 1.0)
+    (row,) = eventually(lambda: store.claim(1))
+    assert store.renew([old, row.claim]) == [old]
+    store.done([old])
+    assert store.renew([row.claim]) == []
+
+
+def test_a_doubt_outlasts_the_claim_after_it(connect: Open) -> None:
+    """A row whose claim ended by itself stays doubtful for whoever comes third."""
+    first, second, third = connect(lease=LEASE), connect(lease=LEASE), connect()
+    first.put([Entry(Record(make_envelope("a")))], 1.0)
+    eventually(lambda: second.claim(1))
+    second.close()
+    (row,) = third.claim(1)
+    assert row.record.doubtful
+
+
+def test_rows_stored_ahead_wait_once_their_claim_has_ended(connect: Open) -> None:
+    """They count as waiting only when nobody is sending them."""
+    first, second = connect(lease=LEASE), connect()
+    first.put([Entry(Record(make_envelope("a")), ahead=True)], 1.0)
+    assert second.depth() == Depth(0, 0)
+    never, deadline = threading.Event(), time.monotonic() + LIMIT
+    while second.depth() != Depth(1, 0):
+        assert time.monotonic() < deadline
+        never.wait(0.01)
+
+
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR])
+def test_a_jump_of_the_servers_clock_holds_no_row_back(
+    redis_server: RedisServer, prefix: str, connect: Open, ahead: float
+) -> None:
+    """A due time that no delay can explain counts as due."""
+    store = connect(horizon=60.0)
+    (claim,) = store.put([Entry(Record(make_envelope("a")), 30.0)], 1.0)
+    assert store.claim(1) == []
+    seconds, microseconds = map(int, redis_server.call("TIME"))
+    due = (seconds + 30 + ahead) * 1_000_000 + microseconds
+    redis_server.call("ZADD", f"{prefix}{{store}}:due", f"{due:.0f}", str(claim.key))
+    assert ids(store.claim(1)) == ["a"]
+
+
+def test_what_was_given_up_does_nothing_when_it_comes_late(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """A call that was undone before Redis had even read it is refused."""
+    store = connect()
+    store.put(waiting("a"), 1.0)
+    redis_server.call("EVAL", scripts.UNDO, 1, f"{prefix}{{store}}:", "somebody", 7, "claim", 0)
+    arguments = ("somebody", 7, 30_000_000, 60_000_000, 10, 1000)
+    with pytest.raises(RedisError, match="given up"):
+        redis_server.call("EVAL", scripts.CLAIM, 1, f"{prefix}{{store}}:", *arguments)
+    assert ids(store.claim(1)) == ["a"]
+
+
+def test_after_a_flush_an_old_claim_touches_no_new_row(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """FLUSHALL loses rows, but keys and tokens do not come again; the scripts are sent again."""
+    store = connect()
+    old = store.put([Entry(Record(make_envelope())) for _ in range(3)], 1.0)
+    for name in redis_server.call("KEYS", f"{prefix}*"):
+        redis_server.call("DEL", name)
+    redis_server.call("SCRIPT", "FLUSH")
+    new = store.put([Entry(Record(make_envelope())) for _ in range(3)], 1.0)
+    assert store.renew(old) == old
+    store.done(old)
+    assert store.renew(new) == []
+    assert min(each.key for each in new) > max(each.key for each in old)
+
+
+def test_close_leaves_others_claims_alone(connect: Open) -> None:
+    """The claims of the store that is closed are due at once, in doubt, and only those."""
+    first, second, third = connect(), connect(), connect()
+    first.put([Entry(Record(make_envelope("a")))], 1.0)
+    second.put([Entry(Record(make_envelope("b")))], 1.0)
+    first.close()
+    (row,) = third.claim(10)
+    assert row.record.envelope.message_id == "a"
+    assert row.record.doubtful
+
+
+# --- what is no row ----------------------------------------------------------------------------
+
+SPOILS: dict[str, Callable[..., object]] = {
+    "a missing field": lambda call, row: call("HDEL", row, "body"),
+    "another checksum": lambda call, row: call("HSET", row, "body", "another"),
+    "no JSON": lambda call, row: call("HSET", row, "state", "{"),
+    "a wrong type in JSON": lambda call, row: call("HSET", row, "state", '{"attempts": "1"}'),
+    "no number": lambda call, row: call("HSET", row, "token", "first"),
+    "gone": lambda call, row: call("DEL", row),
+    "no hash": lambda call, row: (call("DEL", row), call("LPUSH", row, "x")),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+@pytest.mark.parametrize("dead", [False, True])
+def test_an_unreadable_row_is_put_aside_and_the_others_go_on(
+    redis_server: RedisServer,
+    prefix: str,
+    connect: Open,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[..., object],
+    dead: bool,
+) -> None:
+    """It is logged by key alone, counted no more, and kept for whoever looks at it."""
+    store = connect()
+    entries = [Entry(Record(make_envelope(name), dead=dead), 0.0) for name in ("a", "b", "c")]
+    _, bad, _ = store.put(entries, 1.0)
+    spoil(redis_server.call, f"{prefix}{{store}}:row:{bad.key}")
+    assert ids(store.letters(10) if dead else store.claim(10)) == ["a", "c"]
+    assert [each.levelno for each in caplog.records] == [logging.ERROR]
+    assert str(bad.key) in caplog.text
+    quarantine = redis_server.call("SMEMBERS", f"{prefix}{{store}}:quarantine")
+    assert quarantine == [str(bad.key).encode()]
+    assert store.depth() == (Depth(0, 2) if dead else Depth(2, 0))
+
+
+def test_a_name_that_no_row_has_is_put_aside(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """Whatever somebody else has put among the due rows holds up nothing."""
+    store = connect()
+    store.put(waiting("a"), 1.0)
+    redis_server.call("ZADD", f"{prefix}{{store}}:due", 1, "nan")
+    assert ids(store.claim(10)) == ["a"]
+    assert redis_server.call("SMEMBERS", f"{prefix}{{store}}:quarantine") == [b"nan"]
+
+
+@pytest.mark.parametrize("name", ["due", "ready", "dead", "ahead", "last", "quarantine"])
+def test_a_foreign_key_is_a_store_error(
+    redis_server: RedisServer, prefix: str, connect: Open, name: str
+) -> None:
+    """A key of another type under the prefix is said to be one, and left alone."""
+    redis_server.call("LPUSH", f"{prefix}{{store}}:{name}", "foreign")
+    with pytest.raises(StoreError, match=f"{redis_server.port} has keys of another type"):
+        connect().put(waiting("a"), 1.0)
+    assert redis_server.call("LRANGE", f"{prefix}{{store}}:{name}", 0, -1) == [b"foreign"]
+    assert keys(redis_server, prefix) == {name}
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+FORKING = """
+import os, sys
+from mlproducer.stores.redis import RedisStore
+from mlproducer.stores.protocol import Entry, Record
+from tests.helpers import make_envelope
+
+store = RedisStore(sys.argv[1], prefix=sys.argv[2])
+(claim,) = store.put([Entry(Record(make_envelope("parent")))], 1.0)
+connection = store._link._connection
+child = os.fork()
+if child == 0:
+    store.put([Entry(Record(make_envelope("child")))], 1.0)
+    assert store._link._connection is not connection
+    store.close()
+    assert connection._sock.fileno() >= 0
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert store.renew([claim]) == []
+assert store._link._connection is connection
+rows = RedisStore(sys.argv[1], prefix=sys.argv[2]).claim(10)
+assert [row.record.envelope.message_id for row in rows] == ["child"]
+"""
+
+
+def test_a_child_has_a_connection_and_claims_of_its_own(
+    redis_server: RedisServer, prefix: str
+) -> None:
+    """After a fork neither touches what is the other's: connection, claims, or their end."""
+    subprocess.run(
+        [sys.executable, "-c", FORKING, redis_server.url, prefix], timeout=30, check=True
+    )

@@ -1,0 +1,366 @@
+"""A span for each message, from its publisher's call to its fate, and what travels of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from mlproducer import CeleryTask, Message, MLProducer, SummarizationTask
+from mlproducer.errors import (
+    BufferFullError,
+    CircuitOpenError,
+    InvalidMessageError,
+    NackError,
+    PublishError,
+    RetriesExhaustedError,
+)
+from mlproducer.testing.fake_broker import ReceivedMessage
+from mlproducer.tracing import trace_context
+from tests.helpers import LIMIT, make_message
+from tests.threaded.brokers import Silent, ack
+from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import Moody
+
+pytest.importorskip("opentelemetry.sdk")
+
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import (
+    SimpleSpanProcessor,
+    SpanExporter,
+    SpanExportResult,
+)
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.trace import SpanKind, StatusCode
+
+from mlproducer.observe import otel
+
+SHORT = 0.15
+SECRET = "a text that stays where it is"
+TASK = SummarizationTask("s-1", {"text": SECRET})
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+TRACE_ID, SPAN_ID = int(TRACEPARENT[3:35], 16), int(TRACEPARENT[36:52], 16)
+
+
+class Exporter(SpanExporter):
+    """Keeps the spans that have ended, and lets a test wait for them.
+
+    :ivar held: while it is not set, exporting takes for ever
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards: spans
+        self.spans: list[ReadableSpan] = []
+        self.held = threading.Event()
+        self.held.set()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Keep them."""
+        assert self.held.wait(LIMIT)
+        with self._changed:
+            self.spans += spans
+            self._changed.notify_all()
+        return SpanExportResult.SUCCESS
+
+    def wait_for(self, count: int) -> list[ReadableSpan]:
+        """Wait until there are so many, and give them."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.spans) >= count, LIMIT), self.spans
+            return list(self.spans)
+
+    def wait_for_one(self) -> ReadableSpan:
+        """Wait for the only span."""
+        [span] = self.wait_for(1)
+        return span
+
+
+@pytest.fixture
+def provider() -> TracerProvider:
+    """A tracer provider of the test's own."""
+    return TracerProvider()
+
+
+@pytest.fixture
+def exporter(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> Iterator[Exporter]:
+    """Where the spans of the library's tracer go."""
+    exporter = Exporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(otel, "_tracer", provider.get_tracer("mlproducer"))
+    yield exporter
+    exporter.held.set()
+
+
+def headers(message: ReceivedMessage) -> dict[str, Any]:
+    """Give a message's headers."""
+    return dict(message.properties.headers or {})
+
+
+def traceparent(span: ReadableSpan) -> str:
+    """Give the header that leads to a span."""
+    context = span.get_span_context()
+    assert context is not None
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+
+
+def failure(span: ReadableSpan) -> str:
+    """Give what a span says of its failure, once it is said alike in both places."""
+    error = (span.attributes or {}).get("error.type", "")
+    expected = StatusCode.ERROR if error else StatusCode.UNSET
+    assert (span.status.status_code, span.status.description or "") == (expected, error)
+    return str(error)
+
+
+def happened(span: ReadableSpan) -> list[tuple[str, Any]]:
+    """Give a span's events with their reasons."""
+    return [(event.name, (event.attributes or {}).get("reason")) for event in span.events]
+
+
+# --- the span of a message ---------------------------------------------------------------------
+
+
+def test_confirmed(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """A PRODUCER span after the conventions, whose context is what travels."""
+    broker = serve()
+    receipt = connect(broker).publish(TASK)
+    span = exporter.wait_for_one()
+    assert (span.name, span.kind) == ("publish bookmarkai.ml:ml.summarize", SpanKind.PRODUCER)
+    assert (failure(span), happened(span), span.parent) == ("", [], None)
+    [message] = broker.messages
+    assert span.attributes == {
+        "messaging.system": "rabbitmq",
+        "messaging.operation.type": "send",
+        "messaging.operation.name": "publish",
+        "messaging.destination.name": "bookmarkai.ml:ml.summarize",
+        "messaging.rabbitmq.destination.routing_key": "ml.summarize",
+        "messaging.message.id": receipt.message_id,
+        "messaging.message.body.size": len(message.body),
+    }
+    assert headers(message)["traceparent"] == traceparent(span)
+    assert "tracestate" not in headers(message)
+    assert SECRET not in span.to_json()
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert span.end_time > span.start_time
+
+
+@pytest.mark.parametrize(
+    ("exchange", "routing_key", "destination"),
+    [("x", "k", "x:k"), ("x", "", "x"), ("", "k", "k"), ("", "", "amq.default")],
+)
+def test_destination(
+    connect: Connect,
+    serve: Serve,
+    exporter: Exporter,
+    exchange: str,
+    routing_key: str,
+    destination: str,
+) -> None:
+    """The destination is named after exchange and routing key, as the conventions say."""
+    message = Message(body=b"", exchange=exchange, routing_key=routing_key)
+    connect(serve()).publish(message)
+    assert exporter.wait_for_one().name == f"publish {destination}"
+
+
+def test_child_of_the_current_span(
+    connect: Connect, serve: Serve, provider: TracerProvider, exporter: Exporter
+) -> None:
+    """The caller's span is the parent, also where a context was handed in besides."""
+    broker = serve()
+    producer = connect(broker)
+    with provider.get_tracer("test").start_as_current_span("request") as request:
+        with trace_context(TRACEPARENT):
+            producer.publish(TASK)
+        [child] = exporter.wait_for(1)
+    context = request.get_span_context()
+    assert child.parent is not None
+    assert child.parent.span_id == context.span_id
+    assert headers(broker.messages[0])["traceparent"] == traceparent(child)
+
+
+def test_child_of_a_context_handed_in(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """Without a current span, the context that was handed in is the parent, with its state."""
+    broker = serve()
+    producer = connect(broker)
+    with trace_context(TRACEPARENT, "vendor=1"):
+        producer.publish(TASK)
+    span = exporter.wait_for_one()
+    assert span.parent is not None
+    assert (span.parent.trace_id, span.parent.span_id) == (TRACE_ID, SPAN_ID)
+    assert headers(broker.messages[0])["traceparent"] == traceparent(span)
+    assert headers(broker.messages[0])["tracestate"] == "vendor=1"
+
+
+def test_context_of_the_task_itself(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """A context among a Celery task's own headers travels as it is."""
+    broker = serve()
+    task = CeleryTask("n", [], {}, "k", headers={"traceparent": TRACEPARENT})
+    connect(broker).publish(task)
+    exporter.wait_for_one()
+    assert headers(broker.messages[0])["traceparent"] == TRACEPARENT
+
+
+def test_each_message_has_its_own(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """Messages that are confirmed together have a span each, whose context each carries."""
+    broker = serve()
+    receipts = connect(broker).publish_many([TASK] * 100)
+    assert all(not isinstance(each, PublishError) for each in receipts)
+    spans = {traceparent(span) for span in exporter.wait_for(100)}
+    assert len(spans) == 100
+    assert {headers(message)["traceparent"] for message in broker.messages} == spans
+
+
+# --- its end -----------------------------------------------------------------------------------
+
+
+def test_given_back(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """A message given back ends its span with the error's name."""
+    with pytest.raises(NackError):
+        connect(serve(Moody("nack"))).publish(TASK, retry=False)
+    assert failure(exporter.wait_for_one()) == "NackError"
+
+
+def test_deferred(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """A deferral is an event; the span ends when the message is confirmed after all."""
+    broker = serve(Silent())
+    producer = connect(broker)
+    receipt = producer.publish(TASK, timeout=SHORT)
+    [message] = broker.wait_for_messages(1, LIMIT)
+    assert exporter.spans == []
+    ack(message)
+    assert receipt.result(LIMIT).confirmed
+    span = exporter.wait_for_one()
+    assert (failure(span), happened(span)) == ("", [("deferred", "ConfirmTimeoutError")])
+
+
+def test_dead_lettered(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """Each retry is an event; a dead letter ends the span as failed."""
+    future = connect(serve(Moody("nack")), max_message_retries=2).submit(TASK)
+    with pytest.raises(RetriesExhaustedError):
+        future.result(LIMIT)
+    span = exporter.wait_for_one()
+    assert failure(span) == "RetriesExhaustedError"
+    events = [each for each in happened(span) if each[0] == "retried"]
+    assert events == [("retried", "NackError")] * 2
+
+
+def test_refused(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """What is never sent has a span that ends at once: not valid, no room, or breaker open."""
+    mood = Moody("")
+    producer = connect(
+        serve(mood), max_in_flight=1, publish_timeout=SHORT, circuit_breaker_threshold=1
+    )
+    with pytest.raises(InvalidMessageError):
+        producer.publish(None)  # type: ignore[arg-type]
+    producer.submit(make_message(), retry=False)
+    with pytest.raises(BufferFullError):
+        producer.submit(TASK)
+    assert [failure(span) for span in exporter.wait_for(2)] == [
+        "InvalidMessageError",
+        "BufferFullError",
+    ]
+    producer.close(0.0)
+    assert failure(exporter.wait_for(3)[2]) == "ProducerClosedError"
+
+
+def test_open_breaker(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """A message that an open breaker refuses ends its span, too."""
+    producer = connect(serve(Moody("nack")), circuit_breaker_threshold=1)
+    with pytest.raises(NackError):
+        producer.publish(TASK, retry=False)
+    with pytest.raises(CircuitOpenError):
+        producer.publish(TASK)
+    assert [failure(span) for span in exporter.wait_for(2)] == ["NackError", "CircuitOpenError"]
+
+
+def test_close_waits_for_the_spans(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """After close() every span has ended."""
+    producer = connect(serve())
+    for _ in range(200):
+        producer.submit(TASK)
+    producer.close(LIMIT)
+    assert len(exporter.spans) == 200
+
+
+def test_slow_exporter(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """An exporter that blocks holds up spans, and nothing else."""
+    producer = connect(serve())
+    exporter.held.clear()
+    for _ in range(20):
+        assert producer.publish(TASK).confirmed
+    assert exporter.spans == []
+    exporter.held.set()
+    exporter.wait_for(20)
+
+
+# --- without anybody who looks -----------------------------------------------------------------
+
+
+def test_not_sampled(
+    connect: Connect, serve: Serve, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trace that is not sampled is carried on as such, and no span is kept."""
+    broker = serve()
+    provider = TracerProvider(sampler=ALWAYS_OFF)
+    monkeypatch.setattr(otel, "_tracer", provider.get_tracer("mlproducer"))
+    producer = connect(broker)
+    with trace_context(TRACEPARENT):
+        producer.publish(TASK)
+    carried = headers(broker.messages[0])["traceparent"]
+    assert carried.startswith(TRACEPARENT[:35])
+    assert carried.endswith("-00")
+    assert exporter.spans == []
+    assert _spans_of(producer) == {}
+
+
+def test_no_provider(connect: Connect, serve: Serve) -> None:
+    """Without a tracer provider the current context is carried on as it is."""
+    broker = serve()
+    producer = connect(broker)
+    state = trace.TraceState([("vendor", "1")])
+    context = trace.SpanContext(TRACE_ID, SPAN_ID, True, trace.TraceFlags(1), state)
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        producer.publish(TASK)
+    producer.publish(TASK)
+    with trace_context(TRACEPARENT):
+        producer.publish(TASK)
+    of_current, of_none, of_given = map(headers, broker.messages)
+    assert (of_current["traceparent"], of_current["tracestate"]) == (TRACEPARENT, "vendor=1")
+    assert "traceparent" not in of_none
+    assert of_given["traceparent"] == TRACEPARENT
+    assert _spans_of(producer) == {}
+
+
+def test_without_opentelemetry(serve: Serve) -> None:
+    """Publishing does not import OpenTelemetry, and carries what was handed in."""
+    code = f"""
+import sys
+from mlproducer import MLProducer, Settings, SummarizationTask
+from mlproducer.tracing import trace_context
+
+url = sys.argv[1]
+with MLProducer(Settings(url=url, declare_topology="off")) as producer:
+    with trace_context({TRACEPARENT!r}):
+        producer.publish(SummarizationTask("s", {{"text": "t"}}))
+print([name for name in sys.modules if name.startswith("opentelemetry")])
+"""
+    broker = serve()
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, broker.url],
+        capture_output=True,
+        text=True,
+        timeout=30.0,
+        check=True,
+    )
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")
+    assert headers(broker.messages[0])["traceparent"] == TRACEPARENT
+
+
+def _spans_of(producer: MLProducer) -> dict[Any, Any]:
+    engine: Any = producer._life.fleet.engines[0]
+    spans: dict[Any, Any] = engine.spans._open
+    return spans

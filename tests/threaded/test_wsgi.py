@@ -1,0 +1,426 @@
+"""The WSGI application: what it answers, how it mounts, and its own server."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+from wsgiref.util import setup_testing_defaults, shift_path_info
+from wsgiref.validate import validator
+
+import flask
+import pytest
+from prometheus_client import CollectorRegistry
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+from mlproducer import CircuitState, ConnectionState, MLProducer, Settings, Status, wsgi
+from mlproducer.errors import BrokerRejectedError, CircuitOpenError, NackError
+from mlproducer.observe import metrics
+from mlproducer.page import reason
+from mlproducer.testing.fake_broker import FakeBroker, FakeConnection, ReceivedMessage
+from mlproducer.wsgi import Server, make_app
+from tests.helpers import LIMIT, make_message
+from tests.threaded.brokers import Silent
+from tests.threaded.conftest import QUICK, Connect, Serve
+from tests.threaded.moods import Moody, told
+
+PATHS = {
+    "/": "text/html; charset=utf-8",
+    "/page.json": "application/json",
+    "/health": "application/json",
+    "/v1/ml/analytics/health": "application/json",
+    "/metrics": metrics.CONTENT_TYPE,
+    "/api/ml/metrics/prometheus": metrics.CONTENT_TYPE,
+    "/metrics/json": "application/json",
+    "/api/ml/metrics/json": "application/json",
+}
+
+HOSTILE = "<script>alert('x')</script> & \"</textarea>\" ${level}"
+
+App = Callable[..., Iterable[bytes]]
+
+
+class Answer:
+    """What a WSGI application answered to one request, checked for conformance by the stdlib."""
+
+    def __init__(self, app: App, path: str, method: str = "GET") -> None:
+        environ: dict[str, Any] = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path}
+        environ["QUERY_STRING"] = ""
+        setup_testing_defaults(environ)
+        parts = validator(app)(environ, self._start)
+        self.body = b"".join(parts)
+        parts.close()  # type: ignore[attr-defined]
+
+    def _start(
+        self, status: str, headers: Sequence[tuple[str, str]], _info: object = None
+    ) -> Callable[[bytes], object]:
+        self.status = int(status.split(maxsplit=1)[0])
+        self.headers = dict(headers)
+        assert len(self.headers) == len(headers)
+        return lambda _data: None
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        assert self.headers["Content-Type"] == "application/json"
+        return json.loads(self.body)
+
+
+def get(port: int, path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+    """Ask a web server."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)) as connection:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), response.read()
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """A registry of the test's own."""
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def produce(registry: CollectorRegistry) -> Iterator[Connect]:
+    """Make producers on that registry: ``produce(broker, **settings)``."""
+    producers: list[MLProducer] = []
+
+    def make(broker: FakeBroker | str, **settings: Any) -> MLProducer:
+        chosen = Settings(url=getattr(broker, "url", broker), **{**QUICK, **settings})
+        producers.append(MLProducer(chosen, registry=registry))
+        return producers[-1]
+
+    yield make
+    for producer in producers:
+        producer.close(0.2)
+
+
+def test_healthy(produce: Connect, serve: Serve) -> None:
+    """A producer that delivers is 200, in exactly the contract's words."""
+    producer = produce(serve())
+    producer.publish(make_message())
+    answer = Answer(make_app(producer), "/health")
+    assert answer.status == 200
+    assert answer.json == {
+        "healthy": True,
+        "rabbitmq": {
+            "connectionState": "CONNECTED",
+            "reconnectAttempts": 0,
+            "consecutiveFailures": 0,
+            "circuitBreakerOpen": False,
+            "retryQueueSize": 0,
+            "pendingConfirms": 0,
+            "blocked": False,
+        },
+    }
+
+
+def test_not_started(produce: Connect, serve: Serve) -> None:
+    """Before its first use a producer is 503, which says so, and asking does not start it."""
+    producer = produce(serve())
+    before = set(threading.enumerate())
+    answer = Answer(make_app(producer), "/health")
+    assert answer.status == 503
+    assert {**answer.json, "reason": ""} == {**producer.status().to_json(), "reason": ""}
+    assert answer.json["reason"] == "not started: the first publish, or start(), connects"
+    assert set(threading.enumerate()) == before
+
+
+def test_open_breaker(produce: Connect, serve: Serve) -> None:
+    """While the breaker is open a producer is 503, and says after how many failures."""
+    producer = produce(serve(Moody("nack")), circuit_breaker_threshold=2)
+    for _ in range(2):
+        with pytest.raises(NackError):
+            producer.publish(make_message(), retry=False)
+    with pytest.raises(CircuitOpenError):
+        producer.publish(make_message())
+    answer = Answer(make_app(producer), "/health")
+    assert (answer.status, answer.json["healthy"]) == (503, False)
+    assert answer.json["rabbitmq"]["circuitBreakerOpen"] is True
+    assert answer.json["reason"] == "the circuit breaker is open after 2 failures in a row"
+
+
+def test_closed(produce: Connect, serve: Serve) -> None:
+    """A closed producer is 503."""
+    producer = produce(serve())
+    producer.publish(make_message())
+    producer.close(LIMIT)
+    answer = Answer(make_app(producer), "/health")
+    assert (answer.status, answer.json["reason"]) == (503, "the producer is closed")
+
+
+def test_gave_up(produce: Connect, serve: Serve) -> None:
+    """A producer that has given up says what to do."""
+    broker = serve()
+    broker.stop_listening()
+    producer = produce(broker, max_reconnect_attempts=1)
+    given_up = threading.Event()
+    producer.on("gave_up", given_up.set)
+    producer.start()
+    assert given_up.wait(LIMIT)
+    answer = Answer(make_app(producer), "/health")
+    assert answer.status == 503
+    assert answer.json["reason"].startswith(f"gave up connecting to {producer.status().broker}: 1 ")
+    assert "reconnect()" in answer.json["reason"]
+
+
+STATE = ConnectionState
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (Status(connection_state=STATE.CONNECTED), ""),
+        (Status(connection_state=STATE.CONNECTED, circuit_state=CircuitState.HALF_OPEN), ""),
+        (Status(connection_state=STATE.CONNECTED, blocked=True, broker="b:1"), "b:1 blocks"),
+        (Status(connection_state=STATE.CONNECTED, circuit_state=CircuitState.OPEN), "the circuit"),
+        (Status(connection_state=STATE.CONNECTING, broker="b:1"), "connecting to b:1"),
+        (Status(connection_state=STATE.DISCONNECTED, broker="b:1"), "not connected to b:1"),
+        (Status(connection_state=STATE.DISCONNECTED), "not started"),
+        (Status(connection_state=STATE.CLOSING, broker="b:1"), "the producer is closed"),
+        (Status(connection_state=STATE.CLOSED), "the producer is closed"),
+    ],
+)
+def test_reasons(status: Status, words: str) -> None:
+    """There is a reason exactly where a status is not healthy."""
+    assert bool(reason(status, 10)) is not status.healthy
+    assert reason(status, 10).startswith(words)
+
+
+def test_metrics(produce: Connect, serve: Serve, registry: CollectorRegistry) -> None:
+    """The text is that of the producer's own registry."""
+    producer = produce(serve())
+    producer.publish(make_message())
+    answer = Answer(make_app(producer), "/metrics")
+    assert answer.body == metrics.exposition(registry)
+    line = b'ml_producer_tasks_sent_total{status="success",task_type="raw"} 1.0'
+    assert line in answer.body.splitlines()
+
+
+def test_metrics_as_json(produce: Connect, serve: Serve) -> None:
+    """The sums are those of the metrics, in the contract's shape."""
+    mood = Moody()
+    broker = serve(mood)
+    producer = produce(broker)
+    assert producer.publish(make_message(body=b"x" * 100)).confirmed
+    assert producer.publish(make_message(body=b"x" * 300)).confirmed
+    mood.mood = "nack"
+    retried = told(producer, "retried", lambda _delivery: "retried")
+    receipt = producer.publish(make_message(body=b"x" * 200))
+    retried.wait_until(lambda: "retried" in retried.seen)
+    mood.mood = "ack"
+    assert receipt.result(LIMIT).confirmed
+    answer = Answer(make_app(producer), "/metrics/json").json
+    assert answer["tasks"]["sent"] == {"raw": {"success": 3}}
+    assert answer["tasks"]["retries"]["raw"] >= 1
+    assert set(answer["tasks"]) == {"sent", "retries"}
+    assert answer["connection"] == {"state": "CONNECTED", "reconnectAttempts": 0, "errors": 0}
+    assert answer["circuitBreaker"] == {"state": "CLOSED", "trips": 0}
+    assert set(answer["performance"]) == {"avgPublishDuration", "avgMessageSize"}
+    assert answer["performance"]["avgMessageSize"] == 200.0
+    assert 0 < answer["performance"]["avgPublishDuration"] < LIMIT
+
+
+def test_metrics_as_json_of_nothing(produce: Connect, serve: Serve) -> None:
+    """Before anything was published the sums are empty, and no mean divides by zero."""
+    assert Answer(make_app(produce(serve())), "/metrics/json").json == {
+        "tasks": {"sent": {}, "retries": {}},
+        "connection": {"state": "DISCONNECTED", "reconnectAttempts": 0, "errors": 0},
+        "circuitBreaker": {"state": "CLOSED", "trips": 0},
+        "performance": {"avgPublishDuration": 0.0, "avgMessageSize": 0.0},
+    }
+
+
+def test_metrics_as_json_after_trouble(produce: Connect, serve: Serve) -> None:
+    """Errors of the connection and trips of the breaker are counted."""
+    broker = serve(Moody("nack"))
+    producer = produce(broker, circuit_breaker_threshold=1)
+    lost = told(producer_started(producer), "disconnected", lambda _loss: "lost")
+    with pytest.raises(NackError):
+        producer.publish(make_message(), retry=False)
+    [connection] = broker.wait_for_connections(1, LIMIT)
+    connection.reset()
+    lost.wait_for("lost")
+    answer = Answer(make_app(producer), "/metrics/json").json
+    assert answer["connection"]["errors"] == 1
+    assert answer["circuitBreaker"]["trips"] == 1
+    assert answer["tasks"]["sent"] == {"raw": {"rejected": 1}}
+
+
+def producer_started(producer: MLProducer) -> MLProducer:
+    """Start a producer and wait until it is connected."""
+    assert producer.wait_connected(LIMIT)
+    return producer
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path(produce: Connect, serve: Serve, path: str) -> None:
+    """Every path says what it is and how long, is not cached, and answers HEAD with the same."""
+    app = make_app(produce(serve()))
+    answer, head = Answer(app, path), Answer(app, path, "HEAD")
+    assert answer.headers["Content-Type"] == PATHS[path]
+    assert int(answer.headers["Content-Length"]) == len(answer.body) > 0
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert (head.status, head.body) == (answer.status, b"")
+    if PATHS[path] == "application/json":  # numbers of the others change with every look
+        assert head.headers.keys() == answer.headers.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "older"),
+    [("/health", "/v1/ml/analytics/health"), ("/metrics/json", "/api/ml/metrics/json")],
+)
+def test_older_paths(produce: Connect, serve: Serve, path: str, older: str) -> None:
+    """The older paths answer the same."""
+    app = make_app(produce(serve()))
+    assert Answer(app, path).json == Answer(app, older).json
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_other_methods(produce: Connect, serve: Serve, method: str) -> None:
+    """Nothing can be changed here."""
+    answer = Answer(make_app(produce(serve())), "/health", method)
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
+    assert answer.json == {"error": "only GET and HEAD"}
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/health/", "/../health", "/m\xc3\xa4h", "/metrics/"])
+def test_unknown_path(produce: Connect, serve: Serve, path: str) -> None:
+    """An unknown path is 404, and is not repeated in the answer."""
+    answer = Answer(make_app(produce(serve())), path)
+    assert answer.status == 404
+    assert answer.json == {"error": "there is nothing here"}
+
+
+class Hostile(Silent):
+    """Closes the channel over each message, with words that are no good in HTML."""
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Reject it."""
+        connection.close_channel(channel, 404, HOSTILE)
+
+
+def test_hostile_words(produce: Connect, serve: Serve) -> None:
+    """The broker's words are text in the page, whatever they look like."""
+    producer = produce(serve(Hostile()))
+    with pytest.raises(BrokerRejectedError):
+        producer.publish(make_message())
+    app = make_app(producer)
+    page = Answer(app, "/").body.decode()
+    assert "alert" in page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;" in page
+    assert "${level}" in page
+    errors = Answer(app, "/page.json").json["lists"]["errors"]
+    assert ["BrokerRejectedError", HOSTILE] in [entry[1:] for entry in errors]
+
+
+# --- mounted -----------------------------------------------------------------------------------
+
+
+def check_mounted(app: App, own: bytes) -> None:
+    """A mounted application answers below its prefix over HTTP, and the rest is its host's."""
+    with Server(app, 0, "127.0.0.1") as server:
+        assert get(server.port, "/own")[2] == own
+        status, _, body = get(server.port, "/ml/health")
+        assert (status, json.loads(body)["healthy"]) == (200, True)
+        assert get(server.port, "/ml/metrics")[0] == 200
+        assert get(server.port, "/ml/nothing")[0] == 404
+        assert b"<h1>mlproducer</h1>" in get(server.port, "/ml/")[2]
+        assert get(server.port, "/health")[0] == 404
+
+
+def test_flask(connect: Connect, serve: Serve) -> None:
+    """It mounts in a Flask application."""
+    producer = connect(serve())
+    host = flask.Flask("host")
+    host.add_url_rule("/own", "own", lambda: "Flask's own")
+    host.wsgi_app = DispatcherMiddleware(host.wsgi_app, {"/ml": make_app(producer)})  # type: ignore[method-assign]
+    assert producer.wait_connected(LIMIT)
+    check_mounted(host, b"Flask's own")
+    answer = host.test_client().get("/ml")
+    assert (answer.status_code, answer.headers["Location"]) == (308, "ml/")
+
+
+def own(_request: object) -> object:
+    """Answer as the host does."""
+    from django.http import HttpResponse
+
+    return HttpResponse(b"Django's own")
+
+
+def test_django(connect: Connect, serve: Serve) -> None:
+    """It mounts beside a Django application, in its ``wsgi.py``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Django's own, on newer Pythons
+        import django.conf
+        from django.core.wsgi import get_wsgi_application
+        from django.urls import path
+    urls = type("urls", (), {"urlpatterns": [path("own", own)]})
+    django.conf.settings.configure(ROOT_URLCONF=urls, SECRET_KEY="s", ALLOWED_HOSTS=["*"])
+    producer = connect(serve())
+    django_app, ml_app = get_wsgi_application(), make_app(producer)
+
+    def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"].startswith("/ml/"):
+            shift_path_info(environ)
+            return ml_app(environ, start_response)
+        return django_app(environ, start_response)
+
+    assert producer.wait_connected(LIMIT)
+    check_mounted(application, b"Django's own")
+
+
+# --- its own server ----------------------------------------------------------------------------
+
+
+def test_serve(connect: Connect, serve: Serve) -> None:
+    """A server has one daemon thread, which ends with it, as often as it is closed."""
+    producer = producer_started(connect(serve()))
+    before = set(threading.enumerate())
+    with serve_on_loopback(producer) as server:
+        [thread] = set(threading.enumerate()) - before
+        assert (thread.name, thread.daemon) == ("mlproducer-http", True)
+        status, headers, body = get(server.port, "/health")
+        assert (status, json.loads(body)["healthy"]) == (200, True)
+        assert get(server.port, "/health", "HEAD")[1]["Content-Length"] == headers["Content-Length"]
+        assert get(server.port, "/health", "POST")[0] == 405
+    server.close()
+    assert not thread.is_alive()
+    with pytest.raises(ConnectionRefusedError):
+        get(server.port, "/health")
+
+
+def serve_on_loopback(producer: MLProducer) -> Server:
+    """Serve on a free port."""
+    return wsgi.serve(producer, 0)
+
+
+def test_port_taken(connect: Connect, serve: Serve) -> None:
+    """A port that is taken is an error of the call, and leaves no thread."""
+    producer = connect(serve())
+    before = set(threading.enumerate())
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        Server(make_app(producer), taken.getsockname()[1], "127.0.0.1")
+    assert set(threading.enumerate()) == before
+
+
+def test_slow_client(connect: Connect, serve: Serve) -> None:
+    """A client that connects and says nothing holds up nobody else."""
+    producer = producer_started(connect(serve()))
+    with serve_on_loopback(producer) as server:
+        with socket.create_connection(("127.0.0.1", server.port), LIMIT):
+            assert get(server.port, "/health")[0] == 200
+        requests = [each for each in threading.enumerate() if each.name.endswith("-request")]
+        for each in requests:
+            each.join(LIMIT)
+            assert not each.is_alive()
