@@ -39,7 +39,13 @@ from mlproducer.errors import (
 )
 
 CLI = Path(mlproducer.cli.__file__).parent
-PUBLIC = {"mlproducer.monitoring", "mlproducer", "mlproducer.dead_letters", "mlproducer.errors", "mlproducer.testing"}
+PUBLIC = {
+    "mlproducer",
+    "mlproducer.dead_letters",
+    "mlproducer.errors",
+    "mlproducer.monitoring",
+    "mlproducer.testing",
+}
 CONTENT = {"text": "PRIVATE"}
 CELERY = {"task": "celery", "name": "x.y", "routing_key": "ml.embed"}
 
