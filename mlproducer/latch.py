@@ -64,3 +64,27 @@ class Watch:
                     self._latches.remove(latch)
                 return holds()
         return True
+
+
+class Token:
+    """Held by one thread at a time; a deque is its only state, so that no interrupt breaks it."""
+
+    def __init__(self) -> None:
+        self._free: deque[None] = deque([None])
+        self._watch = Watch()
+
+    def take(self, deadline: float | None) -> bool:
+        """Take it, waiting until a monotonic deadline; false if it did not come free."""
+        return self._watch.wait_for(self._pop, deadline)
+
+    def give(self) -> None:
+        """Give it back."""
+        self._free.append(None)
+        self._watch.changed()
+
+    def _pop(self) -> bool:
+        try:
+            self._free.pop()
+        except IndexError:
+            return False
+        return True

@@ -13,6 +13,7 @@ NAMES = (
     "threads",
     "single",
     "scaling",
+    "stores",
     "connections",
     "idle",
 )

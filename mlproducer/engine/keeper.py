@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from attrs import evolve, field, frozen
+from attrs import define, evolve, field
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery, Place
@@ -39,7 +39,7 @@ SAFETY = 0.9
 """The part of a lease in which its holder relies on it."""
 
 
-@frozen(eq=False)
+@define(eq=False)
 class _Put:
     delivery: Delivery
     entry: Entry
@@ -52,14 +52,14 @@ class _Put:
         return self.delivery.stored or self.begun
 
 
-@frozen
+@define(eq=False)
 class _Note:
     delivery: Delivery
     record: Record = field(repr=False)
     delay: float | None
 
 
-@frozen
+@define(eq=False)
 class _End:
     delivery: Delivery
     counted: bool

@@ -1,4 +1,4 @@
-"""Reads a dead-letter queue: batches of letters from a consumer, each letter held until acked.
+"""Reads dead letters: out of a queue, in batches, each held until acked, or out of a store's row.
 
 A letter is a message that this library, or the broker itself (RabbitMQ guide, *Dead Letter
 Exchanges*), gave up; its headers tell how it died, and are taken off what may be sent again.
@@ -14,12 +14,12 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from mlproducer.engine.link import Route, blocking_channel
+from mlproducer.engine.link import Route, blocking_channel, decode_properties
 from mlproducer.engine.losses import closed_by_broker, translate
 from mlproducer.errors import MLProducerError, NotConnectedError
-from mlproducer.message import Message
+from mlproducer.message import Envelope, Message
 from mlproducer.wire.dead_letter import EXPIRATION_HEADER
 
 PATIENCE = 5.0
@@ -142,7 +142,8 @@ class Letterbox:
         return self._arrived
 
     def _on_letter(self, _channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        self._arrived.append(_letter(method, properties, body))
+        letter = _letter(method.routing_key, properties, body, where="queue")
+        self._arrived.append(evolve(letter, tag=method.delivery_tag))
 
 
 def _open(routes: Sequence[Route]) -> tuple[Route, Any]:
@@ -155,7 +156,13 @@ def _open(routes: Sequence[Route]) -> tuple[Route, Any]:
     raise NotConnectedError("; ".join(reasons))
 
 
-def _letter(method: Any, properties: Any, body: bytes) -> Letter:
+def stored_letter(envelope: Envelope) -> Letter:
+    """Read a letter that waits in a store until the broker takes it."""
+    properties = decode_properties(envelope)
+    return _letter(envelope.routing_key, properties, envelope.body, where="store")
+
+
+def _letter(own_key: str, properties: Any, body: bytes, where: str) -> Letter:
     headers = dict(properties.headers or {})
     history = _history(headers)
     reason, attempts, exchange, routing_key, since = (
@@ -166,7 +173,7 @@ def _letter(method: Any, properties: Any, body: bytes) -> Letter:
         headers.pop(name, None)
     message = Message(
         body=body,
-        routing_key=str(routing_key or method.routing_key),
+        routing_key=str(routing_key or own_key),
         exchange=str(exchange or ""),
         headers=headers,
         content_type=properties.content_type,
@@ -185,10 +192,9 @@ def _letter(method: Any, properties: Any, body: bytes) -> Letter:
         exchange=message.exchange or "",
         routing_key=message.routing_key,
         first_failed_at=str(since or ""),
-        where="queue",
+        where=where,
         message=message,
         lacks=tuple(name for name in LOST_PROPERTIES if getattr(properties, name) is not None),
-        tag=method.delivery_tag,
     )
 
 

@@ -161,6 +161,11 @@ def blocking_channel(route: Route) -> Any:
         raise NotConnectedError(translate(route.broker.address, error).text) from None
 
 
+def decode_properties(envelope: Envelope) -> spec.BasicProperties:
+    """Read an envelope's properties as pika gives those of a delivery."""
+    return spec.BasicProperties().decode(FrameWriter(0, 0).properties(envelope, 0))
+
+
 class ConfirmChannel:
     """A channel in confirm mode, on which envelopes are written."""
 

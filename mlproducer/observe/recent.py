@@ -87,9 +87,13 @@ class Recent:
 
 
 class Recorder:
-    """Remembers for one producer, however many connections it has."""
+    """Remembers for one producer, however many connections it has.
 
-    def __init__(self) -> None:
+    :param clock: monotonic seconds
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._sinks: list[RecorderSink] = []
         self._errors: dict[tuple[str, str], Incident] = {}
         self._letters: deque[Incident] = deque(maxlen=KEPT)
@@ -106,7 +110,7 @@ class Recorder:
 
     def sample(self) -> None:
         """Note how many messages there have been so far, if a second has passed."""
-        now = time.monotonic()
+        now = self._clock()
         if not self._samples or now - self._samples[-1][0] >= INTERVAL:
             counts = [sink.counts() for sink in self._sinks]
             self._samples.append((now, [sum(each) for each in zip(*counts, strict=True)]))
@@ -116,7 +120,7 @@ class Recorder:
         self.sample()
         return Recent(
             dead_lettered=sum(sink.dead_letters for sink in self._sinks),
-            rates=tuple(_rates(list(self._samples), time.monotonic())),
+            rates=tuple(_rates(list(self._samples), self._clock())),
             errors=tuple(reversed(list(self._errors.values()))),
             dead_letters=tuple(reversed(list(self._letters))),
         )
@@ -168,7 +172,9 @@ class RecorderSink(EventSink):
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Count them."""
         self._confirmed += len(deliveries)
-        self._confirmed_later += len([each for each in deliveries if each.kept])
+        for each in deliveries:
+            if each.kept:
+                self._confirmed_later += 1
 
     def deferred(self, delivery: Delivery) -> None:
         """Count it."""

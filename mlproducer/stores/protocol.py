@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from mlproducer.message import Envelope
 
@@ -30,7 +30,7 @@ class Claim:
     token: int
 
 
-@frozen
+@define
 class Record:
     """A message, and what is known of it.
 
@@ -49,7 +49,7 @@ class Record:
     first_failed_at: float = 0.0
 
 
-@frozen
+@define
 class Entry:
     """What is to be stored.
 
@@ -70,7 +70,7 @@ class Row:
     record: Record
 
 
-@frozen
+@define
 class Change:
     """What became of a claimed row.
 

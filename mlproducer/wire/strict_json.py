@@ -10,9 +10,11 @@ Runs on: any thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from mlproducer.errors import InvalidMessageError
@@ -25,6 +27,16 @@ _PLAIN = frozenset({str, bool, type(None)})
 _ACCEPTED = "accepted are str, bool, None, int, finite float, list, tuple and dict"
 
 _stock = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+@lru_cache(1)
+def _fast() -> Callable[[object], bytes] | None:
+    """Give orjson's encoder (the extra ``fast``), a third of the time of the stock one's."""
+    try:
+        import orjson  # noqa: PLC0415 - an extra, and not needed before the first message
+    except ImportError:
+        return None
+    return orjson.dumps
 
 
 def _made_once() -> Callable[[object], str]:
@@ -44,9 +56,17 @@ _encode = _made_once()
 def dumps(field: str, value: object) -> bytes:
     """Encode a value, compactly; tuples become arrays.
 
+    Values of free form go through `check` before, since orjson takes more than JSON's types.
+
     :param field: what error texts call the value
     :raises InvalidMessageError: a type, a number or a text that strict JSON cannot carry
     """
+    fast = _fast()
+    if fast is not None:
+        with contextlib.suppress(TypeError):  # it takes less; what it refuses is judged below
+            encoded = fast(value)
+            if b"null" not in encoded:  # which also stands for a float that is not finite
+                return encoded
     try:
         return _encode(value).encode()
     except UnicodeEncodeError:

@@ -131,6 +131,8 @@ def test_all_keys_lie_on_one_node_and_go_with_the_rows(
     names = redis_server.call("KEYS", f"{prefix}*")
     assert len(names) == 8
     assert all(name.startswith(f"{prefix}{{store}}:".encode()) for name in names)
+    store.release([Change(claims[1], Record(make_envelope()), 0.0)])
+    assert sum(name.startswith("own:") for name in keys(redis_server, prefix)) == 0
     store.done(claims)
     assert keys(redis_server, prefix) == {"last"}
 
@@ -152,6 +154,15 @@ def test_only_a_dead_letter_replaces_the_message(connect: Open) -> None:
     store.release([Change(taken.claim, Record(make_envelope("a")), 0.0)])
     assert store.depth() == Depth(1, 0)
     assert store.letters(10) == []
+
+
+def test_a_server_whose_clock_was_put_forward_is_asked_again(connect: Open) -> None:
+    """A put that seems late only by the server's new clock is stored after all."""
+    store = connect()
+    store.depth()
+    store._link._ahead -= HOUR  # as if the server's clock had said so before
+    store.put(waiting("a"), 1.0)
+    assert ids(store.claim(10)) == ["a"]
 
 
 def test_two_prefixes_are_two_stores(redis_server: RedisServer) -> None:
@@ -204,6 +215,31 @@ def test_a_claim_that_ended_by_itself_leaves_a_doubt(connect: Open) -> None:
     assert first.release([Change(claim, Record(make_envelope()), 0.0)]) == [claim]
     first.done([claim])
     assert second.renew([row.claim]) == []
+
+
+def test_a_renewed_claim_lasts(connect: Open) -> None:
+    """Whoever renews in time keeps its row for longer than one lease, and so does its count."""
+    store, other = connect(lease=LEASE), connect()
+    claims = store.put([Entry(Record(make_envelope("a")), ahead=True)], 1.0)
+    never, deadline = threading.Event(), time.monotonic() + 3 * LEASE
+    while time.monotonic() < deadline:
+        assert store.renew(claims) == []
+        assert other.claim(1) == []
+        assert other.depth() == Depth(0, 0)
+        never.wait(LEASE / 10)
+
+
+def test_a_renewal_comes_in_time_until_somebody_else_has_claimed(connect: Open) -> None:
+    """A row whose claim has ended, and that nobody has claimed since, is its owner's again."""
+    store, other = connect(lease=LEASE), connect()
+    claims = store.put([Entry(Record(make_envelope("a")), ahead=True)], 1.0)
+    never, deadline = threading.Event(), time.monotonic() + LIMIT
+    while other.depth() == Depth(0, 0):
+        assert time.monotonic() < deadline
+        never.wait(0.01)
+    assert store.renew(claims) == []
+    assert other.depth() == Depth(0, 0)
+    assert other.claim(1) == []
 
 
 def test_a_claim_that_was_renewed_by_claiming_again_is_another(connect: Open) -> None:
@@ -289,6 +325,21 @@ def test_close_leaves_others_claims_alone(connect: Open) -> None:
     (row,) = third.claim(10)
     assert row.record.envelope.message_id == "a"
     assert row.record.doubtful
+
+
+def test_a_letter_is_seized_by_one(connect: Open) -> None:
+    """Whoever comes second gets nothing, until the first one's claim has ended by itself."""
+    writer, first, second = connect(), connect(lease=LEASE), connect()
+    writer.put([Entry(Record(make_envelope("a"), dead=True), HOUR)], 1.0)
+    (shown,) = second.letters(10)
+    seized = first.seize(shown)
+    assert seized is not None
+    assert second.seize(shown) is None
+    (shown,) = second.letters(10)
+    assert second.seize(shown) is None
+    (row,) = eventually(lambda: list(filter(None, [second.seize(shown)])))
+    assert row.record.doubtful
+    assert first.renew([seized.claim]) == [seized.claim]
 
 
 # --- what is no row ----------------------------------------------------------------------------

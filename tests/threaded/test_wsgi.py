@@ -6,7 +6,6 @@ import http.client
 import json
 import socket
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -79,6 +78,11 @@ def get(port: int, path: str, method: str = "GET") -> tuple[int, dict[str, str],
         return response.status, dict(response.getheaders()), response.read()
 
 
+def url_of(broker: FakeBroker | str) -> str:
+    """Where a broker is, or is said to be."""
+    return broker if isinstance(broker, str) else broker.url
+
+
 @pytest.fixture
 def registry() -> CollectorRegistry:
     """A registry of the test's own."""
@@ -91,7 +95,7 @@ def produce(registry: CollectorRegistry) -> Iterator[Connect]:
     producers: list[MLProducer] = []
 
     def make(broker: FakeBroker | str, **settings: Any) -> MLProducer:
-        chosen = Settings(url=getattr(broker, "url", broker), **{**QUICK, **settings})
+        chosen = Settings(url=url_of(broker), **{**QUICK, **settings})
         producers.append(MLProducer(chosen, registry=registry))
         return producers[-1]
 
@@ -360,11 +364,10 @@ def own(_request: object) -> object:
 
 def test_django(connect: Connect, serve: Serve) -> None:
     """It mounts beside a Django application, in its ``wsgi.py``."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Django's own, on newer Pythons
-        import django.conf
-        from django.core.wsgi import get_wsgi_application
-        from django.urls import path
+    import django.conf
+    from django.core.wsgi import get_wsgi_application
+    from django.urls import path
+
     urls = type("urls", (), {"urlpatterns": [path("own", own)]})
     django.conf.settings.configure(ROOT_URLCONF=urls, SECRET_KEY="s", ALLOWED_HOSTS=["*"])
     producer = connect(serve())

@@ -1,0 +1,272 @@
+"""A store in an SQLite file, for all the processes of one machine.
+
+Statements are few and do much at once (`mlproducer.stores.sqlite_rows` says why). What is stored
+is on the disk when `SQLiteStore.put` returns, and messages stored together share one fsync; a
+deletion may be undone by a power failure, which costs a duplicate.
+
+Runs on: the retry thread; `letters` and `depth` on a command's thread too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mlproducer.stores import sqlite_rows as rows_of
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row
+from mlproducer.stores.sqlite_link import Link
+from mlproducer.stores.sqlite_rows import Found
+
+logger = logging.getLogger(__name__)
+
+ROOM = 4 * 1024 * 1024
+"""Bytes of messages that one call reads, and one message more: a backlog does not fill memory."""
+
+HORIZON = 60.0
+
+
+class SQLiteStore:
+    """Rows in a file, with SQLite's write-ahead log beside it; both are their owner's alone.
+
+    It is opened at the first use, and made if it is not there; its directory has to be. A file that
+    is damaged, or not this library's, is a `StoreError` and stays as it is; single rows that are
+    damaged are logged, and put aside in the table ``quarantine``.
+
+    **Time** is the machine's monotonic clock, which all its processes share, so a jump of the wall
+    clock changes nothing; after the machine has booted, everything is due.
+
+    **A full disk**: what is there is delivered and deleted nevertheless, with the help of a file
+    that is kept beside the store's for this.
+
+    :param path: names a file on a local disk; a relative one is of the current directory
+    :param lease: seconds for which a claim holds
+    :param write_ahead: store every message before it is sent
+    :param horizon: seconds; no row waits longer. The longest of all processes holds for all
+    :param clock: gives monotonic seconds
+    """
+
+    durable = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        lease: float = 30.0,
+        write_ahead: bool = False,
+        horizon: float = HORIZON,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        directory, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - may be bytes-like
+        self.name = os.path.join(os.path.realpath(directory), name)  # noqa: PTH118
+        self.lease = lease
+        self.write_ahead = write_ahead
+        self._horizon = max(lease, horizon)
+        self._link = Link(self.name, self._horizon + 1.0, clock)
+        self._pid = os.getpid()
+        self._claims: dict[int, Claim] = {}
+
+    def __repr__(self) -> str:
+        return f"<SQLiteStore {self.name}>"
+
+    def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+        """Store messages, with one fsync for all of them.
+
+        :raises StoreError: they are not stored; there is no `BufferFullError`, since a disk is full
+            for everybody at once
+        """
+        new: list[Entry] = []
+
+        def work(connection: sqlite3.Connection) -> list[Claim]:
+            new.extend(entries)
+            rows = [rows_of.entry_row(entry, self._due(entry.delay)) for entry in new]
+            return _insert(connection, rows) if rows else []
+
+        claims = self._link.store(work, patience)
+        self._note(claims, [entry.delay for entry in new])
+        return claims
+
+    def release(self, changes: Sequence[Change]) -> list[Claim]:
+        """Note what became of claimed rows."""
+
+        def work(connection: sqlite3.Connection) -> list[Change]:
+            held = _held(connection, [change.claim for change in changes])
+            known = [change for change in changes if change.claim in held]
+            rows = [rows_of.change_row(change, self._due(change.delay)) for change in known]
+            for size, values in rows_of.in_pieces(rows):
+                connection.execute(rows_of.change(size), values)
+            return known
+
+        known = self._link.change(work, safe=True) if changes else []
+        self._note([change.claim for change in known], [change.delay for change in known])
+        holding = {change.claim for change in known}
+        return self._lost(change.claim for change in changes if change.claim not in holding)
+
+    def renew(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Let leases begin anew."""
+
+        def work(connection: sqlite3.Connection) -> set[Claim]:
+            held = _held(connection, claims)
+            keys = json.dumps([claim.key for claim in held])
+            connection.execute(rows_of.RENEW, (self._due(None), keys))
+            return held
+
+        held = self._link.change(work) if claims else set()
+        return self._lost(claim for claim in claims if claim not in held)
+
+    def done(self, claims: Sequence[Claim]) -> None:
+        """Delete rows."""
+        tokens: dict[int, list[int]] = {}
+        for claim in claims:
+            tokens.setdefault(claim.token, []).append(claim.key)
+        orders = [(token, json.dumps(keys)) for token, keys in tokens.items()]
+
+        def work(connection: sqlite3.Connection) -> None:
+            for order in orders:
+                connection.execute(rows_of.DONE, order)
+
+        if len(orders) == 1:
+            self._link.run(work)  # a transaction in one statement
+        elif orders:
+            self._link.change(work)
+        self._lost(claims)
+
+    def claim(self, limit: int) -> list[Row]:
+        """Claim what is due, about 4 MiB of it at most; fewer rows do not mean that it was all."""
+
+        def work(connection: sqlite3.Connection) -> list[Found]:
+            bounds = {"now": self._link.now(), "limit": limit}
+            (sizes,) = connection.execute(rows_of.DUE, bounds).fetchone()
+            return self._claim(connection, rows_of.within(sizes, ROOM))
+
+        return self._claimed(self._link.change(work)) if limit > 0 else []
+
+    def letters(self, limit: int, after: int = 0) -> list[Row]:
+        """Show dead letters, about 4 MiB of them at most; only an empty list is the end."""
+
+        def work(connection: sqlite3.Connection) -> list[Found]:
+            bounds = {"after": after, "limit": limit}
+            (sizes,) = connection.execute(rows_of.LETTERS, bounds).fetchone()
+            found = _read(connection, rows_of.within(sizes, ROOM))
+            _put_aside(connection, found)
+            return found
+
+        found = self._link.change(work)
+        self._tell(found)
+        rows = [each.row for each in found if each.row is not None]
+        return rows or (self.letters(limit, found[-1].key) if found else [])
+
+    def seize(self, row: Row) -> Row | None:
+        """Claim a letter."""
+        key, token = row.claim.key, row.claim.token
+
+        def work(connection: sqlite3.Connection) -> list[Found]:
+            bounds = {"key": key, "token": token, "now": self._link.now()}
+            (there,) = connection.execute(rows_of.LETTER, bounds).fetchone()
+            return self._claim(connection, [key]) if there else []
+
+        return next(iter(self._claimed(self._link.change(work))), None)
+
+    def depth(self) -> Depth:
+        """Count the rows."""
+
+        def work(connection: sqlite3.Connection) -> tuple[int, int, int]:
+            counts = connection.execute(rows_of.DEPTH, {"now": self._link.now()}).fetchone()
+            return counts[0], counts[1], counts[2]
+
+        total, dead, ahead = self._link.run(work)
+        return Depth(total - dead - ahead, dead)
+
+    def close(self) -> None:
+        """Make this process's claims due, and close the file."""
+        claims = list(self._mine().values())
+
+        def work(connection: sqlite3.Connection) -> None:
+            keys = json.dumps([claim.key for claim in _held(connection, claims)])
+            connection.execute(rows_of.GIVE_BACK, (self._link.now(), keys))
+
+        self._link.close(work)
+        self._claims = {}
+
+    # --- claims of this process ----------------------------------------------------------------
+
+    def _mine(self) -> dict[int, Claim]:
+        """Give the claims of this process, by key; none in a child that was forked."""
+        if self._pid != os.getpid():
+            self._pid, self._claims = os.getpid(), {}
+        return self._claims
+
+    def _note(self, claims: Sequence[Claim], delays: Sequence[float | None]) -> None:
+        mine = self._mine()
+        for claim, delay in zip(claims, delays, strict=True):
+            if delay is None:
+                mine[claim.key] = claim
+            else:
+                mine.pop(claim.key, None)
+
+    def _lost(self, claims: Iterable[Claim]) -> list[Claim]:
+        mine = self._mine()
+        lost = list(claims)
+        for claim in lost:
+            if mine.get(claim.key) == claim:
+                del mine[claim.key]
+        return lost
+
+    def _due(self, delay: float | None) -> float:
+        """Give the end of a lease, or of a delay."""
+        seconds = self.lease if delay is None else min(delay, self._horizon)
+        return self._link.now() + seconds
+
+    # --- rows, within a transaction and after it -----------------------------------------------
+
+    def _claim(self, connection: sqlite3.Connection, keys: Sequence[int]) -> list[Found]:
+        if not keys:
+            return []
+        connection.execute(rows_of.CLAIM, (self._due(None), json.dumps(keys)))
+        found = _read(connection, keys)
+        _put_aside(connection, found)
+        return found
+
+    def _claimed(self, found: Sequence[Found]) -> list[Row]:
+        self._tell(found)
+        rows = [each.row for each in found if each.row is not None]
+        self._note([row.claim for row in rows], [None] * len(rows))
+        return rows
+
+    def _tell(self, found: Iterable[Found]) -> None:
+        for each in found:
+            if each.row is None:
+                logger.error(
+                    "row %d of the store %s is damaged; it is now in the table quarantine",
+                    each.key,
+                    self.name,
+                )
+
+
+def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
+    for size, values in rows_of.in_pieces(rows):
+        last = connection.execute(rows_of.insert(size), values).lastrowid or 0
+    return [Claim(key, rows_of.FIRST_TOKEN) for key in range(last - len(rows) + 1, last + 1)]
+
+
+def _held(connection: sqlite3.Connection, claims: Iterable[Claim]) -> set[Claim]:
+    """Give those of these claims that hold."""
+    by_key = {claim.key: claim for claim in sorted(claims, key=lambda claim: claim.token)}
+    (keys,) = connection.execute(rows_of.HELD, (rows_of.pairs(by_key.values()),)).fetchone()
+    return {by_key[key] for key in json.loads(keys)}
+
+
+def _read(connection: sqlite3.Connection, keys: Sequence[int]) -> list[Found]:
+    numbers, pieces = connection.execute(rows_of.READ, (json.dumps(keys),)).fetchone()
+    return rows_of.found(numbers, pieces)
+
+
+def _put_aside(connection: sqlite3.Connection, found: Iterable[Found]) -> None:
+    damaged = json.dumps([each.key for each in found if each.row is None])
+    if damaged != "[]":
+        for statement in rows_of.QUARANTINE:
+            connection.execute(statement, (damaged,))

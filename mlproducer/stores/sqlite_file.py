@@ -1,0 +1,286 @@
+"""The file of the SQLite store: how it comes to be, and what it must be to be used.
+
+A file that is not right is left as it is: everything is checked before anything may write. It is
+never opened but by SQLite, since closing a descriptor of one's own would give up SQLite's locks
+(sqlite.org, *How To Corrupt An SQLite Database File*, 2.2).
+
+Runs on: the retry thread.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from attrs import field, frozen
+
+from mlproducer.errors import StoreError
+from mlproducer.stores.sqlite_rows import SCHEMA
+
+APPLICATION_ID = 0x6D6C7072
+VERSION = 1
+
+OLDEST = (3, 33, 0)
+"""The SQLite that has ``UPDATE ... FROM``."""
+
+BUSY_WAIT = 0.02
+"""Seconds for which SQLite waits for another writer before it asks whether to go on waiting."""
+
+CHECKED_BYTES = 256 * 1024 * 1024
+"""Files up to this size are read and checked as a whole when opened, in about a second."""
+
+BOOT_SECONDS = 1e9
+"""What the clock of a file is put on by at each boot of the machine, so that all is due then."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+_LEVELS = ("FULL", "NORMAL")
+
+_SETUP = (
+    "PRAGMA synchronous = {synchronous}",
+    "PRAGMA secure_delete = FAST",  # what was deleted is overwritten where that costs no write
+    "PRAGMA trusted_schema = OFF",
+    "PRAGMA cell_size_check = ON",
+    "PRAGMA cache_size = -8192",
+)
+
+
+@frozen
+class Connections:
+    """Two connections to one file.
+
+    :ivar safe: each of its transactions is on the disk when it ends
+    :ivar quick: its last ones may be undone by a power failure, as a whole and in order
+    :ivar shift: what this machine's monotonic clock lags behind the file's, in seconds
+    :ivar inode: which file it is, for `is_there`
+    """
+
+    safe: sqlite3.Connection = field(repr=False)
+    quick: sqlite3.Connection = field(repr=False)
+    shift: float
+    inode: tuple[int, int]
+
+    def close(self) -> None:
+        """Close both; the last connection of all moves what is in the log to the file."""
+        self.quick.close()
+        self.safe.close()
+
+
+def open_file(path: str, horizon: float, *, check: bool) -> Connections:
+    """Open a file, or make it.
+
+    :param check: read it as a whole
+    :raises StoreError: it is not what it should be, or not where it should be
+    :raises sqlite3.Error: SQLite says so
+    """
+    if sqlite3.sqlite_version_info < OLDEST:
+        raise StoreError(
+            f"the store {path} needs SQLite 3.33 or later, and this Python has "
+            f"{sqlite3.sqlite_version}: use a later Python"
+        )
+    try:
+        _check_directory(path)
+        if not _is_ours(path):
+            _create(path)
+        inode = _inode(path)
+    except OSError as error:
+        raise StoreError(
+            f"the store {path} cannot be opened or made: {error.strerror}; "
+            "it needs a directory in which this user may write"
+        ) from None
+    _check_header(path)
+    if check:
+        _check_content(path)
+    with ExitStack() as undo:
+        safe, quick = (undo.enter_context(closing(_connect(path, each))) for each in _LEVELS)
+        connections = Connections(safe, quick, _clock(safe, horizon), inode)
+        undo.pop_all()
+    return connections
+
+
+def is_there(path: str, inode: tuple[int, int]) -> bool:
+    """Whether the path still names the file that was opened."""
+    try:
+        return _inode(path) == inode
+    except OSError:
+        return False
+
+
+def _inode(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+# --- what is there already ----------------------------------------------------------------------
+
+
+def _check_directory(path: str) -> None:
+    directory = os.path.dirname(path)  # noqa: PTH120 - a path is text throughout
+    try:
+        mode = os.stat(directory).st_mode  # noqa: PTH116
+    except FileNotFoundError:
+        raise StoreError(f"the store {path} is in a directory that is not there: make it") from None
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise StoreError(
+            f"the store {path} is in a directory in which anyone may replace it: take away the "
+            "others' right to write (chmod o-w)"
+        )
+
+
+def _is_ours(path: str) -> bool:
+    """Whether there is a file, which then is one that only we can have put there."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        _check_no_log(path)
+        return False
+    if stat.S_ISLNK(status.st_mode):
+        raise StoreError(f"the store {path} is a symbolic link: name the file itself")
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreError(f"the store {path} is not a regular file")
+    if status.st_mode & stat.S_IRWXO:
+        raise StoreError(f"the store {path} is open to all users: chmod 600, and see who it was")
+    if status.st_uid != os.geteuid() and os.geteuid() and _is_shared(path):
+        raise StoreError(f"the store {path} is another user's, in a directory for everyone")
+    if status.st_size == 0:
+        raise StoreError(
+            f"the store {path} is empty, so what was in it is gone: remove it to begin anew"
+        )
+    return True
+
+
+def _check_no_log(path: str) -> None:
+    log = Path(f"{path}-wal")
+    if log.is_file() and log.stat().st_size:
+        raise StoreError(
+            f"the store {path} is not there, but its log {log} is: put the file back, or remove "
+            "the log to begin anew"
+        )
+
+
+def _is_shared(path: str) -> bool:
+    return bool(os.stat(os.path.dirname(path)).st_mode & stat.S_IWOTH)  # noqa: PTH116, PTH120
+
+
+def _check_header(path: str) -> None:
+    """Look at the first page only, in a way that takes no lock and leaves no trace.
+
+    Without its log a file may look cut off: its last writer was killed while it moved the log.
+    """
+    with closing(_raw(path, "mode=ro&immutable=1")) as connection:
+        try:
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+        except sqlite3.DatabaseError as error:
+            if "malformed" in str(error):
+                return
+            raise
+    if application != APPLICATION_ID:
+        raise StoreError(f"the store {path} is another program's database: choose another path")
+    if version != VERSION:
+        raise StoreError(
+            f"the store {path} has schema {version}, and this version of mlproducer knows "
+            f"{VERSION}: use the version that wrote it"
+        )
+
+
+def _check_content(path: str) -> None:
+    if os.lstat(path).st_size > CHECKED_BYTES:
+        return
+    with closing(_raw(path, "mode=ro")) as connection:
+        (result,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if result != "ok":
+        raise StoreError(corrupt(path))
+
+
+def corrupt(path: str) -> str:
+    """Say what to do with a file that SQLite calls corrupt or no database."""
+    return (
+        f"the store {path} is corrupt, or no SQLite database: move it away together with its -wal "
+        "and -shm; 'sqlite3 FILE .recover' may still read messages from it"
+    )
+
+
+# --- what is not --------------------------------------------------------------------------------
+
+
+def _create(path: str) -> None:
+    """Make a file that is complete from its first moment, and whose owner alone may read it."""
+    with _draft(path) as draft:
+        with closing(_raw(draft, "mode=rw")) as connection:
+            connection.executescript(
+                f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
+                f"BEGIN; {SCHEMA} COMMIT; PRAGMA journal_mode = WAL;"
+            )
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return  # another process was faster, and its file is as good
+    _sync_directory(path)
+
+
+@contextmanager
+def _draft(path: str) -> Iterator[str]:
+    draft = f"{path}.{secrets.token_hex(8)}.new"
+    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(descriptor, 0o600)
+        os.close(descriptor)
+        yield draft
+    finally:
+        os.unlink(draft)  # noqa: PTH108
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)  # noqa: PTH120
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- connections --------------------------------------------------------------------------------
+
+
+def _raw(path: str, query: str) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{Path(path).as_uri()}?{query}",
+        uri=True,
+        timeout=BUSY_WAIT,
+        isolation_level=None,
+        check_same_thread=False,  # the thread that forks closes it
+        cached_statements=64,
+    )
+
+
+def _connect(path: str, synchronous: str) -> sqlite3.Connection:
+    connection = _raw(path, "mode=rw")
+    try:
+        for statement in _SETUP:
+            connection.execute(statement.format(synchronous=synchronous))
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _clock(connection: sqlite3.Connection, horizon: float) -> float:
+    """Enter this boot and this horizon, and give the file's shift."""
+    boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    known, most, shift = connection.execute("SELECT boot, horizon, shift FROM clock").fetchone()
+    if known == boot and most >= horizon:
+        return float(shift)
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(
+        "UPDATE clock SET boot = ?, shift = shift + ?, horizon = 0 WHERE boot <> ?",
+        (boot, BOOT_SECONDS, boot),
+    )
+    connection.execute("UPDATE clock SET horizon = ? WHERE horizon < ?", (horizon, horizon))
+    (shift,) = connection.execute("SELECT shift FROM clock").fetchone()
+    connection.execute("COMMIT")
+    return float(shift)

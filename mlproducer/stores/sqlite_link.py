@@ -1,0 +1,249 @@
+"""How the SQLite store uses its file: transactions, their failures, and forks.
+
+A fork waits until no call to SQLite is under way, and finds the file closed. It has to be so: what
+SQLite knows of its locks on a file is held once for a process, and a child that inherited it would
+believe that it holds its parent's locks, which it does not.
+
+Runs on: the retry thread; a command's thread for what only reads; the thread that forks.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from mlproducer.errors import StoreError
+from mlproducer.stores.sqlite_file import Connections, corrupt, is_there, open_file
+from mlproducer.stores.sqlite_reserve import Reserve
+
+T = TypeVar("T")
+
+Work = Callable[[sqlite3.Connection], T]
+
+WAIT = 0.25
+"""Seconds to wait for another writer."""
+
+FORK_WAIT = 10.0
+"""Seconds for which a fork waits for a call that is under way."""
+
+
+class Link:
+    """The file as one process uses it: opened at its first use, and again after it was lost.
+
+    :param horizon: seconds; what is due later than that was written by another clock
+    :param clock: gives monotonic seconds
+    """
+
+    def __init__(self, path: str, horizon: float, clock: Callable[[], float]) -> None:
+        self._path = path
+        self._horizon = horizon
+        self._clock = clock
+        self._reserve = Reserve(path)
+        self._checked = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # guards: _connections, and each call to SQLite
+        self._connections: Connections | None = None
+        self._shift = 0.0
+
+    def now(self) -> float:
+        """Give the time by the file's clock, within a call."""
+        return self._shift + self._clock()
+
+    # --- calls ---------------------------------------------------------------------------------
+
+    def store(self, work: Work[T], patience: float) -> T:
+        """Do work in a transaction that is on the disk afterwards, and has to have room there."""
+        with self._use() as connections:
+            self._reserve.fill()
+            return _transact(connections.safe, work, patience)
+
+    def change(self, work: Work[T], *, safe: bool = False) -> T:
+        """Do work in a transaction, also where the disk is full.
+
+        :param safe: it is on the disk afterwards
+        """
+        return self._even_if_full(lambda each: _transact(each, work, WAIT), safe=safe)
+
+    def run(self, work: Work[T]) -> T:
+        """Run one statement, also where the disk is full."""
+        return self._even_if_full(lambda each: _patiently(lambda: work(each), WAIT), safe=False)
+
+    def close(self, work: Work[None]) -> None:
+        """Do work in a transaction, if the file is open; move the log to the file, and close it."""
+        self._leave_the_parent()
+        if self._connections is None:
+            return
+        with self._use() as connections:
+            try:
+                _transact(connections.quick, work, WAIT)
+                _checkpoint(connections)
+            finally:
+                self._drop()
+
+    def _even_if_full(self, work: Work[T], *, safe: bool) -> T:
+        with self._use() as connections:
+            connection = connections.safe if safe else connections.quick
+            try:
+                return work(connection)
+            except sqlite3.OperationalError as error:
+                if _fault(error) != FULL or not self._reserve.give_up():
+                    raise
+                _checkpoint(connections)
+                return work(connection)
+
+    @contextmanager
+    def _use(self) -> Iterator[Connections]:
+        """Give the connections for one call, and tell what fails in the library's words."""
+        self._leave_the_parent()
+        with self._lock:
+            try:
+                yield self._opened()
+            except sqlite3.Error as error:
+                fault = _fault(error)
+                if fault not in (LOCKED, FULL):
+                    self._drop()
+                raise StoreError(_text(fault, self._path, error)) from None
+            except OSError as error:
+                raise StoreError(f"the store {self._path} has no room: {error.strerror}") from None
+
+    # --- the file ------------------------------------------------------------------------------
+
+    def _opened(self) -> Connections:
+        connections = self._connections
+        if connections is None:
+            return self._open()
+        if is_there(self._path, connections.inode):
+            return connections
+        self._drop()
+        raise StoreError(
+            f"the store {self._path} was removed or replaced while it was in use; what was in it "
+            "is gone, and the next call begins anew"
+        )
+
+    def _open(self) -> Connections:
+        if any(path == self._path for path, _ in _inherited):
+            raise StoreError(
+                f"the store {self._path} was in use when this process was forked, so that it can "
+                "not be used here: fork before it is first used"
+            )
+        connections = _patiently(self._open_now, WAIT)
+        self._connections, self._shift = connections, connections.shift
+        self._checked = True
+        _links.add(self)
+        return connections
+
+    def _open_now(self) -> Connections:
+        return open_file(self._path, self._horizon, check=not self._checked)
+
+    def _drop(self) -> None:
+        connections, self._connections = self._connections, None
+        if connections is not None:
+            connections.close()
+
+    # --- forks ---------------------------------------------------------------------------------
+
+    def hold(self) -> bool:
+        """Close the file, and let no one open it, before a fork; false if somebody is in a call."""
+        if not self._lock.acquire(timeout=FORK_WAIT):
+            return False
+        self._drop()
+        return True
+
+    def let_go(self) -> None:
+        """Go on after a fork, in parent and child."""
+        self._lock.release()
+
+    def _leave_the_parent(self) -> None:
+        """After a fork, keep what is open from ever being touched, even by garbage collection."""
+        if self._pid == os.getpid():
+            return
+        if self._connections is not None:
+            _inherited.append((self._path, self._connections))
+        self._begin()
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+_held: dict[int, list[Link]] = {}
+_inherited: list[tuple[str, Connections]] = []
+
+
+def _before_fork() -> None:
+    _held[threading.get_ident()] = [link for link in sorted(_links, key=id) if link.hold()]
+
+
+def _after_fork() -> None:
+    for link in _held.pop(threading.get_ident(), []):
+        link.let_go()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+
+
+# --- transactions -------------------------------------------------------------------------------
+
+
+def _transact(connection: sqlite3.Connection, work: Work[T], patience: float) -> T:
+    _patiently(lambda: connection.execute("BEGIN IMMEDIATE"), patience)
+    try:
+        result = work(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return result
+
+
+def _patiently(work: Callable[[], T], patience: float) -> T:
+    """Begin again for as long as another writer is in the way."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return work()
+        except sqlite3.OperationalError as error:
+            if _fault(error) != LOCKED or time.monotonic() >= deadline:
+                raise
+
+
+def _checkpoint(connections: Connections) -> None:
+    """Move the log to the file, as far as no one reads it."""
+    connections.quick.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+LOCKED = "is locked"
+FULL = "is full"
+CORRUPT = ("malformed", "not a database")
+READ_ONLY = ("readonly", "unable to open")
+
+
+def _fault(error: sqlite3.Error) -> str:
+    """Name a fault by SQLite's text; its code is known to Python 3.11 and later only."""
+    text = str(error)
+    kinds = (LOCKED, FULL, *CORRUPT, *READ_ONLY)
+    return next((kind for kind in kinds if kind in text), "")
+
+
+def _text(fault: str, path: str, error: sqlite3.Error) -> str:
+    if fault == LOCKED:
+        return f"the store {path} is locked by another writer"
+    if fault == FULL:
+        return f"the store {path} is on a full disk"
+    if fault in CORRUPT:
+        return corrupt(path)
+    if fault in READ_ONLY:
+        return (
+            f"the store {path} cannot be written: this user needs the right to write to the file "
+            f"and its directory ({error})"
+        )
+    return f"the store {path} cannot be used: {error}"

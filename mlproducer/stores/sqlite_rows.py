@@ -1,0 +1,300 @@
+"""The table of the SQLite store: its statements, and how messages become rows and rows messages.
+
+A statement does its work for many rows at once, and gives what it finds as one value. For each
+step of a statement, and so for each row that it gives, ``sqlite3`` lets go of Python's lock, and
+may wait 5 ms until a busy thread gives it back (``sys.getswitchinterval``).
+
+What comes from the file is not trusted: each field has its type, and the message its checksum. Here
+nothing knows of a connection.
+
+Runs on: the retry thread.
+"""
+
+# ruff: noqa: S608 - statements are made of constants, and data comes as parameters
+from __future__ import annotations
+
+import enum
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from attrs import frozen
+
+from mlproducer.message import Envelope
+from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row
+
+MICROSECONDS = 1_000_000
+
+FIRST_TOKEN = 2
+"""As long as all tokens up to 127, so that a claim writes a long row's first page only."""
+
+MOST_ROWS = 512
+MOST_BYTES = 16 * 1024 * 1024
+"""What one statement stores at most; SQLite takes 32,766 parameters."""
+
+
+class State(enum.IntEnum):
+    """What a row is; AHEAD until its first claim ends."""
+
+    AHEAD = 0
+    WAITING = 1
+    DEAD = 2
+
+
+SCHEMA = """
+CREATE TABLE messages (
+    key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again
+    token INTEGER NOT NULL,
+    claimed INTEGER NOT NULL CHECK (claimed IN (0, 1)),
+    due REAL NOT NULL,                      -- seconds of this file's clock; if claimed, the end
+    state INTEGER NOT NULL CHECK (state IN (0, 1, 2)),  -- ahead, waiting, dead
+    attempts INTEGER NOT NULL,
+    doubtful INTEGER NOT NULL,
+    reason TEXT NOT NULL,
+    first_failed_at INTEGER NOT NULL,       -- microseconds since the epoch
+    message_id TEXT NOT NULL,
+    task_type TEXT NOT NULL,
+    exchange TEXT NOT NULL,
+    routing_key TEXT NOT NULL,
+    checksum INTEGER NOT NULL,
+    properties BLOB NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE INDEX messages_by_state ON messages (state, key, due);
+CREATE TABLE quarantine AS SELECT * FROM messages;
+CREATE TABLE clock (boot TEXT NOT NULL, shift REAL NOT NULL, horizon REAL NOT NULL);
+INSERT INTO clock VALUES ('', 0.0, 0.0);
+"""
+"""Counts and due rows are found in the index alone, without a look at the messages."""
+
+_HEAD = (
+    "claimed, due, state, attempts, doubtful, reason, first_failed_at, "
+    "message_id, task_type, exchange, routing_key, checksum, properties, body"
+)
+_HEAD_WIDTH = len(_HEAD.split(","))
+
+_DUE = "(due <= :now OR due > :now + (SELECT horizon FROM clock))"
+
+_DUE_KEYS = " UNION ALL ".join(
+    f"SELECT * FROM (SELECT key FROM messages INDEXED BY messages_by_state"
+    f" WHERE state = {state:d} AND {_DUE} ORDER BY key LIMIT :limit)"
+    for state in State
+)
+
+_SIZE = "coalesce(length(properties), 0) + coalesce(length(body), 0)"
+
+DUE = (
+    f"SELECT json_group_array(json_array(key, {_SIZE})) FROM messages"
+    f" WHERE key IN (SELECT key FROM ({_DUE_KEYS}) ORDER BY key LIMIT :limit)"
+)
+"""Keys and sizes of what is due, for ``now`` and ``limit``."""
+
+LETTERS = (
+    f"SELECT json_group_array(json_array(key, {_SIZE})) FROM messages WHERE key IN (SELECT key FROM"
+    f" messages INDEXED BY messages_by_state WHERE state = {State.DEAD:d} AND key > :after"
+    f" ORDER BY key LIMIT :limit)"
+)
+"""Keys and sizes of dead letters, for ``after`` and ``limit``."""
+
+LETTER = (
+    f"SELECT count(*) FROM messages WHERE key = :key AND token = :token AND state = {State.DEAD:d}"
+    f" AND (claimed = 0 OR {_DUE})"
+)
+"""Whether a letter can be claimed: for ``key``, ``token`` and ``now``."""
+
+_PIECES = ("reason", "message_id", "task_type", "exchange", "routing_key", "properties", "body")
+
+READ = (
+    "SELECT json_group_array(json_array(key, token, state, CAST(attempts AS INTEGER),"
+    " CAST(doubtful AS INTEGER), CAST(first_failed_at AS INTEGER), CAST(checksum AS INTEGER), "
+    + ", ".join(f"length(CAST({piece} AS BLOB))" for piece in _PIECES)
+    + ")), group_concat("
+    + " || ".join(f"hex({piece})" for piece in _PIECES)
+    + ", '') FROM messages WHERE key IN (SELECT value FROM json_each(?))"
+)
+"""Rows, for a JSON array of keys: numbers and lengths, and then all texts and bytes in one."""
+
+CLAIM = (
+    "UPDATE messages SET token = token + 1, doubtful = max(doubtful, claimed), claimed = 1,"
+    " due = ?, state = max(state, 1) WHERE key IN (SELECT value FROM json_each(?))"
+)
+
+HELD = (
+    "SELECT json_group_array(m.key) FROM json_each(?) AS c CROSS JOIN messages AS m"
+    " ON m.key = json_extract(c.value, '$[0]') AND m.token = json_extract(c.value, '$[1]')"
+    " WHERE m.claimed = 1"
+)
+"""Keys of the claims that hold, for a JSON array of keys and tokens."""
+
+RENEW = "UPDATE messages SET due = ? WHERE key IN (SELECT value FROM json_each(?))"
+
+GIVE_BACK = (
+    "UPDATE messages SET due = ?, claimed = 0, doubtful = 1"
+    " WHERE key IN (SELECT value FROM json_each(?))"
+)
+
+DONE = "DELETE FROM messages WHERE token = ? AND key IN (SELECT value FROM json_each(?))"
+
+DEPTH = (
+    "SELECT (SELECT count(*) FROM messages),"
+    f" (SELECT count(*) FROM messages WHERE state = {State.DEAD:d}),"
+    f" (SELECT count(*) FROM messages WHERE state = {State.AHEAD:d} AND NOT {_DUE})"
+)
+"""All, the dead, and those stored ahead that are still claimed, for ``now``."""
+
+_BY_KEYS = "FROM messages WHERE key IN (SELECT value FROM json_each(?))"
+QUARANTINE = (f"INSERT INTO quarantine SELECT * {_BY_KEYS}", f"DELETE {_BY_KEYS}")
+
+
+@lru_cache
+def insert(rows: int) -> str:
+    """Give the statement that stores this many rows, without those that are all NULL."""
+    values = _values(rows, _HEAD_WIDTH)
+    return (
+        f"INSERT INTO messages (token, {_HEAD}) SELECT {FIRST_TOKEN}, * FROM ({values})"
+        " WHERE column1 IS NOT NULL"
+    )
+
+
+@lru_cache
+def change(rows: int) -> str:
+    """Give the statement that changes this many rows; NULL changes nothing of the message."""
+    names = _HEAD.split(", ")
+    kept = names[names.index("message_id") :]
+    sets = [
+        f"{name} = coalesce(new.column{place}, {name})"
+        if name in kept
+        else f"{name} = new.column{place}"
+        for place, name in enumerate(names, 2)
+    ]
+    values = _values(rows, _HEAD_WIDTH + 1)
+    return f"UPDATE messages SET {', '.join(sets)} FROM ({values}) AS new WHERE key = new.column1"
+
+
+def _values(rows: int, width: int) -> str:
+    row = f"({', '.join('?' * width)})"
+    return f"VALUES {', '.join([row] * rows)}"
+
+
+def in_pieces(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, list[Any]]]:
+    """Split rows for statements whose numbers of rows are few, and so stay prepared.
+
+    :returns: the number of rows of a statement, and its parameters
+    """
+    largest = max((len(row[-1] or b"") + len(row[-2] or b"") for row in rows), default=0)
+    most = max(1, min(MOST_ROWS, MOST_BYTES // (largest + 1)))
+    start = 0
+    while start < len(rows):
+        left = min(most, len(rows) - start)
+        size = 1 << (left - 1).bit_length()
+        if size > most or size - left > size // 4:
+            size //= 2
+        piece = rows[start : start + size]
+        values = [value for row in piece for value in row]
+        yield size, values + [None] * (len(rows[0]) * (size - len(piece)))
+        start += size
+
+
+def entry_row(entry: Entry, due: float) -> tuple[Any, ...]:
+    """Give the fields of what is to be stored."""
+    state = State.AHEAD if entry.ahead and entry.delay is None else _state(entry.record)
+    return (*_known(entry.record, entry.delay, due, state), *_message(entry.record.envelope))
+
+
+def change_row(change: Change, due: float) -> tuple[Any, ...]:
+    """Give key and fields of what has changed: a message only where it is a dead letter now."""
+    record = change.record
+    message = _message(record.envelope) if record.dead else (None,) * 7
+    return (change.claim.key, *_known(record, change.delay, due, _state(record)), *message)
+
+
+def _known(record: Record, delay: float | None, due: float, state: int) -> tuple[Any, ...]:
+    return (
+        int(delay is None),
+        due,
+        state,
+        record.attempts,
+        int(record.doubtful),
+        record.reason.encode(errors="replace").decode(),
+        round(record.first_failed_at * MICROSECONDS),
+    )
+
+
+def _state(record: Record) -> int:
+    return State.DEAD if record.dead else State.WAITING
+
+
+def _message(envelope: Envelope) -> tuple[Any, ...]:
+    route = envelope.message_id, envelope.task_type, envelope.exchange, envelope.routing_key
+    return (*route, _checksum(envelope), envelope.properties, envelope.body)
+
+
+def _checksum(envelope: Envelope) -> int:
+    route = (envelope.message_id, envelope.task_type, envelope.exchange, envelope.routing_key)
+    start = zlib.crc32("\0".join(route).encode())
+    return zlib.crc32(envelope.body, zlib.crc32(envelope.properties, start))
+
+
+@frozen
+class Found:
+    """A row that was read, with ``row`` ``None`` where its fields are no message."""
+
+    key: int
+    row: Row | None
+
+
+def found(numbers: str, digits: str | None) -> list[Found]:
+    """Read what `READ` gives, by key."""
+    content = bytes.fromhex(digits or "")
+    rows = []
+    start = 0
+    for each in json.loads(numbers):
+        pieces = []
+        for length in each[7:]:
+            end = start + (length or 0)
+            pieces.append(content[start:end])
+            start = end
+        rows.append(_found(each, pieces))
+    rows.sort(key=lambda row: row.key)
+    return rows
+
+
+def _found(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Found:
+    key, token, state, attempts, doubtful, first_failed_at, checksum = numbers[:7]
+    try:
+        reason, message_id, task_type, exchange, routing_key = (
+            piece.decode() for piece in pieces[:5]
+        )
+        envelope = Envelope(message_id, task_type, exchange, routing_key, pieces[5], pieces[6])
+        if checksum != _checksum(envelope) or attempts < 0:
+            return Found(key, None)
+        record = Record(
+            envelope,
+            attempts,
+            bool(doubtful),
+            state == State.DEAD,
+            reason,
+            first_failed_at / MICROSECONDS,
+        )
+    except (UnicodeDecodeError, TypeError):
+        return Found(key, None)
+    return Found(key, Row(Claim(key, token), record))
+
+
+def within(sizes: str, most: int) -> list[int]:
+    """Give keys from the first on, as long as their messages have less than ``most`` bytes."""
+    keys = []
+    total = 0
+    for key, size in sorted(json.loads(sizes)):
+        if total >= most:
+            break
+        keys.append(key)
+        total += size
+    return keys
+
+
+def pairs(claims: Iterable[Claim]) -> str:
+    """Write claims for a statement."""
+    return json.dumps([[claim.key, claim.token] for claim in claims])

@@ -1,0 +1,272 @@
+"""`RedisServer`: a private Redis on a port of its own.
+
+Owns one server's configuration, its life (start, stop, kill, freeze) and the commands that a test
+gives it. It must not know who stores what in it. Facts were checked on Redis 7.0.15.
+
+Runs on: the caller's thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from mlproducer.testing.erlang import free_port
+from mlproducer.testing.workspace import Workspace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from mlproducer.testing.certificates import ServerTLS
+    from mlproducer.testing.workspace import Program
+
+__all__ = ["RedisError", "RedisNotInstalled", "RedisServer"]
+
+_HOST = "127.0.0.1"
+_START_LIMIT = 10.0
+_STOP_LIMIT = 10.0
+_CALL_LIMIT = 5.0
+_LOOK_INTERVAL = 0.02
+
+
+class RedisError(Exception):
+    """The private Redis did not do what it was asked to; the text says what it said."""
+
+
+class RedisNotInstalled(RedisError):  # noqa: N818 - says what is the case, and how to end it
+    """No Redis server on this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "redis-server was not found: Redis is not installed on this machine. "
+            "On Debian or Ubuntu: apt-get install -y redis-server"
+        )
+
+
+class RedisServer:
+    """A Redis server of your own, as a context manager; it needs the package ``redis``.
+
+    ``with RedisServer() as server:`` starts it (about 0.1 s) and at the end kills it and removes
+    its files. `stop` and `kill` keep what it wrote to disk for `restart`: every write, before it
+    is answered (``appendonly yes``, ``appendfsync always``).
+
+    Args:
+        tls: certificates for a second, encrypted listener.
+        password: what a client must give; none by default.
+        config: further lines of ``redis.conf``, such as ``{"maxmemory": "1mb"}``
+            (https://redis.io/docs/latest/operate/oss_and_stack/management/config); may be changed
+            before the next start.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        tls: ServerTLS | None = None,
+        password: str | None = None,
+        config: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.host = _HOST
+        self.port = free_port()
+        self.tls_port = free_port() if tls is not None else None
+        self.password = password
+        self._tls = tls
+        self.config = dict(config)
+        self._workspace: Workspace | None = None
+        self._program: Program | None = None
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped"
+        return f"<RedisServer {self.host}:{self.port} {state}>"
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether the server's process lives; a frozen one does."""
+        return self._program is not None and self._program.running
+
+    @property
+    def pid(self) -> int:
+        """The process id of the server."""
+        return self._running_program().pid
+
+    def start(self, timeout: float = _START_LIMIT) -> None:
+        """Start the server and wait until it answers, at most ``timeout`` seconds.
+
+        Raises:
+            RedisNotInstalled: there is no Redis on this machine.
+            RedisError: it runs already, or did not come up; with the end of its log.
+
+        """
+        self.launch()
+        self.wait_ready(timeout)
+
+    def launch(self) -> None:
+        """Start the server without waiting for it."""
+        if self.running:
+            raise RedisError(f"{self!r} is running already")
+        program = shutil.which("redis-server")
+        if program is None:
+            raise RedisNotInstalled
+        if self._workspace is None:
+            self._workspace = Workspace("mlproducer-redis-")
+        settings = self._workspace.path / "redis.conf"
+        settings.write_text(self._configuration(self._workspace.path))
+        self._program = self._workspace.spawn("redis", [program, str(settings)], os.environ)
+
+    def wait_ready(self, timeout: float = _START_LIMIT) -> None:
+        """Wait until the launched server has loaded its data and answers."""
+        program = self._running_program()
+        deadline = time.monotonic() + timeout
+        while not self._answers():
+            late = time.monotonic() > deadline
+            if late:
+                program.kill()
+            if late or program.ended_within(_LOOK_INTERVAL):
+                raise RedisError(f"{self!r} did not come up; its log:\n{self.log_tail()}")
+
+    def stop(self, timeout: float = _STOP_LIMIT) -> None:
+        """Stop the server in good order. Data is kept."""
+        if self._program is not None and not self._program.terminate(timeout):
+            raise RedisError(f"{self!r} had to be killed: it did not stop in {timeout:g} s")
+
+    def kill(self) -> None:
+        """SIGKILL. Data is kept as far as it was written."""
+        if self._program is not None:
+            self._program.kill()
+
+    def restart(self, timeout: float = _START_LIMIT) -> None:
+        """Start again with the same port and data; stops the server first where it still runs."""
+        self.stop()
+        self.start(timeout)
+
+    def freeze(self) -> None:
+        """SIGSTOP: the kernel goes on accepting connections and bytes, nobody answers."""
+        self._running_program().send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT: end `freeze`."""
+        self._running_program().send(signal.SIGCONT)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Freeze the server for the length of the block."""
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.thaw()
+
+    def close(self) -> None:
+        """Kill the server and remove all it left: process, port and files."""
+        self.kill()
+        self._program = None
+        if self._workspace is not None:
+            self._workspace.close()
+            self._workspace = None
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of the server's log."""
+        return "" if self._program is None else self._program.log_tail(lines)
+
+    # -- addresses and commands ------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """``redis://127.0.0.1:port``, with the password where there is one."""
+        secret = "" if self.password is None else f":{self.password}@"
+        return f"redis://{secret}{self.host}:{self.port}"
+
+    @property
+    def tls_url(self) -> str:
+        """The encrypted listener, by the name ``localhost``."""
+        if self.tls_port is None:
+            raise RedisError(f"{self!r} has no TLS listener: give RedisServer(tls=...)")
+        secret = "" if self.password is None else f":{self.password}@"
+        return f"rediss://{secret}localhost:{self.tls_port}"
+
+    def call(self, *command: str | bytes | float) -> Any:
+        """Give the server a command, and return its answer as redis-py's plain types.
+
+        Raises:
+            RedisError: the server does not answer, or with an error.
+
+        """
+        redis = importlib.import_module("redis")
+        connection = redis.Connection(
+            host=self.host,
+            port=self.port,
+            password=self.password,
+            socket_timeout=_CALL_LIMIT,
+            protocol=2,
+        )
+        try:
+            connection.send_command(*command)
+            return connection.read_response()
+        except redis.RedisError as error:
+            raise RedisError(f"{self!r}: {error}") from error
+        finally:
+            connection.disconnect()
+
+    def configure(self, name: str, value: str) -> None:
+        """Change a setting of the running server."""
+        self.call("CONFIG", "SET", name, value)
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.call("PING") == b"PONG")
+        except RedisError:
+            return False
+
+    def _running_program(self) -> Program:
+        if self._program is None or not self._program.running:
+            raise RedisError(f"{self!r} is not running")
+        return self._program
+
+    def _configuration(self, directory: Path) -> str:
+        lines = {
+            "bind": self.host,
+            "port": str(self.port),
+            "dir": str(directory),
+            "save": '""',
+            "appendonly": "yes",
+            "appendfsync": "always",
+            "repl-diskless-sync-delay": "0",
+        }
+        if self.password is not None:
+            lines["requirepass"] = f'"{self.password}"'
+        if self._tls is not None:
+            lines["tls-port"] = str(self.tls_port)
+            lines["tls-cert-file"] = str(self._tls.cert)
+            lines["tls-key-file"] = str(self._tls.key)
+            lines["tls-ca-cert-file"] = str(self._tls.ca)
+            lines["tls-auth-clients"] = "yes" if self._tls.fail_if_no_peer_cert else "no"
+        lines |= self.config
+        return "".join(f"{name} {value}\n" for name, value in lines.items())

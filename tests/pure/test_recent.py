@@ -1,0 +1,150 @@
+"""What is remembered of the last minutes: counted once, bounded, and in the right order."""
+
+from __future__ import annotations
+
+from mlproducer.core.delivery import Delivery
+from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.states import CircuitState
+from mlproducer.errors import (
+    CircuitOpenError,
+    ConfirmTimeoutError,
+    NackError,
+    StoreError,
+    UnroutableError,
+)
+from mlproducer.observe.events import EventSink
+from mlproducer.observe.recent import KEPT, MAX_TEXT, Rates, Recorder
+from tests.helpers import make_delivery
+
+
+class Second:
+    """A recorder whose clock stands still until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.inside: list[Delivery] = []
+        self.recorder = Recorder(lambda: self.now)
+        self.sink: EventSink = self.recorder.sink(lambda: list(self.inside))
+        self.recorder.sample()
+
+    def rates(self, seconds: float = 1.0) -> Rates:
+        """Let time pass, and give the rates in it."""
+        self.now += seconds
+        return self.recorder.recent().rates[-1]
+
+
+def test_confirmed_at_once() -> None:
+    """A message that is confirmed has been published and confirmed, once each."""
+    second = Second()
+    second.sink.confirmed([make_delivery() for _ in range(6)], 0.0)
+    assert second.rates(2.0) == Rates(age=0.0, published=3.0, confirmed=3.0, deferred=0.0)
+    assert second.rates() == Rates(age=0.0, published=0.0, confirmed=0.0, deferred=0.0)
+
+
+def test_deferred_then_confirmed() -> None:
+    """A message counts as published when it is handed in, and not again when it is confirmed."""
+    second, delivery = Second(), make_delivery()
+    second.inside = [delivery]
+    assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=0.0)
+    delivery.kept = True
+    second.sink.deferred(delivery)
+    assert second.rates() == Rates(age=0.0, published=0.0, confirmed=0.0, deferred=1.0)
+    second.inside = []
+    second.sink.confirmed([delivery], 0.0)
+    assert second.rates() == Rates(age=0.0, published=0.0, confirmed=1.0, deferred=0.0)
+
+
+def test_given_back() -> None:
+    """A message that is refused was published, too; one that was ours is not counted again."""
+    second, ours = Second(), make_delivery()
+    second.sink.given_back(make_delivery(), CircuitOpenError())
+    assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=0.0)
+    ours.kept = True
+    second.sink.deferred(ours)
+    second.sink.given_back(ours, NackError())
+    assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=1.0)
+
+
+def test_samples_are_seconds_apart() -> None:
+    """However often somebody looks, there is one rate a second, and two minutes of them."""
+    second = Second()
+    for _ in range(1000):
+        second.now += 0.25
+        second.recorder.recent()
+    ages = [rates.age for rates in second.recorder.recent().rates]
+    assert ages == sorted(ages, reverse=True)
+    assert ages[-1] < 1.0
+    assert 115 <= ages[0] <= 120
+    assert len(ages) <= 121
+
+
+def test_several_engines() -> None:
+    """The engines of one producer are added up."""
+    second = Second()
+    other = second.recorder.sink(list)
+    second.rates()
+    second.sink.confirmed([make_delivery()], 0.0)
+    other.confirmed([make_delivery()], 0.0)
+    assert second.rates().confirmed == 2.0
+
+
+def test_equal_errors_are_one() -> None:
+    """An error that happens again is counted, and comes first again."""
+    second = Second()
+    for _ in range(3):
+        second.sink.failed(make_delivery(), ConfirmTimeoutError("no confirm"))
+    second.sink.store_failed(StoreError("disk full"))
+    second.sink.failed(make_delivery(), ConfirmTimeoutError("no confirm"))
+    errors = [(e.kind, e.text, e.times) for e in second.recorder.recent().errors]
+    expected = [("ConfirmTimeoutError", "no confirm", 4), ("the store fails", "disk full", 1)]
+    assert errors == expected
+
+
+def test_bounds() -> None:
+    """Of errors and dead letters the last twenty are kept, and of a text its beginning."""
+    second = Second()
+    for n in range(50):
+        second.sink.connection_error(Loss(f"{n} {'x' * 1000}"))
+        letter = make_delivery(f"id-{n}")
+        letter.reason = UnroutableError("y" * 1000)
+        second.sink.dead_lettered(letter)
+    recent = second.recorder.recent()
+    assert [e.text.split()[0] for e in recent.errors] == [str(n) for n in range(49, 29, -1)]
+    assert [e.text.split(":")[0] for e in recent.dead_letters] == [
+        f"id-{n}" for n in range(49, 29, -1)
+    ]
+    assert {len(e.text) for e in (*recent.errors, *recent.dead_letters)} == {MAX_TEXT}
+    assert {e.kind for e in recent.dead_letters} == {"UnroutableError"}
+    assert (len(recent.errors), recent.dead_lettered) == (KEPT, 50)
+
+
+def test_everything_that_goes_wrong() -> None:
+    """Each event that somebody may have to do something about is remembered; no other is."""
+    second, loss = Second(), Loss("words")
+    sink = second.sink
+    sink.connected("b:1")
+    sink.disconnected(Loss("closed by us", kind=LossKind.CLOSED))
+    sink.circuit_changed(CircuitState.CLOSED)
+    sink.flow_changed(blocked=False, reason="")
+    sink.health_checked(alive=True)
+    assert second.recorder.recent().errors == ()
+    sink.disconnected(loss)
+    sink.gave_up(10, loss)
+    sink.channel_lost(loss)
+    sink.circuit_changed(CircuitState.OPEN)
+    sink.flow_changed(blocked=True, reason="low on memory")
+    sink.health_checked(alive=False)
+    sink.health_fault("x", loss)
+    sink.topology_fault("q", loss)
+    sink.crashed(ValueError("may hold anything"))
+    assert [(e.kind, e.text) for e in reversed(second.recorder.recent().errors)] == [
+        ("disconnected", "words"),
+        ("gave up connecting", "after 10 attempts: words"),
+        ("channel closed", "words"),
+        ("circuit breaker", "opened"),
+        ("blocked by the broker", "low on memory"),
+        ("health check", "no answer"),
+        ("health check", "x: words"),
+        ("cannot declare", "q: words"),
+        ("the I/O loop failed", "ValueError"),
+    ]
