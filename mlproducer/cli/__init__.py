@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mlproducer.cli import check, dead_letters, demo, publish, reliability
+from mlproducer.cli import check, dead_letters, demo, monitoring, publish, reliability
 from mlproducer.cli.output import Console, UsageError
 from mlproducer.errors import MLProducerError
 from mlproducer.testing import RabbitMQError, WorkerError
@@ -26,6 +26,7 @@ COMMANDS = {
     "check": check,
     "dead-letters": dead_letters,
     "reliability": reliability,
+    "monitoring": monitoring,
 }
 
 

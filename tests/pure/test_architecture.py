@@ -91,6 +91,7 @@ INSIDE = {
         "redis",
         "__init__",
     ],
+    "monitoring": ["queries", "alerts", "panels", "dashboard", "__init__"],
     "observe": [
         "catalog",
         "events",

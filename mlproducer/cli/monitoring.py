@@ -1,0 +1,94 @@
+"""``mlproducer monitoring export DIR``: write the dashboard and the alert rules.
+
+A file that is there and says something else may have been edited: nothing is written then, unless
+``--force`` is given. Each file appears whole or not at all, since Prometheus and Grafana may read
+the directory meanwhile.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+from pathlib import Path
+
+from mlproducer.cli.output import Console
+from mlproducer.monitoring import ALERTS_FILE, DASHBOARD_FILE, files
+
+HELP = "write the Grafana dashboard and the Prometheus alert rules"
+DESCRIPTION = "The Grafana dashboard 'ML Producer Monitoring' and Prometheus alert rules."
+LOG_LEVEL = logging.WARNING
+
+READERS = {DASHBOARD_FILE: "grafana", ALERTS_FILE: "prometheus"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the one action and its arguments."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    summary = "write the two files into a directory"
+    export = actions.add_parser(
+        "export",
+        help=summary,
+        description=f"Write {DASHBOARD_FILE} for Grafana and {ALERTS_FILE} for Prometheus. Files "
+        "that are there and differ stay as they are, and the exit code is 1, unless --force.",
+    )
+    export.add_argument(
+        "directory", metavar="DIR", type=_directory, help="where to; made if it is not there"
+    )
+    export.add_argument("--force", action="store_true", help="replace files that differ")
+    export.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="output for programs"
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console) -> bool:
+    """Write the files and say where they are.
+
+    :raises OSError: a file is there and differs, or something cannot be read or written
+    """
+    texts = {arguments.directory / name: text for name, text in files().items()}
+    results = {path: _compare(path, text) for path, text in texts.items()}
+    edited = [path for path, result in results.items() if result == "replaced"]
+    if edited and not arguments.force:
+        why = "differs from what would be written; nothing was written (--force replaces it)"
+        raise FileExistsError(errno.EEXIST, why, ", ".join(map(str, edited)))
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        if results[path] != "unchanged":
+            _write(path, text)
+        console.detail(f"{results[path]:<9}  {path}")
+    console.detail("Grafana: import the dashboard, and choose the data source at its top.")
+    console.detail("Prometheus: name the rules below rule_files, and reload.")
+    console.emit({"ok": True, "files": [_told(path, results[path]) for path in texts]})
+    return True
+
+
+def _directory(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty; '.' is the current directory")
+    return Path(text)
+
+
+def _compare(path: Path, text: str) -> str:
+    """Say what writing a text to a path comes to: written, unchanged or replaced."""
+    try:
+        return "unchanged" if path.read_bytes() == text.encode() else "replaced"
+    except FileNotFoundError:
+        return "written"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file beside its place, and then put it there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(text.encode())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _told(path: Path, result: str) -> dict[str, str]:
+    return {"path": str(path), "for": READERS[path.name], "result": result}
