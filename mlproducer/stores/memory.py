@@ -20,11 +20,15 @@ MAX_BYTES = 64 * 1024 * 1024
 
 @define
 class _Slot:
-    """A row: claimed while it has no due time."""
+    """A row: claimed while it has no due time.
+
+    :ivar ahead: it was stored before its first attempt, which is under way
+    """
 
     record: Record
     token: int
     due: float | None
+    ahead: bool
 
 
 class MemoryStore:
@@ -50,6 +54,7 @@ class MemoryStore:
         self._slots: dict[int, _Slot] = {}
         self._bytes = 0
         self._dead = 0
+        self._ahead = 0
         self._last_key = 0
 
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
@@ -73,9 +78,10 @@ class MemoryStore:
             if slot is None or slot.token != change.claim.token or slot.due is not None:
                 lost.append(change.claim)
                 continue
-            self._count(slot.record, -1)
-            self._count(change.record, 1)
-            slot.record, slot.due = change.record, self._due(change.delay)
+            self._count(slot, -1)
+            slot.record, slot.ahead = change.record, False
+            self._count(slot, 1)
+            slot.due = self._due(change.delay)
         return lost
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
@@ -87,7 +93,7 @@ class MemoryStore:
         for claim in claims:
             slot = self._slots.get(claim.key)
             if slot is not None and slot.token == claim.token:
-                self._count(self._slots.pop(claim.key).record, -1)
+                self._count(self._slots.pop(claim.key), -1)
 
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, the oldest first."""
@@ -118,19 +124,22 @@ class MemoryStore:
 
     def depth(self) -> Depth:
         """Count the rows."""
-        return Depth(len(self._slots) - self._dead, self._dead)
+        return Depth(len(self._slots) - self._dead - self._ahead, self._dead)
 
     def close(self) -> None:
         """Make what is claimed due."""
         now = self._clock()
         for slot in self._slots.values():
             if slot.due is None:
-                slot.due, slot.record = now, evolve(slot.record, doubtful=True)
+                self._count(slot, -1)
+                slot.due, slot.record, slot.ahead = now, evolve(slot.record, doubtful=True), False
+                self._count(slot, 1)
 
     def _add(self, entry: Entry) -> Claim:
         self._last_key += 1
-        self._slots[self._last_key] = _Slot(entry.record, 1, self._due(entry.delay))
-        self._count(entry.record, 1)
+        slot = _Slot(entry.record, 1, self._due(entry.delay), entry.ahead)
+        self._slots[self._last_key] = slot
+        self._count(slot, 1)
         return Claim(self._last_key, 1)
 
     def _claimed(self, key: int, slot: _Slot) -> Row:
@@ -145,6 +154,7 @@ class MemoryStore:
     def _due(self, delay: float | None) -> float | None:
         return None if delay is None else self._clock() + delay
 
-    def _count(self, record: Record, sign: int) -> None:
-        self._bytes += sign * record.envelope.size
-        self._dead += sign * record.dead
+    def _count(self, slot: _Slot, sign: int) -> None:
+        self._bytes += sign * slot.record.envelope.size
+        self._dead += sign * slot.record.dead
+        self._ahead += sign * slot.ahead

@@ -14,7 +14,7 @@ from mlproducer.errors import (
     UnroutableError,
 )
 from tests.helpers import make_delivery
-from tests.pure.fakes import FakeCarrier, World, error_of, receipt_of
+from tests.pure.fakes import PLENTY, FakeCarrier, World, error_of, receipt_of
 
 
 @pytest.fixture
@@ -241,3 +241,18 @@ def test_submit_waits_for_the_fate(world: World) -> None:
     world.ack(2)
     assert receipt_of(delivery).confirmed
     assert receipt_of(delivery).attempts == 2
+
+
+def test_not_sent_after_its_lease(world: World) -> None:
+    """A process that was frozen sends nothing that another may have taken over by now (I21)."""
+    world.carrier.room_left = 0
+    delivery = make_delivery("a")
+    delivery.stored = delivery.kept = True
+    delivery.leased_until = 5.0
+    world.keeper.rows[delivery] = 0
+    world.courier.readmit(delivery, 1.0)
+    world.carrier.room_left = PLENTY
+    world.courier.pump(5.1)
+    assert world.carrier.written == []
+    assert delivery.place is Place.STORED
+    assert world.door.left == [delivery]

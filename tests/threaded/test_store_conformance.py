@@ -1,0 +1,80 @@
+"""The stores in memory, in SQLite and in Redis do the same.
+
+Runs on: pytest's main thread.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import pytest
+
+from mlproducer.stores.memory import MemoryStore
+from mlproducer.stores.protocol import Store
+from mlproducer.stores.redis import RedisStore
+from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.testing.redis_server import RedisServer
+from mlproducer.testing.store_conformance import StoreConformance
+
+
+class Clock:
+    """Monotonic seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        """Give the time."""
+        return self.now
+
+
+class WithClock(StoreConformance):
+    """Stores that take a clock: no test waits."""
+
+    lease = 30.0
+
+    @pytest.fixture(autouse=True)
+    def _begin(self, tmp_path: Path) -> None:
+        self.clock = Clock()
+        self.path = tmp_path / "store.db"
+
+    def advance(self, seconds: float) -> None:
+        """Set the clock."""
+        self.clock.now += seconds
+
+
+class TestMemory(WithClock):
+    """The store in memory, whose claims end with it."""
+
+    leases = False
+    shared = False
+
+    def make_store(self, lease: float) -> Store:
+        """Make a store with room for all that a test puts there."""
+        return MemoryStore(clock=self.clock)
+
+    def make_bounded_store(self, rows: int) -> Store:
+        """Make a small one."""
+        return MemoryStore(max_rows=rows, clock=self.clock)
+
+
+class TestSQLite(WithClock):
+    """The store in a file."""
+
+    def make_store(self, lease: float) -> Store:
+        """Open the test's file once more."""
+        return SQLiteStore(self.path, lease=lease, clock=self.clock)
+
+
+class TestRedis(StoreConformance):
+    """The store in Redis, whose clock is its own."""
+
+    @pytest.fixture(autouse=True)
+    def _begin(self, redis_server: RedisServer) -> None:
+        self.url = redis_server.url
+        self.prefix = f"test-{secrets.token_hex(4)}:"
+
+    def make_store(self, lease: float) -> Store:
+        """Connect to the test's rows once more."""
+        return RedisStore(self.url, lease=lease, prefix=self.prefix)
