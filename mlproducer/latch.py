@@ -67,20 +67,41 @@ class Watch:
 
 
 class Token:
-    """Held by one thread at a time; a deque is its only state, so that no interrupt breaks it."""
+    """Held by one thread at a time, and handed on to whoever has waited longest."""
 
     def __init__(self) -> None:
         self._free: deque[None] = deque([None])
-        self._watch = Watch()
+        self._waiting: deque[Latch] = deque()
 
-    def take(self, deadline: float | None) -> bool:
-        """Take it, waiting until a monotonic deadline; false if it did not come free."""
-        return self._watch.wait_for(self._pop, deadline)
+    def take(self, deadline: float) -> bool:
+        """Take it, waiting until a monotonic deadline; false if it was not handed on by then."""
+        if not self._waiting and self._pop():
+            return True
+        latch = Latch()
+        self._waiting.append(latch)
+        if self._pop():  # it came free before the latch could be seen
+            self._waiting.remove(latch)
+            return True
+        if latch.wait(deadline - time.monotonic()):
+            return True
+        try:
+            self._waiting.remove(latch)
+        except ValueError:  # it was handed on at that very moment
+            return True
+        return False
 
     def give(self) -> None:
-        """Give it back."""
-        self._free.append(None)
-        self._watch.changed()
+        """Hand it on, or leave it for whoever comes."""
+        while True:
+            try:
+                latch = self._waiting.popleft()
+            except IndexError:
+                self._free.append(None)
+                if self._waiting and self._pop():
+                    continue  # somebody came meanwhile
+                return
+            latch.open()
+            return
 
     def _pop(self) -> bool:
         try:

@@ -116,6 +116,7 @@ class MLProducer:
             engine, task, future, None, started, retry=retry, answer_deferral=False
         )
         future.message_id = delivery.envelope.message_id
+        future.delivery = delivery
         try:
             if not engine.gate.enter(delivery, delivery.deadline):
                 raise BufferFullError(

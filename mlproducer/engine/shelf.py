@@ -10,7 +10,8 @@ Runs on: the retry thread; `Shelf.deliveries` and `Shelf.has_row` on any.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import math
+from collections.abc import MutableMapping, Sequence
 from datetime import datetime, timezone
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -24,14 +25,22 @@ from mlproducer.stores.protocol import Claim, Record, Row
 _REASON_MAX = 255
 
 
+SAFETY = 0.9
+"""The part of a lease in which its holder relies on it."""
+
+
 class Shelf:
     """Deliveries whose message is in the store.
 
+    :param lease: seconds for which a claim holds
     :ivar claims: the claim of each row that is this process's now
+    :ivar renew_at: monotonic time at which leases have to begin anew
     """
 
-    def __init__(self, *, durable: bool) -> None:
+    def __init__(self, lease: float, *, durable: bool) -> None:
+        self._lease = lease
         self._durable = durable
+        self.renew_at = math.inf
         self._parked: MutableMapping[int, Delivery] = WeakValueDictionary() if durable else {}
         self._last: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
         self.claims: dict[Delivery, Claim] = {}
@@ -42,12 +51,35 @@ class Shelf:
 
     def deliveries(self) -> list[Delivery]:
         """Give all that are remembered."""
-        return [*self.claims, *self._parked.values()]
+        if not isinstance(self._parked, WeakValueDictionary):
+            return [*self.claims, *self._parked.values()]
+        alive = [reference() for reference in self._parked.valuerefs()]
+        return [*self.claims, *(delivery for delivery in alive if delivery is not None)]
 
-    def hold(self, delivery: Delivery, claim: Claim, leased_until: float) -> None:
-        """Remember a claim."""
-        delivery.leased_until = leased_until
+    def hold(self, delivery: Delivery, claim: Claim, now: float) -> None:
+        """Remember a claim, whose lease began at ``now`` or later."""
+        self._begin_lease(delivery, now)
         self.claims[delivery] = claim
+
+    def renewed(self, lost: Sequence[Claim], now: float) -> None:
+        """Let all leases begin anew, but for those that have been lost."""
+        self.renew_at = math.inf
+        for delivery in list(self.claims):
+            self._begin_lease(delivery, now)
+        for claim in lost:
+            for delivery in [each for each, held in self.claims.items() if held == claim]:
+                self.lose(delivery)
+
+    def lose(self, delivery: Delivery) -> None:
+        """Leave a message to whoever has taken it over; its own publisher may never hear of it."""
+        delivery.leased_until = -math.inf
+        claim = self.drop(delivery)
+        if claim is not None and delivery.place is Place.STORED:
+            self.park(delivery, claim)
+
+    def _begin_lease(self, delivery: Delivery, now: float) -> None:
+        self.renew_at = min(self.renew_at, now + self._lease / 3)
+        delivery.leased_until = now + self._lease * SAFETY
 
     def park(self, delivery: Delivery, claim: Claim) -> None:
         """Remember a delivery whose row waits, and is nobody's."""
@@ -61,7 +93,7 @@ class Shelf:
         """Give the last claim of its row, which still holds if nobody has claimed it since."""
         return self.claims.get(delivery) or self._last.get(delivery)
 
-    def take(self, row: Row, now: float, leased_until: float) -> Delivery | None:
+    def take(self, row: Row, now: float) -> Delivery | None:
         """Give the delivery of a row that was claimed; ``None`` where it was given back."""
         delivery = self._parked.pop(row.claim.key, None)
         if delivery is None and not self._durable:
@@ -71,7 +103,7 @@ class Shelf:
         self._last.pop(delivery, None)
         delivery.envelope = row.record.envelope
         delivery.doubtful = delivery.doubtful or row.record.doubtful
-        self.hold(delivery, row.claim, leased_until)
+        self.hold(delivery, row.claim, now)
         return delivery
 
     def drop(self, delivery: Delivery) -> Claim | None:

@@ -52,11 +52,11 @@ class TimerThread:
 
     def __init__(self, errand: Callable[[], None]) -> None:
         self._errand = errand
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._running = True
         self.due: float | None = None
 
-    def order(self, function: Callable[[], None]) -> None:
+    def order(self, function: Callable[[], object]) -> None:
         """Have something done soon; from any thread."""
         self._orders.put(function)
 

@@ -60,6 +60,7 @@ INSIDE = {
         "mailbox",
         "threads",
         "shelf",
+        "scribe",
         "keeper",
         "health",
         "cooldown",
@@ -110,7 +111,7 @@ INSIDE = {
 
 FOREIGN = {
     "pika": {"engine/link.py"},
-    "sqlite3": {"stores/sqlite.py", "stores/sqlite_file.py"},
+    "sqlite3": {"stores/sqlite_file.py", "stores/sqlite_link.py"},
     "redis": {"stores/redis_link.py"},
     "prometheus_client": {"observe/metrics.py"},
     "orjson": {"wire/strict_json.py"},

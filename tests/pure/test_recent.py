@@ -78,6 +78,15 @@ def test_samples_are_seconds_apart() -> None:
     assert len(ages) <= 121
 
 
+def test_nothing_in_use() -> None:
+    """A producer that is not in use has no rates, however often and late somebody looks."""
+    now = 100.0
+    recorder = Recorder(lambda: now)
+    for _ in range(3):
+        assert recorder.recent().rates == ()
+        now += 1.0
+
+
 def test_several_engines() -> None:
     """The engines of one producer are added up."""
     second = Second()
