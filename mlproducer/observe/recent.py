@@ -111,6 +111,8 @@ class Recorder:
     def sample(self) -> None:
         """Note how many messages there have been so far, if a second has passed."""
         now = self._clock()
+        if not self._sinks:
+            return  # not in use yet
         if not self._samples or now - self._samples[-1][0] >= INTERVAL:
             counts = [sink.counts() for sink in self._sinks]
             self._samples.append((now, [sum(each) for each in zip(*counts, strict=True)]))
@@ -249,7 +251,7 @@ class RecorderSink(EventSink):
 
 def _rates(samples: Sequence[tuple[float, list[int]]], now: float) -> Iterable[Rates]:
     for (before, earlier), (at, later) in itertools.pairwise(samples):
-        if now - at <= HISTORY and len(earlier) == len(later):
+        if now - at <= HISTORY:
             gains = [max(0, b - a) for a, b in zip(earlier, later, strict=True)]
             yield Rates(now - at, *(gain / (at - before) for gain in gains))
 

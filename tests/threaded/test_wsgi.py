@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from mlproducer import CircuitState, ConnectionState, MLProducer, Settings, Status, wsgi
-from mlproducer.errors import BrokerRejectedError, CircuitOpenError, NackError
+from mlproducer.errors import BrokerRejectedError, CircuitOpenError, ConfigurationError, NackError
 from mlproducer.observe import metrics
 from mlproducer.page import reason
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection, ReceivedMessage
@@ -169,8 +170,11 @@ def test_gave_up(produce: Connect, serve: Serve) -> None:
     assert given_up.wait(LIMIT)
     answer = Answer(make_app(producer), "/health")
     assert answer.status == 503
-    assert answer.json["reason"].startswith(f"gave up connecting to {producer.status().broker}: 1 ")
-    assert "reconnect()" in answer.json["reason"]
+    assert answer.json["reason"] == (
+        f"gave up connecting to {producer.status().broker}; "
+        "the next publish, or reconnect(), starts over; 1 attempt has failed; "
+        "the last error was: connection refused"
+    )
 
 
 STATE = ConnectionState
@@ -185,6 +189,10 @@ STATE = ConnectionState
         (Status(connection_state=STATE.CONNECTED, circuit_state=CircuitState.OPEN), "the circuit"),
         (Status(connection_state=STATE.CONNECTING, broker="b:1"), "connecting to b:1"),
         (Status(connection_state=STATE.DISCONNECTED, broker="b:1"), "not connected to b:1"),
+        (
+            Status(connection_state=STATE.CONNECTING, broker="b:1", reconnect_attempts=3),
+            "connecting to b:1; 3 attempts have failed",
+        ),
         (Status(connection_state=STATE.DISCONNECTED), "not started"),
         (Status(connection_state=STATE.CLOSING, broker="b:1"), "the producer is closed"),
         (Status(connection_state=STATE.CLOSED), "the producer is closed"),
@@ -415,6 +423,32 @@ def test_port_taken(connect: Connect, serve: Serve) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         Server(make_app(producer), taken.getsockname()[1], "127.0.0.1")
     assert set(threading.enumerate()) == before
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
+def test_forked_child(connect: Connect, serve: Serve) -> None:
+    """A forked child holds no port: once its parent has closed the server, nobody listens."""
+    producer = producer_started(connect(serve()))
+    gate, opened = os.pipe()
+    with serve_on_loopback(producer) as server:
+        child = os.fork()
+        if child == 0:
+            os.close(opened)
+            os.read(gate, 1)  # until the parent has finished
+            os._exit(0)
+        assert get(server.port, "/health")[0] == 200
+    with pytest.raises(ConnectionRefusedError):
+        get(server.port, "/health")
+    os.close(opened)
+    os.close(gate)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("port", [-1, 65_536, "8000", None])
+def test_bad_port(connect: Connect, serve: Serve, port: Any) -> None:
+    """A port that is none is an error that says what is accepted."""
+    with pytest.raises(ConfigurationError, match=r"^port must be .* from 0 to 65535$"):
+        wsgi.serve(connect(serve()), port)
 
 
 def test_slow_client(connect: Connect, serve: Serve) -> None:
