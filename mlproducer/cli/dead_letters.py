@@ -12,18 +12,22 @@ import argparse
 import base64
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from attrs import define, field
 
 from mlproducer import Message, Settings
 from mlproducer.cli import reach
 from mlproducer.cli.output import Console, UsageError, plain
-from mlproducer.dead_letters import DeadLetters, Letter
-from mlproducer.errors import NotConnectedError, PublishError
+from mlproducer.dead_letters import Letter, Place, places
+from mlproducer.errors import AuthenticationError, MLProducerError, NotConnectedError, PublishError
 
 HELP = "look at dead letters, send them again, delete them"
 DESCRIPTION = (
     "Dead letters are messages that failed at every retry. They lie in the queue ml.dead_letter of "
-    "the broker in RABBITMQ_URL. While a command looks at them nobody else gets them."
+    "the broker in RABBITMQ_URL; while a command looks at that, nobody else gets them. Those that "
+    "the broker has not taken yet are in the store in ML_STORE_URL, unless that is memory://."
 )
 LOG_LEVEL = logging.CRITICAL  # what fails is told letter by letter
 
@@ -54,76 +58,116 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> bool:
     """Do what is asked, and say whether all went well.
 
-    :raises ConfigurationError: no broker is named, or a setting does not parse
+    :raises ConfigurationError: a setting does not parse
     :raises UsageError: nobody can be asked whether to delete
     """
-    box = DeadLetters(Settings.from_env())
-    try:
-        return bool(arguments.act(arguments, box, console))
-    except NotConnectedError as error:
-        console.emit({"error": str(error)})
-        console.complain(str(error))
-        console.complain(f"-> {reach.advise(error)}")
-        return False
+    return bool(arguments.act(arguments, places(Settings.from_env()), console))
 
 
-def _list(_arguments: argparse.Namespace, box: DeadLetters, console: Console) -> bool:
+def _visit(where: Sequence[Place], act: Callable[[Place], object], console: Console) -> bool:
+    """Act in each place; one that cannot be used keeps nobody from the others, and is told last."""
+    reasons: dict[str, MLProducerError] = {}
+    for place in where:
+        try:
+            act(place)
+        except MLProducerError as error:
+            reasons.setdefault(str(error), error)
+    for text, reason in reasons.items():
+        console.emit({"error": text})
+        console.complain(text)
+        if isinstance(reason, (NotConnectedError, AuthenticationError)):
+            console.complain(f"-> {reach.advise(reason)}")
+    return not reasons
+
+
+def _list(_arguments: argparse.Namespace, where: Sequence[Place], console: Console) -> bool:
     count = 0
-    for letter in box.list():
-        count += 1
-        console.emit(letter.to_json())
-        console.detail(_line(letter))
+
+    def look(place: Place) -> None:
+        nonlocal count
+        for letter in place.list():
+            count += 1
+            console.emit(letter.to_json())
+            console.detail(_line(letter))
+
+    well = _visit(where, look, console)
     console.say(_count(count))
-    return True
+    return well
 
 
-def _show(arguments: argparse.Namespace, box: DeadLetters, console: Console) -> bool:
-    found = list(box.list(arguments.ids))
-    for letter in found:
-        message = letter.message
-        sizes = {"body_bytes": len(message.body), "headers": sorted(message.headers or {})}
-        body = _body(message) if arguments.body else {}
-        console.emit({**letter.to_json(), **sizes, **body})
-        for name, value in _rows(letter):
-            console.detail(f"  {name:<16}  {plain(value)}")
-        if arguments.body:
-            console.detail(plain(message.body.decode(errors="backslashreplace"), lines=True))
-    return _all_found(arguments.ids, {letter.message_id for letter in found}, console)
+def _show(arguments: argparse.Namespace, where: Sequence[Place], console: Console) -> bool:
+    found: set[str] = set()
+
+    def look(place: Place) -> None:
+        for letter in place.list(arguments.ids):
+            found.add(letter.message_id)
+            _show_letter(letter, console, with_body=arguments.body)
+
+    well = _visit(where, look, console)
+    return _all_found(arguments.ids, found, console) and well
 
 
-def _replay(arguments: argparse.Namespace, box: DeadLetters, console: Console) -> bool:
-    seen: set[str] = set()
-    replayed = 0
+def _show_letter(letter: Letter, console: Console, *, with_body: bool) -> None:
+    message = letter.message
+    sizes = {"body_bytes": len(message.body), "headers": sorted(message.headers or {})}
+    body = _body(message) if with_body else {}
+    console.emit({**letter.to_json(), **sizes, **body})
+    for name, value in _rows(letter):
+        console.detail(f"  {name:<16}  {plain(value)}")
+    if with_body:
+        console.detail(plain(message.body.decode(errors="backslashreplace"), lines=True))
+
+
+@define
+class _Count:
+    """What became of letters, as it is told."""
+
+    console: Console
+    seen: set[str] = field(factory=set)
+    gone: int = 0
+    stayed: int = 0
+
+    def add(self, letter: Letter, error: PublishError | None) -> str | None:
+        """Count a letter, and give the reason why it stays."""
+        self.seen.add(letter.message_id)
+        self.gone += error is None
+        self.stayed += error is not None
+        if error is None:
+            return None
+        text = f"{type(error).__name__}: {error}"
+        self.console.complain(f"{plain(letter.message_id)} stays a dead letter: {plain(text)}")
+        return text
+
+
+def _replay(arguments: argparse.Namespace, where: Sequence[Place], console: Console) -> bool:
+    count = _Count(console)
 
     def tell(letter: Letter, error: PublishError | None) -> None:
-        nonlocal replayed
-        seen.add(letter.message_id)
-        replayed += error is None
-        text = None if error is None else f"{type(error).__name__}: {error}"
+        text = count.add(letter, error)
         console.emit({**letter.to_json(), "replayed": error is None, "error": text})
-        if text is None:
+        if error is None:
             console.detail(f"replayed  {plain(letter.message_id)}  to {_route(letter)}")
-        else:
-            console.complain(f"{plain(letter.message_id)} stays a dead letter: {plain(text)}")
 
-    stayed = box.replay(arguments.ids or None, tell)
-    console.say(f"{replayed} replayed, {stayed} stayed")
-    return _all_found(arguments.ids, seen, console) and stayed == 0
+    well = _visit(where, lambda place: place.replay(arguments.ids or None, tell), console)
+    console.say(f"{count.gone} replayed, {count.stayed} stayed")
+    return _all_found(arguments.ids, count.seen, console) and count.stayed == 0 and well
 
 
-def _purge(arguments: argparse.Namespace, box: DeadLetters, console: Console) -> bool:
+def _purge(arguments: argparse.Namespace, where: Sequence[Place], console: Console) -> bool:
     if not arguments.yes and not _agreed(arguments.ids):
         console.say("nothing was deleted")
         return False
-    seen: set[str] = set()
+    count = _Count(console)
 
-    def tell(letter: Letter) -> None:
-        seen.add(letter.message_id)
-        console.emit(letter.to_json())
-        console.detail(f"deleted  {plain(letter.message_id)}")
+    def tell(letter: Letter, error: PublishError | None) -> None:
+        count.add(letter, error)
+        if error is None:
+            console.emit(letter.to_json())
+            console.detail(f"deleted  {plain(letter.message_id)}")
 
-    console.say(f"{box.purge(arguments.ids or None, tell)} deleted")
-    return _all_found(arguments.ids, seen, console)
+    well = _visit(where, lambda place: place.purge(arguments.ids or None, tell), console)
+    console.say(f"{count.gone} deleted" + (f", {count.stayed} stayed" if count.stayed else ""))
+    return _all_found(arguments.ids, count.seen, console) and count.stayed == 0 and well
 
 
 def _agreed(ids: list[str]) -> bool:
@@ -159,7 +203,7 @@ def _route(letter: Letter) -> str:
 
 def _line(letter: Letter) -> str:
     since = f"{letter.first_failed_at[:19]:<19}"
-    last = plain(f"attempts {letter.attempts}  {letter.reason}")
+    last = plain(f"{letter.where}  attempts {letter.attempts}  {letter.reason}")
     return f"{plain(letter.message_id):<36}  {since}  {_route(letter)}  {last}"
 
 

@@ -196,7 +196,6 @@ def _make_connection(address: Address, host: str, port: int) -> Any:
         "ssl_password": "",  # in place of OpenSSL's prompt, at which a server would hang
         "ssl_cert_reqs": "required" if address.verify else "none",
         "ssl_check_hostname": address.verify,
-        "ssl_min_version": ssl.TLSVersion.TLSv1_2,
     }
     return make(
         host=host,

@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mlproducer.stores import sqlite_rows as rows_of
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row
-from mlproducer.stores.sqlite_link import Link
+from mlproducer.stores.sqlite_link import Connection, Link
 from mlproducer.stores.sqlite_rows import Found
 
 logger = logging.getLogger(__name__)
@@ -81,8 +80,11 @@ class SQLiteStore:
         """
         new: list[Entry] = []
 
-        def work(connection: sqlite3.Connection) -> list[Claim]:
-            new.extend(entries)
+        coming = iter(entries)
+
+        def work(connection: Connection) -> list[Claim]:
+            new.extend(coming)
+            self._link.check_room(entry.record.envelope.size for entry in new)
             rows = [rows_of.entry_row(entry, self._due(entry.delay)) for entry in new]
             return _insert(connection, rows) if rows else []
 
@@ -93,7 +95,7 @@ class SQLiteStore:
     def release(self, changes: Sequence[Change]) -> list[Claim]:
         """Note what became of claimed rows."""
 
-        def work(connection: sqlite3.Connection) -> list[Change]:
+        def work(connection: Connection) -> list[Change]:
             held = _held(connection, [change.claim for change in changes])
             known = [change for change in changes if change.claim in held]
             rows = [rows_of.change_row(change, self._due(change.delay)) for change in known]
@@ -109,7 +111,7 @@ class SQLiteStore:
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
         """Let leases begin anew."""
 
-        def work(connection: sqlite3.Connection) -> set[Claim]:
+        def work(connection: Connection) -> set[Claim]:
             held = _held(connection, claims)
             keys = json.dumps([claim.key for claim in held])
             connection.execute(rows_of.RENEW, (self._due(None), keys))
@@ -125,7 +127,7 @@ class SQLiteStore:
             tokens.setdefault(claim.token, []).append(claim.key)
         orders = [(token, json.dumps(keys)) for token, keys in tokens.items()]
 
-        def work(connection: sqlite3.Connection) -> None:
+        def work(connection: Connection) -> None:
             for order in orders:
                 connection.execute(rows_of.DONE, order)
 
@@ -138,43 +140,43 @@ class SQLiteStore:
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, about 4 MiB of it at most; fewer rows do not mean that it was all."""
 
-        def work(connection: sqlite3.Connection) -> list[Found]:
-            bounds = {"now": self._link.now(), "limit": limit}
-            (sizes,) = connection.execute(rows_of.DUE, bounds).fetchone()
-            return self._claim(connection, rows_of.within(sizes, ROOM))
+        def work(connection: Connection) -> Found:
+            most = min(limit, self._link.most_rows)
+            bounds = {"now": self._link.now(), "limit": most, "room": ROOM}
+            (keys,) = connection.execute(rows_of.DUE, bounds).fetchone()
+            return self._claim(connection, keys)
 
         return self._claimed(self._link.change(work)) if limit > 0 else []
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
         """Show dead letters, about 4 MiB of them at most; only an empty list is the end."""
 
-        def work(connection: sqlite3.Connection) -> list[Found]:
-            bounds = {"after": after, "limit": limit}
-            (sizes,) = connection.execute(rows_of.LETTERS, bounds).fetchone()
-            found = _read(connection, rows_of.within(sizes, ROOM))
-            _put_aside(connection, found)
-            return found
+        def work(connection: Connection) -> Found:
+            bounds = {"after": after, "limit": limit, "room": ROOM}
+            (keys,) = connection.execute(rows_of.LETTERS, bounds).fetchone()
+            return _read(connection, keys)
 
-        found = self._link.change(work)
-        self._tell(found)
-        rows = [each.row for each in found if each.row is not None]
-        return rows or (self.letters(limit, found[-1].key) if found else [])
+        found = self._link.run(work)
+        if not found.damaged:
+            return found.rows
+        self._tell(self._link.change(lambda each: _set_aside(each, found.damaged)))
+        return self.letters(limit, after)
 
     def seize(self, row: Row) -> Row | None:
         """Claim a letter."""
         key, token = row.claim.key, row.claim.token
 
-        def work(connection: sqlite3.Connection) -> list[Found]:
+        def work(connection: Connection) -> Found:
             bounds = {"key": key, "token": token, "now": self._link.now()}
             (there,) = connection.execute(rows_of.LETTER, bounds).fetchone()
-            return self._claim(connection, [key]) if there else []
+            return self._claim(connection, json.dumps([key] if there else []))
 
         return next(iter(self._claimed(self._link.change(work))), None)
 
     def depth(self) -> Depth:
         """Count the rows."""
 
-        def work(connection: sqlite3.Connection) -> tuple[int, int, int]:
+        def work(connection: Connection) -> tuple[int, int, int]:
             counts = connection.execute(rows_of.DEPTH, {"now": self._link.now()}).fetchone()
             return counts[0], counts[1], counts[2]
 
@@ -185,11 +187,11 @@ class SQLiteStore:
         """Make this process's claims due, and close the file."""
         claims = list(self._mine().values())
 
-        def work(connection: sqlite3.Connection) -> None:
+        def work(connection: Connection) -> None:
             keys = json.dumps([claim.key for claim in _held(connection, claims)])
             connection.execute(rows_of.GIVE_BACK, (self._link.now(), keys))
 
-        self._link.close(work)
+        self._link.close(work if claims else None)
         self._claims = {}
 
     # --- claims of this process ----------------------------------------------------------------
@@ -223,50 +225,53 @@ class SQLiteStore:
 
     # --- rows, within a transaction and after it -----------------------------------------------
 
-    def _claim(self, connection: sqlite3.Connection, keys: Sequence[int]) -> list[Found]:
-        if not keys:
-            return []
-        connection.execute(rows_of.CLAIM, (self._due(None), json.dumps(keys)))
+    def _claim(self, connection: Connection, keys: str) -> Found:
+        connection.execute(rows_of.CLAIM, (self._due(None), keys))
         found = _read(connection, keys)
-        _put_aside(connection, found)
+        _put_aside(connection, found.damaged)
         return found
 
-    def _claimed(self, found: Sequence[Found]) -> list[Row]:
+    def _claimed(self, found: Found) -> list[Row]:
         self._tell(found)
-        rows = [each.row for each in found if each.row is not None]
-        self._note([row.claim for row in rows], [None] * len(rows))
-        return rows
+        self._note([row.claim for row in found.rows], [None] * len(found.rows))
+        return found.rows
 
-    def _tell(self, found: Iterable[Found]) -> None:
-        for each in found:
-            if each.row is None:
-                logger.error(
-                    "row %d of the store %s is damaged; it is now in the table quarantine",
-                    each.key,
-                    self.name,
-                )
+    def _tell(self, found: Found) -> None:
+        for key in found.damaged:
+            logger.error(
+                "row %d of the store %s is damaged; it is now in the table quarantine",
+                key,
+                self.name,
+            )
 
 
-def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
+def _insert(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
     for size, values in rows_of.in_pieces(rows):
         last = connection.execute(rows_of.insert(size), values).lastrowid or 0
     return [Claim(key, rows_of.FIRST_TOKEN) for key in range(last - len(rows) + 1, last + 1)]
 
 
-def _held(connection: sqlite3.Connection, claims: Iterable[Claim]) -> set[Claim]:
+def _held(connection: Connection, claims: Iterable[Claim]) -> set[Claim]:
     """Give those of these claims that hold."""
     by_key = {claim.key: claim for claim in sorted(claims, key=lambda claim: claim.token)}
     (keys,) = connection.execute(rows_of.HELD, (rows_of.pairs(by_key.values()),)).fetchone()
     return {by_key[key] for key in json.loads(keys)}
 
 
-def _read(connection: sqlite3.Connection, keys: Sequence[int]) -> list[Found]:
-    numbers, pieces = connection.execute(rows_of.READ, (json.dumps(keys),)).fetchone()
-    return rows_of.found(numbers, pieces)
+def _read(connection: Connection, keys: str) -> Found:
+    numbers, content = connection.execute(rows_of.READ, (keys,)).fetchone()
+    return rows_of.found(numbers, content)
 
 
-def _put_aside(connection: sqlite3.Connection, found: Iterable[Found]) -> None:
-    damaged = json.dumps([each.key for each in found if each.row is None])
-    if damaged != "[]":
+def _set_aside(connection: Connection, keys: Sequence[int]) -> Found:
+    """Put those of these rows aside that are damaged, and not only seemed so."""
+    found = _read(connection, json.dumps(keys))
+    _put_aside(connection, found.damaged)
+    return found
+
+
+def _put_aside(connection: Connection, damaged: Sequence[int]) -> None:
+    if damaged:
+        keys = json.dumps(damaged)
         for statement in rows_of.QUARANTINE:
-            connection.execute(statement, (damaged,))
+            connection.execute(statement, (keys,))

@@ -20,6 +20,7 @@ from pathlib import Path
 from attrs import field, frozen
 
 from mlproducer.errors import StoreError
+from mlproducer.stores.sqlite_reserve import PAGE, size_on
 from mlproducer.stores.sqlite_rows import SCHEMA
 
 APPLICATION_ID = 0x6D6C7072
@@ -34,6 +35,9 @@ BUSY_WAIT = 0.02
 CHECKED_BYTES = 256 * 1024 * 1024
 """Files up to this size are read and checked as a whole when opened, in about a second."""
 
+SMALLEST = 512
+"""Bytes of SQLite's smallest page."""
+
 BOOT_SECONDS = 1e9
 """What the clock of a file is put on by at each boot of the machine, so that all is due then."""
 
@@ -47,6 +51,7 @@ _SETUP = (
     "PRAGMA trusted_schema = OFF",
     "PRAGMA cell_size_check = ON",
     "PRAGMA cache_size = -8192",
+    "PRAGMA wal_autocheckpoint = {log}",  # with the reserve's room it can always be moved
 )
 
 
@@ -151,6 +156,8 @@ def _is_ours(path: str) -> bool:
         raise StoreError(
             f"the store {path} is empty, so what was in it is gone: remove it to begin anew"
         )
+    if status.st_size < SMALLEST:
+        raise StoreError(corrupt(path))  # SQLite would take it for an empty database
     return True
 
 
@@ -214,7 +221,8 @@ def _create(path: str) -> None:
     with _draft(path) as draft:
         with closing(_raw(draft, "mode=rw")) as connection:
             connection.executescript(
-                f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
+                f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA application_id = {APPLICATION_ID};"
+                f"PRAGMA user_version = {VERSION};"
                 f"BEGIN; {SCHEMA} COMMIT; PRAGMA journal_mode = WAL;"
             )
         try:
@@ -261,8 +269,9 @@ def _raw(path: str, query: str) -> sqlite3.Connection:
 def _connect(path: str, synchronous: str) -> sqlite3.Connection:
     connection = _raw(path, "mode=rw")
     try:
+        log = size_on(path) // 2 // PAGE
         for statement in _SETUP:
-            connection.execute(statement.format(synchronous=synchronous))
+            connection.execute(statement.format(synchronous=synchronous, log=log)).fetchall()
     except sqlite3.Error:
         connection.close()
         raise

@@ -9,28 +9,36 @@ Runs on: the retry thread; a command's thread for what only reads; the thread th
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from mlproducer.errors import StoreError
+from mlproducer.latch import Token
 from mlproducer.stores.sqlite_file import Connections, corrupt, is_there, open_file
-from mlproducer.stores.sqlite_reserve import Reserve
+from mlproducer.stores.sqlite_reserve import PAGE, Reserve, size_on
 
 T = TypeVar("T")
 
-Work = Callable[[sqlite3.Connection], T]
+Connection = sqlite3.Connection
+Work = Callable[[Connection], T]
 
 WAIT = 0.25
 """Seconds to wait for another writer."""
 
+MANY = 1_000_000
+
+SHRINK_STEPS = 64
+"""How often 64 pages are given back to a full disk before it is left at that."""
+
 FORK_WAIT = 10.0
-"""Seconds for which a fork waits for a call that is under way."""
+"""Seconds for which a fork waits for a call that is under way, and a call for another."""
 
 
 class Link:
@@ -38,6 +46,7 @@ class Link:
 
     :param horizon: seconds; what is due later than that was written by another clock
     :param clock: gives monotonic seconds
+    :ivar most_rows: how many rows a call may change: few where it has only the reserve's room
     """
 
     def __init__(self, path: str, horizon: float, clock: Callable[[], float]) -> None:
@@ -50,9 +59,10 @@ class Link:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._lock = threading.Lock()  # guards: _connections, and each call to SQLite
+        self._token = Token()  # held in each call to SQLite, and by a fork
         self._connections: Connections | None = None
         self._shift = 0.0
+        self.most_rows = MANY
 
     def now(self) -> float:
         """Give the time by the file's clock, within a call."""
@@ -63,8 +73,24 @@ class Link:
     def store(self, work: Work[T], patience: float) -> T:
         """Do work in a transaction that is on the disk afterwards, and has to have room there."""
         with self._use() as connections:
-            self._reserve.fill()
-            return _transact(connections.safe, work, patience)
+            try:
+                return self._store(connections, work, patience)
+            except (sqlite3.Error, OSError) as error:
+                if not _is_full(error):
+                    raise
+            self._shrink(connections)
+            return self._store(connections, work, patience)
+
+    def _store(self, connections: Connections, work: Work[T], patience: float) -> T:
+        self._reserve.fill()
+        return _transact(connections.safe, work, patience)
+
+    def check_room(self, sizes: Iterable[int]) -> None:
+        """See, within a call, that messages fit into log and file beside the reserve.
+
+        :raises OSError: they do not
+        """
+        self._reserve.check_room(sizes)
 
     def change(self, work: Work[T], *, safe: bool = False) -> T:
         """Do work in a transaction, also where the disk is full.
@@ -77,17 +103,19 @@ class Link:
         """Run one statement, also where the disk is full."""
         return self._even_if_full(lambda each: _patiently(lambda: work(each), WAIT), safe=False)
 
-    def close(self, work: Work[None]) -> None:
-        """Do work in a transaction, if the file is open; move the log to the file, and close it."""
+    def close(self, work: Work[None] | None) -> None:
+        """Do work in a transaction, if there is some and the file is open, and close it.
+
+        The last process that does so moves the log to the file.
+        """
         self._leave_the_parent()
         if self._connections is None:
             return
-        with self._use() as connections:
-            try:
-                _transact(connections.quick, work, WAIT)
-                _checkpoint(connections)
-            finally:
-                self._drop()
+        try:
+            if work is not None:
+                self.change(work)
+        finally:
+            self._drop()
 
     def _even_if_full(self, work: Work[T], *, safe: bool) -> T:
         with self._use() as connections:
@@ -95,25 +123,45 @@ class Link:
             try:
                 return work(connection)
             except sqlite3.OperationalError as error:
-                if _fault(error) != FULL or not self._reserve.give_up():
+                if not _is_full(error):
                     raise
-                _checkpoint(connections)
+            self._reserve.give_up()
+            _checkpoint(connections)
+            self.most_rows = max(1, size_on(self._path) // 4 // PAGE)
+            try:
                 return work(connection)
+            finally:
+                self.most_rows = MANY
+
+    def _shrink(self, connections: Connections) -> None:
+        """Give the disk what log and file do not use, a little at a time: that too takes room."""
+        _checkpoint(connections)
+        for _ in range(SHRINK_STEPS):
+            (unused,) = connections.quick.execute("PRAGMA freelist_count").fetchone()
+            if unused == 0:
+                break
+            self._reserve.give_up()
+            connections.quick.execute("PRAGMA incremental_vacuum(64)").fetchall()
+            _checkpoint(connections)
 
     @contextmanager
     def _use(self) -> Iterator[Connections]:
         """Give the connections for one call, and tell what fails in the library's words."""
         self._leave_the_parent()
-        with self._lock:
-            try:
-                yield self._opened()
-            except sqlite3.Error as error:
-                fault = _fault(error)
-                if fault not in (LOCKED, FULL):
-                    self._drop()
-                raise StoreError(_text(fault, self._path, error)) from None
-            except OSError as error:
-                raise StoreError(f"the store {self._path} has no room: {error.strerror}") from None
+        if not self._token.take(time.monotonic() + FORK_WAIT):
+            raise StoreError(f"the store {self._path} is in use by another thread of this process")
+        try:
+            yield self._opened()
+        except sqlite3.Error as error:
+            fault = _fault(error)
+            if fault not in (LOCKED, FULL):
+                self._drop()
+            raise StoreError(_text(fault, self._path, error)) from None
+        except OSError as error:
+            fault = FULL if _is_full(error) else str(error.strerror)
+            raise StoreError(_text(fault, self._path, error)) from None
+        finally:
+            self._token.give()
 
     # --- the file ------------------------------------------------------------------------------
 
@@ -135,7 +183,12 @@ class Link:
                 f"the store {self._path} was in use when this process was forked, so that it can "
                 "not be used here: fork before it is first used"
             )
-        connections = _patiently(self._open_now, WAIT)
+        try:
+            connections = _patiently(self._open_now, WAIT)
+        except sqlite3.OperationalError:  # without room for its index, SQLite only says I/O error
+            if not self._reserve.give_up():
+                raise
+            connections = _patiently(self._open_now, WAIT)
         self._connections, self._shift = connections, connections.shift
         self._checked = True
         _links.add(self)
@@ -153,14 +206,14 @@ class Link:
 
     def hold(self) -> bool:
         """Close the file, and let no one open it, before a fork; false if somebody is in a call."""
-        if not self._lock.acquire(timeout=FORK_WAIT):
+        if not self._token.take(time.monotonic() + FORK_WAIT):
             return False
         self._drop()
         return True
 
     def let_go(self) -> None:
         """Go on after a fork, in parent and child."""
-        self._lock.release()
+        self._token.give()
 
     def _leave_the_parent(self) -> None:
         """After a fork, keep what is open from ever being touched, even by garbage collection."""
@@ -234,11 +287,17 @@ def _fault(error: sqlite3.Error) -> str:
     return next((kind for kind in kinds if kind in text), "")
 
 
-def _text(fault: str, path: str, error: sqlite3.Error) -> str:
+def _is_full(error: sqlite3.Error | OSError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return _fault(error) == FULL
+
+
+def _text(fault: str, path: str, error: sqlite3.Error | OSError) -> str:
     if fault == LOCKED:
         return f"the store {path} is locked by another writer"
     if fault == FULL:
-        return f"the store {path} is on a full disk"
+        return f"the store {path} is on a full disk: make room there"
     if fault in CORRUPT:
         return corrupt(path)
     if fault in READ_ONLY:

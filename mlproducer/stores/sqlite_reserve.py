@@ -8,13 +8,27 @@ Runs on: the retry thread.
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterable
 
 SIZE = 8 * 1024 * 1024
 """Bytes: twice what SQLite's log grows to before it is moved to the file."""
 
+PAGE = 4096
+"""Bytes of SQLite's page."""
+
+ROOM = 64 * 1024
+"""Bytes that a transaction takes beside its messages."""
+
 SHARE = 16
 """On a small disk, the reserve is this part of it."""
+
+
+def size_on(path: str) -> int:
+    """Give the size of a reserve on the disk on which this file is."""
+    disk = os.statvfs(path)
+    return min(SIZE, disk.f_blocks * disk.f_frsize // SHARE)
 
 
 class Reserve:
@@ -39,6 +53,16 @@ class Reserve:
         if status.st_size == 0:
             self._allocate()
 
+    def check_room(self, sizes: Iterable[int]) -> None:
+        """See that messages of so many bytes find room, in the log and then in the file.
+
+        :raises OSError: they do not
+        """
+        disk = os.statvfs(self._path)
+        rows = sum(size + (PAGE if size > PAGE // 2 else PAGE // 8) for size in sizes)
+        if disk.f_bavail * disk.f_frsize < 2 * rows + ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def give_up(self) -> bool:
         """Free its room; false where there is none."""
         try:
@@ -52,8 +76,8 @@ class Reserve:
     def _allocate(self) -> None:
         descriptor = self._open(os.O_CREAT)
         try:
-            disk = os.fstatvfs(descriptor)
-            os.posix_fallocate(descriptor, 0, min(SIZE, disk.f_blocks * disk.f_frsize // SHARE))
+            os.fchmod(descriptor, 0o600)
+            os.posix_fallocate(descriptor, 0, size_on(self._path))
         except OSError:
             os.ftruncate(descriptor, 0)  # what was allocated so far
             raise

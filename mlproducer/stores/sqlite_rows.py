@@ -43,6 +43,9 @@ class State(enum.IntEnum):
     DEAD = 2
 
 
+_DEAD = int(State.DEAD)  # comparing with an enum's member takes longer
+
+
 SCHEMA = """
 CREATE TABLE messages (
     key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again
@@ -85,18 +88,25 @@ _DUE_KEYS = " UNION ALL ".join(
 
 _SIZE = "coalesce(length(properties), 0) + coalesce(length(body), 0)"
 
-DUE = (
-    f"SELECT json_group_array(json_array(key, {_SIZE})) FROM messages"
-    f" WHERE key IN (SELECT key FROM ({_DUE_KEYS}) ORDER BY key LIMIT :limit)"
-)
-"""Keys and sizes of what is due, for ``now`` and ``limit``."""
 
-LETTERS = (
-    f"SELECT json_group_array(json_array(key, {_SIZE})) FROM messages WHERE key IN (SELECT key FROM"
-    f" messages INDEXED BY messages_by_state WHERE state = {State.DEAD:d} AND key > :after"
-    f" ORDER BY key LIMIT :limit)"
+def _within_room(keys: str) -> str:
+    """Give the statement for a JSON array of the first of these keys, as many as ``room`` has."""
+    return f"""
+    SELECT json_group_array(key) FROM (
+        SELECT key, size, sum(size) OVER (ORDER BY key) AS total
+        FROM (SELECT key, {_SIZE} AS size FROM messages WHERE key IN ({keys}))
+    ) WHERE total - size < :room
+    """
+
+
+DUE = _within_room(f"SELECT key FROM ({_DUE_KEYS}) ORDER BY key LIMIT :limit")
+"""Keys of what is due, for ``now``, ``limit`` and ``room``."""
+
+LETTERS = _within_room(
+    f"SELECT key FROM messages INDEXED BY messages_by_state"
+    f" WHERE state = {State.DEAD:d} AND key > :after ORDER BY key LIMIT :limit"
 )
-"""Keys and sizes of dead letters, for ``after`` and ``limit``."""
+"""Keys of dead letters, for ``after``, ``limit`` and ``room``."""
 
 LETTER = (
     f"SELECT count(*) FROM messages WHERE key = :key AND token = :token AND state = {State.DEAD:d}"
@@ -104,15 +114,17 @@ LETTER = (
 )
 """Whether a letter can be claimed: for ``key``, ``token`` and ``now``."""
 
+_NUMBERS = ("attempts", "doubtful", "first_failed_at", "checksum")
 _PIECES = ("reason", "message_id", "task_type", "exchange", "routing_key", "properties", "body")
 
 READ = (
-    "SELECT json_group_array(json_array(key, token, state, CAST(attempts AS INTEGER),"
-    " CAST(doubtful AS INTEGER), CAST(first_failed_at AS INTEGER), CAST(checksum AS INTEGER), "
+    "SELECT json_group_array(json_array(key, token, state, "
+    + ", ".join(f"CAST({number} AS INTEGER)" for number in _NUMBERS)
+    + ", "
     + ", ".join(f"length(CAST({piece} AS BLOB))" for piece in _PIECES)
-    + ")), group_concat("
-    + " || ".join(f"hex({piece})" for piece in _PIECES)
-    + ", '') FROM messages WHERE key IN (SELECT value FROM json_each(?))"
+    + ")), CAST(group_concat("
+    + " || ".join(f"CAST({piece} AS TEXT)" for piece in _PIECES)
+    + ", '') AS BLOB) FROM messages WHERE key IN (SELECT value FROM json_each(?))"
 )
 """Rows, for a JSON array of keys: numbers and lengths, and then all texts and bytes in one."""
 
@@ -228,71 +240,56 @@ def _state(record: Record) -> int:
 
 def _message(envelope: Envelope) -> tuple[Any, ...]:
     route = envelope.message_id, envelope.task_type, envelope.exchange, envelope.routing_key
-    return (*route, _checksum(envelope), envelope.properties, envelope.body)
+    checksum = _checksum("\0".join(route).encode(), envelope.properties, envelope.body)
+    return (*route, checksum, envelope.properties, envelope.body)
 
 
-def _checksum(envelope: Envelope) -> int:
-    route = (envelope.message_id, envelope.task_type, envelope.exchange, envelope.routing_key)
-    start = zlib.crc32("\0".join(route).encode())
-    return zlib.crc32(envelope.body, zlib.crc32(envelope.properties, start))
+def _checksum(route: bytes, properties: bytes, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(properties, zlib.crc32(route)))
 
 
 @frozen
 class Found:
-    """A row that was read, with ``row`` ``None`` where its fields are no message."""
+    """What was read: rows by key, and the keys of those that are damaged."""
 
-    key: int
-    row: Row | None
+    rows: list[Row]
+    damaged: list[int]
 
 
-def found(numbers: str, digits: str | None) -> list[Found]:
-    """Read what `READ` gives, by key."""
-    content = bytes.fromhex(digits or "")
+def found(numbers: str, content: bytes | None) -> Found:
+    """Read what `READ` gives."""
     rows = []
+    damaged = []
+    whole = content or b""
     start = 0
     for each in json.loads(numbers):
         pieces = []
         for length in each[7:]:
             end = start + (length or 0)
-            pieces.append(content[start:end])
+            pieces.append(whole[start:end])
             start = end
-        rows.append(_found(each, pieces))
-    rows.sort(key=lambda row: row.key)
-    return rows
+        row = _row(each, pieces)
+        if row is None:
+            damaged.append(each[0])
+        else:
+            rows.append(row)
+    rows.sort(key=lambda row: row.claim.key)
+    return Found(rows, damaged)
 
 
-def _found(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Found:
-    key, token, state, attempts, doubtful, first_failed_at, checksum = numbers[:7]
+def _row(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Row | None:
+    key, token, state, attempts, doubtful, first_failed_at, checksum, *_ = numbers
+    reason, *route, properties, body = pieces
     try:
-        reason, message_id, task_type, exchange, routing_key = (
-            piece.decode() for piece in pieces[:5]
-        )
-        envelope = Envelope(message_id, task_type, exchange, routing_key, pieces[5], pieces[6])
-        if checksum != _checksum(envelope) or attempts < 0:
-            return Found(key, None)
-        record = Record(
-            envelope,
-            attempts,
-            bool(doubtful),
-            state == State.DEAD,
-            reason,
-            first_failed_at / MICROSECONDS,
-        )
+        if checksum != _checksum(b"\0".join(route), properties, body) or attempts < 0:
+            return None
+        texts = [text.decode() for text in route]
+        envelope = Envelope(texts[0], texts[1], texts[2], texts[3], properties, body)
+        since = first_failed_at / MICROSECONDS
+        record = Record(envelope, attempts, doubtful == 1, state == _DEAD, reason.decode(), since)
     except (UnicodeDecodeError, TypeError):
-        return Found(key, None)
-    return Found(key, Row(Claim(key, token), record))
-
-
-def within(sizes: str, most: int) -> list[int]:
-    """Give keys from the first on, as long as their messages have less than ``most`` bytes."""
-    keys = []
-    total = 0
-    for key, size in sorted(json.loads(sizes)):
-        if total >= most:
-            break
-        keys.append(key)
-        total += size
-    return keys
+        return None
+    return Row(Claim(key, token), record)
 
 
 def pairs(claims: Iterable[Claim]) -> str:

@@ -1,4 +1,4 @@
-"""The Redis store on a Redis that is well: rows, claims, counts, keys, what is no row.
+"""What is particular to the Redis store, on a Redis that is well; see also the conformance suite.
 
 Runs on: pytest's main thread; a second process where something forks.
 """
@@ -17,12 +17,11 @@ from contextlib import ExitStack, closing
 import pytest
 
 from mlproducer.errors import StoreError
-from mlproducer.message import Envelope
 from mlproducer.stores import redis_scripts as scripts
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
 from mlproducer.stores.redis import RedisStore
 from mlproducer.testing.redis_server import RedisError, RedisServer
-from tests.helpers import LIMIT, make_envelope
+from tests.helpers import make_envelope
 
 LEASE = 0.2
 HOUR = 3600.0
@@ -58,16 +57,6 @@ def waiting(*names: str) -> list[Entry]:
     return [Entry(Record(make_envelope(name)), 0.0) for name in names]
 
 
-def eventually(claim: Callable[[], list[Row]]) -> list[Row]:
-    """Ask until time has brought something."""
-    deadline = time.monotonic() + LIMIT
-    never = threading.Event()
-    while not (rows := claim()):
-        assert time.monotonic() < deadline
-        never.wait(0.01)
-    return rows
-
-
 def keys(server: RedisServer, prefix: str) -> set[str]:
     """Give the names of all keys of a store, without what they begin with."""
     found = server.call("KEYS", f"{prefix}*")
@@ -75,21 +64,6 @@ def keys(server: RedisServer, prefix: str) -> set[str]:
 
 
 # --- rows --------------------------------------------------------------------------------------
-
-
-def test_a_record_comes_back_as_it_was(connect: Open) -> None:
-    """Every field, also bytes that are no text, and text that is no ASCII."""
-    envelope = Envelope("id", "transcription", "böse", "schlüssel", bytes(range(256)), b"\r\n\0")
-    record = Record(envelope, 2, True, False, "NackError: nein ✗", 1_700_000_000.25)
-    connect().put([Entry(record, 0.0)], 1.0)
-    (row,) = connect().claim(10)
-    came = row.record
-    assert came.envelope.properties == envelope.properties
-    assert came.envelope.body == envelope.body
-    assert (came.envelope.exchange, came.envelope.routing_key) == ("böse", "schlüssel")
-    assert (came.envelope.message_id, came.envelope.task_type) == ("id", "transcription")
-    assert (came.attempts, came.doubtful, came.dead) == (2, True, False)
-    assert (came.reason, came.first_failed_at) == ("NackError: nein ✗", 1_700_000_000.25)
 
 
 def test_a_thousand_rows_are_one_command(
@@ -191,32 +165,6 @@ def test_large_messages_are_claimed_a_part_at_a_time(connect: Open) -> None:
 # --- claims ------------------------------------------------------------------------------------
 
 
-def test_the_oldest_goes_first_whenever_it_became_due(connect: Open) -> None:
-    """Among what is due, rows go by age, not by when they became due."""
-    store = connect()
-    old, new = store.put([Entry(Record(make_envelope(name))) for name in ("old", "new")], 1.0)
-    record = Record(make_envelope())
-    store.release([Change(new, record, 0.0)])
-    store.release([Change(old, record, 0.0)])
-    assert ids(store.claim(1)) == ["old"]
-    assert ids(store.claim(1)) == ["new"]
-
-
-def test_a_claim_that_ended_by_itself_leaves_a_doubt(connect: Open) -> None:
-    """After the lease anybody gets the row, doubtful; the first owner can do nothing more."""
-    first, second = connect(lease=LEASE), connect()
-    (claim,) = first.put([Entry(Record(make_envelope("a")))], 1.0)
-    assert second.claim(1) == []
-    (row,) = eventually(lambda: second.claim(1))
-    assert row.record.doubtful
-    assert row.claim.key == claim.key
-    assert row.claim.token > claim.token
-    assert first.renew([claim]) == [claim]
-    assert first.release([Change(claim, Record(make_envelope()), 0.0)]) == [claim]
-    first.done([claim])
-    assert second.renew([row.claim]) == []
-
-
 def test_a_renewed_claim_lasts(connect: Open) -> None:
     """Whoever renews in time keeps its row for longer than one lease, and so does its count."""
     store, other = connect(lease=LEASE), connect()
@@ -227,50 +175,6 @@ def test_a_renewed_claim_lasts(connect: Open) -> None:
         assert other.claim(1) == []
         assert other.depth() == Depth(0, 0)
         never.wait(LEASE / 10)
-
-
-def test_a_renewal_comes_in_time_until_somebody_else_has_claimed(connect: Open) -> None:
-    """A row whose claim has ended, and that nobody has claimed since, is its owner's again."""
-    store, other = connect(lease=LEASE), connect()
-    claims = store.put([Entry(Record(make_envelope("a")), ahead=True)], 1.0)
-    never, deadline = threading.Event(), time.monotonic() + LIMIT
-    while other.depth() == Depth(0, 0):
-        assert time.monotonic() < deadline
-        never.wait(0.01)
-    assert store.renew(claims) == []
-    assert other.depth() == Depth(0, 0)
-    assert other.claim(1) == []
-
-
-def test_a_claim_that_was_renewed_by_claiming_again_is_another(connect: Open) -> None:
-    """A process that gets its own row back has one claim, not two: the older does nothing."""
-    store = connect(lease=LEASE)
-    (old,) = store.put([Entry(Record(make_envelope("a")))], 1.0)
-    (row,) = eventually(lambda: store.claim(1))
-    assert store.renew([old, row.claim]) == [old]
-    store.done([old])
-    assert store.renew([row.claim]) == []
-
-
-def test_a_doubt_outlasts_the_claim_after_it(connect: Open) -> None:
-    """A row whose claim ended by itself stays doubtful for whoever comes third."""
-    first, second, third = connect(lease=LEASE), connect(lease=LEASE), connect()
-    first.put([Entry(Record(make_envelope("a")))], 1.0)
-    eventually(lambda: second.claim(1))
-    second.close()
-    (row,) = third.claim(1)
-    assert row.record.doubtful
-
-
-def test_rows_stored_ahead_wait_once_their_claim_has_ended(connect: Open) -> None:
-    """They count as waiting only when nobody is sending them."""
-    first, second = connect(lease=LEASE), connect()
-    first.put([Entry(Record(make_envelope("a")), ahead=True)], 1.0)
-    assert second.depth() == Depth(0, 0)
-    never, deadline = threading.Event(), time.monotonic() + LIMIT
-    while second.depth() != Depth(1, 0):
-        assert time.monotonic() < deadline
-        never.wait(0.01)
 
 
 @pytest.mark.parametrize("ahead", [HOUR, -HOUR])
@@ -314,32 +218,6 @@ def test_after_a_flush_an_old_claim_touches_no_new_row(
     store.done(old)
     assert store.renew(new) == []
     assert min(each.key for each in new) > max(each.key for each in old)
-
-
-def test_close_leaves_others_claims_alone(connect: Open) -> None:
-    """The claims of the store that is closed are due at once, in doubt, and only those."""
-    first, second, third = connect(), connect(), connect()
-    first.put([Entry(Record(make_envelope("a")))], 1.0)
-    second.put([Entry(Record(make_envelope("b")))], 1.0)
-    first.close()
-    (row,) = third.claim(10)
-    assert row.record.envelope.message_id == "a"
-    assert row.record.doubtful
-
-
-def test_a_letter_is_seized_by_one(connect: Open) -> None:
-    """Whoever comes second gets nothing, until the first one's claim has ended by itself."""
-    writer, first, second = connect(), connect(lease=LEASE), connect()
-    writer.put([Entry(Record(make_envelope("a"), dead=True), HOUR)], 1.0)
-    (shown,) = second.letters(10)
-    seized = first.seize(shown)
-    assert seized is not None
-    assert second.seize(shown) is None
-    (shown,) = second.letters(10)
-    assert second.seize(shown) is None
-    (row,) = eventually(lambda: list(filter(None, [second.seize(shown)])))
-    assert row.record.doubtful
-    assert first.renew([seized.claim]) == [seized.claim]
 
 
 # --- what is no row ----------------------------------------------------------------------------
