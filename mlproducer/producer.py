@@ -25,6 +25,7 @@ from mlproducer.errors import (
     ConfigurationError,
     InvalidTaskError,
     PublishError,
+    StoreError,
 )
 from mlproducer.message import Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture
@@ -108,6 +109,7 @@ class MLProducer:
 
         :returns: a future with ``message_id``, resolved once the message's fate is known
         :raises BufferFullError: the in-flight window was full for ``publish_timeout``
+        :raises StoreError: messages are written ahead, and this one could not be stored in time
         """
         started = time.monotonic()
         engine = self._life.running().choose()
@@ -123,10 +125,12 @@ class MLProducer:
                     f"{self.settings.max_in_flight} messages are in flight",
                     message_id=future.message_id,
                 )
-            engine.post(delivery)
+            engine.post_stored(delivery)
         except BaseException as error:
             engine.withdraw(delivery, error)
             raise
+        if future.done() and isinstance(future.exception(0), StoreError):
+            future.result(0)
         return future
 
     def publish_many(

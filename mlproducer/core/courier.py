@@ -103,7 +103,9 @@ class Courier:
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
         delivery.place = Place.WAITING
-        if self.farewell.begun:
+        if not delivery.open:
+            self.judge.drop(delivery)
+        elif self.farewell.begun:
             self.farewell.see_off(delivery, now)
         elif self._circuit_is_full():
             self.judge.fail(delivery, self._circuit_open(delivery, now), now)

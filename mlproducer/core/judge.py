@@ -98,6 +98,12 @@ class Judge:
             self.keeper.settle(delivery)
         self._tell(delivery, error)
 
+    def drop(self, delivery: Delivery) -> None:
+        """Let go of what nobody waits for: entrusted to the store, or withdrawn on its way there."""
+        self.leave(delivery, Place.RETIRED)
+        if not delivery.kept:
+            self.keeper.settle(delivery)
+
     def leave(self, delivery: Delivery, place: Place) -> None:
         """Let go of a delivery, unless its tag is open: then only its publisher's wait is over."""
         if delivery.place is not Place.IN_FLIGHT:

@@ -26,7 +26,7 @@ from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import Route
 from mlproducer.engine.mailbox import Item
 from mlproducer.engine.tls import make_context
-from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
+from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError, StoreError
 from mlproducer.latch import Latch
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import Fanout
@@ -178,6 +178,27 @@ class Engine:
             self._keeper.write_ahead(delivery)
         else:
             self._hand_in(delivery, delivery)
+
+    def post_stored(self, delivery: Delivery) -> None:
+        """Hand over a delivery; where messages are written ahead, once it is stored.
+
+        :raises ProducerClosedError: the producer was closed meanwhile
+        :raises StoreError: it was not stored by the delivery's deadline, and will not be
+        """
+        if self._closing or not self._keeper.writes_ahead:
+            self._hand_in(delivery, delivery)
+            return
+        done = Latch()
+        self._keeper.write_ahead(delivery, done)
+        if done.wait(delivery.deadline - time.monotonic()) or not delivery.open:
+            return
+        error = StoreError(
+            f"the store has not answered in time: {self._keeper.name}",
+            message_id=delivery.envelope.message_id,
+        )
+        self.withdraw(delivery, error)
+        delivery.open = False  # it may be in the middle of being stored, and is then deleted
+        raise error
 
     def refuse(self, delivery: Delivery) -> CircuitOpenError | None:
         """Give the error with which an open breaker fails a message on the spot.

@@ -22,6 +22,7 @@ from mlproducer.engine.scribe import End, Note, Put, Scribe
 from mlproducer.engine.shelf import Shelf, record_of
 from mlproducer.engine.threads import TimerThread
 from mlproducer.errors import StoreError
+from mlproducer.latch import Latch
 from mlproducer.observe.events import EventSink
 from mlproducer.stores.protocol import Change, Depth, Entry, Record, Store
 
@@ -67,9 +68,12 @@ class Keeper:
 
     # --- orders --------------------------------------------------------------------------------
 
-    def write_ahead(self, delivery: Delivery) -> None:
-        """Store a message before it is sent, then hand it to the I/O thread."""
-        self._scribe.order(Put(delivery, Entry(Record(delivery.envelope), ahead=True)))
+    def write_ahead(self, delivery: Delivery, done: Latch | None = None) -> None:
+        """Store a message before it is sent, then hand it to the I/O thread.
+
+        :param done: opened once it is stored, or refused
+        """
+        self._scribe.order(Put(delivery, Entry(Record(delivery.envelope), ahead=True), done=done))
 
     def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
         """Store a message, or note in its row what came of the last attempt."""

@@ -22,6 +22,7 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.roles import Desk
 from mlproducer.engine.shelf import Shelf
 from mlproducer.errors import BufferFullError, ProducerClosedError, StoreError
+from mlproducer.latch import Latch
 from mlproducer.observe.events import EventSink
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Store
 
@@ -31,11 +32,16 @@ MIN_PATIENCE, MAX_PATIENCE = 0.05, 5.0
 
 @define(eq=False)
 class Put:
-    """Store a message."""
+    """Store a message.
+
+    :ivar begun: it was claimed from its publisher
+    :ivar done: opened once it is stored, or refused
+    """
 
     delivery: Delivery
     entry: Entry
     begun: bool = False
+    done: Latch | None = None
 
     def begin(self) -> bool:
         """Whether it is still wanted; what is stored ahead is claimed from its publisher here."""
@@ -182,6 +188,7 @@ class Scribe:
                 self._shelf.hold(put.delivery, claim, now)
             else:
                 self._shelf.park(put.delivery, claim)
+        _open(puts)
         ahead = [put.delivery for put in puts if put.entry.ahead]
         kept = [put.delivery for put in puts if not put.entry.ahead]
         if kept:
@@ -210,6 +217,7 @@ class Scribe:
                 if delivery.open:
                     self._events.given_back(delivery, refusal)
                     delivery.give_back(refusal)
+        _open(puts)
 
     def _as_store_error(self, error: Exception) -> StoreError:
         if isinstance(error, StoreError):
@@ -249,6 +257,12 @@ class Scribe:
         """Have something said on the I/O thread; false if that has ended."""
         desk = self.desk
         return desk is not None and desk.order(partial(say, desk))
+
+
+def _open(puts: Sequence[Put]) -> None:
+    for put in puts:
+        if put.done is not None:
+            put.done.open()
 
 
 def _patience(puts: Sequence[Put]) -> float:

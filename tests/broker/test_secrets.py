@@ -71,7 +71,7 @@ def test_run_went_through_the_failures(canary: Run) -> None:
         "UnroutableError",
     }
     assert "DEBUG:pika." in canary.ended.stderr
-    assert "WARNING:mlproducer:" in canary.ended.stderr
+    assert "WARNING:mlproducer." in canary.ended.stderr
     assert "LookupError: a callback of the script" in canary.ended.stderr
 
 

@@ -102,7 +102,8 @@ def test_the_store_refuses(serve: Serve) -> None:
         with pytest.raises(StoreError, match="the store is broken") as caught:
             producer.publish(make_message("m"))
         assert (caught.value.message_id, caught.value.possibly_sent) == ("m", False)
-        assert isinstance(producer.submit(make_message()).exception(LIMIT), StoreError)
+        with pytest.raises(StoreError, match="the store is broken"):
+            producer.submit(make_message("n"))
         store.broken = False
         assert producer.publish(make_message("after")).confirmed
     assert [each.properties.message_id for each in broker.messages] == ["after"]
@@ -121,6 +122,22 @@ def test_a_store_that_hangs(serve: Serve) -> None:
         store.may_write.set()
         assert producer.publish(make_message("after")).confirmed
     assert [each.properties.message_id for each in broker.messages] == ["before", "after"]
+    assert rows(store) == 0
+
+
+def test_a_future_is_handed_out_once_it_is_stored(serve: Serve) -> None:
+    """Not before, and not at all where the store does not answer in time."""
+    broker, store = serve(Behaviour()), Lasting()
+    with produce(broker, store, publish_timeout=0.3) as producer:
+        assert producer.submit(make_message("before")).result(LIMIT).confirmed
+        store.may_write.clear()
+        with pytest.raises(StoreError, match="not answered in time"):
+            producer.submit(make_message("m"))
+        background = Background()
+        waiting = background.call(producer.submit, make_message("n"))
+        store.may_write.set()
+        assert waiting.result(LIMIT).result(LIMIT).confirmed
+    assert [each.properties.message_id for each in broker.messages] == ["before", "n"]
     assert rows(store) == 0
 
 
