@@ -99,7 +99,7 @@ class Judge:
         self._tell(delivery, error)
 
     def drop(self, delivery: Delivery) -> None:
-        """Let go of what nobody waits for: entrusted to the store, or withdrawn on its way there."""
+        """Let go of what nobody waits for: it is the store's, or was withdrawn on its way there."""
         self.leave(delivery, Place.RETIRED)
         if not delivery.kept:
             self.keeper.settle(delivery)

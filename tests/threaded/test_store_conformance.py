@@ -12,7 +12,6 @@ import pytest
 
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Store
-from mlproducer.stores.redis import RedisStore
 from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing.redis_server import RedisServer
 from mlproducer.testing.store_conformance import StoreConformance
@@ -77,4 +76,6 @@ class TestRedis(StoreConformance):
 
     def make_store(self, lease: float) -> Store:
         """Connect to the test's rows once more."""
+        from mlproducer.stores.redis import RedisStore  # an extra
+
         return RedisStore(self.url, lease=lease, prefix=self.prefix)
