@@ -6,6 +6,7 @@
 NAMES = (
     "stages",
     "guard",
+    "metrics",
     "imports",
     "storm",
     "memory",
