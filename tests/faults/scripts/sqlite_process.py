@@ -1,0 +1,148 @@
+"""A process that uses an SQLite store: ``ROLE PATH LEASE``. What it has done it says line by line.
+
+- ``finish``: claims and finishes rows until none is left, and names each.
+- ``write``: stores batches for ever; each is named once it is stored, and then mostly deleted.
+- ``claim``: claims a row, and says so; then, at each line that it reads, tries what it may do.
+- ``fork``: forks while another thread writes; says how the children fared.
+- ``inherit``: says what a child holds of locks, and of its parent's claims.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlproducer.errors import StoreError
+from mlproducer.message import Envelope
+from mlproducer.stores.protocol import Change, Entry, Record
+from mlproducer.stores.sqlite import SQLiteStore
+
+T = TypeVar("T")
+
+PATIENCE = 5.0
+FORKS = 40
+CHILD_LIMIT = 10
+
+
+def say(thing: Any) -> None:
+    """Write a line at once, however this process ends."""
+    os.write(1, json.dumps(thing).encode() + b"\n")
+
+
+def entry(name: str, delay: float | None) -> Entry:
+    """Give a message of 1 kB."""
+    return Entry(Record(Envelope(name, "raw", "x", "k", b"\x10\x00", b"x" * 1000)), delay)
+
+
+def finish(store: SQLiteStore) -> None:
+    """Take what there is; who has to wait too long for the others tries again."""
+    while True:
+        rows = insist(partial(store.claim, 50))
+        if not rows and store.depth().waiting == 0:
+            return
+        insist(partial(store.done, [row.claim for row in rows]))
+        for row in rows:
+            say({"done": row.record.envelope.message_id, "doubtful": row.record.doubtful})
+
+
+def insist(call: Callable[[], T]) -> T:
+    """Make a call again while others are in the way."""
+    while True:
+        try:
+            return call()
+        except StoreError as error:
+            if "locked by another writer" not in str(error):
+                raise
+            say({"locked": True})
+
+
+def write(store: SQLiteStore) -> None:
+    """Store, and delete two of three batches."""
+    for batch in itertools.count():
+        names = [f"{os.getpid()}-{batch}-{number}" for number in range(random.choice([1, 7, 60]))]
+        claims = store.put([entry(name, None) for name in names], PATIENCE)
+        say({"stored": names})
+        if batch % 3:
+            say({"deleting": names})
+            store.done(claims)
+
+
+def claim(store: SQLiteStore) -> None:
+    """Hold a row, and see after each line whether it is still ours."""
+    (row,) = store.claim(1)
+    say({"claimed": row.record.envelope.message_id})
+    for _ in sys.stdin:
+        lost = store.renew([row.claim])
+        kept = store.release([Change(row.claim, row.record, 0.0)])
+        store.done([row.claim])
+        say({"lost": len(lost), "refused": len(kept)})
+
+
+def fork(store: SQLiteStore) -> None:
+    """Fork again and again, at any moment of a thread's transactions."""
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            claims = store.put([entry(f"parent-{n}", None) for n in range(200)], PATIENCE)
+            store.done(claims)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    statuses = [_in_child(partial(_store_one, store, number)) for number in range(FORKS)]
+    over.set()
+    thread.join(PATIENCE)
+    say({"statuses": statuses, "depth": store.depth().waiting})
+
+
+def inherit(store: SQLiteStore) -> None:
+    """Fork once, with a claim and the file open."""
+    (held,) = store.put([entry("parent", None)], PATIENCE)
+    status = _in_child(partial(_tell_and_close, store))
+    say({"status": status, "lost": len(store.renew([held])), "due": len(store.claim(1))})
+
+
+def _store_one(store: SQLiteStore, number: int) -> None:
+    store.put([entry(f"child-{number}", 0.0)], PATIENCE)
+    say({"stored": f"child-{number}"})
+    store.close()
+
+
+def _tell_and_close(store: SQLiteStore) -> None:
+    store.depth()
+    here, inode = f" {os.getpid()} ", f":{Path(store.name).stat().st_ino} "
+    lines = Path("/proc/locks").read_text().splitlines()  # proc(5)
+    say({"locks": sum(here in line and inode in line for line in lines)})
+    store.close()
+
+
+def _in_child(work: Callable[[], None]) -> int:
+    """Do work in a child, and give its status; one that hangs is ended."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    signal.alarm(CHILD_LIMIT)
+    status = 1
+    try:
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    role, path, lease = sys.argv[1:]
+    opened = SQLiteStore(path, lease=float(lease))
+    {"finish": finish, "write": write, "claim": claim, "fork": fork, "inherit": inherit}[role](
+        opened
+    )
+    opened.close()
