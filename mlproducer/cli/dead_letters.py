@@ -73,6 +73,8 @@ def _visit(where: Sequence[Place], act: Callable[[Place], object], console: Cons
         except MLProducerError as error:
             reasons.setdefault(str(error), error)
     for text, reason in reasons.items():
+        if any(other in text for other in reasons if other != text):
+            continue  # the same in more words
         console.emit({"error": text})
         console.complain(text)
         if isinstance(reason, (NotConnectedError, AuthenticationError)):

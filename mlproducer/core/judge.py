@@ -67,12 +67,13 @@ class Judge:
     def keep(self, delivery: Delivery, now: float) -> None:
         """Have it stored, or have its row say what came of the last attempt."""
         known, was_ours = delivery.stored, delivery.kept
-        delivery.stored = delivery.kept = True
+        delivery.stored = True
         if known:
             self.leave(delivery, Place.STORED)
         elif delivery.place is not Place.IN_FLIGHT:
             delivery.place = Place.STORED  # its slot is free once it is stored
         self.keeper.keep(delivery, now, known=known)
+        delivery.kept = True
         if not known:
             text = f"the store has not answered in time: {self.keeper.name}"
             self.owed[delivery] = failure(StoreError, delivery, text)

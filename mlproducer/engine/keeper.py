@@ -79,17 +79,17 @@ class Keeper:
         """Store a message, or note in its row what came of the last attempt."""
         record, delay = record_of(delivery, now), self._delay(delivery)
         if known:
-            self._scribe.order(Note(delivery, record, delay))
+            self._scribe.order(Note(delivery, record, delay, first=not delivery.kept))
         else:
             self._scribe.order(Put(delivery, Entry(record, delay)))
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
-        self._scribe.order(End(delivery, counted=delivery.kept))
+        self._scribe.order(End(delivery, delivery.dead, counted=delivery.kept))
 
     def withdraw(self, delivery: Delivery) -> None:
         """Delete the row of a message, and say so."""
-        self._scribe.order(End(delivery, counted=False, told=True))
+        self._scribe.order(End(delivery, delivery.dead, counted=False, told=True))
 
     def sweep_soon(self) -> None:
         """Send out what is due without waiting for the next sweep."""

@@ -52,24 +52,44 @@ class Put:
 
 @define(eq=False)
 class Note:
-    """Note in a message's row what came of the last attempt."""
+    """Note in a message's row what came of the last attempt.
+
+    :ivar first: the row did not count among those that wait before
+    """
 
     delivery: Delivery
     record: Record = field(repr=False)
     delay: float | None
+    first: bool
+
+    @property
+    def dead(self) -> bool:
+        """Whether it counts among the dead."""
+        return self.record.dead
+
+    @property
+    def change(self) -> int:
+        """By how much it changes their number."""
+        return int(self.first)
 
 
 @define(eq=False)
 class End:
     """Delete the row of a message that has found its end, or goes back to its publisher.
 
-    :ivar counted: the row counted among those that wait or are dead
+    :ivar counted: the row counts among those that wait or are dead
     :ivar told: its publisher waits for the deletion
     """
 
     delivery: Delivery
+    dead: bool
     counted: bool
     told: bool = False
+
+    @property
+    def change(self) -> int:
+        """By how much it changes their number."""
+        return -self.counted
 
 
 Order = TypeVar("Order", Put, Note, End)
@@ -93,24 +113,24 @@ class Scribe:
         self._ring = ring
         self._orders: deque[Put | Note | End] = deque()
         self._rung = False
-        # Rows that are to be deleted, and that have been, by whether they are dead.
-        self._ended = Counter[bool]()
-        self._deleted = Counter[bool]()
+        # By how much rows become more or fewer, by whether they are dead.
+        self._ordered = Counter[bool]()
+        self._carried = Counter[bool]()
         self._counted = (Depth(), 0, 0)
 
     @property
     def depth(self) -> Depth:
-        """Count the rows, whoever wrote them, but for those about to be deleted; anyone may ask."""
+        """Count the rows, whoever wrote them, as they will be after all orders; anyone may ask."""
         depth, waiting, dead = self._counted
         return Depth(
-            max(0, depth.waiting - (self._ended[False] - waiting)),
-            max(0, depth.dead - (self._ended[True] - dead)),
+            max(0, depth.waiting + self._ordered[False] - waiting),
+            max(0, depth.dead + self._ordered[True] - dead),
         )
 
     def order(self, order: Put | Note | End) -> None:
         """Have something written."""
-        if isinstance(order, End):
-            self._ended[order.delivery.dead] += order.counted
+        if not isinstance(order, Put):
+            self._ordered[order.dead] += order.change
         self._orders.append(order)
         if not self._rung:
             self._rung = True
@@ -118,7 +138,7 @@ class Scribe:
 
     def count(self) -> None:
         """Ask the store how much it holds."""
-        self._counted = (self._store.depth(), self._deleted[False], self._deleted[True])
+        self._counted = (self._store.depth(), self._carried[False], self._carried[True])
         if not self.depth.stored:
             self._gate.emptied.changed()
 
@@ -204,7 +224,7 @@ class Scribe:
             if delivery.retry:
                 delivery.entrust(now)
             else:
-                self.order(End(delivery, counted=delivery.kept))
+                self.order(End(delivery, delivery.dead, counted=delivery.kept))
                 message_id = delivery.envelope.message_id
                 error = ProducerClosedError(CLOSED, message_id=message_id)
                 self._events.given_back(delivery, error)
@@ -235,19 +255,27 @@ class Scribe:
                 self._shelf.lose(note.delivery)
             elif note.delay is not None:
                 self._shelf.park(note.delivery, claim)
-        self.count()
+        self._done(notes)
 
     def _end(self, ends: Sequence[End]) -> None:
         claims = [self._shelf.claim_of(end.delivery) for end in ends]
         self._store.done([claim for claim in claims if claim is not None])
         for end in ends:
             self._shelf.drop(end.delivery)
-            self._deleted[end.delivery.dead] += end.counted
-        if any(end.counted for end in ends):
-            self.count()
+        self._done(ends)
         told = [end.delivery for end in ends if end.told]
         if told:
             self._tell(lambda desk: desk.withdrawn(told))
+
+    def _done(self, orders: Sequence[Note] | Sequence[End]) -> None:
+        """Count anew, if it can be done, where the orders have made a difference."""
+        for order in orders:
+            self._carried[order.dead] += order.change
+        if any(isinstance(order, Note) or order.counted for order in orders):
+            try:
+                self.count()
+            except StoreError as error:
+                self.failed(error)
 
     def failed(self, error: StoreError) -> None:
         """Tell that the store cannot be used."""

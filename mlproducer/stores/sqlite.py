@@ -84,7 +84,7 @@ class SQLiteStore:
 
         def work(connection: Connection) -> list[Claim]:
             new.extend(coming)
-            self._link.check_room(entry.record.envelope.size for entry in new)
+            self._link.take_room(entry.record.envelope.size for entry in new)
             rows = [rows_of.entry_row(entry, self._due(entry.delay)) for entry in new]
             return _insert(connection, rows) if rows else []
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 from mlproducer.errors import StoreError
 from mlproducer.latch import Token
 from mlproducer.stores.sqlite_file import Connections, corrupt, is_there, open_file
-from mlproducer.stores.sqlite_reserve import PAGE, Reserve, size_on
+from mlproducer.stores.sqlite_reserve import PAGE, Reserve, need, size_on
 
 T = TypeVar("T")
 
@@ -33,6 +33,9 @@ WAIT = 0.25
 """Seconds to wait for another writer."""
 
 MANY = 1_000_000
+
+TRUST = 1.0
+"""Seconds between two looks at the disk: for each one the interpreter's lock is let go."""
 
 SHRINK_STEPS = 64
 """How often 64 pages are given back to a full disk before it is left at that."""
@@ -62,6 +65,9 @@ class Link:
         self._token = Token()  # held in each call to SQLite, and by a fork
         self._connections: Connections | None = None
         self._shift = 0.0
+        self._sure_until = 0.0
+        self._room = 0
+        self._room_until = 0.0
         self.most_rows = MANY
 
     def now(self) -> float:
@@ -72,6 +78,7 @@ class Link:
 
     def store(self, work: Work[T], patience: float) -> T:
         """Do work in a transaction that is on the disk afterwards, and has to have room there."""
+        self._sure_until = 0.0
         with self._use() as connections:
             try:
                 return self._store(connections, work, patience)
@@ -82,15 +89,22 @@ class Link:
             return self._store(connections, work, patience)
 
     def _store(self, connections: Connections, work: Work[T], patience: float) -> T:
-        self._reserve.fill()
+        if time.monotonic() >= self._room_until:
+            self._reserve.fill()
+            self._room, self._room_until = self._reserve.room(), time.monotonic() + TRUST
         return _transact(connections.safe, work, patience)
 
-    def check_room(self, sizes: Iterable[int]) -> None:
+    def take_room(self, sizes: Iterable[int]) -> None:
         """See, within a call, that messages fit into log and file beside the reserve.
 
         :raises OSError: they do not
         """
-        self._reserve.check_room(sizes)
+        size = need(sizes)
+        if size > self._room:
+            self._room = self._reserve.room()
+        if size > self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._room -= size
 
     def change(self, work: Work[T], *, safe: bool = False) -> T:
         """Do work in a transaction, also where the disk is full.
@@ -125,7 +139,7 @@ class Link:
             except sqlite3.OperationalError as error:
                 if not _is_full(error):
                     raise
-            self._reserve.give_up()
+            self._give_up_reserve()
             _checkpoint(connections)
             self.most_rows = max(1, size_on(self._path) // 4 // PAGE)
             try:
@@ -135,14 +149,19 @@ class Link:
 
     def _shrink(self, connections: Connections) -> None:
         """Give the disk what log and file do not use, a little at a time: that too takes room."""
+        self._room_until = 0.0
         _checkpoint(connections)
         for _ in range(SHRINK_STEPS):
             (unused,) = connections.quick.execute("PRAGMA freelist_count").fetchone()
             if unused == 0:
                 break
-            self._reserve.give_up()
+            self._give_up_reserve()
             connections.quick.execute("PRAGMA incremental_vacuum(64)").fetchall()
             _checkpoint(connections)
+
+    def _give_up_reserve(self) -> bool:
+        self._room_until = 0.0
+        return self._reserve.give_up()
 
     @contextmanager
     def _use(self) -> Iterator[Connections]:
@@ -169,7 +188,10 @@ class Link:
         connections = self._connections
         if connections is None:
             return self._open()
+        if time.monotonic() < self._sure_until:
+            return connections
         if is_there(self._path, connections.inode):
+            self._sure_until = time.monotonic() + TRUST
             return connections
         self._drop()
         raise StoreError(
@@ -186,7 +208,7 @@ class Link:
         try:
             connections = _patiently(self._open_now, WAIT)
         except sqlite3.OperationalError:  # without room for its index, SQLite only says I/O error
-            if not self._reserve.give_up():
+            if not self._give_up_reserve():
                 raise
             connections = _patiently(self._open_now, WAIT)
         self._connections, self._shift = connections, connections.shift

@@ -8,7 +8,6 @@ Runs on: the retry thread.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable
 
@@ -29,6 +28,11 @@ def size_on(path: str) -> int:
     """Give the size of a reserve on the disk on which this file is."""
     disk = os.statvfs(path)
     return min(SIZE, disk.f_blocks * disk.f_frsize // SHARE)
+
+
+def need(sizes: Iterable[int]) -> int:
+    """Give the bytes that messages of these sizes take, in the log and then in the file."""
+    return 2 * sum(size + (PAGE if size > PAGE // 2 else PAGE // 8) for size in sizes)
 
 
 class Reserve:
@@ -53,15 +57,10 @@ class Reserve:
         if status.st_size == 0:
             self._allocate()
 
-    def check_room(self, sizes: Iterable[int]) -> None:
-        """See that messages of so many bytes find room, in the log and then in the file.
-
-        :raises OSError: they do not
-        """
+    def room(self) -> int:
+        """Give the bytes that are free beside the reserve."""
         disk = os.statvfs(self._path)
-        rows = sum(size + (PAGE if size > PAGE // 2 else PAGE // 8) for size in sizes)
-        if disk.f_bavail * disk.f_frsize < 2 * rows + ROOM:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return disk.f_bavail * disk.f_frsize - ROOM
 
     def give_up(self) -> bool:
         """Free its room; false where there is none."""

@@ -31,6 +31,9 @@ FIRST_TOKEN = 2
 """As long as all tokens up to 127, so that a claim writes a long row's first page only."""
 
 MOST_ROWS = 512
+FEW_ROWS = 64
+"""So many are stored by one statement, however many of its lines are empty."""
+
 MOST_BYTES = 16 * 1024 * 1024
 """What one statement stores at most; SQLite takes 32,766 parameters."""
 
@@ -201,7 +204,7 @@ def in_pieces(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, list[Any]]
     while start < len(rows):
         left = min(most, len(rows) - start)
         size = 1 << (left - 1).bit_length()
-        if size > most or size - left > size // 4:
+        if size > most or (size > FEW_ROWS and size - left > size // 4):
             size //= 2
         piece = rows[start : start + size]
         values = [value for row in piece for value in row]
