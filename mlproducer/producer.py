@@ -25,7 +25,6 @@ from mlproducer.errors import (
     ConfigurationError,
     InvalidTaskError,
     PublishError,
-    StoreError,
 )
 from mlproducer.message import Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture
@@ -129,8 +128,6 @@ class MLProducer:
         except BaseException as error:
             engine.withdraw(delivery, error)
             raise
-        if future.done() and isinstance(future.exception(0), StoreError):
-            future.result(0)
         return future
 
     def publish_many(

@@ -189,8 +189,10 @@ class Engine:
             self._hand_in(delivery, delivery)
             return
         done = Latch()
-        self._keeper.write_ahead(delivery, done)
-        if done.wait(delivery.deadline - time.monotonic()) or not delivery.open:
+        put = self._keeper.write_ahead(delivery, done)
+        if done.wait(delivery.deadline - time.monotonic()):
+            if put.refusal is not None:
+                raise put.refusal
             return
         error = StoreError(
             f"the store has not answered in time: {self._keeper.name}",

@@ -68,12 +68,14 @@ class Keeper:
 
     # --- orders --------------------------------------------------------------------------------
 
-    def write_ahead(self, delivery: Delivery, done: Latch | None = None) -> None:
+    def write_ahead(self, delivery: Delivery, done: Latch | None = None) -> Put:
         """Store a message before it is sent, then hand it to the I/O thread.
 
         :param done: opened once it is stored, or refused
         """
-        self._scribe.order(Put(delivery, Entry(Record(delivery.envelope), ahead=True), done=done))
+        put = Put(delivery, Entry(Record(delivery.envelope), ahead=True), done=done)
+        self._scribe.order(put)
+        return put
 
     def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
         """Store a message, or note in its row what came of the last attempt."""

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
-from attrs import define, evolve, field
+from attrs import define, field
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.farewell import CLOSED
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.roles import Desk
 from mlproducer.engine.shelf import Shelf
-from mlproducer.errors import BufferFullError, ProducerClosedError, StoreError
+from mlproducer.errors import BufferFullError, ProducerClosedError, PublishError, StoreError
 from mlproducer.latch import Latch
 from mlproducer.observe.events import EventSink
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Store
@@ -36,12 +36,14 @@ class Put:
 
     :ivar begun: it was claimed from its publisher
     :ivar done: opened once it is stored, or refused
+    :ivar refusal: why it is not
     """
 
     delivery: Delivery
     entry: Entry
     begun: bool = False
     done: Latch | None = None
+    refusal: PublishError | None = None
 
     def begin(self) -> bool:
         """Whether it is still wanted; what is stored ahead is claimed from its publisher here."""
@@ -187,7 +189,8 @@ class Scribe:
                 self._refuse(taken, error)
             else:
                 for put in taken:  # for some of them there may be room
-                    self._put([evolve(put, begun=True)])
+                    put.begun = True
+                    self._put([put])
         except Exception as error:
             taken += [put for put in puts if put not in taken and put.begin()]
             self._refuse(taken, self._as_store_error(error))
@@ -231,7 +234,9 @@ class Scribe:
                 delivery.give_back(error)
 
     def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
-        refusals = [(put.delivery, _copy(error, put.delivery)) for put in puts]
+        for put in puts:
+            put.refusal = _copy(error, put.delivery)
+        refusals = [(put.delivery, put.refusal) for put in puts if put.refusal is not None]
         if refusals and not self._tell(lambda desk: desk.not_kept(refusals)):
             for delivery, refusal in refusals:
                 if delivery.open:
