@@ -36,7 +36,8 @@ def _fast() -> Callable[[object], bytes] | None:
         import orjson  # noqa: PLC0415 - an extra, and not needed before the first message
     except ImportError:
         return None
-    return orjson.dumps
+    dumps: Callable[[object], bytes] = orjson.dumps
+    return dumps
 
 
 def _made_once() -> Callable[[object], str]:
