@@ -13,6 +13,7 @@ from mlproducer.testing.cluster import RabbitMQCluster
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
 from mlproducer.testing.proxy import Proxy
+from mlproducer.testing.redis_server import RedisError, RedisNotInstalled, RedisServer
 from mlproducer.testing.worker import CeleryNotInstalled, CeleryWorker, TaskRun, WorkerError
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "RabbitMQError",
     "RabbitMQNode",
     "RabbitMQNotInstalled",
+    "RedisError",
+    "RedisNotInstalled",
+    "RedisServer",
     "ServerTLS",
     "TaskRun",
     "WorkerError",
