@@ -138,10 +138,11 @@ class Keeper:
 
     def _send_out(self) -> None:
         desk = self._scribe.desk
-        room = 0
-        if desk is not None and self.depth.stored:
-            room = min(desk.ready(), self._gate.room())
-        if desk is None or room == 0:
+        if desk is None or not self.depth.stored:
+            self._gate.share(backlog=False)
+            return
+        room = min(desk.ready(), self._gate.room())
+        if room == 0:
             return
         now = time.monotonic()
         rows = self._store.claim(room)

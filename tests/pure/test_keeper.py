@@ -141,3 +141,16 @@ def test_what_the_store_refuses(bench: Bench) -> None:
     bench.keep(delivery)
     assert bench.store.depth() == Depth()
     assert bench.keeper.shelf.deliveries() == []
+
+
+def test_the_window_is_whole_again(bench: Bench) -> None:
+    """Once the backlog is gone, nothing is kept for it any more."""
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    bench.keep(delivery, 0)
+    assert bench.wait_for(delivery) == 0.0
+    assert bench.keeper._gate._reserved > 0
+    bench.keeper.settle(delivery)
+    bench.work()
+    bench.keeper.sweep()
+    assert bench.keeper._gate._reserved == 0
