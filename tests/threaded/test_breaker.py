@@ -194,7 +194,7 @@ def test_open_fails_fast(connect: Connect, serve: Serve, retry: bool) -> None:
     assert isinstance(error, CircuitOpenError)
     assert 25.0 < error.retry_after <= 30.0
     assert (error.attempts, error.possibly_sent) == (0, False)
-    assert statistics.median(took) < 0.0001
+    assert statistics.median(took) < 0.0005  # also while coverage looks on
     with pytest.raises(CircuitOpenError):
         producer.submit(message, retry=retry)
     assert [type(each) for each in producer.publish_many([message])] == [CircuitOpenError]
