@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.failure import exhausted, failure, rejected, unroutable
+from mlproducer.core.failure import exhausted, failure, rejected, silent_store, unroutable
 from mlproducer.core.farewell import CLOSED, Farewell
 from mlproducer.core.judge import Judge
 from mlproducer.core.lanes import Lanes
@@ -31,7 +31,6 @@ from mlproducer.errors import (
     NotConnectedError,
     ProducerClosedError,
     PublishError,
-    StoreError,
 )
 from mlproducer.message import Envelope
 
@@ -123,7 +122,7 @@ class Courier:
         """End the wait of a publisher whose time is up; its message may live on."""
         if not (delivery.open and delivery.answer_deferral):
             return
-        if delivery in self.judge.owed:
+        if self.judge.owes(delivery):
             return  # the store has a moment more, then it is paid
         if delivery.place is Place.MAILBOX:
             self._store_is_silent(delivery)
@@ -137,9 +136,7 @@ class Courier:
     def pump(self, now: float) -> None:
         """Write what waits, as far as the link has room; half-open, one message as the probe."""
         carrier = self._lanes.carrier
-        if carrier is None or not self.able:
-            return
-        if not self._lanes.waiting:
+        if carrier is None or not self._lanes.waiting or not self.able:
             return
         room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
@@ -310,8 +307,7 @@ class Courier:
     def _store_is_silent(self, delivery: Delivery) -> None:
         """Give back a message that was to be stored before it is sent, unless it is under way."""
         if delivery.claim():
-            text = f"the store has not answered in time: {self._keeper.name}"
-            self.judge.refused(delivery, failure(StoreError, delivery, text))
+            self.judge.refused(delivery, silent_store(delivery, self._keeper.name))
 
     # --- why a message was not sent ------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Errors about one delivery: a fresh one each time, with what is known of its fate.
 
-Runs on: the I/O thread; pure.
+Runs on: the I/O thread, and publishers' where the store is silent; pure.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from mlproducer.errors import (
     BrokerRejectedError,
     PublishError,
     RetriesExhaustedError,
+    StoreError,
     UnroutableError,
 )
 
@@ -26,6 +27,11 @@ def failure(kind: type[E], delivery: Delivery, text: str) -> E:
         attempts=delivery.attempts,
         possibly_sent=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
     )
+
+
+def silent_store(delivery: Delivery, name: str) -> StoreError:
+    """Make the error of a message that a store has not taken, or not let go of, in time."""
+    return failure(StoreError, delivery, f"the store has not answered in time: {name}")
 
 
 def unroutable(delivery: Delivery) -> UnroutableError:

@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.failure import failure
+from mlproducer.core.failure import silent_store
 from mlproducer.core.ports import Door, Events, Keeper, Undertaker
 from mlproducer.core.recovery import Verdict, decide
 from mlproducer.errors import PublishError, StoreError
@@ -75,8 +75,7 @@ class Judge:
         self.keeper.keep(delivery, now, known=known)
         delivery.kept = True
         if not known:
-            text = f"the store has not answered in time: {self.keeper.name}"
-            self.owed[delivery] = failure(StoreError, delivery, text)
+            self.owed[delivery] = silent_store(delivery, self.keeper.name)
         elif not was_ours:
             self.promise(delivery, now)  # it was stored before it was sent
 

@@ -18,6 +18,8 @@ from functools import partial
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery
+from mlproducer.core.failure import silent_store
+from mlproducer.core.farewell import CLOSED
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import threads
 from mlproducer.engine.gate import Gate
@@ -26,7 +28,7 @@ from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import Route
 from mlproducer.engine.mailbox import Item
 from mlproducer.engine.tls import make_context
-from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError, StoreError
+from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
 from mlproducer.latch import Latch
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import Fanout
@@ -194,10 +196,7 @@ class Engine:
             if put.refusal is not None:
                 raise put.refusal
             return
-        error = StoreError(
-            f"the store has not answered in time: {self._keeper.name}",
-            message_id=delivery.envelope.message_id,
-        )
+        error = silent_store(delivery, self._keeper.name)
         self.withdraw(delivery, error)
         delivery.open = False  # it may be in the middle of being stored, and is then deleted
         raise error
@@ -228,7 +227,7 @@ class Engine:
     def _hand_in(self, item: Item, delivery: Delivery) -> None:
         if not self._io.reactor.mailbox.put(item):
             message_id = delivery.envelope.message_id
-            error = ProducerClosedError("the producer was closed", message_id=message_id)
+            error = ProducerClosedError(CLOSED, message_id=message_id)
             self.withdraw(delivery, error)
             raise error
 

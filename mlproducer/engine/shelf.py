@@ -64,11 +64,12 @@ class Shelf:
     def renewed(self, lost: Sequence[Claim], now: float) -> None:
         """Let all leases begin anew, but for those that have been lost."""
         self.renew_at = math.inf
-        for delivery in list(self.claims):
-            self._begin_lease(delivery, now)
-        for claim in lost:
-            for delivery in [each for each, held in self.claims.items() if held == claim]:
+        gone = set(lost)
+        for delivery, claim in list(self.claims.items()):
+            if claim in gone:
                 self.lose(delivery)
+            else:
+                self._begin_lease(delivery, now)
 
     def lose(self, delivery: Delivery) -> None:
         """Leave a message to whoever has taken it over; its own publisher may never hear of it."""
