@@ -9,13 +9,12 @@ Runs on: the caller's thread.
 from __future__ import annotations
 
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -26,12 +25,10 @@ from mlproducer.testing.erlang import (
     find_script,
     free_port,
 )
+from mlproducer.testing.server import Server
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from mlproducer.testing.certificates import ServerTLS
-    from mlproducer.testing.workspace import Program
 
 __all__ = ["RabbitMQError", "RabbitMQNode", "RabbitMQNotInstalled"]
 
@@ -43,12 +40,12 @@ _LOOK_INTERVAL = 0.05
 _MEMORY = "{resource_limit,memory,node()}"
 
 
-class RabbitMQNode:
+class RabbitMQNode(Server):
     """A RabbitMQ node of your own, as a context manager.
 
     ``with RabbitMQNode() as node:`` starts it (about 5 s) and at the end kills it and removes its
     files. Without ``with``, call `start` and `close`; a node that was never closed ends with the
-    process that started it. `stop` and `kill` keep the data for `restart`.
+    process that started it. `stop` and `kill` keep the data for `restart`; see `save_queues`.
 
     Args:
         directory: where to make the node's directory; the system's temporary directory by default.
@@ -60,6 +57,8 @@ class RabbitMQNode:
 
     """
 
+    error = RabbitMQError
+
     def __init__(
         self,
         *,
@@ -69,6 +68,7 @@ class RabbitMQNode:
         port: int | None = None,
         network: ErlangNetwork | None = None,
     ) -> None:
+        super().__init__()
         self.name = f"mlproducer-{secrets.token_hex(4)}@localhost"
         self.host = _HOST
         self.port = free_port() if port is None else port
@@ -81,39 +81,12 @@ class RabbitMQNode:
         self._network = network
         self._owns_network = network is None
         self._distribution_port = free_port()
-        self._program: Program | None = None
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped"
         return f"<RabbitMQNode {self.name} {self.host}:{self.port} {state}>"
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     # -- life ------------------------------------------------------------------------------------
-
-    @property
-    def running(self) -> bool:
-        """Whether the broker's process lives; a frozen one does."""
-        return self._program is not None and self._program.running
-
-    @property
-    def pid(self) -> int:
-        """The process id of the Erlang machine."""
-        return self._running_program().pid
 
     def start(self, timeout: float = _START_LIMIT) -> None:
         """Start the broker and wait until it speaks AMQP, at most ``timeout`` seconds.
@@ -166,32 +139,10 @@ class RabbitMQNode:
         if self._program is not None and not self._program.terminate(timeout):
             raise RabbitMQError(f"{self.name} had to be killed: it did not stop in {timeout:g} s")
 
-    def kill(self) -> None:
-        """SIGKILL. Data is kept as the broker left it; see `save_queues`."""
-        if self._program is not None:
-            self._program.kill()
-
     def restart(self, timeout: float = _START_LIMIT) -> None:
         """Start again with the same port and data; stops the broker first where it still runs."""
         self.stop()
         self.start(timeout)
-
-    def freeze(self) -> None:
-        """SIGSTOP: the kernel goes on accepting connections and bytes, nobody answers."""
-        self._running_program().send(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """SIGCONT: end `freeze`."""
-        self._running_program().send(signal.SIGCONT)
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Freeze the broker for the length of the block."""
-        self.freeze()
-        try:
-            yield
-        finally:
-            self.thaw()
 
     def close(self) -> None:
         """Kill the broker and remove all it left: processes, ports and files."""
@@ -200,10 +151,6 @@ class RabbitMQNode:
         if self._owns_network and self._network is not None:
             self._network.close()
             self._network = None
-
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines of the broker's log."""
-        return "" if self._program is None else self._program.log_tail(lines)
 
     # -- addresses -------------------------------------------------------------------------------
 
@@ -320,10 +267,9 @@ class RabbitMQNode:
 
     # -- parts -----------------------------------------------------------------------------------
 
-    def _running_program(self) -> Program:
-        if self._program is None or not self._program.running:
-            raise RabbitMQError(f"{self.name} is not running")
-        return self._program
+    @property
+    def _label(self) -> str:
+        return self.name
 
     def _running_network(self) -> ErlangNetwork:
         self._running_program()

@@ -11,22 +11,18 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlproducer.testing.erlang import free_port
+from mlproducer.testing.server import Server
 from mlproducer.testing.workspace import Workspace
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from mlproducer.testing.certificates import ServerTLS
-    from mlproducer.testing.workspace import Program
 
 __all__ = ["RedisError", "RedisNotInstalled", "RedisServer"]
 
@@ -51,7 +47,7 @@ class RedisNotInstalled(RedisError):  # noqa: N818 - says what is the case, and 
         )
 
 
-class RedisServer:
+class RedisServer(Server):
     """A Redis server of your own, as a context manager; it needs the package ``redis``.
 
     ``with RedisServer() as server:`` starts it (about 0.1 s) and at the end kills it and removes
@@ -67,6 +63,8 @@ class RedisServer:
 
     """
 
+    error = RedisError
+
     def __init__(
         self,
         *,
@@ -74,6 +72,7 @@ class RedisServer:
         password: str | None = None,
         config: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        super().__init__()
         self.host = _HOST
         self.port = free_port()
         self.tls_port = free_port() if tls is not None else None
@@ -81,39 +80,12 @@ class RedisServer:
         self._tls = tls
         self.config = dict(config)
         self._workspace: Workspace | None = None
-        self._program: Program | None = None
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped"
         return f"<RedisServer {self.host}:{self.port} {state}>"
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     # -- life ------------------------------------------------------------------------------------
-
-    @property
-    def running(self) -> bool:
-        """Whether the server's process lives; a frozen one does."""
-        return self._program is not None and self._program.running
-
-    @property
-    def pid(self) -> int:
-        """The process id of the server."""
-        return self._running_program().pid
 
     def start(self, timeout: float = _START_LIMIT) -> None:
         """Start the server and wait until it answers, at most ``timeout`` seconds.
@@ -155,32 +127,10 @@ class RedisServer:
         if self._program is not None and not self._program.terminate(timeout):
             raise RedisError(f"{self!r} had to be killed: it did not stop in {timeout:g} s")
 
-    def kill(self) -> None:
-        """SIGKILL. Data is kept as far as it was written."""
-        if self._program is not None:
-            self._program.kill()
-
     def restart(self, timeout: float = _START_LIMIT) -> None:
         """Start again with the same port and data; stops the server first where it still runs."""
         self.stop()
         self.start(timeout)
-
-    def freeze(self) -> None:
-        """SIGSTOP: the kernel goes on accepting connections and bytes, nobody answers."""
-        self._running_program().send(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """SIGCONT: end `freeze`."""
-        self._running_program().send(signal.SIGCONT)
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Freeze the server for the length of the block."""
-        self.freeze()
-        try:
-            yield
-        finally:
-            self.thaw()
 
     def close(self) -> None:
         """Kill the server and remove all it left: process, port and files."""
@@ -189,10 +139,6 @@ class RedisServer:
         if self._workspace is not None:
             self._workspace.close()
             self._workspace = None
-
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines of the server's log."""
-        return "" if self._program is None else self._program.log_tail(lines)
 
     # -- addresses and commands ------------------------------------------------------------------
 
@@ -244,11 +190,6 @@ class RedisServer:
             return bool(self.call("PING") == b"PONG")
         except RedisError:
             return False
-
-    def _running_program(self) -> Program:
-        if self._program is None or not self._program.running:
-            raise RedisError(f"{self!r} is not running")
-        return self._program
 
     def _configuration(self, directory: Path) -> str:
         lines = {
