@@ -5,12 +5,29 @@ Runs on: pytest's main thread.
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterator
+
 import pytest
 
+from mlproducer.testing import RedisServer
 from tests.broker.conftest import connect, mortal_node, proxy
 from tests.faults.traffic import FIGURES
 
 __all__ = ["connect", "mortal_node", "proxy"]
+
+
+@pytest.fixture
+def mortal_redis() -> Iterator[RedisServer]:
+    """Give a Redis that the test may end."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def prefix() -> str:
+    """Give a prefix that no other test has."""
+    return f"test-{secrets.token_hex(4)}:"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

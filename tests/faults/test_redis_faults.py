@@ -6,7 +6,6 @@ Runs on: pytest's main thread; processes of their own.
 from __future__ import annotations
 
 import logging
-import secrets
 import socket
 import subprocess
 import sys
@@ -31,19 +30,6 @@ SLACK = 0.25
 """Seconds that a busy machine may add."""
 
 PATIENCE = 5.0
-
-
-@pytest.fixture
-def mortal_redis() -> Iterator[RedisServer]:
-    """Give a Redis that the test may end."""
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-def prefix() -> str:
-    """Give a prefix that no other test has."""
-    return f"test-{secrets.token_hex(4)}:"
 
 
 @pytest.fixture

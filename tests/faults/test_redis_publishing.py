@@ -5,9 +5,8 @@ Runs on: pytest's main thread.
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -28,19 +27,6 @@ TIMEOUT = 3.0
 SLACK = 1.0
 
 Open = Callable[..., RedisStore]
-
-
-@pytest.fixture
-def mortal_redis() -> Iterator[RedisServer]:
-    """Give a Redis that the test may end."""
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture
-def prefix() -> str:
-    """Give a prefix that no other test has."""
-    return f"test-{secrets.token_hex(4)}:"
 
 
 def test_what_one_process_stored_another_delivers(
