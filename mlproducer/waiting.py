@@ -9,16 +9,15 @@ Runs on: the users' threads; an `Answer` is given on the I/O thread.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import deque
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from attrs import define
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.errors import ConfirmTimeoutError, PublishError
+from mlproducer.fate import Fate
 from mlproducer.latch import Latch
 from mlproducer.message import Receipt
 
@@ -34,76 +33,66 @@ class Answer:
 
     Whoever takes the token decides: the courier that the message is sent, or the publisher that it
     is withdrawn.
+
+    :ivar given: the answer, once it is there
     """
 
-    __slots__ = ("_given", "_heirs", "_latch", "_token")
+    __slots__ = ("_heirs", "_latch", "_token", "given")
 
     def __init__(self) -> None:
         self._latch: Latch | None = None
         self._token = [None]
-        self._given: Receipt | PublishError | None = None
-        self._heirs: list[Future[Receipt]] | None = None
+        self.given: Receipt | PublishError | None = None
+        self._heirs: list[Fate] | None = None
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Take the message over; false if it was withdrawn."""
-        return self._take_token()
-
-    def cancel(self) -> bool:
-        """Withdraw the message; false if it was taken over."""
-        return self._take_token()
-
-    def set_result(self, receipt: Receipt) -> None:
-        """Answer that it is ours."""
-        self._give(receipt)
-
-    def set_exception(self, error: PublishError) -> None:
-        """Answer that it is the publisher's."""
-        self._give(error)
-
-    def done(self) -> bool:
-        """Whether the answer is there."""
-        return self._given is not None
-
-    def wait(self, timeout: float) -> bool:
-        """Wait for the answer; false if it did not come in ``timeout`` seconds."""
-        if self._given is None:
-            latch = self._latch = Latch()
-            if self._given is None:  # else it came before the latch could be seen
-                return latch.wait(timeout)
-        return True
-
-    def receipt(self) -> Receipt:
-        """Give the answer that is there, or raise it."""
-        if self._given is None:
-            raise LookupError("there is no answer yet")
-        if isinstance(self._given, PublishError):
-            raise self._given
-        return self._given
-
-    def bequeath(self) -> Future[Receipt]:
-        """Give a future that has the answer once it comes, for one who waits no longer."""
-        heir: Future[Receipt] = Future()
-        heirs = self._heirs = [heir]
-        if self._given is not None:
-            _settle(heirs, self._given)
-        return heir
-
-    def _take_token(self) -> bool:
+        """Take the message over; false if it was withdrawn, or taken over before."""
         try:
             self._token.pop()
         except IndexError:
             return False
         return True
 
-    def _give(self, given: Receipt | PublishError) -> None:
-        self._given = given
+    cancel = set_running_or_notify_cancel
+    """Withdraw the message; false if it was taken over."""
+
+    def set_result(self, given: Receipt | PublishError) -> None:
+        """Answer that it is ours."""
+        self.given = given
         if self._latch is not None:
             self._latch.open()
         if self._heirs is not None:
             _settle(self._heirs, given)
 
+    set_exception = set_result
+    """Answer that it is the publisher's."""
 
-def _settle(heirs: list[Future[Receipt]], given: Receipt | PublishError) -> None:
+    def wait(self, timeout: float) -> bool:
+        """Wait for the answer; false if it did not come in ``timeout`` seconds."""
+        if self.given is None:
+            latch = self._latch = Latch()
+            if self.given is None:  # else it came before the latch could be seen
+                return latch.wait(timeout)
+        return True
+
+    def receipt(self) -> Receipt:
+        """Give the answer that is there, or raise it."""
+        if self.given is None:
+            raise LookupError("there is no answer yet")
+        if isinstance(self.given, PublishError):
+            raise self.given
+        return self.given
+
+    def bequeath(self) -> Fate:
+        """Give a future that has the answer once it comes, for one who waits no longer."""
+        heir = Fate()
+        heirs = self._heirs = [heir]
+        if self.given is not None:
+            _settle(heirs, self.given)
+        return heir
+
+
+def _settle(heirs: list[Fate], given: Receipt | PublishError) -> None:
     """Pass an answer on, once: whoever takes the heir out of the list does it."""
     with contextlib.suppress(IndexError):
         heir = heirs.pop()
@@ -127,7 +116,7 @@ class Wait:
         :raises PublishError: the message is the publisher's again
         """
         answer = self.answer
-        if not (answer.done() or answer.wait(self.delivery.deadline - time.monotonic())):
+        if answer.given is None and not answer.wait(self.delivery.deadline - time.monotonic()):
             self.engine.expire(self.delivery)
             if not answer.wait(GRACE):
                 return self._unanswered()
@@ -153,26 +142,28 @@ class Wait:
 
 
 class Line:
-    """Deliveries, and what was refused among them, in the order in which they were handed in."""
+    """Waits in the order in which their messages were handed in, and what has come of them."""
 
     def __init__(self) -> None:
-        self._waits: deque[Wait | PublishError] = deque()
+        self._waits: deque[tuple[int, Wait]] = deque()
         self._results: list[Receipt | PublishError] = []
 
     def skip(self, error: PublishError) -> None:
-        """Keep the place of a task that could not be handed in."""
-        self._waits.append(error)
+        """Note that a task could not be handed in."""
+        self._results.append(error)
 
     def enter(self, wait: Wait) -> None:
         """Pass the gate, and answer meanwhile those ahead whose time is up."""
-        delivery = wait.delivery
-        while self._waits and not _undecided(self._waits[0]):
-            self._finish_next()
-        self._waits.append(wait)
-        hand_in = wait.engine.post
-        while not wait.engine.gate.enter(delivery, self._deadline()):
-            if self._waits[0] is wait:
-                hand_in = wait.engine.turn_away
+        waits, delivery, engine = self._waits, wait.delivery, wait.engine
+        while waits and (given := waits[0][1].answer.given) is not None:
+            place, _ = waits.popleft()
+            self._results[place] = given
+        waits.append((len(self._results), wait))
+        self._results.append(_UNANSWERED)
+        hand_in = engine.post
+        while not engine.gate.enter(delivery, waits[0][1].delivery.deadline):
+            if waits[0][1] is wait:
+                hand_in = engine.turn_away
                 break
             self._finish_next()
         try:
@@ -188,25 +179,15 @@ class Line:
 
     def withdraw(self) -> None:
         """Take back all that are left, since nobody will look at their answers."""
-        for each in self._waits:
-            if isinstance(each, Wait):
-                each.engine.withdraw(each.delivery)
+        for _, wait in self._waits:
+            wait.engine.withdraw(wait.delivery)
 
     def _finish_next(self) -> None:
-        each = self._waits.popleft()
-        if isinstance(each, PublishError):
-            self._results.append(each)
-            return
+        place, wait = self._waits.popleft()
         try:
-            self._results.append(each.finish())
+            self._results[place] = wait.finish()
         except PublishError as error:
-            self._results.append(error)
-
-    def _deadline(self) -> float:
-        """When the wait of the first in line ends."""
-        head = self._waits[0]
-        return head.delivery.deadline if isinstance(head, Wait) else -math.inf
+            self._results[place] = error
 
 
-def _undecided(each: Wait | PublishError) -> bool:
-    return isinstance(each, Wait) and not each.answer.done()
+_UNANSWERED = PublishError("not answered yet")

@@ -14,10 +14,8 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from mlproducer.errors import PublishError
+from mlproducer.fate import Fate
 from mlproducer.message import Envelope, Receipt
-
-ORPHANED = 0.05
-"""Seconds after which a future's lock, which is held for microseconds, is nobody's any more."""
 
 
 class Place(enum.Enum):
@@ -64,41 +62,10 @@ class Nobody:
         """Tell nobody."""
 
 
-class Fate(Future[Receipt]):
-    """What becomes of a message, for those who hold its receipt or future.
-
-    An interrupt in the stdlib's own wait can leave a future's lock taken for ever. Such a future is
-    given up after a moment, since its waiter is gone, so that nobody else waits for it in vain.
-
-    :ivar delivery: is remembered as long as somebody holds this
-    """
-
-    delivery: Delivery | None = None
-
-    def set_running_or_notify_cancel(self) -> bool:
-        """Take the message over; false if it was withdrawn."""
-        return self._usable() and super().set_running_or_notify_cancel()
-
-    def set_result(self, result: Receipt) -> None:
-        """Tell that it is delivered."""
-        if self._usable():
-            super().set_result(result)
-
-    def set_exception(self, exception: BaseException | None) -> None:
-        """Tell that it is not."""
-        if self._usable():
-            super().set_exception(exception)
-
-    def _usable(self) -> bool:
-        taken = self._condition.acquire(timeout=ORPHANED)
-        if taken:
-            self._condition.release()
-        return taken
-
-
 class Delivery:
     """One message, from `publish()` to its fate.
 
+    :ivar size: bytes, as the gate and the link count them
     :ivar answer: what the publisher waits for; for ``submit()`` the message's fate
     :ivar fate: what a receipt waits for, from when the answer was DEFERRED
     :ivar retry: the library may keep the message and try again
@@ -140,6 +107,7 @@ class Delivery:
         "retry",
         "returned",
         "sent_at",
+        "size",
         "started",
         "stored",
     )
@@ -155,6 +123,7 @@ class Delivery:
         answer_deferral: bool = True,
     ) -> None:
         self.envelope = envelope
+        self.size = envelope.size
         self.answer = answer
         self.fate: Fate | None = None
         self.started = started

@@ -17,9 +17,10 @@ from functools import partial
 
 from attrs import frozen
 
-from mlproducer.core.delivery import Delivery, Fate
+from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss
 from mlproducer.core.states import CircuitState
+from mlproducer.fate import Fate
 from mlproducer.message import Receipt
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.log import Lines
@@ -73,7 +74,6 @@ class Dispatcher:
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._unstarted = [None]
         self._lines = Lines(logger)
-        self._ident: int | None = None
         self.threads: list[threading.Thread] = []
         self.awaited: set[Future[Receipt]] = set()
 
@@ -82,10 +82,6 @@ class Dispatcher:
         with contextlib.suppress(IndexError):
             self._unstarted.pop()
             self.threads.append(self._spawn("events", self._run))
-
-    def runs_here(self) -> bool:
-        """Whether this is the callbacks' thread, which may run before it is in the list."""
-        return threading.get_ident() == self._ident
 
     def call(self, function: Callable[[], object]) -> None:
         """Have something called soon."""
@@ -100,7 +96,6 @@ class Dispatcher:
         self._calls.put(None)
 
     def _run(self) -> None:
-        self._ident = threading.get_ident()
         while (function := self._calls.get(timeout=None)) is not None:
             try:
                 function()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mlproducer"
 FLOORS = [
     {"errors"},
     {"settings", "message", "shapes", "tracing", "latch"},
-    {"topology", "tasks"},
+    {"topology", "tasks", "fate"},
     {"wire"},
     {"core"},
     {"status"},

@@ -1,0 +1,78 @@
+"""What becomes of a message: a future whose waiters may be interrupted.
+
+The stdlib's own wait is Python code that holds a lock; a Ctrl-C in it can come out as a
+RuntimeError, or leave the lock taken for ever. Here waiters stand on latches. A lock that is lost
+all the same, since `done` and callbacks need it, is given up after a moment, so that nobody else
+waits for it.
+
+Runs on: any thread; it is settled on the I/O thread.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+
+from mlproducer.latch import Watch
+from mlproducer.message import Receipt
+
+ORPHANED = 0.05
+"""Seconds after which a future's lock, which is held for microseconds, is nobody's any more."""
+
+
+class Fate(Future[Receipt]):
+    """The fate of a message, for those who hold its receipt or future.
+
+    :ivar delivery: is remembered as long as somebody holds this
+    """
+
+    delivery: object = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._settled = Watch()
+
+    def result(self, timeout: float | None = None) -> Receipt:
+        """Wait for the receipt, or for the error that is raised.
+
+        :param timeout: seconds; ``None`` waits without a limit
+        """
+        self._wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the error; ``None`` where there is a receipt."""
+        self._wait(timeout)
+        return super().exception(0)
+
+    def cancel(self) -> bool:
+        """Withdraw the message; false if it was taken over."""
+        cancelled = super().cancel()
+        self._settled.changed()
+        return cancelled
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Take the message over; false if it was withdrawn."""
+        return self._usable() and super().set_running_or_notify_cancel()
+
+    def set_result(self, result: Receipt) -> None:
+        """Tell that it is delivered."""
+        if self._usable():
+            super().set_result(result)
+            self._settled.changed()
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Tell that it is not."""
+        if self._usable():
+            super().set_exception(exception)
+            self._settled.changed()
+
+    def _wait(self, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._settled.wait_for(self.done, deadline)
+
+    def _usable(self) -> bool:
+        taken = self._condition.acquire(timeout=ORPHANED)
+        if taken:
+            self._condition.release()
+        return taken
