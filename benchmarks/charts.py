@@ -45,7 +45,9 @@ def _ratios(name: str, report: Report, path: Path) -> Path:
             axes.plot([figure.target.bound] * 2, [row - 0.4, row + 0.4], color="#c03028")
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     if max(medians) > 20 * min(medians):
-        axes.set_xscale("log")
+        axes.set_xscale("log", subs=(2, 5))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_title(f"{name}: ratios; lines are extremes, red marks targets")
     return _save(canvas, path)
 

@@ -28,7 +28,7 @@ from mlproducer import Settings
 from mlproducer.testing import RabbitMQNode
 from mlproducer.topology import Topology
 
-OURS, C = "mlproducer", "C"
+OURS, C, C_HEADERS = "mlproducer", "C", "C, same headers"
 
 MODULES = {
     OURS: ("ours", "mlproducer"),
@@ -129,8 +129,8 @@ class Lab:
         :param options: what its module's ``Client`` takes besides
         """
         url = url or self.broker.url
-        if name == C:
-            return self._native(url)
+        if name in (C, C_HEADERS):
+            return self._native(name, url)
         module, package = MODULES[name]
         if find_spec(package) is None:
             self.note(f"{name} is left out: {package} is not installed")
@@ -138,12 +138,13 @@ class Lab:
         arguments = json.dumps({"url": url, "workers": workers, **options})
         return Contestant(name, [sys.executable, "-m", "benchmarks.contestants", module, arguments])
 
-    def _native(self, url: str) -> Contestant | None:
+    def _native(self, name: str, url: str) -> Contestant | None:
         try:
             if self._program is None:
                 directory = self._stack.enter_context(tempfile.TemporaryDirectory())
                 self._program = native.build(Path(directory))
-            return NativeContestant(C, native.command(self._program, url))
+            command = native.command(self._program, url, headers=name == C_HEADERS)
+            return NativeContestant(name, command)
         except native.NoCompilerError as error:
             self.note(f"the C client is left out: {error}")
             return None

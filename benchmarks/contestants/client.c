@@ -1,23 +1,31 @@
 /* The limit: one thread of C with librabbitmq, a window of raw bodies in flight, all confirmed.
  *
- *   client HOST PORT USER PASSWORD VHOST EXCHANGE ROUTING_KEY BODY_BYTES
+ *   client HOST PORT USER PASSWORD VHOST EXCHANGE ROUTING_KEY BODY_BYTES [TASK]
  *
  * Says "{"ready": "c"}", then answers each line of standard input, "COUNT WINDOW", with a line of
- * figures as JSON. Messages are persistent and mandatory and have no headers. Whenever the window is
- * full it waits for a confirm, takes all that have come, and fills up again.
+ * figures as JSON. Messages are persistent and mandatory. They have no headers unless a task's name
+ * is given: then they have the headers and properties that mlproducer/wire/celery.py writes, which
+ * the broker has to decode. Whenever the window is full it waits for a confirm, takes all that have
+ * come, and fills up again.
  */
 #include <amqp.h>
 #include <amqp_tcp_socket.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 static amqp_connection_state_t connection;
 static unsigned char *open_tags; /* a ring: whether a tag is in flight */
 static uint64_t sent, oldest = 1, in_flight;
 
-enum { CHANNEL = 1, RING = 1 << 17, MAX_FRAME = 131072 };
+static amqp_basic_properties_t properties;
+static amqp_table_entry_t headers[14];
+static char id[] = "0a1b2c3d-1111-4222-8333-000000000000", tag[21];
+
+enum { CHANNEL = 1, RING = 1 << 17, MAX_FRAME = 131072, LAST_GROUP = 24 };
 
 static void die(const char *what) {
     fprintf(stderr, "client: %s\n", what);
@@ -65,18 +73,71 @@ static void take_confirms(void) {
     amqp_maybe_release_buffers(connection);
 }
 
-static void publish(long count, uint64_t window, char **names, amqp_bytes_t body) {
-    amqp_basic_properties_t properties;
-    memset(&properties, 0, sizeof properties);
+static void describe(void) {
     properties._flags = AMQP_BASIC_DELIVERY_MODE_FLAG | AMQP_BASIC_CONTENT_TYPE_FLAG;
     properties.delivery_mode = 2;
     properties.content_type = amqp_cstring_bytes("application/json");
+}
+
+static amqp_field_value_t *header(const char *name, uint8_t kind) {
+    amqp_table_entry_t *entry = &headers[properties.headers.num_entries++];
+    entry->key = amqp_cstring_bytes(name);
+    entry->value.kind = kind;
+    return &entry->value;
+}
+
+static void text(const char *name, const char *value) {
+    header(name, AMQP_FIELD_KIND_UTF8)->value.bytes = amqp_cstring_bytes(value);
+}
+
+static void add_headers(const char *task, const char *origin) {
+    static amqp_field_value_t limits[] = {{.kind = AMQP_FIELD_KIND_VOID},
+                                          {.kind = AMQP_FIELD_KIND_VOID}};
+    properties.headers.entries = headers;
+    text("lang", "py");
+    text("task", task);
+    header("group", AMQP_FIELD_KIND_VOID);
+    header("retries", AMQP_FIELD_KIND_I32)->value.i32 = 0;
+    header("timelimit", AMQP_FIELD_KIND_ARRAY)->value.array = (amqp_array_t){2, limits};
+    header("parent_id", AMQP_FIELD_KIND_VOID);
+    text("argsrepr", "(...)");
+    text("kwargsrepr", "{...}");
+    header("ignore_result", AMQP_FIELD_KIND_BOOLEAN)->value.boolean = 0;
+    text("origin", origin);
+    text("id", id);
+    text("root_id", id);
+    header("eta", AMQP_FIELD_KIND_VOID);
+    header("expires", AMQP_FIELD_KIND_VOID);
+}
+
+static void describe_task(const char *task) {
+    static char origin[300];
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    snprintf(origin, sizeof origin, "gen%d@%s", getpid(), host);
+    add_headers(task, origin);
+    properties._flags |= AMQP_BASIC_CONTENT_ENCODING_FLAG | AMQP_BASIC_HEADERS_FLAG |
+                         AMQP_BASIC_CORRELATION_ID_FLAG | AMQP_BASIC_MESSAGE_ID_FLAG |
+                         AMQP_BASIC_CLUSTER_ID_FLAG;
+    properties.content_encoding = amqp_cstring_bytes("utf-8");
+    properties.correlation_id = properties.message_id = amqp_cstring_bytes(id);
+    properties.cluster_id.bytes = tag;
+}
+
+/* Gives a message an id of its own and its delivery tag; headers and properties point at both. */
+static void stamp(void) {
+    snprintf(id + LAST_GROUP, sizeof id - LAST_GROUP, "%012" PRIu64, sent);
+    properties.cluster_id.len = snprintf(tag, sizeof tag, "%" PRIu64, sent);
+}
+
+static void publish(long count, uint64_t window, char **names, amqp_bytes_t body) {
     amqp_bytes_t exchange = amqp_cstring_bytes(names[0]), key = amqp_cstring_bytes(names[1]);
     while (count > 0 || in_flight > 0) {
         while (count > 0 && in_flight < window) {
             count--;
             in_flight++;
             open_tags[++sent % RING] = 1;
+            if (properties.headers.entries) stamp();
             if (amqp_basic_publish(connection, CHANNEL, exchange, key, 1, 0, &properties, body))
                 die("cannot publish");
         }
@@ -98,12 +159,14 @@ static void connect_to(char **argv) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 9) die("wrong number of arguments");
+    if (argc != 9 && argc != 10) die("wrong number of arguments");
     size_t size = strtoul(argv[8], NULL, 10);
     amqp_bytes_t body = amqp_bytes_malloc(size);
     open_tags = calloc(RING, 1);
     if (!body.bytes || !open_tags) die("no memory");
     memset(body.bytes, 'x', size);
+    describe();
+    if (argc == 10) describe_task(argv[9]);
     connect_to(argv);
     printf("{\"ready\": \"c\"}\n");
     fflush(stdout);

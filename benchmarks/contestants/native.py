@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from benchmarks.contestants.work import EXCHANGE, ROUTING_KEY, message
+from benchmarks.contestants.work import EXCHANGE, ROUTING_KEY, TASK_NAME, message
 
 SOURCE = Path(__file__).with_name("client.c")
 COMPILE_LIMIT = 60.0
@@ -39,9 +39,10 @@ def build(directory: Path) -> Path:
     return program
 
 
-def command(program: Path, url: str) -> list[str]:
+def command(program: Path, url: str, *, headers: bool = False) -> list[str]:
     """Give the command line of a client that publishes bodies as long as everyone's.
 
+    :param headers: with the headers and properties of a Celery task, as our own contestant
     :raises NoCompilerError: the URL asks for TLS, which the client does not speak
     """
     parts = urlsplit(url)
@@ -58,4 +59,5 @@ def command(program: Path, url: str) -> list[str]:
         EXCHANGE,
         ROUTING_KEY,
         str(body),
+        *([TASK_NAME] if headers else []),
     ]

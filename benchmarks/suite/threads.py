@@ -1,7 +1,7 @@
 """32 threads, each waiting for every confirm.
 
-Blocking ``publish()`` from 32 threads, against a C client with a window of 32, and against the
-Python clients with 32 threads or, for aio-pika, 32 coroutines.
+Blocking ``publish()`` from 32 threads, against a C client with a window of 32, without headers and
+with ours, and against the Python clients with 32 threads or, for aio-pika, 32 coroutines.
 
 Runs on: the main thread.
 """
@@ -9,13 +9,13 @@ Runs on: the main thread.
 from __future__ import annotations
 
 from benchmarks.harness import BLOCKING, Match
-from benchmarks.lab import OURS, C, Lab
+from benchmarks.lab import C_HEADERS, OURS, C, Lab
 from benchmarks.report import Figure, Report, at_least, ratios
 from benchmarks.suite.pipelined import rate_ratios, rates
 
 WORKERS = 32
 PEERS = ("pika", "kombu", "aio-pika", "AMQPStorm", "Celery")
-NAMES = (OURS, C, *PEERS)
+NAMES = (OURS, C, C_HEADERS, *PEERS)
 
 
 def run(lab: Lab) -> Report:

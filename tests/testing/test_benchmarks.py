@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import pika
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.contestants.work import ROUTING_KEY
+from benchmarks.harness import PIPELINED
+from benchmarks.lab import C_HEADERS, OURS, QUICK, Broker, C, Lab
 from benchmarks.report import Figure, Report, at_least, at_most, ratios
 from benchmarks.storm import STRATEGIES, Scenario, simulate
 from benchmarks.suite import NAMES, guard
 from benchmarks.way import Way
+from mlproducer.testing.plugin import VirtualHost
+
+COUNT = 2
 
 
 def test_calls_per_message() -> None:
@@ -90,6 +99,59 @@ def test_contestants_alternate_on_a_broker(tmp_path: Path) -> None:
     ratio = results["benchmarks"]["single"]["figures"][0]
     assert len(ratio["values"]) == 2
     assert ratio["median"] > 0
+
+
+@pytest.fixture
+def contest(rabbitmq_vhost: VirtualHost) -> dict[str, list[pika.BasicProperties]]:
+    """What our own contestant and both of C published: the properties, by their names."""
+    url = rabbitmq_vhost.url
+    with Lab(QUICK) as lab, closing(Broker("the shared node", url)):
+        return {name: _published(lab, name, url) for name in (OURS, C, C_HEADERS)}
+
+
+def _published(lab: Lab, name: str, url: str) -> list[pika.BasicProperties]:
+    contestant = lab.contestant(name, url=url)
+    if contestant is None:
+        pytest.skip(lab.notes[0])
+    with contestant:
+        contestant.ask(way=PIPELINED, count=COUNT, workers=1)
+    with closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
+        channel = connection.channel()
+        found = [channel.basic_get(ROUTING_KEY, auto_ack=True)[1] for _ in range(COUNT)]
+    for each in found:
+        (each.headers or {}).pop("x-delivery-count", None)  # the quorum queue's own
+    return found
+
+
+@pytest.mark.broker
+def test_c_publishes_our_headers(contest: dict[str, list[pika.BasicProperties]]) -> None:
+    """C's second contestant sends the headers and properties that we do, with ids of its own."""
+    ours, theirs = contest[OURS], contest[C_HEADERS]
+    assert [_without_ids(each) for each in theirs] == [_without_ids(each) for each in ours]
+    assert len({each.message_id for each in theirs}) == COUNT
+
+
+@pytest.mark.broker
+def test_c_publishes_raw_bodies(contest: dict[str, list[pika.BasicProperties]]) -> None:
+    """C's first contestant, which the targets are about, sends no headers."""
+    for each in contest[C]:
+        assert _set(each) == {"content_type": "application/json", "delivery_mode": 2}
+
+
+def _set(properties: pika.BasicProperties) -> dict[str, Any]:
+    return {name: value for name, value in vars(properties).items() if value}
+
+
+def _without_ids(properties: pika.BasicProperties) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """Give the properties, and the headers in order, as they are whatever the id and process."""
+    message_id = properties.message_id
+    assert len(message_id) == 36
+    found = _set(properties)
+    headers = found.pop("headers")
+    headers["origin"] = re.sub(r"^gen\d+@", "gen@", headers["origin"])
+    for ids in (found, headers):
+        ids.update({name: "its id" for name, value in ids.items() if value == message_id})
+    return found, list(headers.items())
 
 
 def test_every_benchmark_has_a_title_and_a_run() -> None:
