@@ -51,6 +51,7 @@ class Way:
         self._gate = Gate(settings.max_in_flight)
         self._mailbox = Mailbox()
         self._frames = FrameWriter(1, FRAME_MAX)
+        self.longest_properties = self._frames.longest_properties
         self._batch: list[tuple[Envelope, int]] = []
         self._tag = 0
         breaker = Breaker(10, 30.0, lambda _state: None)
@@ -66,10 +67,6 @@ class Way:
     def room(self) -> int:
         """There is always room."""
         return _PLENTY
-
-    def fits(self, envelope: Envelope) -> bool:
-        """As on a real channel."""
-        return self._frames.fits(envelope)
 
     def carry(self, batch: list[tuple[Envelope, int]]) -> None:
         """Leave the frames for a stage of their own."""
@@ -105,15 +102,11 @@ class Way:
 
     def _accept(self, waits: list[Wait]) -> None:
         now = time.monotonic()
-        for wait in waits:
-            self._courier.accept(wait.delivery, now)
+        self._courier.accept([wait.delivery for wait in waits], now)
         self._courier.pump(now)
 
     def _write(self) -> None:
-        pieces: list[bytes] = []
-        for envelope, tag in self._batch:
-            pieces += self._frames.publish(envelope, tag)
-        b"".join(pieces)
+        self._frames.publish(self._batch)
 
     def _confirm(self) -> None:
         self._courier.acked(self._tag, time.monotonic(), multiple=True)

@@ -57,12 +57,11 @@ class MLTask:
     __slots__ = ()
     task_type: ClassVar[str]
 
-    def route(self, preferred: PreferredBackends) -> Route:
-        """Give the route for the backend that the options, or the settings, choose."""
-        raise NotImplementedError
+    def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
+        """Give the route for the backend that is chosen, and the Celery task's keyword arguments.
 
-    def kwargs(self, preferred: PreferredBackends) -> dict[str, Any]:
-        """Give the Celery task's keyword arguments, with the backend filled in."""
+        :param preferred: the backends where the options do not choose
+        """
         raise NotImplementedError
 
     def free_form(self) -> Iterable[tuple[str, object]]:
@@ -84,23 +83,19 @@ class _ShareTask(MLTask):
     share_id: str
     options: Mapping[str, Any]
 
-    def backend(self, preferred: PreferredBackends) -> str:
-        """Resolve the backend: the option, else a local provider, else the setting."""
-        chosen = self.options.get("backend")
-        if chosen is None and self.options.get("provider") == LOCAL:
-            chosen = LOCAL
-        return chosen or str(getattr(preferred, self.preference))
+    def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
+        """Give the route, and as arguments the share, its content, the options with the backend.
 
-    def route(self, preferred: PreferredBackends) -> Route:
-        """Give the route of the backend that is chosen."""
-        return self.routes[self.backend(preferred)]
-
-    def kwargs(self, preferred: PreferredBackends) -> dict[str, Any]:
-        """Give what the worker gets: the share, its content, the options with the backend."""
-        return {
+        The backend is the one among the options, else that of a local provider, else the setting.
+        """
+        backend = self.options.get("backend")
+        if backend is None:
+            is_local = self.options.get("provider") == LOCAL
+            backend = LOCAL if is_local else getattr(preferred, self.preference)
+        return self.routes[backend], {
             "share_id": self.share_id,
             "content": self.wire_content(),
-            "options": {**self.options, "backend": self.backend(preferred)},
+            "options": {**self.options, "backend": backend},
         }
 
     def wire_content(self) -> Mapping[str, Any]:
@@ -240,13 +235,10 @@ class EmbeddingBatchTask(MLTask):
             shapes.refuse("items", items, "at least one item", " but empty")
         self.__attrs_init__(tuple(map(_batch_item, range(len(items)), items)))
 
-    def route(self, preferred: PreferredBackends) -> Route:
-        """Give the one route there is."""
-        return Route("ml.embed", "vector_service.tasks.generate_embeddings_batch")
-
-    def kwargs(self, preferred: PreferredBackends) -> dict[str, Any]:
-        """Give what the worker gets: the arguments of each item's own task."""
-        return {"tasks": [item.kwargs(preferred) for item in self.items]}
+    def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
+        """Give the one route there is, and the arguments of each item's own task."""
+        route = Route("ml.embed", "vector_service.tasks.generate_embeddings_batch")
+        return route, {"tasks": [item.call(preferred)[1] for item in self.items]}
 
     def free_form(self) -> Iterable[tuple[str, object]]:
         """Give the metadata of each item."""

@@ -19,6 +19,9 @@ from mlproducer.message import Envelope
 LIMIT = 5.0
 """Seconds after which a test stops waiting for what ought to come."""
 
+NO_PROPERTIES = b"\x10\x00"
+"""An envelope's properties where none matter."""
+
 T = TypeVar("T")
 
 _numbers = itertools.count(1)
@@ -29,11 +32,12 @@ def make_envelope(
     *,
     exchange: str = "x",
     routing_key: str = "k",
+    properties: bytes = NO_PROPERTIES,
     body: bytes = b"body",
 ) -> Envelope:
     """Give an envelope with an id of its own; its properties are no valid AMQP."""
     return Envelope(
-        message_id or f"m{next(_numbers)}", "raw", exchange, routing_key, b"\x10\x00", body
+        message_id or f"m{next(_numbers)}", "raw", exchange, routing_key, properties, body
     )
 
 
@@ -51,6 +55,7 @@ def make_delivery(
     *,
     exchange: str = "x",
     routing_key: str = "k",
+    properties: bytes = NO_PROPERTIES,
     body: bytes = b"body",
     started: float = 0.0,
     deadline: float = 5.0,
@@ -59,7 +64,13 @@ def make_delivery(
 ) -> Delivery:
     """Give a delivery as `MLProducer.publish` makes it."""
     return Delivery(
-        make_envelope(message_id, exchange=exchange, routing_key=routing_key, body=body),
+        make_envelope(
+            message_id,
+            exchange=exchange,
+            routing_key=routing_key,
+            properties=properties,
+            body=body,
+        ),
         Patience(),
         started=started,
         deadline=deadline,

@@ -49,9 +49,9 @@ def _time_stages(way: Way, bursts: int) -> dict[str, float]:
 def _parts(count: int) -> list[Figure]:
     task = SummarizationTask("share-1", {"text": TEXT})
     preferred = PreferredBackends()
-    kwargs = task.kwargs(preferred)
+    _, kwargs = task.call(preferred)
     parts: dict[str, Callable[[], object]] = {
-        "of which: arguments": lambda: task.kwargs(preferred),
+        "of which: arguments": lambda: task.call(preferred),
         "of which: JSON": lambda: strict_json.dumps("kwargs", kwargs),
         "beside it: str(uuid4())": lambda: str(uuid.uuid4()),
     }

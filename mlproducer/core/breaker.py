@@ -8,7 +8,7 @@ Runs on: the I/O thread, its only owner; publishers read `Breaker.refuses` and `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.states import CIRCUIT_MOVES, CircuitEvent, CircuitState, Machine
@@ -50,10 +50,10 @@ class Breaker:
         if self.state is CircuitState.HALF_OPEN:
             self._probe = delivery
 
-    def succeeded(self, delivery: Delivery) -> None:
-        """Note a confirm; the probe's closes the breaker."""
+    def succeeded(self, deliveries: Collection[Delivery]) -> None:
+        """Note confirms; the probe's closes the breaker."""
         self.failures = 0
-        if delivery is self._probe:
+        if self._probe is not None and self._probe in deliveries:
             self._probe = None
             self._step(CircuitEvent.PROBE_SUCCEEDED)
 

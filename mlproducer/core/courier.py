@@ -92,12 +92,13 @@ class Courier:
 
     # --- publishers ----------------------------------------------------------------------------
 
-    def accept(self, delivery: Delivery, now: float) -> None:
-        """Take a message from its publisher, unless it was withdrawn meanwhile."""
-        if delivery.claim():
-            self.readmit(delivery, now)
-        else:
-            self.judge.leave(delivery, Place.RETIRED)
+    def accept(self, deliveries: Iterable[Delivery], now: float) -> None:
+        """Take messages from their publishers, unless they were withdrawn meanwhile."""
+        for delivery in deliveries:
+            if delivery.answer.set_running_or_notify_cancel():
+                self.readmit(delivery, now)
+            else:
+                self.judge.leave(delivery, Place.RETIRED)
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
@@ -106,7 +107,7 @@ class Courier:
             self.judge.drop(delivery)
         elif self.farewell.begun:
             self.farewell.see_off(delivery, now)
-        elif self._circuit_is_full():
+        elif self.breaker.state is not CircuitState.CLOSED and self._circuit_is_full():
             self.judge.fail(delivery, self._circuit_open(delivery, now), now)
         elif self._refusal is not None:
             self._refuse_one(delivery, self._refusal, now)
@@ -143,7 +144,7 @@ class Courier:
         for delivery in self._lanes.next(room):
             if delivery.leased_until < now:
                 self.judge.keep(delivery, now)  # frozen meanwhile: it may be another's by now
-            elif carrier.fits(delivery.envelope):
+            elif len(delivery.envelope.properties) <= carrier.longest_properties:
                 batch.append((delivery.envelope, self._dispatch(delivery, now)))
             else:
                 text = "the headers exceed the frame size"
@@ -175,13 +176,19 @@ class Courier:
 
     def acked(self, tag: int, now: float, *, multiple: bool) -> None:
         """Settle what the broker has taken; what it returned before is unroutable."""
-        taken = []
-        for delivery in self._settle(tag, multiple=multiple):
-            if delivery.returned is None:
-                taken.append(delivery)
-            else:
-                self.judge.fail(delivery, unroutable(delivery), now)
-        delivered = [delivery for delivery in taken if self._retire(delivery)]
+        settled = self._settle(tag, multiple=multiple)
+        taken = [delivery for delivery in settled if delivery.returned is None]
+        if len(taken) < len(settled):
+            for delivery in settled:
+                if delivery.returned is not None:
+                    self.judge.fail(delivery, unroutable(delivery), now)
+        if taken:
+            self.breaker.succeeded(taken)
+        for delivery in taken:
+            delivery.place = Place.RETIRED
+            if delivery.stored or delivery.late or delivery.dead:
+                self._conclude(delivery)
+        delivered = [delivery for delivery in taken if delivery.open]
         if delivered:
             self.confirmed += len(delivered)
             self._events.confirmed(delivered, now)
@@ -213,10 +220,8 @@ class Courier:
             delivery.place = Place.WAITING
         return settled
 
-    def _retire(self, delivery: Delivery) -> bool:
-        """Let go of what the broker has; true where somebody is to be told that it is delivered."""
-        delivery.place = Place.RETIRED
-        self.breaker.succeeded(delivery)
+    def _conclude(self, delivery: Delivery) -> None:
+        """Do what is left where the broker has taken a message that was in trouble before."""
         if delivery.stored:
             self._keeper.settle(delivery)
         if delivery.late:
@@ -224,8 +229,6 @@ class Courier:
         if delivery.dead:
             self._events.dead_lettered(delivery)
             delivery.give_back(exhausted(delivery))
-            return False
-        return delivery.open  # else it was given back, and this confirm is nobody's any more
 
     # --- the link ------------------------------------------------------------------------------
 
@@ -312,9 +315,7 @@ class Courier:
     # --- why a message was not sent ------------------------------------------------------------
 
     def _circuit_is_full(self) -> bool:
-        """Whether the breaker has no place for another message; half-open, it has one."""
-        if self.breaker.state is CircuitState.CLOSED:
-            return False
+        """Whether the breaker, not closed, has no place for another; half-open, it has one."""
         half_open = self.breaker.state is CircuitState.HALF_OPEN
         return self.breaker.refuses() or (half_open and self.waiting > 0)
 

@@ -66,7 +66,7 @@ class Lanes:
             return
         while self._backlog and room > 0:
             delivery = self._backlog.popleft()
-            room -= delivery.envelope.size
+            room -= delivery.size
             yield delivery
 
     def lose_channel(self) -> list[Delivery]:

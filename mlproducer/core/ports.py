@@ -48,11 +48,11 @@ class Loss:
 class Carrier(Protocol):
     """A channel in confirm mode."""
 
+    longest_properties: int
+    """Bytes of an envelope's properties that fit the negotiated frame size."""
+
     def room(self) -> int:
         """Bytes that may be written before its buffer is too full."""
-
-    def fits(self, envelope: Envelope) -> bool:
-        """Whether the message's header fits the negotiated frame size."""
 
     def carry(self, batch: list[tuple[Envelope, int]]) -> None:
         """Write messages, each with its delivery tag."""

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NoReturn
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery
@@ -26,7 +27,6 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.io_thread import IOThread
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import Route
-from mlproducer.engine.mailbox import Item
 from mlproducer.engine.tls import make_context
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
 from mlproducer.latch import Latch
@@ -114,12 +114,7 @@ class Engine:
             self.dispatcher.start()
 
     def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
-        return threads.spawn(role, self._ordinal, target)
-
-    def runs_here(self) -> bool:
-        """Whether this is one of our threads, on which a blocking call would wait for itself."""
-        here = threading.current_thread()
-        return self.dispatcher.runs_here() or here in self._threads.values()
+        return threads.spawn(role, self._ordinal, target, self)
 
     def _watch(self) -> None:
         """Write the gauges down, and replace an I/O thread that died in spite of everything."""
@@ -178,8 +173,8 @@ class Engine:
         """
         if self._keeper.writes_ahead and not self._closing:
             self._keeper.write_ahead(delivery)
-        else:
-            self._hand_in(delivery, delivery)
+        elif not self._io.reactor.mailbox.put(delivery):
+            self._refuse_closed(delivery)
 
     def post_stored(self, delivery: Delivery) -> None:
         """Hand over a delivery; where messages are written ahead, once it is stored.
@@ -188,7 +183,7 @@ class Engine:
         :raises StoreError: it was not stored by the delivery's deadline, and will not be
         """
         if self._closing or not self._keeper.writes_ahead:
-            self._hand_in(delivery, delivery)
+            self.post(delivery)
             return
         done = Latch()
         put = self._keeper.write_ahead(delivery, done)
@@ -222,14 +217,13 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
-        self._hand_in(partial(self._io.turn_away, delivery), delivery)
+        if not self._io.order(partial(self._io.turn_away, delivery)):
+            self._refuse_closed(delivery)
 
-    def _hand_in(self, item: Item, delivery: Delivery) -> None:
-        if not self._io.reactor.mailbox.put(item):
-            message_id = delivery.envelope.message_id
-            error = ProducerClosedError(CLOSED, message_id=message_id)
-            self.withdraw(delivery, error)
-            raise error
+    def _refuse_closed(self, delivery: Delivery) -> NoReturn:
+        error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
+        self.withdraw(delivery, error)
+        raise error
 
     def expire(self, delivery: Delivery) -> None:
         """Say that a publisher's time is up."""

@@ -58,10 +58,6 @@ class Fleet:
         for engine in self.engines:
             engine.dispatcher.start()
 
-    def runs_here(self) -> bool:
-        """Whether this is one of our threads, on which a blocking call would wait for itself."""
-        return any(engine.runs_here() for engine in self.engines)
-
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end links and threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout

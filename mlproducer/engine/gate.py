@@ -103,7 +103,7 @@ class Gate:
 
     def _admit_locked(self, delivery: Delivery, reserved: int) -> bool:
         """Let it in where there is room; one that is too large for the bytes goes in alone."""
-        size = delivery.envelope.size
+        size = delivery.size
         if len(self._inside) >= self._limit - reserved:
             return False
         if self._inside and self._bytes + size > self._max_bytes:

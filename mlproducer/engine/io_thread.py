@@ -26,7 +26,6 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.health import Health, settle
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.link import EventLoop, Route
-from mlproducer.engine.mailbox import Item
 from mlproducer.engine.reactor import Reactor
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
@@ -127,14 +126,14 @@ class IOThread:
         else:
             self.dialer.dial()
 
-    def accept(self, delivery: Delivery) -> None:
-        """Take a delivery from its publisher."""
-        self.courier.accept(delivery, time.monotonic())
-
-    def after_burst(self, last: Item | None) -> None:
-        """Write what has come; a publisher starts attempts over that were used up."""
-        if isinstance(last, Delivery) and self.dialer.idle:
+    def accept(self, deliveries: Sequence[Delivery]) -> None:
+        """Take deliveries from publishers, who start attempts over that were used up."""
+        self.courier.accept(deliveries, time.monotonic())
+        if self.dialer.idle:
             self.dialer.dial()
+
+    def after_burst(self) -> None:
+        """Write what has come."""
         self._pump()
 
     def failed(self, error: BaseException) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING
 
+from mlproducer.engine import threads
 from mlproducer.errors import NotConnectedError, ProducerClosedError, WouldDeadlockError
 from mlproducer.status import CloseReport
 
@@ -48,7 +49,7 @@ class Lifecycle:
         fleet = self.fleet
         if fleet is None or self.closed:
             fleet = self._start()
-        if blocking and fleet.runs_here():
+        if blocking and threads.here.owner in fleet.engines:
             raise WouldDeadlockError("a blocking call on the producer's own thread")
         return fleet
 
@@ -61,7 +62,7 @@ class Lifecycle:
             return self._report_of_the_first(timeout)
         report, fleet = CloseReport(), self.fleet
         if fleet is not None:
-            report = fleet.close(0.0 if fleet.runs_here() else timeout)
+            report = fleet.close(0.0 if threads.here.owner in fleet.engines else timeout)
         self._report.set_result(report)
         return report
 

@@ -53,8 +53,10 @@ class Mailbox:
     def ring(self) -> None:
         """Ring even if it was rung: a put may have been interrupted between its steps."""
         self._rung = True
-        with contextlib.suppress(OSError):  # full of rings, so it will be heard; or closed
+        try:
             self._bell.send(b"\0")
+        except OSError:
+            return  # full of rings, so it will be heard; or closed
 
     def drain(self) -> Iterator[Item]:
         """Give what is in the box now; what comes meanwhile rings again."""

@@ -10,7 +10,7 @@ Runs on: the I/O thread, except `Reactor.order` and `Reactor.descriptors`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from mlproducer.core.delivery import Delivery, Place
@@ -26,10 +26,10 @@ class ReactorOwner(Protocol):
     def begin(self, loop: EventLoop) -> None:
         """Use this loop, the first one or the next."""
 
-    def accept(self, delivery: Delivery) -> None:
-        """Take a delivery from the mailbox."""
+    def accept(self, deliveries: Sequence[Delivery]) -> None:
+        """Take deliveries from the mailbox."""
 
-    def after_burst(self, last: Item | None) -> None:
+    def after_burst(self) -> None:
         """Write what a burst has brought."""
 
     def failed(self, error: BaseException) -> None:
@@ -42,7 +42,7 @@ class Reactor:
     def __init__(self, owner: ReactorOwner) -> None:
         self._owner = owner
         self._loop = EventLoop()
-        self._in_hand: Item | None = None
+        self._in_hand: list[Delivery] = []
         self._open = True
         self.mailbox = Mailbox()
 
@@ -72,8 +72,7 @@ class Reactor:
             self._clear_away()
             if self._open:
                 self._loop = EventLoop()
-        for item in self.mailbox.close():
-            self._handle(item)
+        self._handle(self.mailbox.close())
 
     def stop(self) -> None:
         """End the loop and the thread."""
@@ -86,22 +85,29 @@ class Reactor:
         self._loop.close()
 
     def _on_bell(self, _fd: int, _events: int) -> None:
-        for item in self.mailbox.drain():
-            self._in_hand = item
-            self._handle(item)
-        last, self._in_hand = self._in_hand, None
-        self._owner.after_burst(last)
+        self._handle(self.mailbox.drain())
+        self._owner.after_burst()
 
-    def _handle(self, item: Item) -> None:
-        if isinstance(item, Delivery):
-            self._owner.accept(item)
-        else:
-            item()
+    def _handle(self, items: Iterable[Item]) -> None:
+        """Hand over deliveries together, as far as no order stands between them."""
+        for item in items:
+            if isinstance(item, Delivery):
+                self._in_hand.append(item)
+            else:
+                self._hand_over()
+                item()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        if self._in_hand:
+            self._owner.accept(self._in_hand)
+            self._in_hand.clear()
 
     def _put_back(self) -> None:
-        item, self._in_hand = self._in_hand, None
-        if isinstance(item, Delivery) and item.place is Place.MAILBOX:
-            self.mailbox.put(item)
+        in_hand, self._in_hand = self._in_hand, []
+        for delivery in in_hand:
+            if delivery.place is Place.MAILBOX:
+                self.mailbox.put(delivery)
 
     def _clear_away(self) -> None:
         """Close the loop, after a last turn in which pika sees and closes what is still open."""

@@ -20,6 +20,18 @@ IDLE = 3600.0
 _ordinals: dict[int, object] = {}
 
 
+class _Here(threading.local):
+    """Whose thread this is.
+
+    :ivar owner: what `spawn` was told; ``None`` on users' threads
+    """
+
+    owner: object = None
+
+
+here = _Here()
+
+
 def take_ordinal(owner: object) -> int:
     """Give the lowest number that no open producer of this process has; 1 is the first."""
     free = (n for n in itertools.count(1) if _ordinals.setdefault(n, owner) is owner)
@@ -31,13 +43,19 @@ def return_ordinal(ordinal: int) -> None:
     _ordinals.pop(ordinal, None)
 
 
-def spawn(role: str, ordinal: int, target: Callable[[], None]) -> threading.Thread:
+def spawn(role: str, ordinal: int, target: Callable[[], None], owner: object) -> threading.Thread:
     """Start a daemon named after its role, ``mlproducer-io`` say, and its producer's number.
 
+    :param owner: what `here` says on it
     :raises RuntimeError: the interpreter is shutting down (Python 3.12 and later) or out of threads
     """
+
+    def run() -> None:
+        here.owner = owner
+        target()
+
     name = f"mlproducer-{role}" if ordinal == 1 else f"mlproducer-{role}-{ordinal}"
-    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -127,14 +128,15 @@ class MetricsSink(EventSink):
     # --- messages ------------------------------------------------------------------------------
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """Count each."""
-        successes, observe_size = self._successes, self._sizes.observe
+        """Count each, those of a task type together."""
+        waits = defaultdict[str, list[float]](list)
         for delivery in deliveries:
-            envelope = delivery.envelope
-            sent, took = successes.get(envelope.task_type) or self._success(envelope.task_type)
-            sent.inc()
-            took.observe(now - delivery.started)
-            observe_size(len(envelope.body))
+            waits[delivery.envelope.task_type].append(now - delivery.started)
+        for task_type, some in waits.items():
+            sent, took = self._successes.get(task_type) or self._success(task_type)
+            sent.inc(len(some))
+            took.observe(*some)
+        self._sizes.observe(*[len(delivery.envelope.body) for delivery in deliveries])
 
     def dead_lettered(self, delivery: Delivery) -> None:
         """Count it as failed."""

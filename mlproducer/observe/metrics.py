@@ -141,9 +141,9 @@ class _Files:
         self._families = {
             family: _shared(family) for family in FAMILIES if family.merge is not Merge.LEAST
         }
-        self._series: dict[tuple[Family, Labels], Any] = {}
+        self._series: dict[tuple[Family, Labels], _File] = {}
 
-    def series(self, family: Family, labels: Labels = ()) -> Any:
+    def series(self, family: Family, labels: Labels = ()) -> _File:
         """Give the series with these labels, the same one each time."""
         found = self._series.get((family, labels))
         if found is None:
@@ -151,8 +151,31 @@ class _Files:
             if parent is None:
                 parent = self._families.setdefault(family, _shared(family))
             child = parent.labels(*labels) if labels else parent
-            found = self._series.setdefault((family, labels), child)
+            found = self._series.setdefault((family, labels), _File(child))
         return found
+
+
+class _File:
+    """A series in a file.
+
+    :param child: prometheus-client's counter, histogram or gauge
+    """
+
+    def __init__(self, child: Any) -> None:
+        self._child = child
+
+    def inc(self, amount: int = 1) -> None:
+        """Add to a counter."""
+        self._child.inc(amount)
+
+    def observe(self, *amounts: float) -> None:
+        """Add values to a histogram."""
+        for amount in amounts:
+            self._child.observe(amount)
+
+    def set(self, value: float) -> None:
+        """Say what a gauge shows."""
+        self._child.set(value)
 
 
 def _shared(family: Family) -> Any:

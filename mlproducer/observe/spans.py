@@ -58,8 +58,9 @@ class Spans(EventSink):
 
     def encode(self, encode: Callable[[T], Envelope], task: T) -> tuple[Envelope, Span | None]:
         """Encode a message that carries on the trace of its own span, if there is one."""
-        begin = self._begin or self._look_for_opentelemetry()
-        span = None if begin is None else begin(tracing.current())
+        if self._begin is None and "opentelemetry.trace" in sys.modules:
+            self._use_opentelemetry()
+        span = None if self._begin is None else self._begin(tracing.current())
         if span is None:
             return encode(task), None
         try:
@@ -73,12 +74,10 @@ class Spans(EventSink):
         span.describe(envelope)
         return envelope, span
 
-    def _look_for_opentelemetry(self) -> Callable[[Mapping[str, str]], Span | None] | None:
-        if "opentelemetry.trace" in sys.modules:
-            from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
+    def _use_opentelemetry(self) -> None:
+        from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
 
-            self._begin = otel.begin
-        return self._begin
+        self._begin = otel.begin
 
     def follow(self, delivery: Delivery, span: Span) -> None:
         """End the span with the message's fate."""

@@ -22,11 +22,11 @@ Labels = tuple[str, ...]
 class Series(Protocol):
     """One series of a counter or histogram; whoever adds to it often keeps it."""
 
-    def inc(self) -> None:
-        """Add 1 to a counter."""
+    def inc(self, amount: int = 1) -> None:
+        """Add to a counter."""
 
-    def observe(self, amount: float) -> None:
-        """Add a value to a histogram."""
+    def observe(self, *amounts: float) -> None:
+        """Add values to a histogram."""
 
 
 class Counts(Protocol):
@@ -50,21 +50,23 @@ class Cells:
         self._width = len(family.buckets) + 2 if family.kind is Kind.HISTOGRAM else 1
         self._of: dict[int, list[float]] = {}
 
-    def inc(self) -> None:
-        """Add 1 to a counter."""
+    def inc(self, amount: int = 1) -> None:
+        """Add to a counter."""
         try:
-            self._of[get_ident()][0] += 1
+            self._of[get_ident()][0] += amount
         except KeyError:
-            self._of[get_ident()] = [1]
+            self._of[get_ident()] = [amount]
 
-    def observe(self, amount: float) -> None:
-        """Add a value to a histogram."""
+    def observe(self, *amounts: float) -> None:
+        """Add values to a histogram."""
         try:
             cells = self._of[get_ident()]
         except KeyError:
             cells = self._of[get_ident()] = [0.0] * self._width
-        cells[bisect_left(self._bounds, amount)] += 1
-        cells[-1] += amount
+        bounds = self._bounds
+        for amount in amounts:
+            cells[bisect_left(bounds, amount)] += 1
+        cells[-1] += sum(amounts)
 
     def total(self) -> list[float]:
         """Add up what all threads have counted."""

@@ -53,16 +53,17 @@ def encode(
 def _encode_ml(
     task: MLTask, exchange: str, preferred: PreferredBackends, trace: Mapping[str, str]
 ) -> Envelope:
-    route = task.route(preferred)
+    route, kwargs = task.call(preferred)
     check_route(exchange, route.routing_key)
     task_id = new_id()
+    further = _further(trace) if trace else b""
     return Envelope(
         message_id=task_id,
         task_type=task.task_type,
         exchange=exchange,
         routing_key=route.routing_key,
-        properties=_plain_properties(route.name, task_id, _further(trace)),
-        body=b"".join((b"[[],", _ml_kwargs(task.kwargs(preferred)), _EMBED)),
+        properties=_plain_properties(route.name, task_id, further),
+        body=b"".join((b"[[],", _ml_kwargs(kwargs), _EMBED)),
     )
 
 
@@ -107,13 +108,13 @@ def _ml_kwargs(kwargs: Mapping[str, Any]) -> bytes:
 
 def _plain_properties(name: str, task_id: str, further: bytes) -> bytes:
     """Encode what `_properties` does, for an id of our own and no times or priority."""
-    before, between, after = _template(name, os.getpid(), further)
+    before, between, after = _template(name, further)
     short = b"$" + task_id.encode()  # 36 characters
     return b"".join((before, short, between, short, after, short, short))
 
 
 @lru_cache(_REMEMBERED)
-def _template(name: str, _pid: int, further: bytes) -> tuple[bytes, bytes, bytes]:
+def _template(name: str, further: bytes) -> tuple[bytes, bytes, bytes]:
     """Encode what comes before, between and after the places of a task's id in its headers."""
     sample = new_id()
     encoded = _properties(name, sample, _UNTIMED + further)
@@ -125,8 +126,7 @@ def _properties(name: str, task_id: str, further: bytes, priority: int | None = 
     start, middle = _around_headers(priority)
     short = amqp.short_string("task_id", task_id)
     long = b"S\0\0\0" + short  # a table's text: the same, with three more octets of length
-    constant, origin = _constant_entries(name), _origin(os.getpid())
-    entries = b"".join((constant, origin, b"\x02id", long, b"\x07root_id", long, further))
+    entries = b"".join((_constant_entries(name), b"\x02id", long, b"\x07root_id", long, further))
     length = len(entries).to_bytes(4, "big")
     return amqp.check_size(b"".join((start, length, entries, middle, short, short)))
 
@@ -159,18 +159,13 @@ def _constant_entries(name: str) -> bytes:
         "argsrepr": "(...)",
         "kwargsrepr": "{...}",
         "ignore_result": False,
+        "origin": f"gen{os.getpid()}@{socket.gethostname()}",
     }
     return amqp.table_entries("name", constant)
 
 
-@lru_cache(1)
-def _origin(pid: int) -> bytes:
-    """Name this process as Celery does; a child of a fork has its own number."""
-    return amqp.table_entries("origin", {"origin": f"gen{pid}@{socket.gethostname()}"})
-
-
 def _further(headers: Mapping[str, Any]) -> bytes:
-    return amqp.table_entries("headers", headers) if headers else b""
+    return amqp.table_entries("headers", headers)
 
 
 def _times(task: CeleryTask, now: datetime) -> bytes:
@@ -183,3 +178,12 @@ def _times(task: CeleryTask, now: datetime) -> bytes:
         "expires": None if expires is None else expires.isoformat(),
     }
     return amqp.table_entries("headers", times)
+
+
+def _forget_origin() -> None:
+    """Let a child of a fork name itself."""
+    _constant_entries.cache_clear()
+    _template.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_origin)

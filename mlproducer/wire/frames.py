@@ -9,6 +9,7 @@ Runs on: the I/O thread.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 from mlproducer.message import Envelope
 from mlproducer.wire.amqp import ATTEMPT_MAX, CONTENT_HEADER, FRAME_OVERHEAD, short_string
@@ -32,45 +33,49 @@ class FrameWriter:
 
     :param channel: the channel's number
     :param frame_max: the negotiated frame size in bytes (AMQP 0-9-1, section 2.3.5)
+    :ivar longest_properties: bytes of an envelope's properties that fit one frame; a body may span
+        many, a content header may not
     """
 
     def __init__(self, channel: int, frame_max: int) -> None:
         self._channel = channel
         self._fragment = frame_max - FRAME_OVERHEAD
+        self.longest_properties = self._fragment - CONTENT_HEADER - ATTEMPT_MAX
         self._routes: dict[tuple[str, str], bytes] = {}
-
-    def fits(self, envelope: Envelope) -> bool:
-        """Whether the content header fits one frame; a body may span many, a header may not."""
-        return len(envelope.properties) + ATTEMPT_MAX + CONTENT_HEADER <= self._fragment
 
     def properties(self, envelope: Envelope, tag: int) -> bytes:
         """Give the whole property list of one attempt."""
-        return envelope.properties + _attempt(tag)
+        digits = b"%d" % tag
+        return b"".join((envelope.properties, _LENGTHS[len(digits)], digits))
 
-    def publish(self, envelope: Envelope, tag: int) -> tuple[bytes, ...]:
-        """Encode one message: method frame, content header frame, body frames; in pieces.
+    def publish(self, batch: Iterable[tuple[Envelope, int]]) -> bytes:
+        """Encode messages: for each a method frame, a content header frame, body frames.
 
-        :param tag: the delivery tag, by which a return is matched to its attempt
+        :param batch: each message with its delivery tag, by which a return is matched to it
         """
-        body, properties, attempt = envelope.body, envelope.properties, _attempt(tag)
-        payload = CONTENT_HEADER + len(properties) + len(attempt)
-        size = len(body)
-        header = _pack_content(_HEADER, self._channel, payload, _BASIC, 0, size)
-        start = self._method(envelope), header, properties, attempt, _END
-        if 0 < size <= self._fragment:
-            return *start, _pack_frame(_BODY, self._channel, size), body, _END
-        return *start, *self._fragments(body)
+        channel, routes, pieces = self._channel, self._routes, list[bytes]()
+        for envelope, tag in batch:
+            properties, body, digits = envelope.properties, envelope.body, b"%d" % tag
+            size, payload = len(body), CONTENT_HEADER + len(properties) + 1 + len(digits)
+            route = (envelope.exchange, envelope.routing_key)
+            pieces += (
+                routes.get(route) or self._method(route),
+                _pack_content(_HEADER, channel, payload, _BASIC, 0, size),
+                properties,
+                _LENGTHS[len(digits)],
+                digits,
+                _END,
+            )
+            if 0 < size <= self._fragment:
+                pieces += (_pack_frame(_BODY, channel, size), body, _END)
+            else:
+                pieces += self._fragments(body)
+        return b"".join(pieces)
 
-    def _method(self, envelope: Envelope) -> bytes:
-        route = (envelope.exchange, envelope.routing_key)
-        frame = self._routes.get(route)
-        if frame is None:
-            if len(self._routes) >= _MAX_ROUTES:
-                self._routes.clear()
-            frame = self._routes[route] = self._encode_method(*route)
-        return frame
-
-    def _encode_method(self, exchange: str, routing_key: str) -> bytes:
+    def _method(self, route: tuple[str, str]) -> bytes:
+        if len(self._routes) >= _MAX_ROUTES:
+            self._routes.clear()
+        exchange, routing_key = route
         payload = b"".join(
             (
                 _pack_ids(_BASIC, _PUBLISH, 0),
@@ -79,7 +84,9 @@ class FrameWriter:
                 _MANDATORY,
             )
         )
-        return _pack_frame(_METHOD, self._channel, len(payload)) + payload + _END
+        frame = _pack_frame(_METHOD, self._channel, len(payload)) + payload + _END
+        self._routes[route] = frame
+        return frame
 
     def _fragments(self, body: bytes) -> list[bytes]:
         frames: list[bytes] = []
@@ -87,8 +94,3 @@ class FrameWriter:
             fragment = body[start : start + self._fragment]
             frames += (_pack_frame(_BODY, self._channel, len(fragment)), fragment, _END)
         return frames
-
-
-def _attempt(tag: int) -> bytes:
-    digits = b"%d" % tag
-    return _LENGTHS[len(digits)] + digits

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -40,18 +40,18 @@ def _fast() -> Callable[[object], bytes] | None:
     return dumps
 
 
-def _made_once() -> Callable[[object], str]:
-    """Give what the stock encoder does for a value, set up once and not anew for each."""
+def _made_once() -> Callable[[object, int], Iterable[str]]:
+    """Give what the stock encoder sets up anew for each value: value and indent in, pieces out."""
     make: Any = getattr(json.encoder, "c_make_encoder", None)
     if make is None:
-        return _stock.encode
-    pieces = make(
+        return lambda value, _indent: _stock.iterencode(value)
+    pieces: Callable[[object, int], Iterable[str]] = make(
         None, _stock.default, json.encoder.encode_basestring, None, ":", ",", False, False, False
     )
-    return lambda value: "".join(pieces(value, 0))
+    return pieces
 
 
-_encode = _made_once()
+_pieces = _made_once()
 
 
 def dumps(field: str, value: object) -> bytes:
@@ -69,7 +69,7 @@ def dumps(field: str, value: object) -> bytes:
             if b"null" not in encoded:  # which also stands for a float that is not finite
                 return encoded
     try:
-        return _encode(value).encode()
+        return "".join(_pieces(value, 0)).encode()
     except UnicodeEncodeError:
         reason = "holds a lone surrogate, no Unicode text"
     except (TypeError, ValueError, RecursionError):

@@ -25,18 +25,14 @@ COOLDOWN = 30.0
 class FakeCarrier:
     """A channel that notes what was written on it."""
 
-    def __init__(self, room: int = PLENTY, header_limit: int = PLENTY) -> None:
+    def __init__(self, room: int = PLENTY, longest_properties: int = PLENTY) -> None:
         self.room_left = room
-        self.header_limit = header_limit
+        self.longest_properties = longest_properties
         self.written: list[tuple[str, int]] = []
 
     def room(self) -> int:
         """As set by the test."""
         return self.room_left
-
-    def fits(self, envelope: Envelope) -> bool:
-        """Whether its properties are within the limit set by the test."""
-        return len(envelope.properties) <= self.header_limit
 
     def carry(self, batch: list[tuple[Envelope, int]]) -> None:
         """Note ids and tags."""
@@ -155,8 +151,7 @@ class World:
     def send(self, *names: str, retry: bool = True, exchange: str = "x") -> list[Delivery]:
         """Accept messages, and write what can be written."""
         deliveries = [make_delivery(name, retry=retry, exchange=exchange) for name in names]
-        for delivery in deliveries:
-            self.courier.accept(delivery, self.now)
+        self.courier.accept(deliveries, self.now)
         self.courier.pump(self.now)
         return deliveries
 

@@ -120,13 +120,15 @@ class House:
 
     # --- publishers ---
 
-    def publish(self, *, exchange: str, retry: bool, waits: bool, body: bytes) -> Delivery | None:
+    def publish(
+        self, *, exchange: str, retry: bool, waits: bool, properties: bytes
+    ) -> Delivery | None:
         """Hand a message in, as `MLProducer` does; nothing is made where the breaker refuses."""
         if self.breaker.refuses() and not (self.store.durable and retry):
             return None
         delivery = make_delivery(
             exchange=exchange,
-            body=body,
+            properties=properties,
             started=self.clock.now,
             retry=retry,
             answer_deferral=waits,
@@ -170,7 +172,7 @@ class House:
         for _ in range(min(limit, len(self.mailbox))):
             item = self.mailbox.popleft()
             if isinstance(item, Delivery):
-                self.courier.accept(item, self.clock.now)
+                self.courier.accept([item], self.clock.now)
             else:
                 item()
         self.pump()

@@ -52,7 +52,7 @@ def test_a_success_in_between_starts_the_count_over() -> None:
     made = breaker()
     for _ in range(THRESHOLD - 1):
         made.failed(delivery(), 1.0)
-    made.succeeded(delivery())
+    made.succeeded([delivery()])
     for _ in range(THRESHOLD - 1):
         made.failed(delivery(), 1.0)
     assert made.state is CircuitState.CLOSED
@@ -61,7 +61,7 @@ def test_a_success_in_between_starts_the_count_over() -> None:
 def test_cools_after_the_cooldown_and_not_before() -> None:
     """Half-open comes with time alone, and a late success does not bring it sooner."""
     made = opened(at=100.0)
-    made.succeeded(delivery())
+    made.succeeded([delivery()])
     made.cool(100.0 + COOLDOWN - 0.001)
     assert made.state is CircuitState.OPEN
     made.cool(100.0 + COOLDOWN)
@@ -92,7 +92,7 @@ def test_the_probe_decides() -> None:
     assert made.reopens_at == 50.0 + COOLDOWN
     made.cool(made.reopens_at)
     made.sent(good)
-    made.succeeded(good)
+    made.succeeded([good])
     assert made.state is CircuitState.CLOSED
     assert made.failures == 0
 
@@ -103,10 +103,10 @@ def test_others_do_not_decide_for_the_probe() -> None:
     made.reconnected()
     probe = delivery()
     made.sent(probe)
-    made.succeeded(delivery())
+    made.succeeded([delivery()])
     made.failed(delivery(), 1.0)
     assert made.state is CircuitState.HALF_OPEN
-    made.succeeded(probe)
+    made.succeeded([probe])
     assert made.state is CircuitState.CLOSED
 
 
@@ -137,7 +137,7 @@ class BreakerMachine(RuleBasedStateMachine):
     def a_message_is_confirmed(self) -> None:
         """A message that is not the probe is confirmed."""
         self.in_row = 0
-        self.breaker.succeeded(delivery())
+        self.breaker.succeeded([delivery()])
 
     @precondition(lambda self: not self.breaker.refuses())
     @rule(outcome=st.sampled_from(["confirmed", "failed", "returned"]))
@@ -147,7 +147,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.breaker.sent(sent)
         if outcome == "confirmed":
             self.in_row = 0
-            self.breaker.succeeded(sent)
+            self.breaker.succeeded([sent])
         elif outcome == "failed":
             self.in_row += 1
             self.breaker.failed(sent, self.now)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -28,6 +30,7 @@ from mlproducer.tasks import (
     TranscriptionTask,
 )
 from mlproducer.wire import celery as wire
+from tests.helpers import LIMIT
 
 from .refusals import CANARY, refused
 
@@ -115,7 +118,8 @@ def test_ml_message(app: Celery, task: Any, task_type: str, routing_key: str) ->
     assert sent.message_id == sent.correlation_id == envelope.message_id == sent.headers["id"]
     assert str(uuid.UUID(envelope.message_id)) == envelope.message_id
     preferred = PreferredBackends()
-    name, kwargs = task.route(preferred).name, task.kwargs(preferred)
+    route, kwargs = task.call(preferred)
+    name = route.name
     reference = app.amqp.as_task_v2(
         envelope.message_id, name, (), kwargs, argsrepr="(...)", kwargsrepr="{...}"
     )
@@ -191,11 +195,26 @@ def test_own_context_is_not_mixed_with_the_one_in_force() -> None:
     assert "tracestate" not in headers
 
 
-def test_origin_follows_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child's messages name the child."""
+FORK = """
+import os
+from mlproducer import Settings, SummarizationTask
+from mlproducer.wire.encode import Encoder
+
+encode = Encoder(Settings(url="amqp://localhost/")).encode
+task = SummarizationTask("s", {"text": "t"})
+parents = encode(task).properties
+if os.fork() == 0:
+    assert b"gen%d@" % os.getpid() in encode(task).properties
+    os._exit(0)
+assert b"gen%d@" % os.getpid() in parents
+assert os.wait()[1] == 0
+"""
+
+
+def test_origin_follows_a_fork() -> None:
+    """A process's messages name it, and a child's the child."""
     assert properties(encode(simple())).headers["origin"] == f"gen{os.getpid()}@{HOST}"
-    monkeypatch.setattr(os, "getpid", lambda: 4711)
-    assert properties(encode(simple())).headers["origin"] == f"gen4711@{HOST}"
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=LIMIT)
 
 
 HOST = socket.gethostname()

@@ -231,7 +231,7 @@ def test_turned_away_by_a_full_window(world: World) -> None:
 def test_submit_waits_for_the_fate(world: World) -> None:
     """A publisher that wants the fate is not told of a deferral, and its time is never up."""
     delivery = make_delivery("a", answer_deferral=False)
-    world.courier.accept(delivery, 0.0)
+    world.courier.accept([delivery], 0.0)
     world.courier.pump(0.0)
     world.courier.expire(delivery, 5.0)
     world.nack(1)

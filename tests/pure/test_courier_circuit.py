@@ -335,7 +335,7 @@ def test_never_by_the_outage_alone() -> None:
     world = World(max_retries=0)
     world.courier.refuse(NotConnectedError("no"), 0.0)
     delivery = make_delivery("a")
-    world.courier.accept(delivery, 0.0)
+    world.courier.accept([delivery], 0.0)
     for _ in range(20):
         world.retry(delivery)
     assert not delivery.dead

@@ -139,7 +139,7 @@ def test_withdrawn_is_never_sent(world: World) -> None:
     """A future that was cancelled before the hand-over takes its message along."""
     delivery = make_delivery("a")
     assert delivery.answer.cancel()
-    world.courier.accept(delivery, 0.0)
+    world.courier.accept([delivery], 0.0)
     world.courier.pump(0.0)
     assert world.carrier.written == []
     assert world.door.left == [delivery]
@@ -157,12 +157,12 @@ def test_accepted_cannot_be_withdrawn(world: World) -> None:
 def test_headers_over_the_frame() -> None:
     """A header that the negotiated frame cannot hold is given back; the next one goes."""
     world = World()
-    world.up(FakeCarrier(header_limit=1))
+    world.up(FakeCarrier(longest_properties=1))
     [delivery] = world.send("a")
     error = error_of(delivery)
     assert isinstance(error, MessageTooLargeError)
     assert (error.attempts, error.possibly_sent) == (0, False)
-    world.carrier.header_limit = 2
+    world.carrier.longest_properties = 2
     world.send("b")
     assert world.carrier.written == [("b", 1)]
 
@@ -197,7 +197,7 @@ def test_abandon_at_close(world: World) -> None:
     [in_flight, waiting] = world.send("a", "b")
     world.carrier.room_left = 0
     stored = make_delivery("c")
-    world.courier.accept(stored, 0.0)
+    world.courier.accept([stored], 0.0)
     world.courier.refuse(NotConnectedError("not connected"), 0.0)
     world.store(stored)
     world.store(waiting)

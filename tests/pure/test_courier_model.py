@@ -33,6 +33,7 @@ from mlproducer.errors import (
     PublishError,
     RetriesExhaustedError,
 )
+from tests.helpers import NO_PROPERTIES
 from tests.pure.model import WINDOW_BYTES, House
 from tests.pure.witnesses import COOLDOWN, PLENTY, SWEEP, WIDE, Clock, Record, Setup
 
@@ -80,7 +81,7 @@ class CourierMachine(RuleBasedStateMachine):
         retry=st.sampled_from([True, True, True, False]),
         waits=st.booleans(),
         exchange=st.sampled_from("xy"),
-        body=st.sampled_from([b"body"] * 4 + [WIDE]),
+        properties=st.sampled_from([NO_PROPERTIES] * 4 + [WIDE]),
         seen=st.booleans(),
     )
     def publish(self, *, count: int, seen: bool, **message: Any) -> None:
@@ -190,7 +191,7 @@ class CourierMachine(RuleBasedStateMachine):
     def a_while(self, seconds: float, rounds: list[str], waits: bool) -> None:
         """Somebody publishes, every thread does all that it has to do, the broker answers."""
         for answer in rounds:
-            self.publish_one(exchange="x", retry=True, waits=waits, body=b"body")
+            self.publish_one(exchange="x", retry=True, waits=waits, properties=NO_PROPERTIES)
             for _ in self.house.work(seconds):
                 self.check()
             self._answer_all(answer)

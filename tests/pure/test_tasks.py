@@ -75,7 +75,7 @@ ROUTES = [
 @pytest.mark.parametrize(("task", "preferred", "routing_key", "name"), ROUTES)
 def test_route(task: MLTask, preferred: PreferredBackends, routing_key: str, name: str) -> None:
     """Each task goes where the contract's table says, for each backend."""
-    route = task.route(preferred)
+    route, _ = task.call(preferred)
     assert (route.routing_key, route.name) == (routing_key, name)
 
 
@@ -93,8 +93,7 @@ def test_route(task: MLTask, preferred: PreferredBackends, routing_key: str, nam
 def test_backend(options: Any, preferred: PreferredBackends, backend: str) -> None:
     """The option comes first, then a local provider, then the setting; it is told the worker."""
     task = summarize(options=options)
-    assert task.backend(preferred) == backend
-    assert task.kwargs(preferred)["options"]["backend"] == backend
+    assert task.call(preferred)[1]["options"]["backend"] == backend
 
 
 KWARGS = [
@@ -153,8 +152,8 @@ KWARGS = [
         ),
         {
             "tasks": [
-                {**embed().kwargs(API), "share_id": "a"},
-                {**embed(options={"backend": "local"}).kwargs(API), "share_id": "b"},
+                {**embed().call(API)[1], "share_id": "a"},
+                {**embed(options={"backend": "local"}).call(API)[1], "share_id": "b"},
             ]
         },
     ),
@@ -164,7 +163,7 @@ KWARGS = [
 @pytest.mark.parametrize(("task", "expected"), KWARGS)
 def test_kwargs(task: MLTask, expected: dict[str, Any]) -> None:
     """The worker gets the contract's keys, the defaults filled in, what is not given left out."""
-    assert task.kwargs(API) == expected
+    assert task.call(API)[1] == expected
 
 
 @pytest.mark.parametrize("wrap", [dict, MappingProxyType])

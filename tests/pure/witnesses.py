@@ -9,7 +9,7 @@ Runs on: the test's thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define, field, frozen
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 BASE_DELAY, MAX_DELAY, COOLDOWN, SWEEP = 1.0, 10.0, 30.0, 1.0
 PLENTY = 1 << 20
 
-WIDE = b"does not fit a narrow frame"
+WIDE = b"properties that do not fit a narrow frame"
 
 
 @frozen
@@ -85,7 +85,7 @@ class Channel:
     def __init__(self, house: House, room: int, *, narrow: bool) -> None:
         self._house = house
         self._room = room
-        self._narrow = narrow
+        self.longest_properties = len(WIDE) - 1 if narrow else PLENTY
         self.last = 0
         self.open: dict[int, Record] = {}
         self.returned: set[int] = set()
@@ -94,10 +94,6 @@ class Channel:
     def room(self) -> int:
         """As much as the test gives."""
         return self._room
-
-    def fits(self, envelope: Envelope) -> bool:
-        """A narrow channel has no frame for wide messages."""
-        return not (self._narrow and envelope.body == WIDE)
 
     def carry(self, batch: list[tuple[Envelope, int]]) -> None:
         """Check each message on the wire."""
@@ -192,10 +188,10 @@ class ModelBreaker(Breaker):
         self.in_row += 1
         super().failed(delivery, now)
 
-    def succeeded(self, delivery: Delivery) -> None:
+    def succeeded(self, deliveries: Collection[Delivery]) -> None:
         """Start over, too."""
         self.in_row = 0
-        super().succeeded(delivery)
+        super().succeeded(deliveries)
 
     def _moved(self, state: CircuitState) -> None:
         before, self._before = self._before, state
