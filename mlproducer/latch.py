@@ -82,13 +82,13 @@ class Token:
         if self._pop():  # it came free before the latch could be seen
             self._waiting.remove(latch)
             return True
-        if latch.wait(deadline - time.monotonic()):
-            return True
         try:
-            self._waiting.remove(latch)
-        except ValueError:  # it was handed on at that very moment
-            return True
-        return False
+            taken = latch.wait(deadline - time.monotonic())
+        except BaseException:  # an interrupt
+            if not self._leave(latch):
+                self.give()
+            raise
+        return taken or not self._leave(latch)
 
     def give(self) -> None:
         """Hand it on, or leave it for whoever comes."""
@@ -102,6 +102,14 @@ class Token:
                 return
             latch.open()
             return
+
+    def _leave(self, latch: Latch) -> bool:
+        """Wait no longer; false if it was handed on at that very moment."""
+        try:
+            self._waiting.remove(latch)
+        except ValueError:
+            return False
+        return True
 
     def _pop(self) -> bool:
         try:

@@ -59,11 +59,13 @@ class Link:
         self._reserve = Reserve(path)
         self._checked = False
         self._begin()
+        _forks.add(self)  # before the first use: a fork has to wait for the opening too
 
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._token = Token()  # held in each call to SQLite, and by a fork
         self._connections: Connections | None = None
+        self._opening = False
         self._shift = 0.0
         self._sure_until = 0.0
         self._room = 0
@@ -122,14 +124,15 @@ class Link:
 
         The last process that does so moves the log to the file.
         """
-        self._leave_the_parent()
+        self.leave_the_parent()
         if self._connections is None:
             return
         try:
             if work is not None:
                 self.change(work)
         finally:
-            self._drop()
+            with self._alone():
+                self._drop()
 
     def _even_if_full(self, work: Work[T], *, safe: bool) -> T:
         with self._use() as connections:
@@ -166,19 +169,26 @@ class Link:
     @contextmanager
     def _use(self) -> Iterator[Connections]:
         """Give the connections for one call, and tell what fails in the library's words."""
-        self._leave_the_parent()
+        with self._alone():
+            try:
+                yield self._opened()
+            except sqlite3.Error as error:
+                fault = _fault(error)
+                if fault not in (LOCKED, FULL):
+                    self._drop()
+                raise StoreError(_text(fault, self._path, error)) from None
+            except OSError as error:
+                fault = FULL if _is_full(error) else str(error.strerror)
+                raise StoreError(_text(fault, self._path, error)) from None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for the calls of other threads, and for forks; keep them waiting."""
+        self.leave_the_parent()
         if not self._token.take(time.monotonic() + FORK_WAIT):
             raise StoreError(f"the store {self._path} is in use by another thread of this process")
         try:
-            yield self._opened()
-        except sqlite3.Error as error:
-            fault = _fault(error)
-            if fault not in (LOCKED, FULL):
-                self._drop()
-            raise StoreError(_text(fault, self._path, error)) from None
-        except OSError as error:
-            fault = FULL if _is_full(error) else str(error.strerror)
-            raise StoreError(_text(fault, self._path, error)) from None
+            yield
         finally:
             self._token.give()
 
@@ -205,16 +215,22 @@ class Link:
                 f"the store {self._path} was in use when this process was forked, so that it can "
                 "not be used here: fork before it is first used"
             )
+        self._opening = True
         try:
-            connections = _patiently(self._open_now, WAIT)
+            connections = self._open_even_if_full()
+            self._connections, self._shift = connections, connections.shift
+        finally:
+            self._opening = False
+        self._checked = True
+        return connections
+
+    def _open_even_if_full(self) -> Connections:
+        try:
+            return _patiently(self._open_now, WAIT)
         except sqlite3.OperationalError:  # without room for its index, SQLite only says I/O error
             if not self._give_up_reserve():
                 raise
-            connections = _patiently(self._open_now, WAIT)
-        self._connections, self._shift = connections, connections.shift
-        self._checked = True
-        _links.add(self)
-        return connections
+            return _patiently(self._open_now, WAIT)
 
     def _open_now(self) -> Connections:
         return open_file(self._path, self._horizon, check=not self._checked)
@@ -234,33 +250,67 @@ class Link:
         return True
 
     def let_go(self) -> None:
-        """Go on after a fork, in parent and child."""
+        """Go on after a fork, in the parent."""
         self._token.give()
 
-    def _leave_the_parent(self) -> None:
+    def leave_the_parent(self) -> None:
         """After a fork, keep what is open from ever being touched, even by garbage collection."""
         if self._pid == os.getpid():
             return
-        if self._connections is not None:
+        if self._opening or self._connections is not None:
             _inherited.append((self._path, self._connections))
         self._begin()
 
 
-_links: weakref.WeakSet[Link] = weakref.WeakSet()
-_held: dict[int, list[Link]] = {}
-_inherited: list[tuple[str, Connections]] = []
+_inherited: list[tuple[str, Connections | None]] = []
 
 
-def _before_fork() -> None:
-    _held[threading.get_ident()] = [link for link in sorted(_links, key=id) if link.hold()]
+class _Forks:
+    """Keeps forks and calls apart: of all links, whether they have been used or not.
+
+    A child must not inherit SQLite's locks (its allocator's, its list of open files) while a thread
+    that it does not have holds them: it would wait for them for ever.
+    """
+
+    def __init__(self) -> None:
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._token = Token()  # held by a fork, so that no link is added meanwhile
+        self._held: dict[int, list[Callable[[], None]]] = {}
+
+    def add(self, link: Link) -> None:
+        """Let forks wait for this one; if one is under way, wait for that."""
+        taken = self._token.take(time.monotonic() + FORK_WAIT)
+        try:
+            self._links.add(link)
+        finally:
+            if taken:
+                self._token.give()
+
+    def before(self) -> None:
+        held = self._held[threading.get_ident()] = []
+        if self._token.take(time.monotonic() + FORK_WAIT):
+            held.append(self._token.give)
+        held.extend(link.let_go for link in self._links if link.hold())
+
+    def in_parent(self) -> None:
+        for give in self._held.pop(threading.get_ident(), []):
+            give()
+
+    def in_child(self) -> None:
+        """Begin anew: those who wait for the parent's locks are not here to be let through."""
+        self._begin()
+        for link in self._links:
+            link.leave_the_parent()
 
 
-def _after_fork() -> None:
-    for link in _held.pop(threading.get_ident(), []):
-        link.let_go()
+_forks = _Forks()
 
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
+os.register_at_fork(
+    before=_forks.before, after_in_parent=_forks.in_parent, after_in_child=_forks.in_child
+)
 
 
 # --- transactions -------------------------------------------------------------------------------

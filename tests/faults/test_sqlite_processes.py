@@ -152,10 +152,10 @@ def test_frozen_past_its_lease_it_changes_nothing(path: Path) -> None:
         assert store.depth() == Depth(waiting=1)
 
 
-@pytest.mark.slow  # a child hung once in a run on two processes, and it is not understood yet
-def test_forks_in_the_middle_of_transactions(path: Path) -> None:
-    """Children of a process that is writing store at once; parent and file are well (85)."""
-    with process("fork", path) as running:
+@pytest.mark.parametrize("role", ["fork", "fork-new"])
+def test_forks_at_any_moment(path: Path, role: str) -> None:
+    """Children of a process that opens, writes or closes store at once; all are well (85)."""
+    with process(role, path) as running:
         lines = all_said(running)
     assert running.returncode == 0
     report = lines[-1]
@@ -183,6 +183,20 @@ def locked(path: Path) -> Iterator[sqlite3.Connection]:
     ) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection
+
+
+def test_a_fork_that_could_not_wait(path: Path) -> None:
+    """A child forked in the middle of the opening is refused, and never waits for SQLite (85)."""
+    with closing(SQLiteStore(path)) as store:
+        store.put([entry("before")], LIMIT)
+    with closing(sqlite3.connect(path)) as other, process("refuse", path) as running:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        assert other.execute("SELECT count(*) FROM messages").fetchone() == (1,)
+        assert "was in use when this process was forked" in said(running)["refused"]
+        assert said(running) == {"status": 0}
+        other.close()
+        assert all_said(running) == [{"depth": 1}]
+    assert running.returncode == 0
 
 
 def test_locked_for_three_seconds(path: Path, locked: sqlite3.Connection) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from types import FrameType
+from typing import NoReturn
+
+import pytest
 
 from mlproducer.latch import Token
 from tests.helpers import LIMIT, Background
@@ -38,6 +43,23 @@ def test_a_deadline() -> None:
     token = Token()
     assert token.take(soon())
     assert not token.take(soon(0.05))
+    token.give()
+    assert token.take(soon())
+
+
+def test_an_interrupted_waiter() -> None:
+    """Who was interrupted while waiting is not handed it, and so it is not lost."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    token = Token()
+    assert token.take(soon())
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    with pytest.raises(KeyboardInterrupt):
+        token.take(soon())
+    signal.signal(signal.SIGALRM, before)
     token.give()
     assert token.take(soon())
 

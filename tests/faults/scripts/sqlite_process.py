@@ -4,11 +4,14 @@
 - ``write``: stores batches for ever; each is named once it is stored, and then mostly deleted.
 - ``claim``: claims a row, and says so; then, at each line that it reads, tries what it may do.
 - ``fork``: forks while another thread writes; says how the children fared.
+- ``fork-new``: forks while another thread opens, uses and closes one store after another.
+- ``refuse``: forks without waiting for the thread that opens the file, which somebody has locked.
 - ``inherit``: says what a child holds of locks, and of its parent's claims.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
@@ -16,13 +19,17 @@ import random
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlproducer.errors import StoreError
 from mlproducer.message import Envelope
+from mlproducer.stores import sqlite_link
 from mlproducer.stores.protocol import Change, Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
 
@@ -30,7 +37,10 @@ T = TypeVar("T")
 
 PATIENCE = 5.0
 FORKS = 40
-CHILD_LIMIT = 10
+CHILD_LIMIT = 9
+"""Seconds; less than what a store waits for another thread."""
+
+never = threading.Event()
 
 
 def say(thing: Any) -> None:
@@ -89,19 +99,64 @@ def claim(store: SQLiteStore) -> None:
 
 def fork(store: SQLiteStore) -> None:
     """Fork again and again, at any moment of a thread's transactions."""
-    over = threading.Event()
+    _fork_beside(store, partial(_use, store))
+
+
+def fork_new(store: SQLiteStore) -> None:
+    """Fork again and again, at any moment of a store's life."""
 
     def work() -> None:
-        while not over.is_set():
-            claims = store.put([entry(f"parent-{n}", None) for n in range(200)], PATIENCE)
-            store.done(claims)
+        with closing(SQLiteStore(store.name)) as new:
+            _use(new)
 
-    thread = threading.Thread(target=work)
+    _fork_beside(store, work)
+
+
+def _use(store: SQLiteStore) -> None:
+    claims = store.put([entry(f"parent-{n}", None) for n in range(200)], PATIENCE)
+    store.done(claims)
+
+
+def _fork_beside(store: SQLiteStore, work: Callable[[], None]) -> None:
+    over = threading.Event()
+
+    def work_on() -> None:
+        while not over.is_set():
+            work()
+
+    thread = threading.Thread(target=work_on)
     thread.start()
-    statuses = [_in_child(partial(_store_one, store, number)) for number in range(FORKS)]
+    statuses = []
+    for number in range(FORKS):
+        statuses.append(_in_child(partial(_store_one, store, number)))
+        never.wait(random.uniform(0.0, 0.02))
     over.set()
     thread.join(PATIENCE)
     say({"statuses": statuses, "depth": store.depth().waiting})
+
+
+def refuse(store: SQLiteStore) -> None:
+    """Fork once, as somebody has to who has waited long enough for the opening."""
+    sqlite_link.FORK_WAIT, sqlite_link.WAIT = 0.0, PATIENCE
+    thread = threading.Thread(target=lambda: say({"depth": store.depth().waiting}))
+    thread.start()
+    deadline = time.monotonic() + PATIENCE
+    while store.name not in _open_files() and time.monotonic() < deadline:
+        never.wait(0.001)
+    say({"status": _in_child(partial(_be_refused, store.name))})
+    thread.join(PATIENCE)
+
+
+def _open_files() -> set[str]:
+    links = Path("/proc/self/fd").iterdir()
+    return {os.path.realpath(link) for link in links}
+
+
+def _be_refused(path: str) -> None:
+    try:
+        SQLiteStore(path).put([entry("child", 0.0)], PATIENCE)
+    except StoreError as error:
+        say({"refused": str(error)})
 
 
 def inherit(store: SQLiteStore) -> None:
@@ -112,6 +167,9 @@ def inherit(store: SQLiteStore) -> None:
 
 
 def _store_one(store: SQLiteStore, number: int) -> None:
+    grandchild = _in_child(lambda: None)
+    if grandchild != 0:
+        raise AssertionError(f"a fork before the first use: {grandchild}")
     store.put([entry(f"child-{number}", 0.0)], PATIENCE)
     say({"stored": f"child-{number}"})
     store.close()
@@ -135,14 +193,26 @@ def _in_child(work: Callable[[], None]) -> int:
     try:
         work()
         status = 0
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         os._exit(status)
 
 
+ROLES = {
+    "finish": finish,
+    "write": write,
+    "claim": claim,
+    "fork": fork,
+    "fork-new": fork_new,
+    "refuse": refuse,
+    "inherit": inherit,
+}
+
 if __name__ == "__main__":
     role, path, lease = sys.argv[1:]
+    faulthandler.register(signal.SIGALRM, chain=True)  # a child that hangs says where
     opened = SQLiteStore(path, lease=float(lease))
-    {"finish": finish, "write": write, "claim": claim, "fork": fork, "inherit": inherit}[role](
-        opened
-    )
+    ROLES[role](opened)
     opened.close()
