@@ -20,6 +20,7 @@ from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.mailbox import Mailbox
+from mlproducer.latch import Relay
 from mlproducer.message import Envelope
 from mlproducer.observe.events import EventSink
 from mlproducer.waiting import Answer, Wait
@@ -39,6 +40,7 @@ class _Idle:
 
 
 _IDLE: Any = _Idle()
+_RELAY = Relay(lambda: None)
 _PLENTY = 1 << 20
 
 
@@ -118,5 +120,5 @@ def _tasks() -> list[SummarizationTask]:
 
 def _wait(envelope: Envelope) -> Wait:
     now = time.monotonic()
-    answer = Answer()
+    answer = Answer(_RELAY)
     return Wait(_IDLE, Delivery(envelope, answer, started=now, deadline=now + 5.0), answer)

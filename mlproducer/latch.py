@@ -36,6 +36,54 @@ class Latch:
         return self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
 
 
+class Relay:
+    """Opens latches one after another: each next one is opened by who came through the last.
+
+    Threads that are let through together stand in line for the interpreter's lock, where each of
+    them falls asleep and is woken once or twice more.
+
+    :param remind: has `hurry` called soon, in case that somebody is slow to pass on
+    """
+
+    def __init__(self, remind: Callable[[], None]) -> None:
+        self._remind = remind
+        self._reminded = False
+        self._line: deque[Latch] = deque()
+        self._running = False
+
+    def open(self, latch: Latch) -> None:
+        """Open it now if nobody is on the way, else when its turn has come; by one thread only."""
+        self._line.append(latch)
+        if not self._running:
+            self.pass_on()
+        elif not self._reminded:
+            self._reminded = True
+            self._remind()
+
+    def pass_on(self) -> None:
+        """Open the next one; called by everybody who has come through."""
+        self._running = True
+        if not self._open_next():
+            self._running = False
+            if self._line:  # it came just now, for somebody who seemed to be on the way
+                self.pass_on()
+
+    def hurry(self) -> None:
+        """Open all that wait: whoever is on the way is slow, or was interrupted."""
+        self._reminded = False
+        while self._open_next():
+            pass
+        self._running = False
+
+    def _open_next(self) -> bool:
+        try:
+            latch = self._line.popleft()
+        except IndexError:
+            return False
+        latch.open()
+        return True
+
+
 class Watch:
     """Lets threads wait until something holds, looking again whenever it may have changed."""
 

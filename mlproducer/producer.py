@@ -89,7 +89,7 @@ class MLProducer:
         """
         started = time.monotonic()
         engine = self._life.running().choose()
-        answer = Answer()
+        answer = Answer(engine.relay)
         delivery = self._delivery(engine, task, answer, timeout, started, retry=retry)
         try:
             if engine.gate.enter(delivery, delivery.deadline):
@@ -143,7 +143,8 @@ class MLProducer:
         line = Line()
         try:
             for task in tasks:
-                answer, engine = Answer(), fleet.choose()
+                engine = fleet.choose()
+                answer = Answer(engine.relay)
                 try:
                     delivery = self._delivery(
                         engine, task, answer, timeout, time.monotonic(), retry=retry

@@ -18,7 +18,7 @@ from attrs import define
 from mlproducer.core.delivery import Delivery
 from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.fate import Fate
-from mlproducer.latch import Latch
+from mlproducer.latch import Latch, Relay
 from mlproducer.message import Receipt
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ class Answer:
     Whoever takes the token decides: the courier that the message is sent, or the publisher that it
     is withdrawn.
 
+    :param relay: lets publishers through to their answers
     :ivar given: the answer, once it is there
     """
 
-    __slots__ = ("_heirs", "_latch", "_token", "given")
+    __slots__ = ("_heirs", "_latch", "_relay", "_token", "given")
 
-    def __init__(self) -> None:
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
         self._latch: Latch | None = None
         self._token = [None]
         self.given: Receipt | PublishError | None = None
@@ -60,7 +62,7 @@ class Answer:
         """Answer that it is ours."""
         self.given = given
         if self._latch is not None:
-            self._latch.open()
+            self._relay.open(self._latch)
         if self._heirs is not None:
             _settle(self._heirs, given)
 
@@ -71,9 +73,12 @@ class Answer:
         """Wait for the answer; false if it did not come in ``timeout`` seconds."""
         if self.given is None:
             latch = self._latch = Latch()
-            if self.given is None:  # else it came before the latch could be seen
-                return latch.wait(timeout)
-        return True
+            try:
+                if self.given is None:  # else it came before the latch could be seen
+                    latch.wait(timeout)
+            finally:
+                self._relay.pass_on()
+        return self.given is not None
 
     def receipt(self) -> Receipt:
         """Give the answer that is there, or raise it."""

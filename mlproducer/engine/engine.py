@@ -81,6 +81,7 @@ class Engine:
         self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval, events)
         self._io = IOThread(settings, routes(settings), self.gate, self._keeper, events)
         self._keeper.serve(self._io, self._watch)
+        self.relay = self._io.relay
         self.durable = store.durable
         self._ordinal = 0
         self._threads: dict[str, threading.Thread] = {}

@@ -30,7 +30,7 @@ from mlproducer.engine.reactor import Reactor
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
-from mlproducer.latch import Latch, Watch
+from mlproducer.latch import Latch, Relay, Watch
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
 from mlproducer.topology import Declaration, Topology
@@ -43,6 +43,9 @@ MANY = 1000
 
 STORE_LIMIT = 0.1
 """Seconds beyond a publisher's deadline that the store may take to store, or delete, a message."""
+
+SLOW = 0.02
+"""Seconds after which publishers are let through whoever has not passed on."""
 
 BREATH = 0.01
 """Seconds until the next write where pika's buffer was too full for all that waits."""
@@ -66,6 +69,7 @@ class IOThread:
         self.reactor = Reactor(self)
         self.order = self.reactor.order
         self.connected = Watch()
+        self.relay = Relay(self._remind)
         self.is_connected = False
         self._topology = Topology.of(settings)
         self._checkup = Checkup(self._topology, events)
@@ -120,6 +124,7 @@ class IOThread:
         """Connect on a new loop, at once or, where an earlier loop failed, after a delay."""
         self.dialer.attach(loop)
         self._breathing = False
+        self.relay.hurry()
         self._tick()
         if self.dialer.failures:
             self.dialer.redial()
@@ -154,6 +159,9 @@ class IOThread:
     def _breathe(self) -> None:
         self._breathing = False
         self._pump()
+
+    def _remind(self) -> None:
+        self.reactor.call_later(SLOW, self.relay.hurry)
 
     def _tick(self) -> None:
         self.reactor.call_later(TICK, self._tick)

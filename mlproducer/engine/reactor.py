@@ -55,8 +55,9 @@ class Reactor:
         return [*self._loop.descriptors(), *self.mailbox.descriptors()] if self._open else []
 
     def call_later(self, delay: float, function: Callable[[], None]) -> None:
-        """Have something done after ``delay`` seconds, unless the loop fails meanwhile."""
-        self._loop.call_later(delay, function)
+        """Have something done after ``delay`` seconds, unless the loop ends meanwhile."""
+        if self._open:
+            self._loop.call_later(delay, function)
 
     def run(self) -> None:
         """Run until `stop`; survive whatever a callback raises."""

@@ -1,16 +1,21 @@
-"""A token: one holder at a time, nobody starves."""
+"""A token has one holder at a time and starves nobody; a relay lets one through after another."""
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
 import pytest
 
-from mlproducer.latch import Token
+from mlproducer.engine.io_thread import SLOW
+from mlproducer.latch import Latch, Relay, Token
+from mlproducer.message import Receipt
+from mlproducer.waiting import Answer
 from tests.helpers import LIMIT, Background
 
 
@@ -80,3 +85,81 @@ def test_nobody_starves() -> None:
         token.give()
     stop.set()
     background.gather()
+
+
+@pytest.fixture
+def reminders() -> list[None]:
+    """What a relay asked for."""
+    return []
+
+
+@pytest.fixture
+def relay(reminders: list[None]) -> Relay:
+    """A relay that notes when it wants to be hurried."""
+    return Relay(lambda: reminders.append(None))
+
+
+def opened(latches: list[Latch]) -> list[bool]:
+    """Say which latches are open, and close them."""
+    return [latch.wait(0.0) for latch in latches]
+
+
+def test_one_after_another(relay: Relay, reminders: list[None]) -> None:
+    """The first comes through at once, each next one when the one before passes on."""
+    latches = [Latch(), Latch(), Latch(), Latch()]
+    for latch in latches[:3]:
+        relay.open(latch)
+    assert opened(latches) == [True, False, False, False]
+    relay.pass_on()
+    assert opened(latches) == [False, True, False, False]
+    relay.pass_on()
+    assert opened(latches) == [False, False, True, False]
+    relay.pass_on()
+    relay.open(latches[3])
+    assert opened(latches) == [False, False, False, True]
+    assert reminders == [None]
+
+
+def test_nobody_passes_on(relay: Relay, reminders: list[None]) -> None:
+    """Those behind somebody who is slow are let through by a reminder, and later ones at once."""
+    latches = [Latch(), Latch(), Latch()]
+    for latch in latches:
+        relay.open(latch)
+    assert reminders == [None]
+    relay.hurry()
+    assert opened(latches) == [True, True, True]
+    relay.open(latches[0])
+    relay.open(latches[1])
+    assert opened(latches) == [True, False, False]
+    assert reminders == [None, None]
+
+
+def test_a_relay_of_threads() -> None:
+    """Whoever shows a latch, at whatever moment, gets through; nobody waits for a reminder long."""
+    rounds, workers = 500, 8
+    asked: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+    reminded, over = threading.Event(), threading.Event()
+    relay = Relay(reminded.set)
+    receipt = Receipt("m", 1, 0.0)
+
+    def answer_all() -> None:
+        while not over.is_set():
+            with suppress(queue.Empty):
+                asked.get(timeout=SLOW).set_result(receipt)
+            if reminded.is_set():
+                reminded.clear()
+                relay.hurry()
+
+    def ask() -> None:
+        for _ in range(rounds):
+            answer = Answer(relay)
+            asked.put(answer)
+            assert answer.wait(LIMIT)
+
+    answering, asking = Background(), Background()
+    answering.call(answer_all)
+    for _ in range(workers):
+        asking.call(ask)
+    asking.gather(30.0)
+    over.set()
+    answering.gather()
