@@ -23,7 +23,7 @@ from mlproducer.engine.mailbox import Mailbox
 from mlproducer.latch import Relay
 from mlproducer.message import Envelope
 from mlproducer.observe.events import EventSink
-from mlproducer.waiting import Answer, Wait
+from mlproducer.waiting import Answer, finish
 from mlproducer.wire.amqp import FRAME_MAX
 from mlproducer.wire.encode import Encoder
 from mlproducer.wire.frames import FrameWriter
@@ -81,7 +81,7 @@ class Way:
         """Give the stages of one burst; each is to be called before the next is taken."""
         tasks: list[SummarizationTask] = []
         envelopes: list[Envelope] = []
-        waits: list[Wait] = []
+        waits: list[tuple[Delivery, Answer]] = []
         yield "make the task", lambda: tasks.extend(_tasks())
         yield "encode it", lambda: envelopes.extend(map(self._encoder.encode, tasks))
         yield "delivery and answer", lambda: waits.extend(map(_wait, envelopes))
@@ -90,21 +90,21 @@ class Way:
         yield "courier: accept, write", lambda: self._accept(waits)
         yield "frames", self._write
         yield "courier: confirm, leave", self._confirm
-        yield "take the receipt", lambda: [wait.finish() for wait in waits]
+        yield "take the receipt", lambda: [finish(_IDLE, *wait) for wait in waits]
 
-    def _enter(self, waits: list[Wait]) -> None:
-        for wait in waits:
-            self._gate.enter(wait.delivery, wait.delivery.deadline)
+    def _enter(self, waits: list[tuple[Delivery, Answer]]) -> None:
+        for delivery, _ in waits:
+            self._gate.enter(delivery, delivery.deadline)
 
-    def _post(self, waits: list[Wait]) -> None:
-        for wait in waits:
-            self._mailbox.put(wait.delivery)
+    def _post(self, waits: list[tuple[Delivery, Answer]]) -> None:
+        for delivery, _ in waits:
+            self._mailbox.put(delivery)
         for _ in self._mailbox.drain():
             pass
 
-    def _accept(self, waits: list[Wait]) -> None:
+    def _accept(self, waits: list[tuple[Delivery, Answer]]) -> None:
         now = time.monotonic()
-        self._courier.accept([wait.delivery for wait in waits], now)
+        self._courier.accept([delivery for delivery, _ in waits], now)
         self._courier.pump(now)
 
     def _write(self) -> None:
@@ -118,7 +118,7 @@ def _tasks() -> list[SummarizationTask]:
     return [SummarizationTask(f"share-{number}", {"text": TEXT}) for number in range(BURST)]
 
 
-def _wait(envelope: Envelope) -> Wait:
+def _wait(envelope: Envelope) -> tuple[Delivery, Answer]:
     now = time.monotonic()
     answer = Answer(_RELAY)
-    return Wait(_IDLE, Delivery(envelope, answer, started=now, deadline=now + 5.0), answer)
+    return Delivery(envelope, answer, started=now, deadline=now + 5.0), answer

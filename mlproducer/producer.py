@@ -33,7 +33,7 @@ from mlproducer.settings import Settings, redact
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores.protocol import Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
-from mlproducer.waiting import Answer, Line, Wait
+from mlproducer.waiting import Answer, Line, finish
 from mlproducer.wire.encode import Encoder, Task
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class MLProducer:
                 engine.post(delivery)
             else:
                 engine.turn_away(delivery)
-            return Wait(engine, delivery, answer).finish()
+            return finish(engine, delivery, answer)
         except PublishError:
             raise
         except BaseException:
@@ -152,7 +152,7 @@ class MLProducer:
                 except PublishError as error:
                     line.skip(error)
                 else:
-                    line.enter(Wait(engine, delivery, answer))
+                    line.enter(engine, delivery, answer)
             return line.finish()
         except BaseException:
             line.withdraw()

@@ -13,8 +13,6 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from attrs import define
-
 from mlproducer.core.delivery import Delivery
 from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.fate import Fate
@@ -31,8 +29,8 @@ GRACE = 0.15
 class Answer:
     """What one publisher waits for: a future as far as the courier is concerned, and interruptible.
 
-    Whoever takes the token decides: the courier that the message is sent, or the publisher that it
-    is withdrawn.
+    Whoever deletes the token, which only one can, decides: the courier that the message is sent, or
+    the publisher that it is withdrawn.
 
     :param relay: lets publishers through to their answers
     :ivar given: the answer, once it is there
@@ -43,15 +41,15 @@ class Answer:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self._latch: Latch | None = None
-        self._token = [None]
+        self._token = None
         self.given: Receipt | PublishError | None = None
         self._heirs: list[Fate] | None = None
 
     def set_running_or_notify_cancel(self) -> bool:
         """Take the message over; false if it was withdrawn, or taken over before."""
         try:
-            self._token.pop()
-        except IndexError:
+            del self._token
+        except AttributeError:
             return False
         return True
 
@@ -107,74 +105,65 @@ def _settle(heirs: list[Fate], given: Receipt | PublishError) -> None:
             heir.set_exception(given)
 
 
-@define
-class Wait:
-    """A delivery, the answer that its publisher waits for, and whoever carries it."""
+def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
+    """Wait until the courier has spoken; at the deadline ask it to.
 
-    engine: Engine
-    delivery: Delivery
-    answer: Answer
+    :param engine: whoever carries the delivery
+    :raises PublishError: the message is the publisher's again
+    """
+    if answer.given is None and not answer.wait(delivery.deadline - time.monotonic()):
+        engine.expire(delivery)
+        if not answer.wait(GRACE):
+            return _unanswered(engine, delivery, answer)
+    return answer.receipt()
 
-    def finish(self) -> Receipt:
-        """Wait until the courier has spoken; at the deadline ask it to.
 
-        :raises PublishError: the message is the publisher's again
-        """
-        answer = self.answer
-        if answer.given is None and not answer.wait(self.delivery.deadline - time.monotonic()):
-            self.engine.expire(self.delivery)
-            if not answer.wait(GRACE):
-                return self._unanswered()
-        return answer.receipt()
-
-    def _unanswered(self) -> Receipt:
-        """End the wait although the courier is silent: its thread hangs, or has just died."""
-        delivery = self.delivery
-        withdrawn = self.answer.cancel()
-        error = ConfirmTimeoutError(
-            "the I/O thread does not answer",
-            message_id=delivery.envelope.message_id,
-            attempts=delivery.attempts,
-            possibly_sent=not withdrawn,
-        )
-        if withdrawn or not delivery.retry:
-            self.engine.withdraw(delivery)
-            raise error
-        elapsed = time.monotonic() - delivery.started
-        message_id = delivery.envelope.message_id
-        heir = self.answer.bequeath()
-        return Receipt(message_id, delivery.attempts, elapsed, False, error, heir)
+def _unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
+    """End the wait although the courier is silent: its thread hangs, or has just died."""
+    withdrawn = answer.cancel()
+    error = ConfirmTimeoutError(
+        "the I/O thread does not answer",
+        message_id=delivery.envelope.message_id,
+        attempts=delivery.attempts,
+        possibly_sent=not withdrawn,
+    )
+    if withdrawn or not delivery.retry:
+        engine.withdraw(delivery)
+        raise error
+    elapsed = time.monotonic() - delivery.started
+    message_id = delivery.envelope.message_id
+    heir = answer.bequeath()
+    return Receipt(message_id, delivery.attempts, elapsed, False, error, heir)
 
 
 class Line:
     """Waits in the order in which their messages were handed in, and what has come of them."""
 
     def __init__(self) -> None:
-        self._waits: deque[tuple[int, Wait]] = deque()
+        self._waits: deque[tuple[int, Engine, Delivery, Answer]] = deque()
         self._results: list[Receipt | PublishError] = []
 
     def skip(self, error: PublishError) -> None:
         """Note that a task could not be handed in."""
         self._results.append(error)
 
-    def enter(self, wait: Wait) -> None:
+    def enter(self, engine: Engine, delivery: Delivery, answer: Answer) -> None:
         """Pass the gate, and answer meanwhile those ahead whose time is up."""
-        waits, delivery, engine = self._waits, wait.delivery, wait.engine
-        while waits and (given := waits[0][1].answer.given) is not None:
-            place, _ = waits.popleft()
-            self._results[place] = given
-        waits.append((len(self._results), wait))
-        self._results.append(_UNANSWERED)
+        waits, results = self._waits, self._results
+        while waits and (given := waits[0][3].given) is not None:
+            results[waits.popleft()[0]] = given
+        waits.append((len(results), engine, delivery, answer))
+        results.append(_UNANSWERED)
         hand_in = engine.post
-        while not engine.gate.enter(delivery, waits[0][1].delivery.deadline):
-            if waits[0][1] is wait:
+        while not engine.gate.enter(delivery, waits[0][2].deadline):
+            if waits[0][2] is delivery:
                 hand_in = engine.turn_away
                 break
             self._finish_next()
         try:
             hand_in(delivery)
         except PublishError as error:
-            wait.answer.set_exception(error)
+            answer.set_exception(error)
 
     def finish(self) -> list[Receipt | PublishError]:
         """Answer all that are left, and give everything in order."""
@@ -184,13 +173,13 @@ class Line:
 
     def withdraw(self) -> None:
         """Take back all that are left, since nobody will look at their answers."""
-        for _, wait in self._waits:
-            wait.engine.withdraw(wait.delivery)
+        for _, engine, delivery, _ in self._waits:
+            engine.withdraw(delivery)
 
     def _finish_next(self) -> None:
-        place, wait = self._waits.popleft()
+        place, engine, delivery, answer = self._waits.popleft()
         try:
-            self._results[place] = wait.finish()
+            self._results[place] = finish(engine, delivery, answer)
         except PublishError as error:
             self._results[place] = error
 
