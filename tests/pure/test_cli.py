@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from attrs import frozen
 
-import mlproducer.cli
 from mlproducer import (
     CeleryTask,
     EmbeddingBatchTask,
@@ -27,7 +27,7 @@ from mlproducer.cli.reliability import SCENARIOS, Report, show_totals
 from mlproducer.cli.reliability.ledger import Account, Ledger
 from mlproducer.cli.reliability.trials import Step
 from mlproducer.cli.tally import Tally
-from mlproducer.cli.texts import MAX_CHARACTERS, MIN_CHARACTERS, texts
+from mlproducer.cli.texts import MAX_CHARACTERS, MIN_CHARACTERS, STANDARD_LIBRARY, texts
 from mlproducer.errors import (
     AuthenticationError,
     BrokerRejectedError,
@@ -37,29 +37,10 @@ from mlproducer.errors import (
     NotConnectedError,
     PublishError,
 )
+from tests.pure.tables import each_row
 
-CLI = Path(mlproducer.cli.__file__).parent
-PUBLIC = {
-    "mlproducer",
-    "mlproducer.dead_letters",
-    "mlproducer.errors",
-    "mlproducer.monitoring",
-    "mlproducer.testing",
-}
 CONTENT = {"text": "PRIVATE"}
 CELERY = {"task": "celery", "name": "x.y", "routing_key": "ml.embed"}
-
-
-@pytest.mark.parametrize("path", sorted(CLI.rglob("*.py")), ids=lambda path: path.name)
-def test_commands_know_the_public_api_only(path: Path) -> None:
-    """A command does what any user could do."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            modules = [node.module or ""]
-        for module in modules:
-            inside = module.startswith("mlproducer.cli")
-            assert inside or not module.startswith("mlproducer") or module in PUBLIC, module
 
 
 # --- the command line ------------------------------------------------------------------------
@@ -188,33 +169,37 @@ def test_moments_are_text(text: str) -> None:
     assert task.expires == 60
 
 
-@pytest.mark.parametrize(
-    ("line", "why"),
-    [
-        (b"PRIVATE", r"not JSON \(column 1\)"),
-        (b'{"task": "PRIVATE', "not JSON"),
-        (b"\xff", "not UTF-8"),
-        (b"1" * 5000, "not JSON that can be read"),
-        (b"[" * 100_000, "not JSON that can be read"),
-        (b"x" * 101, "longer than 100 bytes"),
-        (b'["PRIVATE"]', "of type list; accepted is a JSON object"),
-        (b"{}", "task is missing or unknown; accepted are summarization, transcription"),
-        (_line({"task": "PRIVATE"}), "task is missing or unknown"),
-        (_line({"task": ["PRIVATE"]}), "task is missing or unknown"),
-        (_line({"task": "summarization"}), "share_id is missing"),
-        (_line({"task": "summarization", "share_id": 1, "content": CONTENT}), "share_id is of typ"),
-        (_line({"task": "transcription", "share_id": "1"}), "media_url is missing"),
-        (_line({"task": "embedding_batch"}), "items is missing"),
-        (_line({"task": "celery", "name": "x"}), "routing_key is missing"),
-        (_line({**CELERY, "PRIVATE": 1}), "a field is unknown; accepted are task, name, args"),
-        (_line({**CELERY, "eta": "PRIVATE"}), "eta is a str that does not parse"),
-        (_line({**CELERY, "eta": "2030-01-31T12:00:00"}), "eta is of type datetime but without"),
-        (_line({**CELERY, "eta": 5}), "eta is of type int"),
-        (_line({**CELERY, "priority": 300}), "priority is of type int but out of range"),
-    ],
-)
-def test_what_is_wrong_is_said_without_quoting(line: bytes, why: str) -> None:
+BAD_LINES = [
+    (b"PRIVATE", r"not JSON \(column 1\)"),
+    (b'{"task": "PRIVATE', "not JSON"),
+    (b"\xff", "not UTF-8"),
+    (b"1" * 5000, "not JSON that can be read"),
+    (b"[" * 100_000, "not JSON that can be read"),
+    (b"x" * 101, "longer than 100 bytes"),
+    (b'["PRIVATE"]', "of type list; accepted is a JSON object"),
+    (b"{}", "task is missing or unknown; accepted are summarization, transcription"),
+    (_line({"task": "PRIVATE"}), "task is missing or unknown"),
+    (_line({"task": ["PRIVATE"]}), "task is missing or unknown"),
+    (_line({"task": "summarization"}), "share_id is missing"),
+    (_line({"task": "summarization", "share_id": 1, "content": CONTENT}), "share_id is of typ"),
+    (_line({"task": "transcription", "share_id": "1"}), "media_url is missing"),
+    (_line({"task": "embedding_batch"}), "items is missing"),
+    (_line({"task": "celery", "name": "x"}), "routing_key is missing"),
+    (_line({**CELERY, "PRIVATE": 1}), "a field is unknown; accepted are task, name, args"),
+    (_line({**CELERY, "eta": "PRIVATE"}), "eta is a str that does not parse"),
+    (_line({**CELERY, "eta": "2030-01-31T12:00:00"}), "eta is of type datetime but without"),
+    (_line({**CELERY, "eta": 5}), "eta is of type int"),
+    (_line({**CELERY, "priority": 300}), "priority is of type int but out of range"),
+]
+
+
+def test_what_is_wrong_is_said_without_quoting() -> None:
     """A bad line is refused with the reason, and without its content."""
+    each_row(BAD_LINES, is_refused)
+
+
+def is_refused(line: bytes, why: str) -> None:
+    """Parse one bad line."""
     limit = 100 if line.startswith(b"x") else 200_000
     with pytest.raises(InvalidTaskError, match=why) as caught:
         parse(line, limit)
@@ -310,8 +295,13 @@ def test_texts_are_licences_or_documentation(tmp_path: Path) -> None:
     found = texts(licences)
     assert {text.title for text in found} == {"GPL"}
     assert found[0].text.startswith("short\n\nfree")
-    documentation = texts(tmp_path / "none")
+    library = tmp_path / "library"
+    library.mkdir()
+    for name in ("argparse", "keyword", "textwrap"):
+        shutil.copy(STANDARD_LIBRARY / f"{name}.py", library)
+    documentation = texts(tmp_path / "none", library)
     assert "argparse" in {text.title for text in documentation}
+    assert inspect.signature(texts).parameters["library"].default == STANDARD_LIBRARY
     for text in (*found, *documentation):
         assert MIN_CHARACTERS <= len(text.text) <= MAX_CHARACTERS
     with pytest.raises(FileNotFoundError, match="no texts"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from itertools import product
 
 import pytest
 
 import mlproducer
 from mlproducer import errors
+from tests.pure.tables import each_row
 
 LEAVES = [
     kind
@@ -40,9 +42,13 @@ def test_all_is_the_tree() -> None:
     assert mlproducer.errors is errors
 
 
-@pytest.mark.parametrize("name", errors.__all__)
-def test_place_in_the_tree(name: str) -> None:
+def test_place_in_the_tree() -> None:
     """Everything is an MLProducerError, and a builtin error where the contract says so."""
+    each_row(errors.__all__, has_its_place)
+
+
+def has_its_place(name: str) -> None:
+    """Look at the bases of one error."""
     kind = getattr(errors, name)
     assert issubclass(kind, errors.MLProducerError)
     for builtin in (ValueError, TimeoutError):
@@ -69,10 +75,14 @@ def test_attributes(kind: type[errors.PublishError]) -> None:
     assert kind.possibly_sent is (kind.__name__ in POSSIBLY_SENT)
 
 
-@pytest.mark.parametrize("kind", LEAVES)
 @pytest.mark.parametrize("journey", [copy.copy, lambda error: pickle.loads(pickle.dumps(error))])
-def test_picklable(kind: type[errors.PublishError], journey: object) -> None:
+def test_picklable(journey: object) -> None:
     """An error crosses processes with all that it knows."""
+    each_row(product(LEAVES, [journey]), arrives_whole)
+
+
+def arrives_whole(kind: type[errors.PublishError], journey: object) -> None:
+    """Send one error on a journey."""
     error = kind("text", message_id="m", attempts=2, possibly_sent=True)
     for name, value in (("reply_code", 404), ("reply_text", "gone"), ("retry_after", 1.5)):
         if hasattr(error, name):

@@ -417,6 +417,15 @@ def test_registries_are_apart(registry: CollectorRegistry, sink: EventSink) -> N
     assert sent(other) == {("a", "success"): 1}
 
 
+@pytest.fixture
+def what_is_new() -> Iterator[None]:
+    """Collections look at what the test makes; the rest of pytest's heap takes them 0.1 s."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("what_is_new")
 def test_dropped_producer(registry: CollectorRegistry, meter: Meter) -> None:
     """A producer that nobody holds is collected, and shows no more; its counts stay."""
     producer = Producer()
@@ -431,6 +440,7 @@ def test_dropped_producer(registry: CollectorRegistry, meter: Meter) -> None:
     assert sent(registry) == {("a", "success"): 1}
 
 
+@pytest.mark.usefixtures("what_is_new")
 def test_dropped_registry() -> None:
     """A registry that nobody holds is collected, with everything that was counted on it."""
     registry = CollectorRegistry()

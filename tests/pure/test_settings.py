@@ -16,6 +16,7 @@ from mlproducer import Settings, TLSSettings
 from mlproducer.errors import ConfigurationError
 from mlproducer.settings import redact
 from tests.pure.refusals import CANARY, refused
+from tests.pure.tables import each_row
 
 URL = "amqp://user:secret@broker.example:5673/prod"
 
@@ -103,9 +104,13 @@ BAD_URLS = [
 ]
 
 
-@pytest.mark.parametrize(("variable", "name", "default", "text", "value"), VARIABLES)
-def test_variable(variable: str, name: str, default: Any, text: str, value: Any) -> None:
+def test_variable() -> None:
     """Each variable sets its field, in its unit, and no other; without it the default stands."""
+    each_row(VARIABLES, sets_its_field)
+
+
+def sets_its_field(variable: str, name: str, default: Any, text: str, value: Any) -> None:
+    """Read one variable."""
     assert getattr(Settings.from_env({}), name) == default
     changed = Settings.from_env({variable: text})
     assert getattr(changed, name) == value
@@ -120,9 +125,13 @@ def test_every_field_has_its_variable() -> None:
     assert fields == {row[1] for row in VARIABLES} | {"tls"}
 
 
-@pytest.mark.parametrize(("variable", "text"), BAD)
-def test_bad_value(variable: str, text: str) -> None:
+def test_bad_value() -> None:
     """What does not parse, or is out of range, is refused by the variable's name."""
+    each_row(BAD, is_refused)
+
+
+def is_refused(variable: str, text: str) -> None:
+    """Read one bad text."""
     refused(lambda: Settings.from_env({variable: text}), ConfigurationError, variable)
     with pytest.raises(ValueError, match=variable):
         Settings.from_env({variable: text})
