@@ -88,13 +88,13 @@ class Watch:
     """Lets threads wait until something holds, looking again whenever it may have changed."""
 
     def __init__(self) -> None:
-        self._latches: deque[Latch] = deque()
+        self._latches: list[Latch] = []  # empty, it is a tenth of a deque
 
     def changed(self) -> None:
         """Let those who wait look again."""
         for _ in range(len(self._latches)):
             try:
-                latch = self._latches.popleft()
+                latch = self._latches.pop(0)
             except IndexError:  # somebody else has let them look
                 return
             latch.open()

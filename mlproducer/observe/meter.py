@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -129,14 +128,17 @@ class MetricsSink(EventSink):
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Count each, those of a task type together."""
-        waits = defaultdict[str, list[float]](list)
+        if len(deliveries) == 1:
+            self._confirmed_alone(deliveries[0], now)
+            return
+        waits: dict[str, list[float]] = {}
         for delivery in deliveries:
-            waits[delivery.envelope.task_type].append(now - delivery.started)
+            waits.setdefault(delivery.envelope.task_type, []).append(now - delivery.started)
         for task_type, some in waits.items():
             sent, took = self._successes.get(task_type) or self._success(task_type)
             sent.inc(len(some))
-            took.observe(*some)
-        self._sizes.observe(*[len(delivery.envelope.body) for delivery in deliveries])
+            took.observe_all(some)
+        self._sizes.observe_all([len(delivery.envelope.body) for delivery in deliveries])
 
     def dead_lettered(self, delivery: Delivery) -> None:
         """Count it as failed."""
@@ -168,6 +170,13 @@ class MetricsSink(EventSink):
     def possible_duplicate(self, delivery: Delivery) -> None:
         """Count it."""
         self._count(catalog.POSSIBLE_DUPLICATES)
+
+    def _confirmed_alone(self, delivery: Delivery, now: float) -> None:
+        task_type = delivery.envelope.task_type
+        sent, took = self._successes.get(task_type) or self._success(task_type)
+        sent.inc()
+        took.observe(now - delivery.started)
+        self._sizes.observe(len(delivery.envelope.body))
 
     def _success(self, task_type: str) -> tuple[Series, Series]:
         """Give the series of confirmed messages, and keep them where the name is one of few."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -168,7 +168,11 @@ class _File:
         """Add to a counter."""
         self._child.inc(amount)
 
-    def observe(self, *amounts: float) -> None:
+    def observe(self, amount: float) -> None:
+        """Add a value to a histogram."""
+        self._child.observe(amount)
+
+    def observe_all(self, amounts: Sequence[float]) -> None:
         """Add values to a histogram."""
         for amount in amounts:
             self._child.observe(amount)

@@ -10,7 +10,7 @@ Runs on: any thread.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from threading import get_ident
 from typing import Protocol
 
@@ -25,7 +25,10 @@ class Series(Protocol):
     def inc(self, amount: int = 1) -> None:
         """Add to a counter."""
 
-    def observe(self, *amounts: float) -> None:
+    def observe(self, amount: float) -> None:
+        """Add a value to a histogram."""
+
+    def observe_all(self, amounts: Sequence[float]) -> None:
         """Add values to a histogram."""
 
 
@@ -57,16 +60,24 @@ class Cells:
         except KeyError:
             self._of[get_ident()] = [amount]
 
-    def observe(self, *amounts: float) -> None:
-        """Add values to a histogram."""
+    def observe(self, amount: float) -> None:
+        """Add a value to a histogram."""
         try:
             cells = self._of[get_ident()]
         except KeyError:
             cells = self._of[get_ident()] = [0.0] * self._width
-        bounds = self._bounds
-        for amount in amounts:
+        cells[bisect_left(self._bounds, amount)] += 1
+        cells[-1] += amount
+
+    def observe_all(self, amounts: Sequence[float]) -> None:
+        """Add values to a histogram."""
+        if not amounts:
+            return
+        self.observe(amounts[0])  # makes this thread's cells, if need be
+        cells, bounds = self._of[get_ident()], self._bounds
+        for amount in amounts[1:]:
             cells[bisect_left(bounds, amount)] += 1
-        cells[-1] += sum(amounts)
+            cells[-1] += amount
 
     def total(self) -> list[float]:
         """Add up what all threads have counted."""

@@ -53,7 +53,8 @@ class FrameWriter:
 
         :param batch: each message with its delivery tag, by which a return is matched to it
         """
-        channel, routes, pieces = self._channel, self._routes, list[bytes]()
+        channel, routes = self._channel, self._routes
+        pieces: list[bytes] = []
         for envelope, tag in batch:
             properties, body, digits = envelope.properties, envelope.body, b"%d" % tag
             size, payload = len(body), CONTENT_HEADER + len(properties) + 1 + len(digits)
