@@ -114,6 +114,8 @@ class Judge:
 
     def promise(self, delivery: Delivery, now: float) -> None:
         """Tell that it is ours: it is stored."""
+        if not isinstance(self.owed.get(delivery), StoreError | None):
+            return  # it was given back meanwhile, and that is told once its row is gone
         self.owed.pop(delivery, None)
         if delivery.open:
             self.events.deferred(delivery)

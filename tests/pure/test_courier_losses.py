@@ -7,6 +7,7 @@ import pytest
 from mlproducer.core.delivery import Place
 from mlproducer.errors import (
     AuthenticationError,
+    BrokerRejectedError,
     BufferFullError,
     ConnectionLostError,
     MessageTooLargeError,
@@ -177,6 +178,20 @@ def test_store_fails(world: World, error: Exception) -> None:
     assert error_of(delivery).possibly_sent
     assert delivery.place is Place.RETIRED
     assert world.door.left == [delivery]
+
+
+def test_given_back_while_it_is_being_stored(world: World) -> None:
+    """Its row comes too late for a promise; the error is told once the row is gone again."""
+    world.keeper.durable = True
+    [delivery] = world.send("a")
+    world.courier.expire(delivery, 5.0)
+    delivery.retry = False  # its publisher was interrupted
+    world.down(403, "refused")
+    assert world.keeper.withdrawn == [delivery]
+    world.courier.kept([delivery], 5.0)
+    assert not delivery.answer.done()
+    world.courier.withdrawn([delivery])
+    assert isinstance(error_of(delivery), BrokerRejectedError)
 
 
 def test_store_fails_for_what_is_in_flight(world: World) -> None:
