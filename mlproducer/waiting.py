@@ -150,13 +150,17 @@ class Line:
     def enter(self, engine: Engine, delivery: Delivery, answer: Answer) -> None:
         """Pass the gate, and answer meanwhile those ahead whose time is up."""
         waits, results = self._waits, self._results
-        while waits and (given := waits[0][3].given) is not None:
-            results[waits.popleft()[0]] = given
+        while waits:
+            place, _, _, ahead = waits[0]
+            if ahead.given is None:
+                break
+            results[place] = ahead.given
+            waits.popleft()
         waits.append((len(results), engine, delivery, answer))
         results.append(_UNANSWERED)
         hand_in = engine.post
-        while not engine.gate.enter(delivery, waits[0][2].deadline):
-            if waits[0][2] is delivery:
+        while not engine.gate.enter(delivery, (head := waits[0][2]).deadline):
+            if head is delivery:
                 hand_in = engine.turn_away
                 break
             self._finish_next()

@@ -95,7 +95,7 @@ class Courier:
     def accept(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Take messages from their publishers, unless they were withdrawn meanwhile."""
         for delivery in deliveries:
-            if delivery.answer.set_running_or_notify_cancel():
+            if delivery.claim():
                 self.readmit(delivery, now)
             else:
                 self.judge.leave(delivery, Place.RETIRED)
@@ -107,7 +107,7 @@ class Courier:
             self.judge.drop(delivery)
         elif self.farewell.begun:
             self.farewell.see_off(delivery, now)
-        elif self.breaker.state is not CircuitState.CLOSED and self._circuit_is_full():
+        elif self._circuit_is_full():
             self.judge.fail(delivery, self._circuit_open(delivery, now), now)
         elif self._refusal is not None:
             self._refuse_one(delivery, self._refusal, now)
@@ -178,10 +178,9 @@ class Courier:
         """Settle what the broker has taken; what it returned before is unroutable."""
         settled = self._settle(tag, multiple=multiple)
         taken = [delivery for delivery in settled if delivery.returned is None]
-        if len(taken) < len(settled):
-            for delivery in settled:
-                if delivery.returned is not None:
-                    self.judge.fail(delivery, unroutable(delivery), now)
+        for delivery in settled:
+            if delivery.returned is not None:
+                self.judge.fail(delivery, unroutable(delivery), now)
         if taken:
             self.breaker.succeeded(taken)
         for delivery in taken:
@@ -315,7 +314,9 @@ class Courier:
     # --- why a message was not sent ------------------------------------------------------------
 
     def _circuit_is_full(self) -> bool:
-        """Whether the breaker, not closed, has no place for another; half-open, it has one."""
+        """Whether the breaker has no place for another message; half-open, it has one."""
+        if self.breaker.state is CircuitState.CLOSED:
+            return False
         half_open = self.breaker.state is CircuitState.HALF_OPEN
         return self.breaker.refuses() or (half_open and self.waiting > 0)
 

@@ -56,7 +56,7 @@ def _encode_ml(
     route, kwargs = task.call(preferred)
     check_route(exchange, route.routing_key)
     task_id = new_id()
-    further = _further(trace) if trace else b""
+    further = amqp.table_entries("headers", trace) if trace else b""
     return Envelope(
         message_id=task_id,
         task_type=task.task_type,
@@ -76,7 +76,7 @@ def _encode_any(
     args, kwargs = strict_json.dumps("args", task.args), strict_json.dumps("kwargs", task.kwargs)
     # A context among the task's own headers is the one that counts, not a mixture of both.
     trace = {} if "traceparent" in task.headers else trace
-    further = _times(task, now) + _further({**trace, **task.headers})
+    further = _times(task, now) + amqp.table_entries("headers", {**trace, **task.headers})
     return Envelope(
         message_id=task_id,
         task_type=task.task_type,
@@ -162,10 +162,6 @@ def _constant_entries(name: str) -> bytes:
         "origin": f"gen{os.getpid()}@{socket.gethostname()}",
     }
     return amqp.table_entries("name", constant)
-
-
-def _further(headers: Mapping[str, Any]) -> bytes:
-    return amqp.table_entries("headers", headers)
 
 
 def _times(task: CeleryTask, now: datetime) -> bytes:
