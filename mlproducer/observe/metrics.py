@@ -30,7 +30,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.utils import floatToGoString
 
-from mlproducer.observe.catalog import FAMILIES, PREFIX, Family, Kind, Merge
+from mlproducer.observe.catalog import (
+    CONNECTION_STATE,
+    FAMILIES,
+    PREFIX,
+    Family,
+    Kind,
+    Merge,
+)
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.tally import Labels, Tally
 
@@ -201,10 +208,16 @@ class _FileMeter(Meter):
         self._files = files
 
     def refresh(self) -> None:
-        """Write the gauges."""
-        for family, series in self.readings().items():
-            for labels, value in series.items():
-                self._files.series(family, labels).set(value)
+        """Write the gauges, again if a connection has moved meanwhile.
+
+        Who moved it has written that before; ours would stand above it for a second.
+        """
+        written, readings = None, self.readings()
+        while readings[CONNECTION_STATE] != written:
+            for family, series in readings.items():
+                for labels, value in series.items():
+                    self._files.series(family, labels).set(value)
+            written, readings = readings[CONNECTION_STATE], self.readings()
 
 
 @lru_cache(1)

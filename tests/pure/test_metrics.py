@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -462,3 +463,45 @@ def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: EventSink
     assert value(registry, "queue_depth", queue_name="ml.summarize") == 9
     producer.set(connection_state=CLOSED)
     assert value(registry, "queue_depth", queue_name="ml.embed") is None
+
+
+class Shown:
+    """The files of multiprocess mode: what each gauge shows, and what happens after a write."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.after_write: Callable[[], None] = lambda: None
+
+    def series(self, family: catalog.Family, labels: tuple[str, ...] = ()) -> Any:
+        """Give a gauge that can be written."""
+
+        def write(value: float) -> None:
+            self.values[family.name] = value
+            self.after_write()
+
+        return SimpleNamespace(set=write)
+
+
+@mutable(eq=False)
+class Moving:
+    """A producer whose state is set by the test."""
+
+    state: ConnectionState = ConnectionState.DISCONNECTED
+
+    def status(self) -> Status:
+        """Say how things stand."""
+        return Status(connection_state=self.state)
+
+
+def test_a_gauge_is_not_written_over_by_what_was_read_before() -> None:
+    """A connection that moves while its gauges are written is shown where it is now."""
+    shown, producer = Shown(), Moving()
+    meter = metrics._FileMeter(shown)  # type: ignore[arg-type]
+    meter.watch(producer)
+
+    def connect() -> None:
+        producer.state = ConnectionState.CONNECTED
+
+    shown.after_write = connect
+    meter.refresh()
+    assert shown.values[catalog.CONNECTION_STATE.name] == ConnectionState.CONNECTED
