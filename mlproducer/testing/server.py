@@ -71,7 +71,7 @@ class Server:
 
     def freeze(self) -> None:
         """SIGSTOP: the kernel goes on accepting connections and bytes, nobody answers."""
-        self._running_program().send(signal.SIGSTOP)
+        self._running_program().freeze()
 
     def thaw(self) -> None:
         """SIGCONT: end `freeze`."""

@@ -130,6 +130,16 @@ def test_a_node_ends_with_its_owner(tmp_path: Path, ending: signal.Signals | Non
 
 
 @pytest.mark.broker
+def test_a_frozen_node_has_stopped(rabbitmq_node: RabbitMQNode) -> None:
+    """Once it is frozen, none of its threads runs any more: nothing is answered by chance."""
+    tasks = Path(f"/proc/{rabbitmq_node.pid}/task")
+    for _ in range(20):
+        with rabbitmq_node.frozen():
+            stats = [(each / "stat").read_text() for each in tasks.iterdir()]
+        assert {each.rpartition(")")[2].split()[0] for each in stats} == {"T"}
+
+
+@pytest.mark.broker
 def test_a_frozen_node_accepts_and_does_not_answer(rabbitmq_node: RabbitMQNode) -> None:
     """A frozen broker takes a connection and stays silent; thawed, it answers what it was sent."""
     address = (rabbitmq_node.host, rabbitmq_node.port)
