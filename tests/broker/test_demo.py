@@ -52,6 +52,7 @@ def test_demo_on_a_broker_of_yours(rabbitmq_vhost: VirtualHost, tmp_path: Path) 
     assert drain(url) == {other: 1}
 
 
+@pytest.mark.usefixtures("audible_ctrl_c")
 @pytest.mark.parametrize("moment", ["starting a private RabbitMQ", "freezing the broker"])
 def test_demo_ends_at_ctrl_c(moment: str, tmp_path: Path) -> None:
     """Ctrl-C gives exit code 130, no traceback, and leaves no program and no file behind."""
