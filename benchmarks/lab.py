@@ -111,13 +111,15 @@ class Lab:
                     players.append(Player(name, contestant, way, workers))
             return self.play(players, rounds)
 
-    def play(self, players: Sequence[Player], rounds: int | None = None) -> Match:
-        """Let players alternate on the broker."""
+    def play(
+        self, players: Sequence[Player], rounds: int | None = None, broker: Broker | None = None
+    ) -> Match:
+        """Let players alternate on a broker: the lab's, unless another is given."""
         return play(
             players,
             rounds=rounds or self.scale.rounds,
             seconds=self.scale.seconds,
-            purge=self.broker.purge,
+            purge=(broker or self.broker).purge,
         )
 
     def contestant(

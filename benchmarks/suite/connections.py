@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from urllib.parse import urlsplit
 
-from benchmarks.harness import BLOCKING, PIPELINED, Match, Player, play
+import pika
+
+from benchmarks.harness import BLOCKING, PIPELINED, Match, Player
 from benchmarks.lab import C_HEADERS, OURS, Broker, C, Lab
 from benchmarks.report import Figure, Report, at_least, ratios
 from mlproducer.testing import Proxy, RabbitMQCluster
@@ -30,7 +31,7 @@ ROUND_TRIP = "round-trip"
 
 
 def run(lab: Lab) -> Report:
-    """Compare numbers of connections, on one node, then on the cluster unless in a hurry."""
+    """Compare numbers of connections on one node; then, unless in a hurry, what is far away."""
     figures = _near(lab)
     if lab.scale.quick:
         return Report(figures=figures, notes=["what is far away is left out of --quick"])
@@ -91,19 +92,16 @@ def _far_cluster(lab: Lab, cluster: RabbitMQCluster) -> list[Figure]:
         leader = Broker("three nodes", cluster.nodes[0].url)
         stack.callback(leader.close)
         urls = [_delayed(node.url, stack) for node in cluster.nodes]
-        match = play(
-            [*_windowed(lab, urls[0], windows, stack), *_producers(lab, stack, ",".join(urls))],
-            rounds=lab.scale.rounds,
-            seconds=lab.scale.seconds,
-            purge=leader.purge,
-        )
+        players = _windowed(lab, urls[0], windows, stack)
+        players += _producers(lab, stack, ",".join(urls))
+        match = lab.play(players, broker=leader)
     return [*_against_the_window(match, windows, where), *_compared(match, where)]
 
 
 def _delayed(url: str, stack: ExitStack) -> str:
     """Put a proxy before a node."""
-    node = urlsplit(url)
-    proxy = stack.enter_context(Proxy((str(node.hostname), node.port or 5672)))
+    node = pika.URLParameters(url)
+    proxy = stack.enter_context(Proxy((node.host, node.port)))
     proxy.delay(DELAY)
     return proxy.url(url)
 
