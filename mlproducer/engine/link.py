@@ -231,6 +231,7 @@ class Link:
         self._route = route
         self._address = route.broker.address
         self._owner: LinkOwner | None = owner
+        self._closing = False
         self._services = IOServices(loop)
         self._confirming: Channel | None = None
         self._timer: Any = loop.call_later(route.timeout, self._on_timeout)
@@ -242,6 +243,7 @@ class Link:
 
     def close(self) -> None:
         """Close in good order; the owner is told by `LinkOwner.link_failed`."""
+        self._closing = True
         self._stop_timer()
         if self._connection.is_open:
             self._connection.close()
@@ -271,7 +273,10 @@ class Link:
         self._fail(translate(self._address, error))
 
     def _on_close(self, _connection: Connection, error: BaseException) -> None:
-        self._fail(translate(self._address, error))
+        if self._closing:  # also where the broker did not answer it in time
+            self._fail(Loss(f"{self._address}: closed by us", kind=LossKind.CLOSED))
+        else:
+            self._fail(translate(self._address, error))
 
     def _fail(self, loss: Loss) -> None:
         self._stop_timer()

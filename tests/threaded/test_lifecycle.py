@@ -220,6 +220,23 @@ def test_close_from_five_threads(connect: Connect, serve: Serve) -> None:
         publishers.gather()
 
 
+def test_a_close_that_is_not_answered(
+    connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A broker that is slow to answer it is cut off, and that is no lost connection to warn of."""
+    broker = serve()
+    with Proxy(("127.0.0.1", broker.port)) as proxy:
+        producer = connect(proxy.url(broker.url))
+        assert producer.publish(make_message("m")).confirmed
+        proxy.hole("both")
+        with caplog.at_level("INFO", logger="mlproducer"):
+            producer.close(LIMIT)
+    told = [(each.levelname, each.getMessage()) for each in caplog.records]
+    (line,) = [(level, text) for level, text in told if text.startswith("disconnected")]
+    assert line[0] == "INFO"
+    assert line[1].startswith("disconnected kind=closed")
+
+
 @pytest.mark.parametrize("timeout", [0.0, 0.2])
 @pytest.mark.parametrize("where", ["deaf", "refused", "blocked", "hole"])
 def test_close_against_all_odds(connect: Connect, serve: Serve, where: str, timeout: float) -> None:
