@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from socketserver import ThreadingMixIn
@@ -242,6 +243,9 @@ class Server:
         """Stop listening; any number of times, also in a forked child, where no thread runs."""
         if self._thread.is_alive():
             self._http.shutdown()
+            # Not only closed: a child may hold the port as well, until its own hook has run.
+            with suppress(OSError):
+                self._http.socket.shutdown(socket.SHUT_RDWR)
         self._http.server_close()
         self._thread.join(CLOSE_LIMIT)
 

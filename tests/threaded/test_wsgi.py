@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -426,22 +428,35 @@ def test_port_taken(connect: Connect, serve: Serve) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
-def test_forked_child(connect: Connect, serve: Serve) -> None:
-    """A forked child holds no port: once its parent has closed the server, nobody listens."""
+@pytest.mark.parametrize("fork", [os.fork, ctypes.PyDLL(None).fork], ids=["python", "c"])
+def test_forked_child(connect: Connect, serve: Serve, fork: Callable[[], int]) -> None:
+    """Once a parent has closed its server nobody listens, also where no hook ran in a child."""
     producer = producer_started(connect(serve()))
-    gate, opened = os.pipe()
+    with serve_on_loopback(producer) as server:
+        child = fork()
+        while child == 0:
+            signal.pause()  # until it is killed
+        try:
+            assert get(server.port, "/health")[0] == 200
+            server.close()
+            with pytest.raises(ConnectionRefusedError):
+                get(server.port, "/health")
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
+def test_closed_in_a_child(connect: Connect, serve: Serve) -> None:
+    """A child that lets go of the port leaves it to its parent."""
+    producer = producer_started(connect(serve()))
     with serve_on_loopback(producer) as server:
         child = os.fork()
         if child == 0:
-            os.close(opened)
-            os.read(gate, 1)  # until the parent has finished
+            server.close()
             os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
         assert get(server.port, "/health")[0] == 200
-    with pytest.raises(ConnectionRefusedError):
-        get(server.port, "/health")
-    os.close(opened)
-    os.close(gate)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("port", [-1, 65_536, "8000", None])
