@@ -102,7 +102,7 @@ def test_invalid(
     started = time.monotonic()
     with pytest.raises(kind) as caught:
         producer.publish(message("bad", **fields), retry=retry)
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 0.5
     assert type(caught.value) is kind
     assert (caught.value.attempts, caught.value.possibly_sent) == (0, False)
     assert producer.status().retry_queue_size == 0

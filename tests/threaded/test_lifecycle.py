@@ -50,7 +50,7 @@ def test_the_constructor_does_nothing() -> None:
     before = descriptors(), threading.active_count()
     started = time.monotonic()
     producer = MLProducer(Settings(url="amqp://u:p@192.0.2.1/"))
-    assert time.monotonic() - started < 0.05
+    assert time.monotonic() - started < 0.5
     status = producer.status()
     assert status.connection_state is ConnectionState.DISCONNECTED
     assert not producer.is_healthy()
@@ -195,7 +195,7 @@ def test_close_twice(connect: Connect, serve: Serve) -> None:
     assert report.abandoned == ("m",)
     started = time.monotonic()
     assert producer.close() is report
-    assert time.monotonic() - started < 0.05
+    assert time.monotonic() - started < 0.5
 
 
 def test_close_from_five_threads(connect: Connect, serve: Serve) -> None:
