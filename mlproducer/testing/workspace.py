@@ -1,9 +1,10 @@
 """One temporary directory, the programs that run in it, and their removal when we are gone.
 
-Owns child processes and the directory that holds their files. A guard, a shell that waits on a
-pipe from this process, kills the programs and removes the directory when the pipe breaks, so that
-not even ``kill -9`` of the test run leaves a broker behind. (``PR_SET_PDEATHSIG`` would not do: it
-fires when the *thread* that started the child ends.) It must not know what the programs are.
+Owns child processes and the directory that holds their files. A guard, a shell, makes the directory
+and waits on a pipe from this process; when that closes or breaks, it kills the programs and removes
+the directory. So neither ``kill -9`` of the test run nor Ctrl-C at any moment leaves a broker
+behind. (``PR_SET_PDEATHSIG`` would not do: it fires when the *thread* that started the child ends.)
+It must not know what the programs are.
 
 Runs on: the caller's thread.
 """
@@ -11,7 +12,6 @@ Runs on: the caller's thread.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -22,13 +22,20 @@ from pathlib import Path
 __all__ = ["Program", "Workspace"]
 
 _GUARD = """
-trap '' INT TERM HUP
-read -r _ && exit
-for file in "$1"/*.pid; do
-    [ -f "$file" ] && kill -s KILL -- "-$(cat "$file")"
+trap '' INT TERM HUP PIPE
+directory=$(mktemp -d "$1") || exit
+printf '%s' "$directory"
+exec >&-
+read -r _
+mv "$directory" "$directory.gone" || exit  # what has not started yet, now does not
+for file in "$directory.gone"/*.pid; do
+    [ -f "$file" ] || continue
+    pid=${file%.pid}
+    kill -s KILL -- "-${pid##*.}"
 done
-rm -rf "$1" || { sleep 1; rm -rf "$1"; }
+rm -rf "$directory.gone" || { sleep 1; rm -rf "$directory.gone"; }
 """
+_START = ': > "$0.$$.pid" && exec "$@"'  # so that the guard knows of it before it runs
 _KILL_LIMIT = 10.0  # a killed process is gone within milliseconds; more means a sick machine
 
 
@@ -95,15 +102,20 @@ class Workspace:
     """A private directory (mode 0700) below ``directory``, or below the system's temporary one."""
 
     def __init__(self, prefix: str, directory: str | Path | None = None) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
+        template = Path(directory or tempfile.gettempdir(), f"{prefix}XXXXXX")
         self._programs: list[Program] = []
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD, "guard", str(self.path)],
+            ["/bin/sh", "-c", _GUARD, "guard", str(template)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        made = self._guard.stdout.read() if self._guard.stdout is not None else b""
+        self.path = Path(os.fsdecode(made))
+        if not made:
+            self._dismiss()
+            raise OSError(f"no directory could be made below {template.parent}")
 
     def spawn(
         self,
@@ -117,7 +129,7 @@ class Workspace:
         log = self.path / f"{name}.out"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                list(argv),
+                ["/bin/sh", "-c", _START, str(self.path / name), *argv],
                 env=dict(environ),
                 cwd=self.path,
                 stdin=subprocess.DEVNULL,
@@ -125,15 +137,16 @@ class Workspace:
                 stderr=output,
                 start_new_session=True,
             )
-        pid_file = self.path / f"{name}.pid"
-        pid_file.write_text(str(process.pid))
-        program = Program(process, pid_file, log)
+        program = Program(process, self.path / f"{name}.{process.pid}.pid", log)
         self._programs.append(program)
         return program
 
     def close(self) -> None:
-        """Kill what still runs, remove the directory, dismiss the guard."""
+        """Kill what still runs, and remove the directory."""
         for program in self._programs:
             program.kill()
-        shutil.rmtree(self.path)
-        self._guard.communicate(b"done\n", timeout=_KILL_LIMIT)
+        self._dismiss()
+
+    def _dismiss(self) -> None:
+        """Let the guard clear away, and wait for its end."""
+        self._guard.communicate(timeout=_KILL_LIMIT)

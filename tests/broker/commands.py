@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,19 +42,6 @@ def run(
     password = urlsplit(url or "").password
     assert password is None or password not in printed
     return result
-
-
-def left_behind(directory: Path) -> list[str]:
-    """Give the programs that still run in a directory."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            place = (process / "cwd").readlink()
-        except OSError:
-            continue  # it has ended meanwhile
-        if place.is_relative_to(directory):
-            found.append(process.name)
-    return found
 
 
 def documents(text: str) -> list[dict[str, Any]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,8 @@ import pytest
 from mlproducer import MLProducer, Settings, SummarizationTask
 from mlproducer.testing.plugin import VirtualHost
 from tests.accounting import drain
-from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, left_behind, run
+from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
+from tests.leftovers import left_behind, left_in_the_end
 
 pytestmark = pytest.mark.broker
 
@@ -31,7 +30,6 @@ def test_demo_loses_nothing(tmp_path: Path) -> None:
     assert document["lost"] == document["undelivered"] == document["foreign"] == 0
     assert 1.0 < document["longest_publish"] < 5.25
     assert left_behind(tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_on_a_broker_of_yours(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
@@ -72,16 +70,7 @@ def test_demo_ends_at_ctrl_c(moment: str, tmp_path: Path) -> None:
         _stdout, stderr = process.communicate(timeout=15.0)
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    assert left_behind(tmp_path) == []
-    assert _is_emptied(tmp_path)
-
-
-def _is_emptied(folder: Path, limit: float = 5.0) -> bool:
-    """Wait for the guard of a node, a program of its own, which may clear up after the command."""
-    deadline, pause = time.monotonic() + limit, threading.Event()
-    while any(folder.iterdir()) and time.monotonic() < deadline:
-        pause.wait(0.05)
-    return not any(folder.iterdir())
+    assert left_in_the_end(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from mlproducer.testing import RabbitMQCluster, RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
 from mlproducer.testing.plugin import VirtualHost
+from tests.leftovers import left_in_the_end
 
 QUORUM = {"x-queue-type": "quorum"}
 
@@ -317,3 +318,36 @@ def test_a_cluster_goes_on_without_one_node(tmp_path: Path) -> None:
         third.restart()
         assert third.queue_depth("/", "q") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+_INTERRUPTED = """
+import signal, sys
+from mlproducer.testing.workspace import Workspace
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+interrupted = 0
+for step in range(60):
+    workspace = None
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0002 * (step + 1))
+        workspace = Workspace("interrupted-", sys.argv[1])
+        workspace.spawn("sleeper", ["sleep", "60"], {})
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupted += 1
+    if workspace is not None:
+        workspace.close()
+print(interrupted)
+"""
+
+
+def test_an_interrupted_owner_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C while directory, guard and program are being made: all are gone soon after."""
+    argv = [sys.executable, "-W", "ignore", "-c", _INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30.0, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+    assert left_in_the_end(tmp_path) == []
