@@ -23,7 +23,7 @@ ORPHANED = 0.05
 class Fate(Future[Receipt]):
     """The fate of a message, for those who hold its receipt or future.
 
-    :ivar delivery: is remembered as long as somebody holds this
+    :ivar delivery: is remembered as long as somebody holds this and it is not settled
     """
 
     delivery: object = None
@@ -59,13 +59,18 @@ class Fate(Future[Receipt]):
         """Tell that it is delivered."""
         if self._usable():
             super().set_result(result)
-            self._settled.changed()
+            self._conclude()
 
     def set_exception(self, exception: BaseException | None) -> None:
         """Tell that it is not."""
         if self._usable():
             super().set_exception(exception)
-            self._settled.changed()
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """Let go of the delivery, which holds this, and let those who wait look."""
+        self.delivery = None
+        self._settled.changed()
 
     def _wait(self, timeout: float | None) -> None:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, as_completed
 
@@ -42,6 +44,21 @@ def test_the_id_is_there_at_once(connect: Connect, serve: Serve) -> None:
         "mine",
         anonymous.message_id,
     }
+
+
+def test_a_settled_future_goes_without_the_collector(connect: Connect, serve: Serve) -> None:
+    """Many futures leave no cycles behind, whose collection would hold up every thread."""
+    producer = connect(serve())
+    gone = threading.Event()
+    future = producer.submit(make_message())
+    watched = weakref.ref(future, lambda _future: gone.set())
+    gc.disable()
+    try:
+        assert future.result(LIMIT).confirmed
+        del future
+        assert gone.wait(LIMIT), watched
+    finally:
+        gc.enable()
 
 
 def test_a_deferral_is_not_the_end(connect: Connect, serve: Serve) -> None:
