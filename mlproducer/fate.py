@@ -48,7 +48,8 @@ class Fate(Future[Receipt]):
     def cancel(self) -> bool:
         """Withdraw the message; false if it was taken over."""
         cancelled = super().cancel()
-        self._settled.changed()
+        if cancelled:
+            self._conclude()
         return cancelled
 
     def set_running_or_notify_cancel(self) -> bool:

@@ -1,4 +1,4 @@
-"""Small things that tests of several rings need: envelopes, deliveries, messages.
+"""Small things that tests of several rings need: envelopes, deliveries, messages, descriptors.
 
 Runs on: the tests' threads.
 """
@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mlproducer import Message
@@ -112,3 +114,12 @@ class Background:
             thread.join(max(0.0, deadline - time.monotonic()))
         calls, self._calls = self._calls, []
         return [future.result(0) for _, future in calls]
+
+
+def descriptors() -> dict[str, str]:
+    """What this process has open, and where it leads."""
+    found = {}
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that reads this directory
+            found[path.name] = str(path.readlink())
+    return found

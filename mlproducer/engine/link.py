@@ -274,9 +274,8 @@ class Link:
 
     def _on_close(self, _connection: Connection, error: BaseException) -> None:
         if self._closing:  # also where the broker did not answer it in time
-            self._fail(Loss(f"{self._address}: closed by us", kind=LossKind.CLOSED))
-        else:
-            self._fail(translate(self._address, error))
+            error = exceptions.ConnectionClosedByClient(200, "")
+        self._fail(translate(self._address, error))
 
     def _fail(self, loss: Loss) -> None:
         self._stop_timer()

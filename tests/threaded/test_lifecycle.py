@@ -22,18 +22,9 @@ from mlproducer.errors import (
     PublishError,
 )
 from mlproducer.testing.proxy import Proxy
-from tests.helpers import LIMIT, Background, make_message
+from tests.helpers import LIMIT, Background, descriptors, make_message
 from tests.threaded.brokers import Silent, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
-
-
-def descriptors() -> dict[str, str]:
-    """What this process has open, and where it leads."""
-    found = {}
-    for path in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the one that reads this directory
-            found[path.name] = str(path.readlink())
-    return found
 
 
 def threads() -> set[str]:
