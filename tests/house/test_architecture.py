@@ -1,10 +1,9 @@
-"""The house: floors, foreign libraries, heads of files, sizes, locks, waits and loggers."""
+"""The house: floors, foreign libraries, heads of files, locks, waits and loggers."""
 
 from __future__ import annotations
 
 import ast
 import re
-import statistics
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,110 +22,32 @@ FLOORS = [
     {"engine"},
     {"waiting"},
     {"producer"},
-    {"dead_letters"},
+    {"dead_letters", "outbox"},
     {"__init__"},
     {"monitoring", "page"},
     {"wsgi"},
     {"testing"},
     {"cli"},
+    {"contrib"},
     {"__main__"},
 ]
-"""Rooms by floor, the ground first; a folder is one room, whose inside has its own order."""
-
-INSIDE = {
-    "core": [
-        "states",
-        "backoff",
-        "delivery",
-        "confirms",
-        "trial",
-        "recovery",
-        "failure",
-        "ports",
-        "breaker",
-        "lanes",
-        "judge",
-        "farewell",
-        "courier",
-    ],
-    "wire": ["strict_json", "ids", "amqp", "frames", "celery", "raw", "encode", "dead_letter"],
-    "engine": [
-        "process",
-        "roles",
-        "tls",
-        "losses",
-        "gate",
-        "mailbox",
-        "threads",
-        "shelf",
-        "scribe",
-        "keeper",
-        "health",
-        "cooldown",
-        "undertaker",
-        "setup",
-        "checkup",
-        "link",
-        "dialer",
-        "letterbox",
-        "reactor",
-        "io_thread",
-        "engine",
-        "fleet",
-        "lifecycle",
-    ],
-    "stores": [
-        "protocol",
-        "memory",
-        "redis_rows",
-        "sqlite_reserve",
-        "sqlite_rows",
-        "sqlite_file",
-        "sqlite_link",
-        "sqlite",
-        "redis_url",
-        "redis_lua",
-        "redis_scripts",
-        "redis_link",
-        "redis",
-        "__init__",
-    ],
-    "monitoring": ["queries", "alerts", "panels", "dashboard", "__init__"],
-    "observe": [
-        "catalog",
-        "events",
-        "tally",
-        "meter",
-        "metrics",
-        "limiter",
-        "log",
-        "callbacks",
-        "otel",
-        "spans",
-        "recent",
-    ],
-}
-"""Where order inside a room matters: a file imports only from those before it."""
+"""Rooms by floor, the ground first; a folder is one room."""
 
 FOREIGN = {
-    "pika": {"engine/link.py"},
-    "sqlite3": {"stores/sqlite_file.py", "stores/sqlite_link.py"},
-    "redis": {"stores/redis_link.py"},
-    "prometheus_client": {"observe/metrics.py"},
-    "orjson": {"wire/strict_json.py"},
-    "opentelemetry": {"observe/otel.py"},
-    "random": {"engine/dialer.py", "engine/engine.py"},
+    "pika": {"engine"},
+    "sqlite3": {"stores"},
+    "redis": {"stores", "contrib"},
+    "psycopg": {"stores", "outbox", "contrib"},
+    "prometheus_client": {"observe"},
+    "orjson": {"wire"},
+    "opentelemetry": {"observe"},
+    "celery": {"contrib"},
+    "kombu": {"contrib"},
+    "django": {"contrib", "outbox"},
+    "flask": {"contrib"},
+    "sqlalchemy": {"outbox", "contrib"},
 }
-"""Foreign libraries, and the only files that may know them; `testing` talks to what it likes."""
-
-PUBLIC = {
-    "mlproducer",
-    "mlproducer.dead_letters",
-    "mlproducer.errors",
-    "mlproducer.monitoring",
-    "mlproducer.testing",
-}
-"""What a command of ``cli`` may import, besides its own room."""
+"""Foreign libraries, and the rooms that may know them; `testing` talks to what it likes."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIBRARY = [path for path in MODULES if "testing" not in path.parts]
@@ -179,7 +100,7 @@ def _floor(room: str) -> int:
 
 
 def _runs_down(path: Path, dotted: str) -> bool:
-    """Tell whether a file may import that, by its floor, and by its place in its room."""
+    """Tell whether a file may import that, by its floor; inside a room there is no order."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     room = _room(dotted)
     if room is None or (room == "__init__" and dotted == "mlproducer" and len(parts) == 1):
@@ -189,26 +110,18 @@ def _runs_down(path: Path, dotted: str) -> bool:
             each.startswith("mlproducer.") for _, each in _imports(path)
         )
         return package_itself or _floor(room) < _floor(parts[0])
-    if room in INSIDE and len(dotted.split(".")) > 2:
-        order = INSIDE[room]
-        return order.index(dotted.split(".")[2]) < order.index(parts[1])
     return True
 
 
 def test_every_file_has_a_floor() -> None:
-    """Each file, and what rooms with an order hold, has its place in the tables above."""
-    homeless = []
-    for path in MODULES:
-        room, *inside = path.relative_to(PACKAGE).with_suffix("").parts
-        known = any(room in floor for floor in FLOORS)
-        placed = room not in INSIDE or inside[0] in {*INSIDE[room], "__init__"}
-        if not (known and placed):
-            homeless.append(_name(path))
+    """Each file has its place in the table above."""
+    rooms = {_name(path): path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES}
+    homeless = [name for name, room in rooms.items() if not any(room in each for each in FLOORS)]
     assert not homeless, "\n".join(homeless)
 
 
 def test_imports_run_downwards() -> None:
-    """A file imports only from floors below its own, and inside a room from files before it."""
+    """A file imports only from floors below its own, and from its own room."""
     wrong = [
         f"{_name(path)}:{line} imports {dotted}, which is not below it"
         for path, line, dotted in _all_imports(MODULES)
@@ -227,12 +140,15 @@ def test_imports_are_absolute() -> None:
     assert not relative, "\n".join(relative)
 
 
-def test_one_module_per_foreign_library() -> None:
-    """A foreign library is known to one file."""
+def test_foreign_libraries_are_known_at_the_edge() -> None:
+    """A foreign library is known to the rooms that turn it into terms of ours, and to no other."""
     strangers = [
         f"{_name(path)}:{line} imports {dotted}"
         for path, line, dotted in _all_imports(LIBRARY)
-        if _name(path) not in FOREIGN.get(dotted.split(".")[0], {_name(path)})
+        if path.relative_to(PACKAGE).with_suffix("").parts[0]
+        not in FOREIGN.get(
+            dotted.split(".")[0], {path.relative_to(PACKAGE).with_suffix("").parts[0]}
+        )
     ]
     assert not strangers, "\n".join(strangers)
 
@@ -248,21 +164,6 @@ def test_judgement_is_pure() -> None:
     assert not used, "\n".join(used)
 
 
-def test_commands_know_the_public_api_only() -> None:
-    """A command does what any user could do."""
-    inner = []
-    for path in sorted((PACKAGE / "cli").rglob("*.py")):
-        for node in _nodes(path):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                modules = [node.module or ""]
-            for module in modules:
-                inside = module.startswith("mlproducer.cli")
-                if not inside and module.startswith("mlproducer") and module not in PUBLIC:
-                    inner.append(f"{_name(path)}:{node.lineno} imports {module}")
-    assert not inner, "\n".join(inner)
-
-
 def test_every_file_has_a_head() -> None:
     """A file's docstring says what it owns, and on which thread it runs."""
     headless = []
@@ -274,45 +175,17 @@ def test_every_file_has_a_head() -> None:
     assert not headless, "\n".join(headless)
 
 
-def _bodies() -> Iterator[tuple[str, int]]:
-    for path in MODULES:
-        for node in _nodes(path):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
-                yield f"{_name(path)}:{node.lineno} {node.name}", lines
-
-
-def test_functions_are_short() -> None:
-    """Half have at most eight lines, nine of ten at most thirty, none more than sixty."""
-    bodies = dict(_bodies())
-    lengths = sorted(bodies.values())
-    assert statistics.median(lengths) <= 8
-    assert lengths[int(len(lengths) * 0.9)] <= 30
-    assert {name: size for name, size in bodies.items() if size > 60} == {}
-
-
-def test_classes_and_files_can_be_read_at_a_sitting() -> None:
-    """A class has at most 300 lines, a file at most 400."""
-    classes = {
-        f"{_name(path)}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno
-        for path in MODULES
-        for node in _nodes(path)
-        if isinstance(node, ast.ClassDef)
-    }
-    files = {_name(path): len(_text(path).splitlines()) for path in MODULES}
-    assert {name: size for name, size in classes.items() if size > 300} == {}
-    assert {name: size for name, size in files.items() if size > 400} == {}
-
-
-def test_locks_are_few_and_say_what_they_guard() -> None:
-    """At most three locks in the library, each with the list of what it guards."""
-    text = "\n".join(_text(path) for path in LIBRARY)
-    locks = len(re.findall(r"\b(?:R?Lock|Condition|Semaphore)\(", text))
-    assert locks <= 3
-    assert text.count("# guards:") == locks
-    spawning = [path for path in LIBRARY if "threading.Thread(" in _text(path)]
-    assert set(map(_name, spawning)) == {"engine/threads.py", "wsgi.py"}
+def test_locks_say_what_they_guard() -> None:
+    """Each lock of the library stands below a line that says what it guards."""
+    silent = []
+    for path in LIBRARY:
+        lines = _text(path).splitlines()
+        for number, line in enumerate(lines):
+            if re.search(r"\b(?:R?Lock|Condition|Semaphore)\(", line):
+                above = "\n".join(lines[max(0, number - 3) : number])
+                if "# guards:" not in above:
+                    silent.append(f"{_name(path)}:{number + 1}")
+    assert not silent, "\n".join(silent)
 
 
 def test_every_wait_has_a_limit_and_nothing_sleeps() -> None:
