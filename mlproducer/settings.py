@@ -21,7 +21,12 @@ from mlproducer.errors import ConfigurationError
 
 BACKENDS = ("api", "local")
 DECLARE_MODES = ("active", "passive", "off")
-STORE_SCHEMES = ("memory", "sqlite", "redis", "rediss")
+BREAKER_MODES = ("consecutive", "adaptive")
+AUTH_MECHANISMS = ("PLAIN", "EXTERNAL")
+STORE_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "redis+sentinel", "unix")
+
+Credentials = Callable[[], "tuple[str, str] | tuple[str, str, float]"]
+"""Gives user and password, and where they end, after how many seconds."""
 
 _Validator = Callable[[Any, "Attribute[Any]", Any], None]
 _USER_INFO = re.compile(r"(?<=://).*@")
@@ -60,22 +65,30 @@ class TLSSettings:
     :ivar certfile: file with the client's certificate chain, for mutual TLS
     :ivar keyfile: file with its private key; ``None``: it stands in ``certfile``
     :ivar verify_peer: check the server's certificate and name; switching it off is logged loudly
+    :ivar server_name: the name that the server's certificate must bear; ``None``: the URL's host
+    :ivar key_password: what the private key is encrypted with
+    :ivar key_password_file: file with that password, read for each connection
     """
 
     ca_certs: str | None = None
     certfile: str | None = None
     keyfile: str | None = None
     verify_peer: bool = True
+    server_name: str | None = None
+    key_password: str | None = field(default=None, repr=False)
+    key_password_file: str | None = None
 
 
-def _number(minimum: float, maximum: float, *, whole: bool = False, above: bool = False) -> Any:
+def _number(
+    minimum: float, maximum: float, *, whole: bool = False, above: bool = False, unit: str = ""
+) -> Any:
     """Check a number's type and range; ``above`` excludes the minimum itself."""
 
     def check(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
         fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if fits and minimum <= value <= maximum and not (above and value == minimum):
             return
-        kind = "a whole number" if whole else "a number"
+        kind = "a whole number" if whole else f"a number of {unit}" if unit else "a number"
         bound = f"above {minimum:g}" if above else f"from {minimum:g}"
         raise ConfigurationError(
             f"{attribute.name} must be {kind} {bound} to {maximum:g}, got {_shown(value)}"
@@ -107,6 +120,23 @@ def _check_store_url(_instance: Any, attribute: Attribute[Any], value: Any) -> N
         raise ConfigurationError(f"{attribute.name} must be a URL that starts with {accepted}")
 
 
+def _check_text(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ConfigurationError(f"{attribute.name} must be a str that is not empty")
+
+
+def _check_prefix(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, str) or len(value.encode(errors="replace")) > 100:
+        raise ConfigurationError(f"{attribute.name} must be a str of at most 100 bytes")
+    if not value.isprintable():
+        raise ConfigurationError(f"{attribute.name} must hold no control character")
+
+
+def _check_callable(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None and not callable(value):
+        raise ConfigurationError(f"{attribute.name} must be callable, got {_shown(value)}")
+
+
 def _check_exchange(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if not isinstance(value, str) or not 0 < len(value.encode(errors="replace")) <= 127:
         raise ConfigurationError(f"{attribute.name} must be a name of 1 to 127 bytes")
@@ -114,7 +144,8 @@ def _check_exchange(_instance: Any, attribute: Attribute[Any], value: Any) -> No
         raise ConfigurationError(f"{attribute.name} must hold no control character")
 
 
-_seconds = _number(0, 86_400, above=True)  # a longer time is taken for milliseconds
+_seconds = _number(0, 3600, above=True, unit="seconds")  # more was meant as milliseconds
+_seconds_or_none = _number(0, 3600, unit="seconds")
 
 
 @frozen(kw_only=True)
@@ -124,10 +155,24 @@ class Settings:
     ``url`` names one broker or several, separated by commas; without it the first use of a producer
     raises `ConfigurationError`. With ``tls`` every connection uses TLS, whatever the URL's scheme.
 
+    :ivar url_file: file with what ``url`` would hold, read for each attempt to connect
+    :ivar password_file: file with the password of the URL's user, read for each attempt
+    :ivar credentials: called for each attempt; gives ``(user, password)``, or with the seconds
+        after which they end as a third
+    :ivar connection_name: how the management interface calls the connection; ``None``: program:pid
+    :ivar gave_up_interval: seconds between attempts after ``gave_up``; 0: none
+    :ivar circuit_breaker_threshold: failures in a row that open the breaker; 0: it never opens
+    :ivar rollout: the share of Celery's tasks that go through the producer, from 0 to 1
+    :ivar topology: a `Topology` of your own instead of the one of the machine-learning tasks
     :raises ConfigurationError: a value is out of range; the text names the field
     """
 
     url: str | None = field(default=None, validator=_check_url, repr=lambda url: redact(url or ""))
+    url_file: str | None = field(default=None, validator=_check_text)
+    password_file: str | None = field(default=None, validator=_check_text)
+    credentials: Credentials | None = field(default=None, validator=_check_callable, repr=False)
+    auth_mechanism: str = field(default="PLAIN", validator=_one_of(AUTH_MECHANISMS))
+    connection_name: str | None = field(default=None, validator=_check_text)
     tls: TLSSettings | None = None
     heartbeat: int = field(default=60, validator=_number(0, 65_535, whole=True))
     connection_timeout: float = field(default=10.0, validator=_seconds)
@@ -149,20 +194,27 @@ class Settings:
     message_retry_max_delay: float = field(default=10.0, validator=_seconds)
     retry_sweep_interval: float = field(default=1.0, validator=_seconds)
 
-    circuit_breaker_threshold: int = field(default=10, validator=_number(1, 1_000_000, whole=True))
+    circuit_breaker_threshold: int = field(default=10, validator=_number(0, 1_000_000, whole=True))
     circuit_breaker_cooldown: float = field(default=30.0, validator=_seconds)
+    circuit_breaker_mode: str = field(default="consecutive", validator=_one_of(BREAKER_MODES))
     health_check_interval: float = field(default=30.0, validator=_seconds)
 
     reconnect_initial_delay: float = field(default=0.5, validator=_seconds)
     reconnect_max_delay: float = field(default=32.0, validator=_seconds)
     reconnect_jitter: float = field(default=0.3, validator=_number(0, 10))
     max_reconnect_attempts: int = field(default=10, validator=_number(1, 1_000_000, whole=True))
+    gave_up_interval: float = field(default=60.0, validator=_seconds_or_none)
+    exit_timeout: float = field(default=5.0, validator=_seconds_or_none)
 
     store_url: str = field(default="memory://", validator=_check_store_url, repr=redact)
     store_lease: float = field(default=30.0, validator=_seconds)
     connections: int = field(default=1, validator=_number(1, 64, whole=True))
     exchange: str = field(default="bookmarkai.ml", validator=_check_exchange)
     declare_topology: str = field(default="active", validator=_one_of(DECLARE_MODES))
+    delivery_limit: int = field(default=20, validator=_number(1, 1_000_000, whole=True))
+    queue_prefix: str = field(default="", validator=_check_prefix)
+    topology: Any = None
+    rollout: float = field(default=1.0, validator=_number(0, 1))
 
     @property
     def brokers(self) -> tuple[Broker, ...]:
@@ -186,7 +238,7 @@ class Settings:
         values = {
             name: _read(environ, variable, parse)
             for name, (variable, parse) in VARIABLES.items()
-            if environ.get(variable) is not None
+            if environ.get(variable, "").strip()
         }
         for name, value in values.items():
             _check_variable(name, value)
@@ -281,6 +333,10 @@ _ACCEPTED: dict[Callable[[str], Any], str] = {
 
 VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "url": ("RABBITMQ_URL", _text),
+    "url_file": ("RABBITMQ_URL_FILE", _text),
+    "password_file": ("RABBITMQ_PASSWORD_FILE", _text),
+    "auth_mechanism": ("RABBITMQ_AUTH_MECHANISM", _text),
+    "connection_name": ("RABBITMQ_CONNECTION_NAME", _text),
     "heartbeat": ("RABBITMQ_HEARTBEAT", _whole),
     "connection_timeout": ("RABBITMQ_CONNECTION_TIMEOUT", _milliseconds),
     "prefetch": ("RABBITMQ_PREFETCH", _whole),
@@ -297,16 +353,22 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "retry_sweep_interval": ("ML_RETRY_SWEEP_INTERVAL", _milliseconds),
     "circuit_breaker_threshold": ("ML_CIRCUIT_BREAKER_THRESHOLD", _whole),
     "circuit_breaker_cooldown": ("ML_CIRCUIT_BREAKER_COOLDOWN", _milliseconds),
+    "circuit_breaker_mode": ("ML_CIRCUIT_BREAKER_MODE", _text),
     "health_check_interval": ("ML_HEALTH_CHECK_INTERVAL", _milliseconds),
     "reconnect_initial_delay": ("ML_RECONNECT_INITIAL_DELAY", _milliseconds),
     "reconnect_max_delay": ("ML_RECONNECT_MAX_DELAY", _milliseconds),
     "reconnect_jitter": ("ML_RECONNECT_JITTER", float),
     "max_reconnect_attempts": ("ML_MAX_RECONNECT_ATTEMPTS", _whole),
+    "gave_up_interval": ("ML_GAVE_UP_INTERVAL", _milliseconds),
+    "exit_timeout": ("ML_EXIT_TIMEOUT", _milliseconds),
     "store_url": ("ML_STORE_URL", _text),
     "store_lease": ("ML_STORE_LEASE", _milliseconds),
     "connections": ("ML_CONNECTIONS", _whole),
     "exchange": ("ML_EXCHANGE", _text),
     "declare_topology": ("ML_DECLARE_TOPOLOGY", _text),
+    "delivery_limit": ("ML_DELIVERY_LIMIT", _whole),
+    "queue_prefix": ("ML_QUEUE_PREFIX", _text),
+    "rollout": ("ML_ROLLOUT", float),
 }
 """Field, its variable, and how the variable's text is read."""
 
@@ -336,7 +398,7 @@ def _tls_from_env(environ: Mapping[str, str], url: str | None) -> TLSSettings | 
     flags = {
         variable: _read(environ, variable, _flag)
         for variable in ("RABBITMQ_USE_SSL", "RABBITMQ_VERIFY_PEER")
-        if environ.get(variable) is not None
+        if environ.get(variable, "").strip()
     }
     secure = any(each.startswith("amqps://") for each in _split(url or ""))
     if not (flags.get("RABBITMQ_USE_SSL", False) or secure):
@@ -346,4 +408,7 @@ def _tls_from_env(environ: Mapping[str, str], url: str | None) -> TLSSettings | 
         certfile=environ.get("RABBITMQ_SSL_CERTFILE") or None,
         keyfile=environ.get("RABBITMQ_SSL_KEYFILE") or None,
         verify_peer=flags.get("RABBITMQ_VERIFY_PEER", True),
+        server_name=environ.get("RABBITMQ_SSL_SERVER_NAME") or None,
+        key_password=environ.get("RABBITMQ_SSL_KEY_PASSWORD") or None,
+        key_password_file=environ.get("RABBITMQ_SSL_KEY_PASSWORD_FILE") or None,
     )

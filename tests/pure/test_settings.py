@@ -23,6 +23,10 @@ URL = "amqp://user:secret@broker.example:5673/prod"
 VARIABLES: list[tuple[str, str, object, str, object]] = [
     # variable, field, default, a text, what it means
     ("RABBITMQ_URL", "url", None, URL, URL),
+    ("RABBITMQ_URL_FILE", "url_file", None, "/run/url", "/run/url"),
+    ("RABBITMQ_PASSWORD_FILE", "password_file", None, "/run/p", "/run/p"),
+    ("RABBITMQ_AUTH_MECHANISM", "auth_mechanism", "PLAIN", "EXTERNAL", "EXTERNAL"),
+    ("RABBITMQ_CONNECTION_NAME", "connection_name", None, "web", "web"),
     ("RABBITMQ_HEARTBEAT", "heartbeat", 60, "30", 30),
     ("RABBITMQ_CONNECTION_TIMEOUT", "connection_timeout", 10.0, "2500", 2.5),
     ("RABBITMQ_PREFETCH", "prefetch", 100, "7", 7),
@@ -36,6 +40,12 @@ VARIABLES: list[tuple[str, str, object, str, object]] = [
     ("ML_RETRY_SWEEP_INTERVAL", "retry_sweep_interval", 1.0, "100", 0.1),
     ("ML_CIRCUIT_BREAKER_THRESHOLD", "circuit_breaker_threshold", 10, "3", 3),
     ("ML_CIRCUIT_BREAKER_COOLDOWN", "circuit_breaker_cooldown", 30.0, "1500", 1.5),
+    ("ML_CIRCUIT_BREAKER_MODE", "circuit_breaker_mode", "consecutive", "adaptive", "adaptive"),
+    ("ML_GAVE_UP_INTERVAL", "gave_up_interval", 60.0, "0", 0.0),
+    ("ML_EXIT_TIMEOUT", "exit_timeout", 5.0, "0", 0.0),
+    ("ML_DELIVERY_LIMIT", "delivery_limit", 20, "7", 7),
+    ("ML_QUEUE_PREFIX", "queue_prefix", "", "staging.", "staging."),
+    ("ML_ROLLOUT", "rollout", 1.0, "0.25", 0.25),
     ("ML_HEALTH_CHECK_INTERVAL", "health_check_interval", 30.0, "5000", 5.0),
     ("ML_RECONNECT_INITIAL_DELAY", "reconnect_initial_delay", 0.5, "50", 0.05),
     ("ML_RECONNECT_MAX_DELAY", "reconnect_max_delay", 32.0, "1000", 1.0),
@@ -52,7 +62,12 @@ VARIABLES: list[tuple[str, str, object, str, object]] = [
 ]
 """Section 8 of the contract, without TLS, which is a field of its own."""
 
-IN_MILLISECONDS = [row[0] for row in VARIABLES if isinstance(row[2], float) and row[2] >= 0.5]
+MAY_BE_ZERO = ("ML_GAVE_UP_INTERVAL", "ML_EXIT_TIMEOUT")
+IN_MILLISECONDS = [
+    row[0]
+    for row in VARIABLES
+    if isinstance(row[2], float) and row[0] not in ("ML_RECONNECT_JITTER", "ML_ROLLOUT")
+]
 WHOLE = [row[0] for row in VARIABLES if isinstance(row[2], int)]
 BACKENDS = [row[0] for row in VARIABLES if row[0].startswith("PREFERRED")]
 
@@ -60,29 +75,34 @@ BAD = [
     *(
         (name, text)
         for name in IN_MILLISECONDS
-        for text in ("", "5s", "nan", "inf", "-1", "0", "1e9")
+        for text in ("5s", "nan", "inf", "-1", "0", "1e9")
+        if text != "0" or name not in MAY_BE_ZERO
     ),
-    *((name, text) for name in WHOLE for text in ("", "ten", "1.5", "-1", "1e3", "9" * 5000)),
-    *((name, text) for name in BACKENDS for text in ("", "cloud", "API")),
+    *((name, text) for name in WHOLE for text in ("ten", "1.5", "-1", "1e3", "9" * 5000)),
+    *((name, text) for name in BACKENDS for text in ("cloud", "API")),
     ("ML_MAX_IN_FLIGHT", "0"),
     ("ML_MAX_MESSAGE_BYTES", "0"),
     ("ML_CONNECTIONS", "0"),
-    ("ML_CIRCUIT_BREAKER_THRESHOLD", "0"),
     ("ML_MAX_RECONNECT_ATTEMPTS", "0"),
     ("RABBITMQ_HEARTBEAT", "65536"),
     ("RABBITMQ_PREFETCH", "0"),
     ("ML_RECONNECT_JITTER", "-0.1"),
     ("ML_RECONNECT_JITTER", "nan"),
     ("ML_RECONNECT_JITTER", "some"),
-    ("ML_EXCHANGE", ""),
     ("ML_EXCHANGE", "x" * 256),
     ("ML_EXCHANGE", "a\nb"),
     ("ML_EXCHANGE", "\udc80"),
     ("ML_DECLARE_TOPOLOGY", "on"),
+    ("ML_DELIVERY_LIMIT", "0"),
+    ("ML_QUEUE_PREFIX", "x" * 101),
+    ("ML_QUEUE_PREFIX", "a\nb"),
+    ("ML_CIRCUIT_BREAKER_MODE", "on"),
+    ("ML_ROLLOUT", "1.1"),
+    ("ML_ROLLOUT", "half"),
+    ("RABBITMQ_AUTH_MECHANISM", "plain"),
     ("ML_STORE_URL", "mysql://x"),
     ("ML_STORE_URL", "memory"),
     ("RABBITMQ_USE_SSL", "maybe"),
-    ("RABBITMQ_USE_SSL", ""),
     ("RABBITMQ_VERIFY_PEER", "maybe"),
 ]
 
@@ -122,7 +142,21 @@ def sets_its_field(variable: str, name: str, default: Any, text: str, value: Any
 def test_every_field_has_its_variable() -> None:
     """No field was forgotten here, or in the environment."""
     fields = {field.name for field in attrs.fields(Settings)}
-    assert fields == {row[1] for row in VARIABLES} | {"tls"}
+    assert fields == {row[1] for row in VARIABLES} | {"tls", "credentials", "topology"}
+
+
+def test_an_empty_variable_is_unset() -> None:
+    """Compose files set variables to nothing (``X=${X:-}``); that is no value."""
+    names = [row[0] for row in VARIABLES]
+    names += ["RABBITMQ_USE_SSL", "RABBITMQ_VERIFY_PEER", "RABBITMQ_SSL_CACERT"]
+    assert Settings.from_env(dict.fromkeys(names, "")) == Settings()
+    assert Settings.from_env(dict.fromkeys(names, "  ")) == Settings()
+
+
+def test_a_time_is_in_seconds() -> None:
+    """More than an hour was meant as milliseconds; the text says which unit is."""
+    with pytest.raises(ConfigurationError, match="seconds"):
+        Settings(publish_timeout=5000)
 
 
 def test_bad_value() -> None:
