@@ -1,15 +1,16 @@
 """What each call said of its message, what the broker then held, and whether the two agree.
 
 The check is that of Jepsen's total queue: what a call took over must be found (else it is *lost*),
-what a call gave back as not sent must not be found (else it is *leaked*), and every copy on top of
-the first is counted. Any number of threads may write the journal; the drain is one consumer with a
-connection of its own.
+what a call gave back as not sent must not be found (else it is *leaked*), and no message may be
+found more often than it was written to the wire (else it is in *excess*). Any number of threads may
+write the journal; the drain is one consumer with a connection of its own.
 
 Runs on: the tests' threads.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import uuid
 from collections import Counter
@@ -74,7 +75,9 @@ class Account:
     :ivar leaked: ids that a call gave back as not sent, found all the same
     :ivar foreign: ids found of which no call spoke
     :ivar recovered: ids that a call gave back as possibly sent, and found
+    :ivar excess: ids found more often than their message was written to the wire
     :ivar duplicates: copies on top of each first one
+    :ivar most: the copies of the message that was found most often
     :ivar in_doubt: calls whose answer was that the message may have been sent
     """
 
@@ -82,7 +85,9 @@ class Account:
     leaked: frozenset[str]
     foreign: frozenset[str]
     recovered: frozenset[str]
+    excess: frozenset[str]
     duplicates: int
+    most: int
     in_doubt: int
 
 
@@ -152,9 +157,23 @@ class Journal:
             leaked=frozenset((given_back.keys() - sent) & found.keys()),
             foreign=frozenset(found.keys() - self._answers.keys()),
             recovered=frozenset(sent & found.keys()),
+            excess=frozenset(k for k, a in self._answers.items() if found[k] > _written(a)),
             duplicates=found.total() - len(found),
+            most=max(found.values(), default=0),
             in_doubt=sum(map(_in_doubt, self._answers.values())),
         )
+
+
+def _written(answer: Answer) -> float:
+    """Say how often the message was written; without a bound where another process had it."""
+    if isinstance(answer, PublishError):
+        return answer.attempts
+    try:
+        return answer.result(0.0).attempts
+    except PublishError as error:
+        return error.attempts
+    except TimeoutError:
+        return math.inf
 
 
 def _in_doubt(answer: Answer) -> bool:

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ _DIRECTORIES = ("/usr/lib/rabbitmq/bin", "/opt/rabbitmq/sbin", "/opt/homebrew/op
 # Below Linux's ephemeral ports, so that a client which tries a stopped broker's port again and
 # again cannot be given that very port as its own, and so connect to itself.
 _PORTS = range(20_000, 32_000)
+_BLOCK_SIZE = 100
 _ANSWER = re.compile(r'"([A-Za-z0-9+/=]+)"\}?\s*\Z')
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
@@ -48,18 +50,57 @@ class RabbitMQNotInstalled(RabbitMQError):  # noqa: N818 - says what is the case
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nobody listens on."""
+    """Return a TCP port of 127.0.0.1 on which nothing listens, and which no other process is given.
+
+    Between this call and the start of the server another test process could be given the same
+    port. So each process takes its ports from a block of its own.
+    """
     while True:
-        port = secrets.choice(_PORTS)
+        port = secrets.choice(_BLOCKS.own())
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if _binds(probe, port):
+            if _binds(probe, ("127.0.0.1", port)):
                 return port
 
 
-def _binds(probe: socket.socket, port: int) -> bool:
+class _Blocks:
+    """The block of ports that this process has reserved.
+
+    A reservation is a name in Linux's abstract socket namespace: it is there for all processes,
+    leaves no file, and ends with the process that holds it. Elsewhere nothing is reserved.
+    """
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._own = _PORTS
+        self._held: socket.socket | None = None
+
+    def own(self) -> range:
+        """Return this process's block, reserved at the first call; a forked child has its own."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._own, self._held = self._reserve()
+        return self._own
+
+    def _reserve(self) -> tuple[range, socket.socket | None]:
+        starts = list(_PORTS[::_BLOCK_SIZE])
+        if not sys.platform.startswith("linux"):
+            return _PORTS, None
+        for _ in range(10 * len(starts)):
+            start = secrets.choice(starts)
+            holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            if _binds(holder, f"\0mlproducer-ports-{start}"):
+                return range(start, start + _BLOCK_SIZE), holder
+            holder.close()
+        return _PORTS, None
+
+
+_BLOCKS = _Blocks()
+
+
+def _binds(probe: socket.socket, address: str | tuple[str, int]) -> bool:
     try:
-        probe.bind(("127.0.0.1", port))
+        probe.bind(address)
     except OSError:
         return False
     return True

@@ -118,10 +118,13 @@ class RabbitMQNode(Server):
         )
 
     def wait_ready(self, timeout: float = _START_LIMIT) -> None:
-        """Wait until the launched broker answers an AMQP protocol header."""
+        """Wait until the launched broker speaks AMQP, and listens for TLS where it is to.
+
+        RabbitMQ 4 opens its TLS port up to a tenth of a second after the plain one.
+        """
         program = self._running_program()
         deadline = time.monotonic() + timeout
-        while not _speaks_amqp(self.host, self.port):
+        while not self._listens():
             if program.ended_within(_LOOK_INTERVAL):
                 raise RabbitMQError(
                     f"{self.name} ended with code {program.process.returncode} while starting; "
@@ -271,6 +274,11 @@ class RabbitMQNode(Server):
     def _label(self) -> str:
         return self.name
 
+    def _listens(self) -> bool:
+        if not _speaks_amqp(self.host, self.port):
+            return False
+        return self.tls_port is None or _accepts(self.host, self.tls_port)
+
     def _running_network(self) -> ErlangNetwork:
         self._running_program()
         if self._network is None:
@@ -315,6 +323,14 @@ def _environment(node: RabbitMQNode, distribution_port: int, home: Path) -> dict
 def _binary(text: str) -> str:
     """Render text as an Erlang binary of numbers, in which nothing needs quoting."""
     return f"<<{','.join(map(str, text.encode()))}>>"
+
+
+def _accepts(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=2.0):
+            return True
+    except OSError:
+        return False
 
 
 def _speaks_amqp(host: str, port: int) -> bool:

@@ -23,6 +23,9 @@ from mlproducer.testing.proxy import Proxy
 
 CLOSE_TIMEOUT = 1.0
 
+STRICT_LIMIT = 1000
+"""Bytes of the longest body that `strict_node` takes."""
+
 QUICK = {
     "circuit_breaker_threshold": 1_000_000,
     "max_message_retries": 1000,
@@ -63,6 +66,19 @@ def mortal_node(rabbitmq_vhost: VirtualHost) -> Iterator[RabbitMQNode]:
     yield node
     if not node.running:
         node.restart()
+
+
+@pytest.fixture(scope="module")
+def strict_node() -> Iterator[RabbitMQNode]:
+    """A node that takes bodies of up to `STRICT_LIMIT` bytes; RabbitMQ 4 reads it at boot alone."""
+    with RabbitMQNode(config={"max_message_size": str(STRICT_LIMIT)}) as node:
+        yield node
+
+
+@pytest.fixture
+def strict_vhost(strict_node: RabbitMQNode) -> VirtualHost:
+    """The virtual host ``/`` of that node."""
+    return VirtualHost("/", strict_node, strict_node.url)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import Future
 
 from mlproducer import Receipt
 from mlproducer.errors import ConnectionLostError, NotConnectedError
@@ -13,10 +14,12 @@ def account(found: dict[str, int]) -> Account:
     """Hold a journal of four calls against what was found."""
     journal = Journal()
     journal.note("confirmed", Receipt("confirmed", 1, 0.1))
-    lost = ConnectionLostError("", message_id="deferred")
-    journal.note("deferred", Receipt("deferred", 1, 0.1, False, lost))
+    lost = ConnectionLostError("", message_id="deferred", attempts=1)
+    fate: Future[Receipt] = Future()
+    fate.set_result(Receipt("deferred", 2, 0.5))
+    journal.note("deferred", Receipt("deferred", 1, 0.1, False, lost, fate))
     journal.note("unsent", NotConnectedError("", message_id="unsent"))
-    journal.note("doubtful", ConnectionLostError("", message_id="doubtful"))
+    journal.note("doubtful", ConnectionLostError("", message_id="doubtful", attempts=1))
     return journal.check(Counter(found))
 
 
@@ -24,7 +27,7 @@ def test_an_account_that_balances() -> None:
     """What was taken over is there; of what was given back only what may be."""
     seen = account({"confirmed": 1, "deferred": 1})
     assert (seen.lost, seen.leaked, seen.foreign, seen.recovered) == (frozenset(),) * 4
-    assert (seen.duplicates, seen.in_doubt) == (0, 2)
+    assert (seen.excess, seen.duplicates, seen.most, seen.in_doubt) == (frozenset(), 0, 1, 2)
 
 
 def test_an_account_that_does_not_balance() -> None:
@@ -34,4 +37,11 @@ def test_an_account_that_does_not_balance() -> None:
     assert seen.leaked == {"unsent"}
     assert seen.recovered == {"doubtful"}
     assert seen.foreign == {"strange"}
-    assert seen.duplicates == 3
+    assert (seen.duplicates, seen.most) == (3, 3)
+    assert seen.excess == {"deferred", "unsent", "doubtful"}
+
+
+def test_a_second_copy_of_a_message_that_was_written_twice_is_explained() -> None:
+    """It is the number of writes that counts, not that of the calls in doubt."""
+    assert account({"deferred": 2}).excess == frozenset()
+    assert account({"confirmed": 2}).excess == {"confirmed"}

@@ -351,7 +351,10 @@ def test_purge_asks(
 ) -> None:
     """On a terminal it asks first, and anything but yes means no."""
     _bury(connect, _letters(["a"]))
-    ours, theirs = pty.openpty()
+    try:
+        ours, theirs = pty.openpty()
+    except OSError:
+        pytest.skip("this machine gives out no pseudo-terminal, as in a chroot without /dev/pts")
     try:
         os.write(ours, answer.encode())
         result = subprocess.run(

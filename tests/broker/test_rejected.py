@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from mlproducer import Message, MLProducer, Outcome
 from mlproducer.errors import BrokerRejectedError
-from mlproducer.testing import RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from tests.accounting import drain, open_channel
-from tests.broker.conftest import Connect
+from tests.broker.conftest import STRICT_LIMIT, Connect
 from tests.broker.rows import HEALED, assert_error, both_ways, failure, message
 
 pytestmark = pytest.mark.broker
-
-
-@contextmanager
-def size_limit(node: RabbitMQNode, limit: int) -> Iterator[None]:
-    """Lower the broker's ``max_message_size`` (bytes) for channels opened meanwhile."""
-    before = node.eval("{ok, N} = application:get_env(rabbit, max_message_size), N")
-    node.eval(f"application:set_env(rabbit, max_message_size, {limit})")
-    try:
-        yield
-    finally:
-        node.eval(f"application:set_env(rabbit, max_message_size, {before})")
 
 
 def check_rejected(
@@ -83,37 +69,36 @@ def test_rejected_for_lack_of_permission(
 
 
 @both_ways
-def test_rejected_for_its_size(
-    rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool
-) -> None:
+def test_rejected_for_its_size(strict_vhost: VirtualHost, connect: Connect, *, retry: bool) -> None:
     """A body over the broker's own limit is 406, for the large message alone."""
-    with size_limit(rabbitmq_vhost.node, 1000):
-        guilty = message("guilty", body=b"x" * 1001)
-        check_rejected(connect(), rabbitmq_vhost, guilty, 406, retry=retry)
+    guilty = message("guilty", body=b"x" * (STRICT_LIMIT + 1))
+    check_rejected(connect(strict_vhost.url), strict_vhost, guilty, 406, retry=retry)
 
 
-def test_rejected_several_at_once(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+def test_rejected_several_at_once(strict_vhost: VirtualHost, connect: Connect) -> None:
     """Guilty messages of two kinds among innocents: each is found, and nobody else punished."""
-    node = rabbitmq_vhost.node
-    with size_limit(node, 1000):
-        producer = connect()
-        assert producer.wait_connected(HEALED)
-        with node.frozen():
-            innocents, guilty = [], {}
-            for n in range(100):
-                innocents.append(producer.submit(message(f"innocent {n}"), retry=n % 2 == 0))
-                if n % 20 == 0:
-                    lost, large = f"lost {n}", f"large {n}"
-                    guilty[lost] = producer.submit(message(lost, exchange=f"missing {n}")), 404
-                    guilty[large] = producer.submit(message(large, body=b"x" * (1001 + n))), 406
-            # written last, so that the others are in flight once its time is up
-            failure(producer, message("last"), retry=True, timeout=0.3)
-        for name, (future, reply_code) in guilty.items():
-            error = future.exception(HEALED)
-            assert isinstance(error, BrokerRejectedError)
-            assert (error.message_id, error.reply_code) == (name, reply_code)
-        assert [each.result(HEALED).outcome for each in innocents] == [Outcome.CONFIRMED] * 100
-        assert producer.flush(HEALED) == 0
-        found = drain(rabbitmq_vhost.url)
+    node = strict_vhost.node
+    producer = connect(strict_vhost.url)
+    assert producer.wait_connected(HEALED)
+    with node.frozen():
+        innocents, guilty = [], {}
+        for n in range(100):
+            innocents.append(producer.submit(message(f"innocent {n}"), retry=n % 2 == 0))
+            if n % 20 == 0:
+                lost, large = f"lost {n}", f"large {n}"
+                guilty[lost] = producer.submit(message(lost, exchange=f"missing {n}")), 404
+                guilty[large] = (
+                    producer.submit(message(large, body=b"x" * (STRICT_LIMIT + 1 + n))),
+                    406,
+                )
+        # written last, so that the others are in flight once its time is up
+        failure(producer, message("last"), retry=True, timeout=0.3)
+    for name, (future, reply_code) in guilty.items():
+        error = future.exception(HEALED)
+        assert isinstance(error, BrokerRejectedError)
+        assert (error.message_id, error.reply_code) == (name, reply_code)
+    assert [each.result(HEALED).outcome for each in innocents] == [Outcome.CONFIRMED] * 100
+    assert producer.flush(HEALED) == 0
+    found = drain(strict_vhost.url)
     assert found.keys() == {f"innocent {n}" for n in range(100)} | {"last"}
     assert max(found.values()) <= 2

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 
 from mlproducer.testing import RedisServer
-from tests.broker.conftest import connect, mortal_node, proxy
+from tests.broker.conftest import connect, mortal_node, proxy, strict_node, strict_vhost
 from tests.faults.traffic import FIGURES
 
-__all__ = ["connect", "mortal_node", "proxy"]
+__all__ = ["connect", "mortal_node", "proxy", "strict_node", "strict_vhost"]
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ from mlproducer import CeleryTask, Message, Outcome
 from mlproducer.errors import BrokerRejectedError, RetriesExhaustedError, UnroutableError
 from mlproducer.testing.plugin import VirtualHost
 from tests.accounting import drain, open_channel
-from tests.broker.conftest import Connect
+from tests.broker.conftest import STRICT_LIMIT, Connect
 from tests.broker.rows import EXCHANGE, QUEUE, message
-from tests.broker.test_rejected import size_limit
 from tests.faults.traffic import FIGURES, LIMIT, Traffic, balance, tell
 
 pytestmark = pytest.mark.broker
@@ -174,19 +173,18 @@ def test_exchange_deleted(rabbitmq_vhost: VirtualHost, connect: Connect) -> None
     assert bystanders.longest < 1.0
 
 
-def test_poison_in_a_burst(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+def test_poison_in_a_burst(strict_vhost: VirtualHost, connect: Connect) -> None:
     """Ten bodies over the broker's limit, one by one: each alone is refused, with 406 (70)."""
-    with size_limit(rabbitmq_vhost.node, 1000):
-        producer = connect()
-        with Traffic(producer, threads=8) as traffic:
-            for n in range(10):
-                traffic.more(30)
-                with pytest.raises(BrokerRejectedError) as caught:
-                    producer.publish(message(f"poison {n}", body=b"x" * 1001))
-                assert (caught.value.message_id, caught.value.reply_code) == (f"poison {n}", 406)
+    producer = connect(strict_vhost.url)
+    with Traffic(producer, threads=8) as traffic:
+        for n in range(10):
             traffic.more(30)
+            with pytest.raises(BrokerRejectedError) as caught:
+                producer.publish(message(f"poison {n}", body=b"x" * (STRICT_LIMIT + 1)))
+            assert (caught.value.message_id, caught.value.reply_code) == (f"poison {n}", 406)
+        traffic.more(30)
     assert producer.flush(LIMIT) == 0
-    account = traffic.journal.check(drain(rabbitmq_vhost.url))
+    account = traffic.journal.check(drain(strict_vhost.url))
     tell("poison x 10", traffic, account)
     assert traffic.journal.given_back == []
     assert account.lost == account.foreign == frozenset()
