@@ -1,22 +1,94 @@
-"""What stands on the broker: the exchange, its queues, and the pair for dead letters.
+"""What stands on the broker: an exchange, its queues, and the pair for dead letters.
+
+A task queue dead-letters what workers, or the broker itself, give up (RabbitMQ guide, *Quorum
+Queues*: a message that was handed out more often than the delivery limit is dropped, unless there
+is a dead-letter exchange). At-least-once dead-lettering keeps the message in its queue until the
+dead-letter queue has confirmed it.
 
 Runs on: any thread; everything here is frozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
-from attrs import frozen
+from attrs import Attribute, Factory, evolve, field, frozen
 
-from mlproducer.settings import Settings
+from mlproducer.errors import ConfigurationError
 
-QUEUES = ("ml.summarize", "ml.summarize_local", "ml.transcribe", "ml.transcribe_local", "ml.embed")
-"""Each is named after the routing key that leads to it."""
+ROUTING_KEYS = (
+    "ml.summarize",
+    "ml.summarize_local",
+    "ml.transcribe",
+    "ml.transcribe_local",
+    "ml.embed",
+)
+"""The library's own; each leads to a queue of the same name."""
+
+DELIVERY_LIMIT = 20
+"""How often a quorum queue hands a message out before it dead-letters it."""
 
 _NO_LIMIT = 2**31 - 1
-"""Looking at a dead letter hands it out; RabbitMQ 4 drops it after 20 times, unless told so."""
+"""Looking at a dead letter hands it out, and RabbitMQ 4 drops it after 20 times unless told so."""
+
+QueueType = Literal["quorum", "classic", "stream"]
+_TYPES = ("quorum", "classic", "stream")
+_EXCHANGE_TYPES = ("topic", "direct", "fanout", "headers")
+
+
+class _Names(Protocol):
+    """The fields of `mlproducer.Settings` that say what is on the broker."""
+
+    @property
+    def exchange(self) -> str: ...
+    @property
+    def delivery_limit(self) -> int: ...
+    @property
+    def queue_prefix(self) -> str: ...
+    @property
+    def topology(self) -> Topology | None: ...
+
+
+def _check_name(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ConfigurationError(f"{attribute.name} must be a name without control characters")
+    if len(value.encode(errors="replace")) > 255:
+        raise ConfigurationError(f"{attribute.name} must be a name of at most 255 bytes")
+
+
+def _check_keys(_instance: Any, attribute: Attribute[Any], value: tuple[Any, ...]) -> None:
+    for key in value:
+        if not isinstance(key, str) or len(key.encode(errors="replace")) > 255:
+            raise ConfigurationError(f"{attribute.name} must be texts of at most 255 bytes")
+
+
+def _check_type(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None and value not in _TYPES:
+        raise ConfigurationError(f"{attribute.name} must be one of {', '.join(_TYPES)}, or None")
+
+
+def _check_exchange_type(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not isinstance(value, str) or not (value in _EXCHANGE_TYPES or value.startswith("x-")):
+        accepted = ", ".join(_EXCHANGE_TYPES)
+        raise ConfigurationError(f"{attribute.name} must be one of {accepted}, or a plugin's x-...")
+
+
+def _check_arguments(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if not all(isinstance(name, str) for name in value):
+        raise ConfigurationError(f"{attribute.name} must have names of type str")
+
+
+def _check_queues(_instance: Any, attribute: Attribute[Any], value: tuple[Any, ...]) -> None:
+    if not all(isinstance(queue, Queue) for queue in value):
+        raise ConfigurationError(f"{attribute.name} must be mlproducer.Queue objects")
+    names = [queue.name for queue in value]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"{attribute.name} must not name a queue twice")
+
+
+def _texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 @frozen
@@ -32,24 +104,79 @@ class Declaration:
         return str(self.arguments.get("queue") or self.arguments["exchange"])
 
 
-@frozen(kw_only=True)
+@frozen
+class Queue:
+    """A queue for tasks, and the routing keys that lead to it.
+
+    :ivar routing_keys: bindings to the topology's exchange; by default the queue's own name
+    :ivar type: ``quorum``, ``classic`` or ``stream``; ``None`` declares exactly ``arguments``,
+        such as those of a queue that another program declares
+    :ivar arguments: further ``x-`` arguments; one that the type brings along is replaced, or left
+        out where the value is None
+    :raises ConfigurationError: a name or type is wrong; the text says which
+    """
+
+    name: str = field(validator=_check_name)
+    routing_keys: Sequence[str] = field(
+        default=Factory(lambda self: (self.name,), takes_self=True),
+        converter=_texts,
+        validator=_check_keys,
+    )
+    type: QueueType | None = field(default="quorum", validator=_check_type)
+    arguments: Mapping[str, Any] = field(factory=dict, converter=dict, validator=_check_arguments)
+
+    def declared_arguments(self, dead_letter_exchange: str) -> dict[str, Any]:
+        """Give the arguments with which it is declared."""
+        brought: dict[str, Any] = {} if self.type is None else {"x-queue-type": self.type}
+        if self.type == "quorum":
+            brought["x-delivery-limit"] = DELIVERY_LIMIT
+        if self.type in ("quorum", "classic"):
+            brought["x-dead-letter-exchange"] = dead_letter_exchange
+        if self.type == "quorum":
+            # At-least-once dead-lettering takes the queue's own overflow to be reject-publish.
+            brought["x-dead-letter-strategy"] = "at-least-once"
+            brought["x-overflow"] = "reject-publish"
+        given = {**brought, **self.arguments}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def quorum(self) -> bool:
+        """Whether it is a quorum queue, by its type or, without one, by its arguments."""
+        return self.type == "quorum" or self.arguments.get("x-queue-type") == "quorum"
+
+
+@frozen
 class Topology:
     """The exchange, its queues and bindings, and where dead letters go.
 
-    :ivar delivery_limit: how often a quorum queue hands a message out before it drops it
-        (RabbitMQ guide, *Quorum Queues*, poison messages)
+    :ivar dead_letter_exchange: by default the exchange's name with ``.dlx`` behind it
+    :raises ConfigurationError: a name or type is wrong; the text says which
     """
 
-    exchange: str = "bookmarkai.ml"
-    queues: tuple[str, ...] = QUEUES
-    delivery_limit: int = 5
-    dead_letter_exchange: str = "bookmarkai.ml.dlx"
-    dead_letter_queue: str = "ml.dead_letter"
+    exchange: str = field(default="bookmarkai.ml", validator=_check_name)
+    exchange_type: str = field(default="topic", validator=_check_exchange_type)
+    queues: Sequence[Queue] = field(
+        default=tuple(Queue(key) for key in ROUTING_KEYS), converter=tuple, validator=_check_queues
+    )
+    dead_letter_exchange: str = field(
+        default=Factory(lambda self: f"{self.exchange}.dlx", takes_self=True),
+        validator=_check_name,
+    )
+    dead_letter_queue: str = field(default="ml.dead_letter", validator=_check_name)
 
     @classmethod
-    def of(cls, settings: Settings) -> Topology:
-        """Give the topology around the exchange that the settings name."""
-        return cls(exchange=settings.exchange, dead_letter_exchange=f"{settings.exchange}.dlx")
+    def of(cls, settings: _Names) -> Topology:
+        """Give the topology that settings ask for, with their prefix and delivery limit in it."""
+        chosen = settings.topology
+        if chosen is None:
+            chosen = cls(exchange=settings.exchange)
+        prefix, limit = settings.queue_prefix or "", settings.delivery_limit
+        return evolve(
+            chosen,
+            queues=[_settled(queue, prefix, limit) for queue in chosen.queues],
+            dead_letter_exchange=prefix + chosen.dead_letter_exchange,
+            dead_letter_queue=prefix + chosen.dead_letter_queue,
+        )
 
     def declarations(self, mode: str) -> Iterator[Declaration]:
         """Give what is to be declared on each connect: ``active``, ``passive`` or ``off``.
@@ -59,29 +186,45 @@ class Topology:
         if mode == "off":
             return
         passive = mode == "passive"
-        for exchange in (self.exchange, self.dead_letter_exchange):
-            kind = {} if passive else {"exchange_type": "topic", "durable": True}
+        kinds = {self.exchange: self.exchange_type, self.dead_letter_exchange: "topic"}
+        for exchange, kind in kinds.items():
+            declared = {} if passive else {"exchange_type": kind, "durable": True}
             yield Declaration(
-                "exchange_declare", {"exchange": exchange, "passive": passive, **kind}
+                "exchange_declare", {"exchange": exchange, "passive": passive, **declared}
             )
-        for queue in (*self.queues, self.dead_letter_queue):
-            yield from self._queue(queue, passive=passive)
+        # What receives dead letters comes first, so that no queue ever has nowhere to send them.
+        queues = [(self.dead_letter_queue, self._dead_letter_arguments())]
+        queues += [
+            (queue.name, queue.declared_arguments(self.dead_letter_exchange))
+            for queue in self.queues
+        ]
+        for name, arguments in queues:
+            if passive:
+                yield Declaration("queue_declare", {"queue": name, "passive": True})
+                continue
+            yield Declaration(
+                "queue_declare", {"queue": name, "durable": True, "arguments": arguments}
+            )
+            for exchange, key in self._bindings(name):
+                yield Declaration(
+                    "queue_bind", {"queue": name, "exchange": exchange, "routing_key": key}
+                )
 
-    def _queue(self, queue: str, *, passive: bool) -> Iterator[Declaration]:
-        if passive:
-            yield Declaration("queue_declare", {"queue": queue, "passive": True})
-            return
-        dead = queue == self.dead_letter_queue
-        limit = _NO_LIMIT if dead else self.delivery_limit
-        arguments = {"x-queue-type": "quorum", "x-delivery-limit": limit}
-        yield Declaration(
-            "queue_declare", {"queue": queue, "durable": True, "arguments": arguments}
-        )
-        yield Declaration(
-            "queue_bind",
-            {
-                "queue": queue,
-                "exchange": self.dead_letter_exchange if dead else self.exchange,
-                "routing_key": "#" if dead else queue,
-            },
-        )
+    def _dead_letter_arguments(self) -> dict[str, Any]:
+        return {"x-queue-type": "quorum", "x-delivery-limit": _NO_LIMIT}
+
+    def _bindings(self, name: str) -> Iterator[tuple[str, str]]:
+        if name == self.dead_letter_queue:
+            yield self.dead_letter_exchange, "#"
+        for queue in self.queues:
+            if queue.name == name:
+                yield from ((self.exchange, key) for key in queue.routing_keys)
+
+
+def _settled(queue: Queue, prefix: str, limit: int) -> Queue:
+    """Give a queue the prefix, and the delivery limit unless it has one of its own."""
+    arguments = dict(queue.arguments)
+    if queue.type == "quorum":
+        arguments.setdefault("x-delivery-limit", limit)
+    # The routing keys stay: they are what tasks are published with.
+    return evolve(queue, name=prefix + queue.name, arguments=arguments)
