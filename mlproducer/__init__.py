@@ -21,7 +21,7 @@ from mlproducer.tasks import (
     SummarizationTask,
     TranscriptionTask,
 )
-from mlproducer.topology import Topology
+from mlproducer.topology import Queue, Topology
 
 __all__ = [
     "CeleryTask",
@@ -33,6 +33,7 @@ __all__ = [
     "MLProducer",
     "Message",
     "Outcome",
+    "Queue",
     "Receipt",
     "Settings",
     "Status",

@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from attrs import Attribute, field, fields_dict, frozen
 
 from mlproducer.errors import ConfigurationError
+from mlproducer.topology import Topology
 
 BACKENDS = ("api", "local")
 DECLARE_MODES = ("active", "passive", "off")
@@ -144,6 +145,13 @@ def _check_exchange(_instance: Any, attribute: Attribute[Any], value: Any) -> No
         raise ConfigurationError(f"{attribute.name} must hold no control character")
 
 
+def _check_topology(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None and not isinstance(value, Topology):
+        raise ConfigurationError(
+            f"{attribute.name} must be a mlproducer.Topology, got {_shown(value)}"
+        )
+
+
 _seconds = _number(0, 3600, above=True, unit="seconds")  # more was meant as milliseconds
 _seconds_or_none = _number(0, 3600, unit="seconds")
 
@@ -213,7 +221,7 @@ class Settings:
     declare_topology: str = field(default="active", validator=_one_of(DECLARE_MODES))
     delivery_limit: int = field(default=20, validator=_number(1, 1_000_000, whole=True))
     queue_prefix: str = field(default="", validator=_check_prefix)
-    topology: Any = None
+    topology: Topology | None = field(default=None, validator=_check_topology)
     rollout: float = field(default=1.0, validator=_number(0, 1))
 
     @property

@@ -87,8 +87,8 @@ def _check_queues(_instance: Any, attribute: Attribute[Any], value: tuple[Any, .
         raise ConfigurationError(f"{attribute.name} must not name a queue twice")
 
 
-def _texts(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _as_keys(keys: str | Sequence[str]) -> tuple[str, ...]:
+    return (keys,) if isinstance(keys, str) else tuple(keys)
 
 
 @frozen
@@ -117,9 +117,9 @@ class Queue:
     """
 
     name: str = field(validator=_check_name)
-    routing_keys: Sequence[str] = field(
+    routing_keys: tuple[str, ...] = field(
         default=Factory(lambda self: (self.name,), takes_self=True),
-        converter=_texts,
+        converter=_as_keys,
         validator=_check_keys,
     )
     type: QueueType | None = field(default="quorum", validator=_check_type)
@@ -145,6 +145,10 @@ class Queue:
         return self.type == "quorum" or self.arguments.get("x-queue-type") == "quorum"
 
 
+def _as_tuple(queues: Sequence[Queue]) -> tuple[Queue, ...]:
+    return tuple(queues)
+
+
 @frozen
 class Topology:
     """The exchange, its queues and bindings, and where dead letters go.
@@ -155,8 +159,10 @@ class Topology:
 
     exchange: str = field(default="bookmarkai.ml", validator=_check_name)
     exchange_type: str = field(default="topic", validator=_check_exchange_type)
-    queues: Sequence[Queue] = field(
-        default=tuple(Queue(key) for key in ROUTING_KEYS), converter=tuple, validator=_check_queues
+    queues: tuple[Queue, ...] = field(
+        default=tuple(Queue(key) for key in ROUTING_KEYS),
+        converter=_as_tuple,
+        validator=_check_queues,
     )
     dead_letter_exchange: str = field(
         default=Factory(lambda self: f"{self.exchange}.dlx", takes_self=True),
@@ -173,7 +179,7 @@ class Topology:
         prefix, limit = settings.queue_prefix or "", settings.delivery_limit
         return evolve(
             chosen,
-            queues=[_settled(queue, prefix, limit) for queue in chosen.queues],
+            queues=tuple(_settled(queue, prefix, limit) for queue in chosen.queues),
             dead_letter_exchange=prefix + chosen.dead_letter_exchange,
             dead_letter_queue=prefix + chosen.dead_letter_queue,
         )

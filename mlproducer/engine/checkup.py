@@ -54,7 +54,7 @@ class _Questions:
     """One channel's questions, one after the other."""
 
     def __init__(self, topology: Topology, events: EventSink, alive: Callable[[], None]) -> None:
-        self._left = deque([topology.exchange, *topology.queues])
+        self._left = deque([topology.exchange, *(queue.name for queue in topology.queues)])
         self._exchange = topology.exchange
         self._events = events
         self._alive = alive

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from mlproducer.testing.workspace import Program, Workspace
+from mlproducer.topology import Queue
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,10 +59,8 @@ def report(**record):
 
 app = Celery("worker")
 exchange = Exchange({exchange!r}, type="topic")
-arguments = {{"x-queue-type": "quorum", "x-delivery-limit": 5}}
-app.conf.task_queues = [
-    Queue(name, exchange, routing_key=name, queue_arguments=arguments) for name in {queues!r}
-]
+options = {options!r}
+app.conf.task_queues = [Queue(name, exchange, routing_key=name, **options) for name in {queues!r}]
 
 def run(self, *args, **kwargs):
     properties = dict(self.request.properties)
@@ -112,18 +111,23 @@ class CeleryWorker:
 
     The worker is stock but for ``task_queues``, and that is the least that works (seen with Celery
     5.7 and RabbitMQ 3.10.8). With ``-Q ml.summarize`` alone it declares a classic queue, with
-    ``task_create_missing_queue_type = "quorum"`` one without ``x-delivery-limit``: it ends with
+    ``task_create_missing_queue_type = "quorum"`` one without the other arguments: it ends with
     406 PRECONDITION_FAILED either way. With ``no_declare`` and no arguments it does not see that
     the queue is a quorum queue, asks for global QoS, and gets 540 NOT_IMPLEMENTED. So each queue
-    is named with both of its arguments; Celery 5.5 and later then leaves global QoS alone by
-    itself (``worker_detect_quorum_queues``, on by default). It also declares its 28
-    ``celery_delayed_*`` queues, because there is a quorum queue.
+    is named with all of its arguments, or with its type and ``no_declare``; Celery 5.5 and later
+    then leaves global QoS alone by itself (``worker_detect_quorum_queues``, on by default). It
+    also declares its 28 ``celery_delayed_*`` queues, because there is a quorum queue.
 
     Args:
         url: the broker; several addresses are separated by commas.
         queues: the queues to consume from, each bound to ``exchange`` by its own name.
         tasks: the names of the tasks to serve. Others are discarded, as Celery does.
         exchange: the topic exchange of the queues.
+        declare: name the queues with all of their arguments, and declare them; otherwise they are
+            taken to be there.
+        concurrency: processes of a prefork pool; None runs one task after the other in the
+            worker's own process.
+        prefetch: messages that the worker holds for each of its processes.
         directory: where to make the worker's directory; the temporary directory by default.
 
     """
@@ -135,12 +139,18 @@ class CeleryWorker:
         *,
         tasks: Sequence[str] = TASKS,
         exchange: str = "bookmarkai.ml",
+        declare: bool = True,
+        concurrency: int | None = None,
+        prefetch: int = 4,
         directory: str | Path | None = None,
     ) -> None:
         self.queues = tuple(queues)
         self.tasks = tuple(tasks)
         self._url = url
         self._exchange = exchange
+        self._declare = declare
+        self._concurrency = concurrency
+        self._prefetch = prefetch
         self._directory = directory
         self._workspace: Workspace | None = None
         self._program: Program | None = None
@@ -260,13 +270,28 @@ class CeleryWorker:
         log = "" if self._program is None else self._program.log_tail()
         raise WorkerError(f"the worker has ended; the end of its log:\n{log}")
 
+    def _queue_options(self) -> dict[str, Any]:
+        if not self._declare:
+            return {"queue_arguments": {"x-queue-type": "quorum"}, "no_declare": True}
+        return {"queue_arguments": Queue("any").declared_arguments(f"{self._exchange}.dlx")}
+
     def _spawn(self, workspace: Workspace) -> Program:
         (workspace.path / "worker_application.py").write_text(
-            _APPLICATION.format(exchange=self._exchange, queues=self.queues, tasks=self.tasks)
+            _APPLICATION.format(
+                exchange=self._exchange,
+                queues=self.queues,
+                tasks=self.tasks,
+                options=self._queue_options(),
+            )
         )
         name = f"worker-{secrets.token_hex(4)}"
         argv = [sys.executable, "-m", "celery", "--app", "worker_application", "worker"]
-        argv += ["--pool", "solo", "--hostname", f"{name}@localhost", "--loglevel", "INFO"]
+        if self._concurrency is None:
+            argv += ["--pool", "solo"]
+        else:
+            argv += ["--pool", "prefork", "--concurrency", str(self._concurrency)]
+        argv += ["--prefetch-multiplier", str(self._prefetch)]
+        argv += ["--hostname", f"{name}@localhost", "--loglevel", "INFO"]
         # An idle worker sees SIGTERM at its next heartbeat.
         argv += ["--without-gossip", "--without-mingle", "--heartbeat-interval", "1"]
         environ = os.environ | {"CELERY_BROKER_URL": self._url.replace(",", ";")}

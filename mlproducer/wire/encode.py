@@ -17,6 +17,7 @@ from mlproducer.tasks import (
     SummarizationTask,
     TranscriptionTask,
 )
+from mlproducer.topology import Topology
 from mlproducer.wire import celery, raw
 
 TASKS = (SummarizationTask, TranscriptionTask, EmbeddingTask, EmbeddingBatchTask, CeleryTask)
@@ -34,7 +35,7 @@ class Encoder:
     """Encodes for one producer."""
 
     def __init__(self, settings: Settings) -> None:
-        self._exchange = settings.exchange
+        self._exchange = Topology.of(settings).exchange
         self._max_bytes = settings.max_message_bytes
         self._preferred = PreferredBackends(
             llm=settings.preferred_llm_backend,

@@ -86,7 +86,10 @@ def test_queues(declared: dict[str, Any]) -> None:
     assert all(queue["durable"] for queue in queues.values())
     for name in QUEUES:
         assert sorted(queues[name]["arguments"]) == [
-            ["x-delivery-limit", "signedint", 5],
+            ["x-dead-letter-exchange", "longstr", "bookmarkai.ml.dlx"],
+            ["x-dead-letter-strategy", "longstr", "at-least-once"],
+            ["x-delivery-limit", "signedint", 20],
+            ["x-overflow", "longstr", "reject-publish"],
             ["x-queue-type", "longstr", "quorum"],
         ]
     assert ["x-queue-type", "longstr", "quorum"] in queues["ml.dead_letter"]["arguments"]

@@ -13,8 +13,9 @@ PACKAGE = ROOT / "mlproducer"
 
 FLOORS = [
     {"errors"},
+    {"topology"},
     {"settings", "message", "shapes", "tracing", "latch"},
-    {"topology", "tasks", "fate"},
+    {"tasks", "fate"},
     {"wire"},
     {"core"},
     {"status"},

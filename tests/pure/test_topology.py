@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from mlproducer import Settings, Topology
+from typing import Any
+
+import pytest
+
+from mlproducer import Queue, Settings, Topology
+from mlproducer.errors import ConfigurationError
+from mlproducer.topology import Declaration
 
 KEYS = ["ml.summarize", "ml.summarize_local", "ml.transcribe", "ml.transcribe_local", "ml.embed"]
+QUORUM = {
+    "x-queue-type": "quorum",
+    "x-delivery-limit": 20,
+    "x-dead-letter-exchange": "bookmarkai.ml.dlx",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
+
+
+def _of(method: str, declared: list[Declaration]) -> list[dict[str, Any]]:
+    return [dict(each.arguments) for each in declared if each.method == method]
 
 
 def test_active() -> None:
     """Exchanges, queues and bindings; a task queue's arguments are exactly the contract's."""
     declared = list(Topology().declarations("active"))
-    exchanges = [each.arguments for each in declared if each.method == "exchange_declare"]
-    assert exchanges == [
+    assert _of("exchange_declare", declared) == [
         {"exchange": name, "exchange_type": "topic", "durable": True, "passive": False}
         for name in ("bookmarkai.ml", "bookmarkai.ml.dlx")
     ]
-    queues = [each.arguments for each in declared if each.method == "queue_declare"]
-    assert [each["queue"] for each in queues] == [*KEYS, "ml.dead_letter"]
+    queues = _of("queue_declare", declared)
+    assert [each["queue"] for each in queues] == ["ml.dead_letter", *KEYS]
     assert all(each["durable"] for each in queues)
-    for queue in queues[:-1]:
-        assert queue["arguments"] == {"x-queue-type": "quorum", "x-delivery-limit": 5}
-    assert queues[-1]["arguments"]["x-queue-type"] == "quorum"
-    bindings = [each.arguments for each in declared if each.method == "queue_bind"]
-    assert bindings == [
-        {"queue": key, "exchange": "bookmarkai.ml", "routing_key": key} for key in KEYS
-    ] + [{"queue": "ml.dead_letter", "exchange": "bookmarkai.ml.dlx", "routing_key": "#"}]
+    assert queues[0]["arguments"] == {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
+    assert all(each["arguments"] == QUORUM for each in queues[1:])
+    assert _of("queue_bind", declared) == [
+        {"queue": "ml.dead_letter", "exchange": "bookmarkai.ml.dlx", "routing_key": "#"},
+        *({"queue": key, "exchange": "bookmarkai.ml", "routing_key": key} for key in KEYS),
+    ]
 
 
 def test_nothing_is_bound_before_it_exists() -> None:
@@ -42,8 +57,8 @@ def test_passive() -> None:
     assert [each.target for each in declared] == [
         "bookmarkai.ml",
         "bookmarkai.ml.dlx",
-        *KEYS,
         "ml.dead_letter",
+        *KEYS,
     ]
     assert all(each.arguments["passive"] for each in declared)
     assert all(set(each.arguments) <= {"exchange", "queue", "passive"} for each in declared)
@@ -58,4 +73,91 @@ def test_named_by_the_settings() -> None:
     """Another exchange has dead letters of its own."""
     topology = Topology.of(Settings(exchange="mine"))
     assert (topology.exchange, topology.dead_letter_exchange) == ("mine", "mine.dlx")
-    assert topology.queues == tuple(KEYS)
+    assert [queue.name for queue in topology.queues] == KEYS
+    arguments = _of("queue_declare", list(topology.declarations("active")))[1]["arguments"]
+    assert arguments == {**QUORUM, "x-dead-letter-exchange": "mine.dlx"}
+
+
+def test_prefix() -> None:
+    """The prefix goes before queues and the dead-letter exchange; routing keys stay."""
+    topology = Topology.of(Settings(queue_prefix="staging."))
+    declared = list(topology.declarations("active"))
+    assert {each.target for each in declared} == {
+        "bookmarkai.ml",
+        "staging.bookmarkai.ml.dlx",
+        "staging.ml.dead_letter",
+        *(f"staging.{key}" for key in KEYS),
+    }
+    queues = _of("queue_declare", declared)[1:]
+    assert {each["arguments"]["x-dead-letter-exchange"] for each in queues} == {
+        "staging.bookmarkai.ml.dlx"
+    }
+    assert [each["routing_key"] for each in _of("queue_bind", declared)] == ["#", *KEYS]
+
+
+def test_delivery_limit() -> None:
+    """The setting's limit holds for each quorum queue that has none of its own."""
+    queues = (Queue("a"), Queue("b", arguments={"x-delivery-limit": 3}), Queue("c", type="classic"))
+    topology = Topology.of(Settings(delivery_limit=7, topology=Topology(queues=queues)))
+    limits = [
+        each["arguments"].get("x-delivery-limit")
+        for each in _of("queue_declare", list(topology.declarations("active")))
+    ]
+    assert limits == [2**31 - 1, 7, 3, None]
+
+
+def test_a_topology_of_ones_own() -> None:
+    """Exchange, type, queues, keys and arguments are the user's; the rest comes along."""
+    own = Topology(
+        "shop",
+        "direct",
+        queues=[
+            Queue("orders", ["order.new", "order.paid"]),
+            Queue("mails", type="classic", arguments={"x-max-priority": 5}),
+            Queue("theirs", "their.key", None, {"x-expires": 9}),
+            Queue("bare", arguments={"x-dead-letter-exchange": None, "x-overflow": "drop-head"}),
+        ],
+        dead_letter_exchange="graveyard",
+        dead_letter_queue="graves",
+    )
+    declared = list(Topology.of(Settings(topology=own)).declarations("active"))
+    assert _of("exchange_declare", declared)[0]["exchange_type"] == "direct"
+    arguments = {each["queue"]: each["arguments"] for each in _of("queue_declare", declared)}
+    assert arguments["orders"] == {**QUORUM, "x-dead-letter-exchange": "graveyard"}
+    assert arguments["mails"] == {
+        "x-queue-type": "classic",
+        "x-dead-letter-exchange": "graveyard",
+        "x-max-priority": 5,
+    }
+    assert arguments["theirs"] == {"x-expires": 9}
+    assert "x-dead-letter-exchange" not in arguments["bare"]
+    assert arguments["bare"]["x-overflow"] == "drop-head"
+    bindings = [(each["queue"], each["routing_key"]) for each in _of("queue_bind", declared)]
+    assert bindings == [
+        ("graves", "#"),
+        ("orders", "order.new"),
+        ("orders", "order.paid"),
+        ("mails", "mails"),
+        ("theirs", "their.key"),
+        ("bare", "bare"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Queue(""),
+        lambda: Queue("a" * 256),
+        lambda: Queue("a\x1b"),
+        lambda: Queue("a", type="lazy"),  # type: ignore[arg-type] - what is refused
+        lambda: Queue("a", ["k" * 256]),
+        lambda: Topology(exchange_type="topical"),
+        lambda: Topology(queues=["a"]),  # type: ignore[list-item] - what is refused
+        lambda: Topology(queues=[Queue("a"), Queue("a")]),
+        lambda: Settings(topology="a"),  # type: ignore[arg-type] - what is refused
+    ],
+)
+def test_wrong_names_are_refused(make: Any) -> None:
+    """What AMQP could not carry, or nothing could be meant by, is refused when it is made."""
+    with pytest.raises(ConfigurationError):
+        make()

@@ -14,6 +14,7 @@ from typing import Any
 import pika
 import pytest
 
+from mlproducer import Queue
 from mlproducer.testing import CeleryNotInstalled, CeleryWorker, WorkerError
 from mlproducer.testing.plugin import VirtualHost
 
@@ -68,7 +69,7 @@ def test_the_queues_are_those_of_the_library(
     worker: CeleryWorker, rabbitmq_vhost: VirtualHost
 ) -> None:
     """The worker's queues have exactly the arguments that the library declares them with."""
-    arguments = {"x-queue-type": "quorum", "x-delivery-limit": 5}
+    arguments = Queue("any").declared_arguments("bookmarkai.ml.dlx")
     connection = pika.BlockingConnection(pika.URLParameters(rabbitmq_vhost.url))
     channel = connection.channel()
     for queue in worker.queues:

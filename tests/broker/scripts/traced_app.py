@@ -23,7 +23,13 @@ app.conf.task_queues = [
         QUEUE,
         Exchange("bookmarkai.ml", type="topic"),
         routing_key=QUEUE,
-        queue_arguments={"x-queue-type": "quorum", "x-delivery-limit": 5},
+        queue_arguments={
+            "x-queue-type": "quorum",
+            "x-delivery-limit": 20,
+            "x-dead-letter-exchange": "bookmarkai.ml.dlx",
+            "x-dead-letter-strategy": "at-least-once",
+            "x-overflow": "reject-publish",
+        },
     )
 ]
 
