@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from attrs import define, evolve
 
 from mlproducer.errors import BufferFullError
-from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row, RowFate
 
 MAX_ROWS = 10_000
 MAX_BYTES = 64 * 1024 * 1024
@@ -95,6 +95,10 @@ class MemoryStore:
             if slot is not None and slot.token == claim.token:
                 self._count(self._slots.pop(claim.key), -1)
 
+    def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
+        """Say what became of rows; all are this process's own, so a deleted one left nothing."""
+        return [self._fate(claim) for claim in claims]
+
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, the oldest first."""
         now = self._clock()
@@ -124,7 +128,7 @@ class MemoryStore:
 
     def depth(self) -> Depth:
         """Count the rows."""
-        return Depth(len(self._slots) - self._dead - self._ahead, self._dead)
+        return Depth(len(self._slots) - self._dead - self._ahead, self._dead, self._ahead)
 
     def close(self) -> None:
         """Make what is claimed due."""
@@ -150,6 +154,12 @@ class MemoryStore:
     def _holds(self, claim: Claim) -> bool:
         slot = self._slots.get(claim.key)
         return slot is not None and slot.token == claim.token and slot.due is None
+
+    def _fate(self, claim: Claim) -> RowFate:
+        slot = self._slots.get(claim.key)
+        if slot is None:
+            return RowFate.MISSING
+        return RowFate.HELD if slot.token == claim.token else RowFate.TAKEN
 
     def _due(self, delay: float | None) -> float | None:
         return None if delay is None else self._clock() + delay

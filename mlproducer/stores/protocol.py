@@ -3,13 +3,19 @@
 A row is *due* after a delay, or *claimed* by whoever sends its message now. A claim is a lease: it
 ends by itself unless it is renewed, and then the row is due for anybody. Its token is a fence: each
 claim of a row has a larger one, and with an older one nothing can be changed any more, so that a
-process that was frozen past its lease does no harm when it wakes up.
+process that was frozen past its lease does no harm when it wakes up. Neither keys nor tokens come
+again when the place is emptied, replaced, or put back to an earlier state: a claim from before
+matches no row that came after.
+
+A row may change hands. When a process deletes a row that another one stored, it leaves the row's
+fate behind for a while, so that the first can tell its publisher (`Store.trace`).
 
 Runs on: the retry thread.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -30,6 +36,33 @@ class Claim:
     token: int
 
 
+class RowFate(enum.Enum):
+    """What became of a row, as the holder of a claim on it can learn from `Store.trace`."""
+
+    HELD = "held"
+    """The claim holds, or the row was released under it and nobody has claimed it since."""
+
+    TAKEN = "taken"
+    """The row is there, under a newer claim."""
+
+    CONFIRMED = "confirmed"
+    """Another owner had its message confirmed, and deleted it."""
+
+    DEAD_LETTERED = "dead-lettered"
+    """Another owner delivered it as a dead letter, and deleted it."""
+
+    MISSING = "missing"
+    """There is no trace of it: its first owner deleted it, it was removed by hand, the store was
+    emptied or replaced, or its fate was left longer ago than `FATES_LAST`."""
+
+
+FATES_LAST = 3600.0
+"""Seconds for which a store keeps the fates of rows that changed hands."""
+
+MOST_FATES = 100_000
+"""How many fates a store keeps; the oldest give way."""
+
+
 @define
 class Record:
     """A message, and what is known of it.
@@ -39,6 +72,8 @@ class Record:
     :ivar dead: retries are used up, and ``envelope`` is the dead letter
     :ivar reason: the last failure: an error's name and text
     :ivar first_failed_at: when the first attempt failed, in seconds since the epoch; 0 if none has
+    :ivar accepted_at: when the producer accepted the message, in seconds since the epoch; 0 where
+        that is not known. It is noted when the row is put, and does not change
     """
 
     envelope: Envelope = field(repr=False)
@@ -47,6 +82,7 @@ class Record:
     dead: bool = False
     reason: str = field(default="", repr=False)
     first_failed_at: float = 0.0
+    accepted_at: float = 0.0
 
 
 @define
@@ -86,17 +122,25 @@ class Change:
 class Depth:
     """How many rows a store has, whoever wrote them.
 
-    :ivar waiting: messages that wait for a retry; not those stored ahead, while they are claimed
+    :ivar waiting: messages that wait for a retry, claimed for one or not; those of a process that
+        died in their first attempt too
     :ivar dead: dead letters that the broker has not taken yet
+    :ivar ahead: messages stored ahead, whose first attempt is under way in a living process
     """
 
     waiting: int = 0
     dead: int = 0
+    ahead: int = 0
 
     @property
     def stored(self) -> int:
-        """All together."""
+        """Those that a sender has to come back for."""
         return self.waiting + self.dead
+
+    @property
+    def total(self) -> int:
+        """All rows."""
+        return self.waiting + self.dead + self.ahead
 
 
 class Store(Protocol):
@@ -138,7 +182,14 @@ class Store(Protocol):
         """Let leases begin anew, and give the claims that hold no longer."""
 
     def done(self, claims: Sequence[Claim]) -> None:
-        """Delete rows that nobody has claimed since, also released ones; leave all others alone."""
+        """Delete rows that nobody has claimed since, also released ones; leave all others alone.
+
+        A row that another owner put leaves its fate behind, for `trace`: DEAD_LETTERED if it was
+        dead, CONFIRMED if not. A row that never changed hands leaves nothing.
+        """
+
+    def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
+        """Say what became of the rows of these claims, in order; nothing is changed."""
 
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, the oldest first; fewer than ``limit`` may be a part of it."""

@@ -20,7 +20,7 @@ from attrs import frozen
 
 from mlproducer.errors import StoreError
 from mlproducer.stores import redis_scripts as scripts
-from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.redis_link import TIMEOUT, Link
 from mlproducer.stores.redis_lua import TAG
 from mlproducer.stores.redis_rows import (
@@ -177,6 +177,14 @@ class RedisStore:
             self._get_ready()
             self._run(scripts.DONE, 0, *claim_fields(claims))
 
+    def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
+        """Say what became of rows."""
+        if not claims:
+            return []
+        self._get_ready()
+        (fates,) = self._run(scripts.TRACE, 0, *claim_fields(claims))
+        return [RowFate(fate.decode()) for fate in fates]
+
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, at most 16 MiB of it; fewer rows do not mean that no more is due."""
         if limit <= 0:
@@ -203,8 +211,8 @@ class RedisStore:
     def depth(self) -> Depth:
         """Count the rows."""
         self._get_ready()
-        waiting, dead = self._run(scripts.DEPTH, 0)
-        return Depth(max(0, waiting), dead)
+        total, dead, ahead = self._run(scripts.DEPTH, 0)
+        return Depth(max(0, total - dead - ahead), dead, ahead)
 
     def close(self) -> None:
         """Make this process's claims due, and end the connection."""

@@ -246,6 +246,24 @@ return {now}
 )
 """Delete rows that nobody has claimed since."""
 
+TRACE = (
+    WITHOUT_WRITES
+    + COMMON
+    + """
+local fates = {}
+for i = 3, #ARGV, 2 do
+  local seen = redis.pcall('HGET', P .. 'row:' .. ARGV[i], 'token')
+  if not seen or seen.err then
+    fates[#fates + 1] = 'missing'
+  else
+    fates[#fates + 1] = seen == ARGV[i + 1] and 'held' or 'taken'
+  end
+end
+return {now, fates}
+"""
+)
+"""Say what became of rows."""
+
 LETTERS = (
     WITHOUT_WRITES
     + COMMON
@@ -291,7 +309,7 @@ DEPTH = (
     + """
 local dead = redis.call('ZCARD', P .. 'dead')
 local all = redis.call('ZCARD', P .. 'due') + redis.call('ZCARD', P .. 'ready')
-return {now, all - dead - redis.call('ZCOUNT', P .. 'ahead', '(' .. text(now), '+inf'), dead}
+return {now, all, dead, redis.call('ZCOUNT', P .. 'ahead', '(' .. text(now), '+inf')}
 """
 )
 """Count rows."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mlproducer.stores import sqlite_rows as rows_of
-from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.sqlite_link import Connection, Link
 from mlproducer.stores.sqlite_rows import Found
 
@@ -137,6 +137,17 @@ class SQLiteStore:
             self._link.change(work)
         self._lost(claims)
 
+    def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
+        """Say what became of rows."""
+
+        def work(connection: Connection) -> dict[int, int]:
+            keys = json.dumps([claim.key for claim in claims])
+            (tokens,) = connection.execute(rows_of.TRACE, (keys,)).fetchone()
+            return dict(json.loads(tokens))
+
+        tokens = self._link.run(work) if claims else {}
+        return [rows_of.fate(claim, tokens.get(claim.key)) for claim in claims]
+
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, about 4 MiB of it at most; fewer rows do not mean that it was all."""
 
@@ -181,7 +192,7 @@ class SQLiteStore:
             return counts[0], counts[1], counts[2]
 
         total, dead, ahead = self._link.run(work)
-        return Depth(total - dead - ahead, dead)
+        return Depth(total - dead - ahead, dead, ahead)
 
     def close(self) -> None:
         """Make this process's claims due, and close the file."""

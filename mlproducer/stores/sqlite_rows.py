@@ -23,7 +23,7 @@ from typing import Any
 from attrs import frozen
 
 from mlproducer.message import Envelope
-from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row
+from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row, RowFate
 
 MICROSECONDS = 1_000_000
 
@@ -151,6 +151,12 @@ GIVE_BACK = (
 )
 
 DONE = "DELETE FROM messages WHERE token = ? AND key IN (SELECT value FROM json_each(?))"
+
+TRACE = (
+    "SELECT json_group_array(json_array(key, token)) FROM messages"
+    " WHERE key IN (SELECT value FROM json_each(?))"
+)
+"""Keys and tokens of those of these rows that are there."""
 
 DEPTH = (
     "SELECT (SELECT count(*) FROM messages),"
@@ -293,6 +299,13 @@ def _row(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Row | None:
     except (UnicodeDecodeError, TypeError):
         return None
     return Row(Claim(key, token), record)
+
+
+def fate(claim: Claim, token: int | None) -> RowFate:
+    """Say what became of a row that has this token now."""
+    if token is None:
+        return RowFate.MISSING
+    return RowFate.HELD if token == claim.token else RowFate.TAKEN
 
 
 def pairs(claims: Iterable[Claim]) -> str:

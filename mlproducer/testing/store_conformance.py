@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlproducer.errors import BufferFullError
-from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Store
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate, Store
 from mlproducer.testing.store_kit import (
     PATIENCE,
     StoreTests,
@@ -272,6 +272,66 @@ class Leases(StoreTests):
         assert row.record.doubtful
 
 
+class Fates(StoreTests):
+    """What the holder of a claim learns of a row that it does not hold any more."""
+
+    def test_a_row_under_its_claim_is_held(self, store: Store) -> None:
+        """Claimed, or released and claimed by nobody since; dead or not."""
+        claims = store.put(entries_of("a", "b", "c", delay=None), PATIENCE)
+        store.release([Change(claims[1], record_of("b"), self.lease * 100)])
+        store.release([Change(claims[2], record_of("c", dead=True), 0.0)])
+        assert store.trace(claims) == [RowFate.HELD] * 3
+        assert store.trace([]) == []
+
+    def test_a_row_that_was_claimed_since_is_taken(self, store: Store) -> None:
+        """Under the new claim it is held."""
+        (old,) = store.put(entries_of("a", delay=0.0), PATIENCE)
+        (row,) = store.claim(1)
+        assert store.trace([old, row.claim]) == [RowFate.TAKEN, RowFate.HELD]
+
+    def test_a_row_that_its_first_owner_deleted_leaves_nothing(self, store: Store) -> None:
+        """Nor does one that never was."""
+        first, second = store.put(entries_of("a", "b", delay=None), PATIENCE)
+        store.done([first])
+        store.release([Change(second, record_of("b"), 0.0)])
+        (row,) = store.claim(1)
+        store.done([row.claim])
+        fates = store.trace([NOBODY, first, second, row.claim])
+        assert fates == [RowFate.MISSING] * 4
+
+    def test_what_another_delivered_can_be_learned(self, store: Store, other: Store) -> None:
+        """Whether as a message or as a dead letter; the store has no row of it any more."""
+        claims = store.put(entries_of("a", "b", "c", delay=0.0), PATIENCE)
+        rows = other.claim(10)
+        letter = Change(rows[1].claim, record_of("b", dead=True))
+        assert other.release([letter]) == []
+        assert store.trace(claims) == [RowFate.TAKEN] * 3
+        other.done([row.claim for row in rows[:2]])
+        expected = [RowFate.CONFIRMED, RowFate.DEAD_LETTERED, RowFate.TAKEN]
+        assert store.trace(claims) == expected
+        assert other.trace(claims) == expected
+        assert store.depth() == Depth(waiting=1)
+
+    def test_what_came_back_leaves_nothing(self, store: Store, other: Store) -> None:
+        """Its first owner deletes it in the end, after another one has had it."""
+        (old,) = store.put(entries_of("a", delay=0.0), PATIENCE)
+        (row,) = other.claim(1)
+        other.release([Change(row.claim, row.record, 0.0)])
+        (back,) = store.claim(1)
+        store.done([back.claim])
+        assert store.trace([old, row.claim]) == [RowFate.MISSING] * 2
+
+    def test_the_time_of_acceptance_stays(self, store: Store, other: Store) -> None:
+        """It goes with the row, whoever claims it."""
+        accepted = 1_700_000_000.125
+        store.put([Entry(record_of("a", accepted_at=accepted), 0.0)], PATIENCE)
+        (row,) = other.claim(1)
+        assert row.record.accepted_at == accepted
+        other.release([Change(row.claim, row.record, 0.0)])
+        (row,) = store.claim(1)
+        assert row.record.accepted_at == accepted
+
+
 class Ends(StoreTests):
     """What does not fit, and what a closed store leaves."""
 
@@ -344,5 +404,5 @@ class Bytes(StoreTests):
             patient.done([row.claim for row in claim_all(patient)])
 
 
-class StoreConformance(Storing, Changing, Leases, Letters, Counts, Ends, Bytes):
+class StoreConformance(Storing, Changing, Leases, Letters, Counts, Fates, Ends, Bytes):
     """All of it; see `StoreTests` for what a subclass overrides."""

@@ -46,6 +46,7 @@ records = st.builds(
     dead=st.booleans(),
     reason=_texts,
     first_failed_at=st.floats(0, 4e9),
+    accepted_at=st.floats(0, 4e9),
 )
 
 
@@ -140,7 +141,8 @@ def fields_of(envelope: Envelope) -> tuple[object, ...]:
 def known_of(record: Record) -> tuple[object, ...]:
     """Give what is known of a message; of a time, no more than microseconds."""
     since = pytest.approx(record.first_failed_at, abs=1e-5)
-    return record.attempts, record.doubtful, record.dead, record.reason, since
+    accepted = pytest.approx(record.accepted_at, abs=1e-5)
+    return record.attempts, record.doubtful, record.dead, record.reason, since, accepted
 
 
 def all_of(record: Record) -> tuple[object, ...]:

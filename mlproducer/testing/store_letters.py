@@ -113,9 +113,10 @@ class Counts(StoreTests):
         if not store.durable:
             pytest.skip("nothing is stored ahead in memory")
         first, second = store.put([Entry(record_of(each), ahead=True) for each in "ab"], PATIENCE)
-        assert store.depth() == Depth()
+        assert store.depth() == Depth(ahead=2)
+        assert store.depth().total == 2
         store.release([Change(first, record_of("a", attempts=1), 0.0)])
-        assert store.depth() == Depth(1, 0)
+        assert store.depth() == Depth(waiting=1, ahead=1)
         store.done([first, second])
         assert store.depth() == Depth()
 
