@@ -32,7 +32,9 @@ Runs on: any thread.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 __all__ = [
     "AuthenticationError",
@@ -56,6 +58,29 @@ __all__ = [
     "UnroutableError",
     "WouldDeadlockError",
 ]
+
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def frameless(call: _Call) -> _Call:
+    """Decorate a function so that errors of ours leave it without the frames in which they arose.
+
+    Error reporters send the local variables of a traceback's frames, and those below here hold
+    passwords or users' texts. For the same reason nothing stays chained to the error.
+    """
+
+    @functools.wraps(call)
+    def shielded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except MLProducerError as error:
+            problem = error.with_traceback(None)
+        del args, kwargs
+        problem.__cause__ = problem.__context__ = None
+        raise problem
+
+    return shielded  # type: ignore[return-value] # the same signature, which wraps() loses
 
 
 class MLProducerError(Exception):

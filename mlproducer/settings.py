@@ -9,75 +9,42 @@ Runs on: any thread; everything here is frozen.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import parse_qsl
 
-from attrs import Attribute, field, fields_dict, frozen
+from attrs import Attribute, evolve, field, fields_dict, frozen
 
-from mlproducer.errors import ConfigurationError
+from mlproducer import brokers
+from mlproducer.brokers import AUTH_MECHANISMS, Broker, TLSSettings, redact, redact_one
+from mlproducer.errors import ConfigurationError, frameless
 from mlproducer.topology import Topology
+
+__all__ = ["Broker", "Settings", "TLSSettings", "redact", "redact_one"]
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("api", "local")
 DECLARE_MODES = ("active", "passive", "off")
 BREAKER_MODES = ("consecutive", "adaptive")
-AUTH_MECHANISMS = ("PLAIN", "EXTERNAL")
 STORE_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "redis+sentinel", "unix")
 
 Credentials = Callable[[], "tuple[str, str] | tuple[str, str, float]"]
 """Gives user and password, and where they end, after how many seconds."""
 
 _Validator = Callable[[Any, "Attribute[Any]", Any], None]
-_USER_INFO = re.compile(r"(?<=://).*@")
-_QUERY = re.compile(r"\?[^,]*")
-_LOOPBACK = re.compile(r"localhost|127(\.\d{1,3}){3}|::1")
+_Class = TypeVar("_Class", bound=type)
 
 
-def redact(urls: str) -> str:
-    """Give URLs without user information and query, in which secrets may stand."""
-    return ",".join(_QUERY.sub("", _USER_INFO.sub("", url)) for url in _split(urls))
-
-
-@frozen
-class Broker:
-    """Where one broker listens, and as whom to connect to it."""
-
-    host: str
-    port: int
-    virtual_host: str = "/"
-    user: str = field(default="guest", repr=False)
-    password: str = field(default="guest", repr=False)
-    tls: bool = False
-
-    @property
-    def address(self) -> str:
-        """``host:port``, fit for logs and errors."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
-
-
-@frozen(kw_only=True)
-class TLSSettings:
-    """How to speak TLS (RabbitMQ guide, *TLS Support*).
-
-    :ivar ca_certs: file with the certificate authorities to trust; ``None``: the system's
-    :ivar certfile: file with the client's certificate chain, for mutual TLS
-    :ivar keyfile: file with its private key; ``None``: it stands in ``certfile``
-    :ivar verify_peer: check the server's certificate and name; switching it off is logged loudly
-    :ivar server_name: the name that the server's certificate must bear; ``None``: the URL's host
-    :ivar key_password: what the private key is encrypted with
-    :ivar key_password_file: file with that password, read for each connection
-    """
-
-    ca_certs: str | None = None
-    certfile: str | None = None
-    keyfile: str | None = None
-    verify_peer: bool = True
-    server_name: str | None = None
-    key_password: str | None = field(default=None, repr=False)
-    key_password_file: str | None = None
+def _frameless_init(cls: _Class) -> _Class:
+    """Have the constructor that attrs made keep its arguments out of tracebacks."""
+    made: Any = cls
+    made.__init__ = frameless(made.__init__)
+    return cls
 
 
 def _number(
@@ -108,17 +75,47 @@ def _one_of(choices: tuple[str, ...]) -> _Validator:
 
 
 def _check_url(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
-    if value is not None:
-        if not isinstance(value, str):
-            raise ConfigurationError(f"{attribute.name} must be a str, got {_shown(value)}")
-        parse_brokers(value, tls=False, name=attribute.name)
+    if value is not None and not isinstance(value, str):
+        raise ConfigurationError(f"{attribute.name} must be a str, got {_shown(value)}")
 
 
 def _check_store_url(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
-    scheme = value.partition("://")[0] if isinstance(value, str) and "://" in value else ""
-    if scheme not in STORE_SCHEMES:
+    """Find what is wrong with any store's URL; what it may say besides, the store itself knows."""
+    name = attribute.name
+    scheme, separator, rest = value.partition("://") if isinstance(value, str) else ("", "", "")
+    if not separator or scheme not in STORE_SCHEMES:
         accepted = ", ".join(f"{each}://" for each in STORE_SCHEMES)
-        raise ConfigurationError(f"{attribute.name} must be a URL that starts with {accepted}")
+        raise ConfigurationError(f"{name} must be a URL that starts with {accepted}")
+    if re.search(r"[\x00-\x1f\x7f]|%(?:[01][0-9a-f]|7f)", rest, re.IGNORECASE):
+        raise ConfigurationError(f"{name} must hold no control character")
+    rest, _, query = rest.partition("?")
+    authority, _, path = rest.partition("/")
+    if scheme in ("memory", "sqlite"):
+        _check_local(name, scheme, authority, path, query)
+    elif "@" in path or "@" in query or "[" in path + authority.rpartition("@")[0]:
+        raise ConfigurationError(
+            f"{name} holds @ or [ where none can be: in a user or password write @ as %40, / as %2F"
+        )
+    options = [option for option, _ in parse_qsl(query, keep_blank_values=True)]
+    if len(set(options)) < len(options):
+        raise ConfigurationError(f"{name} gives an option twice")
+
+
+def _check_local(name: str, scheme: str, authority: str, path: str, query: str) -> None:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    accepted = {"write_ahead"} if scheme == "sqlite" else set()
+    if (
+        authority
+        or "#" in path
+        or (scheme == "sqlite") != bool(path)
+        or not options.keys() <= accepted
+    ):
+        raise ConfigurationError(
+            f"{name} does not parse; accepted are memory://, sqlite:///relative.db and "
+            "sqlite:////absolute.db, the latter two also with ?write_ahead=1"
+        )
+    if options.get("write_ahead", "1").lower() not in _FLAGS:
+        raise ConfigurationError(f"{name}: write_ahead must be 1 or 0")
 
 
 def _check_text(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -156,6 +153,7 @@ _seconds = _number(0, 3600, above=True, unit="seconds")  # more was meant as mil
 _seconds_or_none = _number(0, 3600, unit="seconds")
 
 
+@_frameless_init
 @frozen(kw_only=True)
 class Settings:
     """All that can be set. Times are seconds, sizes bytes.
@@ -179,16 +177,22 @@ class Settings:
     url_file: str | None = field(default=None, validator=_check_text)
     password_file: str | None = field(default=None, validator=_check_text)
     credentials: Credentials | None = field(default=None, validator=_check_callable, repr=False)
-    auth_mechanism: str = field(default="PLAIN", validator=_one_of(AUTH_MECHANISMS))
+    auth_mechanism: Literal["PLAIN", "EXTERNAL"] = field(
+        default="PLAIN", validator=_one_of(AUTH_MECHANISMS)
+    )
     connection_name: str | None = field(default=None, validator=_check_text)
     tls: TLSSettings | None = None
     heartbeat: int = field(default=60, validator=_number(0, 65_535, whole=True))
     connection_timeout: float = field(default=10.0, validator=_seconds)
     prefetch: int = field(default=100, validator=_number(1, 65_535, whole=True))
 
-    preferred_llm_backend: str = field(default="api", validator=_one_of(BACKENDS))
-    preferred_stt: str = field(default="api", validator=_one_of(BACKENDS))
-    preferred_embedding_backend: str = field(default="api", validator=_one_of(BACKENDS))
+    preferred_llm_backend: Literal["api", "local"] = field(
+        default="api", validator=_one_of(BACKENDS)
+    )
+    preferred_stt: Literal["api", "local"] = field(default="api", validator=_one_of(BACKENDS))
+    preferred_embedding_backend: Literal["api", "local"] = field(
+        default="api", validator=_one_of(BACKENDS)
+    )
 
     publish_timeout: float = field(default=5.0, validator=_seconds)
     max_in_flight: int = field(default=1000, validator=_number(1, 65_535, whole=True))
@@ -204,7 +208,9 @@ class Settings:
 
     circuit_breaker_threshold: int = field(default=10, validator=_number(0, 1_000_000, whole=True))
     circuit_breaker_cooldown: float = field(default=30.0, validator=_seconds)
-    circuit_breaker_mode: str = field(default="consecutive", validator=_one_of(BREAKER_MODES))
+    circuit_breaker_mode: Literal["consecutive", "adaptive"] = field(
+        default="consecutive", validator=_one_of(BREAKER_MODES)
+    )
     health_check_interval: float = field(default=30.0, validator=_seconds)
 
     reconnect_initial_delay: float = field(default=0.5, validator=_seconds)
@@ -214,30 +220,67 @@ class Settings:
     gave_up_interval: float = field(default=60.0, validator=_seconds_or_none)
     exit_timeout: float = field(default=5.0, validator=_seconds_or_none)
 
-    store_url: str = field(default="memory://", validator=_check_store_url, repr=redact)
+    store_url: str = field(default="memory://", validator=_check_store_url, repr=redact_one)
     store_lease: float = field(default=30.0, validator=_seconds)
     connections: int = field(default=1, validator=_number(1, 64, whole=True))
     exchange: str = field(default="bookmarkai.ml", validator=_check_exchange)
-    declare_topology: str = field(default="active", validator=_one_of(DECLARE_MODES))
+    declare_topology: Literal["active", "passive", "off"] = field(
+        default="active", validator=_one_of(DECLARE_MODES)
+    )
     delivery_limit: int = field(default=20, validator=_number(1, 1_000_000, whole=True))
     queue_prefix: str = field(default="", validator=_check_prefix)
     topology: Topology | None = field(default=None, validator=_check_topology)
     rollout: float = field(default=1.0, validator=_number(0, 1))
 
-    @property
-    def brokers(self) -> tuple[Broker, ...]:
-        """The brokers that ``url`` names, in its order.
+    def __attrs_post_init__(self) -> None:
+        if self.url and self.url_file:
+            raise ConfigurationError("url and url_file are both given; accepted is one of them")
+        if self.password_file and self.credentials:
+            raise ConfigurationError(
+                "password_file and credentials are both given; accepted is one of them"
+            )
+        if self.url:
+            self._parse(self.url, "url")
+            for key in dict.fromkeys(brokers.ignored_parameters(self.url)):
+                logger.warning(
+                    "url: the query parameter %s has no meaning here, and is ignored", key
+                )
 
-        :raises ConfigurationError: no URL is set
+    @property
+    @frameless
+    def brokers(self) -> tuple[Broker, ...]:
+        """The brokers that ``url`` names, in its order, with all that holds for each.
+
+        Reads ``url_file`` and ``password_file`` where they are set; `credentials` is not called.
+
+        :raises ConfigurationError: no URL is set, or a file cannot be read or holds no URL
         """
-        if not self.url:
+        if self.url_file:
+            found = self._parse(_contents("url_file", self.url_file).strip(), "url_file")
+        elif self.url:
+            found = self._parse(self.url, "url")
+        else:
             raise ConfigurationError(
                 "RABBITMQ_URL (or Settings.url) is not set; accepted is amqp://user:password@host/"
                 " or amqps://..., several separated by commas"
             )
-        return parse_brokers(self.url, tls=self.tls is not None)
+        if not self.password_file:
+            return found
+        password = _contents("password_file", self.password_file).rstrip("\r\n")
+        return tuple(evolve(broker, password=password) for broker in found)
+
+    def _parse(self, urls: str, name: str) -> tuple[Broker, ...]:
+        defaults = brokers.Defaults(
+            tls=self.tls,
+            heartbeat=self.heartbeat,
+            connection_timeout=self.connection_timeout,
+            auth_mechanism=self.auth_mechanism,
+            user_elsewhere=self.credentials is not None,
+        )
+        return brokers.parse(urls, defaults, name)
 
     @classmethod
+    @frameless
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read the variables of the README's table.
 
@@ -250,57 +293,24 @@ class Settings:
         }
         for name, value in values.items():
             _check_variable(name, value)
-        return cls(**values, tls=_tls_from_env(environ, values.get("url")))
+        tls = _tls_from_env(environ, values)
+        url, url_file = values.pop("url", None), values.pop("url_file", None)
+        settings = cls(**values, tls=tls)
+        if url and url_file:
+            raise ConfigurationError(
+                "RABBITMQ_URL and RABBITMQ_URL_FILE are both set; accepted is one of them"
+            )
+        if url:
+            settings._parse(url, "RABBITMQ_URL")
+        return evolve(settings, url=url, url_file=url_file)
 
 
-def parse_brokers(urls: str, *, tls: bool, name: str = "url") -> tuple[Broker, ...]:
-    """Read ``amqp://`` and ``amqps://`` URLs, separated by commas.
-
-    :param tls: use TLS for ``amqp://`` too
-    :param name: how an error calls the value
-    :raises ConfigurationError: one of them does not parse; its text shows no user information
-    """
-    return tuple(_parse_broker(url, tls=tls, name=name) for url in _split(urls))
-
-
-def _parse_broker(url: str, *, tls: bool, name: str) -> Broker:
-    where = f"{name} {redact(url)!r}" if "://" in url else name
+def _contents(name: str, path: str) -> str:
     try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise ConfigurationError(f"{name} holds a URL whose host or port does not parse") from None
-    if parts.scheme not in ("amqp", "amqps"):
-        raise ConfigurationError(f"{where}: accepted are only amqp:// and amqps:// URLs")
-    if not host:
-        raise ConfigurationError(f"{where} names no host")
-    if parts.query or parts.fragment:
-        raise ConfigurationError(
-            f"{where} has a query or fragment; accepted are none: use settings"
-        )
-    secure = tls or parts.scheme == "amqps"
-    user, password = _credentials(parts, host, where)
-    return Broker(
-        host=host,
-        port=port or (5671 if secure else 5672),
-        virtual_host=unquote(parts.path[1:]) or "/",
-        user=user,
-        password=password,
-        tls=secure,
-    )
-
-
-def _credentials(parts: SplitResult, host: str, where: str) -> tuple[str, str]:
-    """Take the URL's user, or RabbitMQ's ``guest``, whom it accepts from loopback only."""
-    if parts.username is not None:
-        return unquote(parts.username), unquote(parts.password or "")
-    if _LOOPBACK.fullmatch(host):
-        return "guest", "guest"
-    raise ConfigurationError(f"{where} names no user; accepted is amqp://user:password@host/")
-
-
-def _split(urls: str) -> list[str]:
-    return [url for url in map(str.strip, urls.split(",")) if url]
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+    raise ConfigurationError(f"{name}: {path} cannot be read: {reason}")
 
 
 def _shown(value: Any) -> str:
@@ -401,22 +411,43 @@ def _check_variable(name: str, value: Any) -> None:
         raise ConfigurationError(f"{variable}: {error}{unit}") from None
 
 
-def _tls_from_env(environ: Mapping[str, str], url: str | None) -> TLSSettings | None:
+def _tls_from_env(environ: Mapping[str, str], values: Mapping[str, Any]) -> TLSSettings | None:
     """TLS where the switch or a URL asks for it; the certificate variables alone do not."""
     flags = {
         variable: _read(environ, variable, _flag)
         for variable in ("RABBITMQ_USE_SSL", "RABBITMQ_VERIFY_PEER")
         if environ.get(variable, "").strip()
     }
-    secure = any(each.startswith("amqps://") for each in _split(url or ""))
-    if not (flags.get("RABBITMQ_USE_SSL", False) or secure):
+    given = {
+        name: environ[variable].strip()
+        for name, variable in _TLS_VARIABLES.items()
+        if environ.get(variable, "").strip()
+    }
+    if given.keys() >= {"key_password", "key_password_file"}:
+        raise ConfigurationError(
+            "RABBITMQ_SSL_KEY_PASSWORD and RABBITMQ_SSL_KEY_PASSWORD_FILE are both set; "
+            "accepted is one of them"
+        )
+    url = values.get("url", "")
+    switched = flags.get("RABBITMQ_USE_SSL", False) or "amqps://" in url.lower()
+    if not switched and not ("url_file" in values and (given or "RABBITMQ_VERIFY_PEER" in flags)):
+        if url and given:
+            logger.warning(
+                "%s is set, and the connection is not encrypted: the URL says amqp://; write "
+                "amqps://, or set RABBITMQ_USE_SSL=true",
+                " and ".join(_TLS_VARIABLES[name] for name in given),
+            )
         return None
     return TLSSettings(
-        ca_certs=environ.get("RABBITMQ_SSL_CACERT") or None,
-        certfile=environ.get("RABBITMQ_SSL_CERTFILE") or None,
-        keyfile=environ.get("RABBITMQ_SSL_KEYFILE") or None,
-        verify_peer=flags.get("RABBITMQ_VERIFY_PEER", True),
-        server_name=environ.get("RABBITMQ_SSL_SERVER_NAME") or None,
-        key_password=environ.get("RABBITMQ_SSL_KEY_PASSWORD") or None,
-        key_password_file=environ.get("RABBITMQ_SSL_KEY_PASSWORD_FILE") or None,
+        **given, verify_peer=flags.get("RABBITMQ_VERIFY_PEER", True), enforced=switched
     )
+
+
+_TLS_VARIABLES = {
+    "ca_certs": "RABBITMQ_SSL_CACERT",
+    "certfile": "RABBITMQ_SSL_CERTFILE",
+    "keyfile": "RABBITMQ_SSL_KEYFILE",
+    "server_name": "RABBITMQ_SSL_SERVER_NAME",
+    "key_password": "RABBITMQ_SSL_KEY_PASSWORD",
+    "key_password_file": "RABBITMQ_SSL_KEY_PASSWORD_FILE",
+}

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mlproducer"
 
 FLOORS = [
     {"errors"},
-    {"topology"},
+    {"topology", "brokers"},
     {"settings", "message", "shapes", "tracing", "latch"},
     {"tasks", "fate"},
     {"wire"},
