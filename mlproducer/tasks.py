@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from attrs import field, frozen
 
 from mlproducer import shapes
-from mlproducer.errors import InvalidTaskError
+from mlproducer.errors import InvalidTaskError, frameless
 from mlproducer.shapes import Shape
 
 API, LOCAL = "api", "local"
@@ -118,6 +118,7 @@ class _ContentTask(_ShareTask):
     content: Mapping[str, Any] = field(repr=False)
     options: Mapping[str, Any] = field(repr=False)
 
+    @frameless
     def __init__(
         self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
     ) -> None:
@@ -175,6 +176,7 @@ class TranscriptionTask(_ShareTask):
     media_url: str = field(repr=False)
     options: Mapping[str, Any] = field(repr=False)
 
+    @frameless
     def __init__(
         self, share_id: str, media_url: str, options: Mapping[str, Any] | None = None
     ) -> None:
@@ -228,6 +230,7 @@ class EmbeddingBatchTask(MLTask):
 
     items: tuple[EmbeddingTask, ...]
 
+    @frameless
     def __init__(self, items: Sequence[Sequence[Any] | Mapping[str, Any] | EmbeddingTask]) -> None:
         if not isinstance(items, (list, tuple)):
             shapes.refuse("items", items, "a list or a tuple")
@@ -295,6 +298,7 @@ class CeleryTask:
     headers: Mapping[str, Any] = field(repr=False)
     task_id: str | None = field(repr=False)
 
+    @frameless
     def __init__(
         self,
         name: str,

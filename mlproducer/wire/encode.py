@@ -6,7 +6,7 @@ Runs on: the publisher's thread.
 from __future__ import annotations
 
 from mlproducer import tracing
-from mlproducer.errors import InvalidMessageError, MessageTooLargeError
+from mlproducer.errors import InvalidMessageError, MessageTooLargeError, frameless
 from mlproducer.message import Envelope, Message
 from mlproducer.settings import Settings
 from mlproducer.tasks import (
@@ -43,6 +43,7 @@ class Encoder:
             embedding=settings.preferred_embedding_backend,
         )
 
+    @frameless
     def encode(self, task: Task) -> Envelope:
         """Encode a task or message.
 

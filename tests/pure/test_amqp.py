@@ -232,13 +232,15 @@ def test_refuses_what_amqp_cannot_carry() -> None:
 def is_refused(fields: dict[str, Any], words: tuple[str, ...]) -> None:
     """Try to encode one bad message."""
     message = Message(**{"body": b"", "routing_key": "q", **fields})
-    refused(lambda: raw.encode(message, exchange="x"), InvalidMessageError, *words)
+    refused(lambda: raw.encode(message, exchange="x"), InvalidMessageError, *words, inside=True)
 
 
 def test_refuses_an_expiration_too_long_to_print() -> None:
     """An int that CPython will not print is refused as any other that is out of range."""
     message = Message(body=b"", routing_key="q", expiration=10**10_000)
-    refused(lambda: raw.encode(message, exchange="x"), InvalidMessageError, "expiration")
+    refused(
+        lambda: raw.encode(message, exchange="x"), InvalidMessageError, "expiration", inside=True
+    )
 
 
 @pytest.mark.parametrize("field", ["user_id", "delivery_mode", "timestamp", "cluster_id"])
@@ -251,7 +253,7 @@ def test_offers_no_property_that_can_only_do_harm(field: str) -> None:
 def test_refuses_headers_over_the_frame() -> None:
     """Fault 67: 200 kB of headers pass pika, and cost the connection of every other message."""
     message = Message(body=b"", routing_key="q", headers={"a": CANARY * 20_000})
-    refused(lambda: raw.encode(message, exchange="x"), MessageTooLargeError, "headers")
+    refused(lambda: raw.encode(message, exchange="x"), MessageTooLargeError, "headers", inside=True)
 
 
 def test_the_largest_headers_fit_a_frame_with_any_attempt() -> None:

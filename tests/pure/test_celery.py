@@ -246,11 +246,16 @@ def test_refuses_what_cannot_travel() -> None:
     """Faults 63, 64, 66 to 69: refused by name and type on the caller's thread, and fast."""
 
     def check(task: Any, *words: str) -> None:
-        refused(lambda: encode(task), InvalidMessageError, *words)
+        refused(lambda: encode(task), InvalidMessageError, *words, inside=True)
 
     each_row(BAD, check)
 
 
 def test_refuses_headers_over_the_frame() -> None:
     """Fault 67: the broker would close the connection under every other message."""
-    refused(lambda: encode(simple(headers={"a": CANARY * 20_000})), MessageTooLargeError, "headers")
+    refused(
+        lambda: encode(simple(headers={"a": CANARY * 20_000})),
+        MessageTooLargeError,
+        "headers",
+        inside=True,
+    )

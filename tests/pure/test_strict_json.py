@@ -131,7 +131,7 @@ def test_refuses_what_json_cannot_carry() -> None:
     """Faults 63 and 64: a refusal names the field and the reason, at once, and no content."""
 
     def check(name: str, value: Any, word: str) -> None:
-        refused(lambda: encode(value), InvalidMessageError, "args", word)
+        refused(lambda: encode(value), InvalidMessageError, "args", word, inside=True)
 
     each_row(REFUSED, check)
 
@@ -149,4 +149,4 @@ def test_refuses_what_json_cannot_carry() -> None:
 )
 def test_dumps_alone_refuses_what_the_encoder_cannot_write(value: Any, word: str) -> None:
     """Values of a known shape skip the walk, and get the same error texts."""
-    refused(lambda: dumps("content", value), InvalidMessageError, "content", word)
+    refused(lambda: dumps("content", value), InvalidMessageError, "content", word, inside=True)
