@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future
 
-from mlproducer.latch import Watch
+from mlproducer.latch import Watch, seconds
 from mlproducer.message import Receipt
 
 ORPHANED = 0.05
@@ -74,6 +74,8 @@ class Fate(Future[Receipt]):
         self._settled.changed()
 
     def _wait(self, timeout: float | None) -> None:
+        if timeout is not None:
+            timeout = seconds(0.0 if timeout < 0 else timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         self._settled.wait_for(self.done, deadline)
 

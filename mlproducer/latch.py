@@ -11,10 +11,30 @@ Runs on: any thread.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+from mlproducer.errors import ConfigurationError
+
+LONGEST = min(threading.TIMEOUT_MAX, 366 * 86400.0)
+"""Seconds that count as for ever: systems have limits for a wait, and clocks for a deadline."""
+
+HANDING_ON = 1.0
+"""Seconds at most between two steps of a thread that hands a token on."""
+
+
+def seconds(timeout: float, name: str = "timeout") -> float:
+    """Check a number of seconds that a user gives, and cut it to what can be waited for.
+
+    :raises ConfigurationError: it is negative, not a number, or infinite
+    """
+    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if is_number and 0 <= timeout < math.inf:
+        return min(timeout, LONGEST)
+    raise ConfigurationError(f"{name} must be a finite number of seconds from 0")
 
 
 class Latch:
@@ -33,7 +53,9 @@ class Latch:
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until it is open; false if it was not within ``timeout`` seconds."""
-        return self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+        if timeout is None:
+            return self._lock.acquire()
+        return self._lock.acquire(timeout=min(max(0.0, timeout), LONGEST))
 
 
 class Relay:
@@ -115,53 +137,88 @@ class Watch:
 
 
 class Token:
-    """Held by one thread at a time, and handed on to whoever has waited longest."""
+    """Held by one thread at a time, and handed on to the one that has waited longest.
+
+    A signal handler or finaliser that asks for it on the thread that holds it does not get it: the
+    holder could not give it before the handler returns. Who holds it is told by one key of a
+    dictionary, whose ``setdefault`` asks and takes in one step that no interrupt divides.
+    """
 
     def __init__(self) -> None:
-        self._free: deque[None] = deque([None])
-        self._waiting: deque[Latch] = deque()
+        self._holder: dict[str, int] = {}
+        self._waiting: deque[_Turn] = deque()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this thread holds it."""
+        return self._holder.get("thread") == threading.get_ident()
 
     def take(self, deadline: float) -> bool:
-        """Take it, waiting until a monotonic deadline; false if it was not handed on by then."""
-        if not self._waiting and self._pop():
-            return True
-        latch = Latch()
-        self._waiting.append(latch)
-        if self._pop():  # it came free before the latch could be seen
-            self._waiting.remove(latch)
-            return True
+        """Take it, waiting until a monotonic deadline; false if it was not handed on by then.
+
+        It is also false, at once, where this thread holds it already.
+        """
+        if self.is_here:
+            return False
+        turn = _Turn(threading.get_ident())
         try:
-            taken = latch.wait(deadline - time.monotonic())
+            if not self._waiting and self._is_taken_by(turn):
+                return True
+            turn.queued = True
+            self._waiting.append(turn)
+            if self._is_taken_by(turn):  # it came free before this turn could be seen
+                self._hand_on()  # to the first in line
+            return turn.latch.wait(deadline - time.monotonic()) or not self._leave(turn)
         except BaseException:  # an interrupt
-            if not self._leave(latch):
-                self.give()
+            if turn.queued:
+                self._leave(turn)
+            self.give()
             raise
-        return taken or not self._leave(latch)
 
     def give(self) -> None:
-        """Hand it on, or leave it for whoever comes."""
+        """Hand it on, or leave it for the next one; nothing happens where this thread has it not.
+
+        An interrupt in here does not keep it.
+        """
+        if self.is_here:
+            try:
+                self._hand_on()
+            except BaseException:
+                if self.is_here:
+                    self._hand_on()
+                raise
+
+    def _is_taken_by(self, turn: _Turn) -> bool:
+        return self._holder.setdefault("thread", turn.thread) == turn.thread
+
+    def _hand_on(self) -> None:
         while True:
             try:
-                latch = self._waiting.popleft()
+                turn = self._waiting.popleft()
             except IndexError:
-                self._free.append(None)
-                if self._waiting and self._pop():
-                    continue  # somebody came meanwhile
+                self._holder.pop("thread", None)
+                if not self._waiting or not self._is_taken_by(_Turn(threading.get_ident())):
+                    return  # else another thread has come meanwhile, and has not seen it free
+            else:
+                self._holder["thread"] = turn.thread
+                turn.latch.open()
                 return
-            latch.open()
-            return
 
-    def _leave(self, latch: Latch) -> bool:
+    def _leave(self, turn: _Turn) -> bool:
         """Wait no longer; false if it was handed on at that very moment."""
         try:
-            self._waiting.remove(latch)
+            self._waiting.remove(turn)
         except ValueError:
-            return False
+            return not turn.latch.wait(HANDING_ON)
         return True
 
-    def _pop(self) -> bool:
-        try:
-            self._free.pop()
-        except IndexError:
-            return False
-        return True
+
+class _Turn:
+    """A thread that waits for a token."""
+
+    __slots__ = ("latch", "queued", "thread")
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.queued = False
+        self.latch = Latch()

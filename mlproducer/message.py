@@ -19,6 +19,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from mlproducer.errors import PublishError
+from mlproducer.latch import seconds
 
 RAW_TASK_TYPE = "raw"
 
@@ -130,6 +131,8 @@ class Receipt:
         """
         if self._fate is None:
             return self
+        if timeout is not None:
+            timeout = seconds(0.0 if timeout < 0 else timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             settled = self._fate.result(timeout)

@@ -12,7 +12,6 @@ Runs on: the web server's threads; `serve` starts a server of its own on ``mlpro
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import weakref
@@ -28,7 +27,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from attrs import field, frozen
 
-from mlproducer import page
+from mlproducer import forks, page
 from mlproducer.errors import ConfigurationError
 from mlproducer.observe import catalog, metrics
 from mlproducer.observe.catalog import Family
@@ -259,7 +258,7 @@ def _in_child() -> None:
         server.close()
 
 
-os.register_at_fork(after_in_child=_in_child)
+forks.in_child(_in_child)
 
 
 class _HTTPServer(ThreadingMixIn, WSGIServer):

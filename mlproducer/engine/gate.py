@@ -3,6 +3,10 @@
 Publishers pass the gate before their message is handed over, and wait here while the in-flight
 window is full: first come, first served, so that a large message is not starved by small ones.
 
+A signal handler, or a finaliser that the collector runs, may publish in the middle of any of this,
+on the thread that holds the lock. It is refused: its confirm would have to pass the I/O thread,
+which would wait for that lock in turn.
+
 Runs on: publishers enter, the I/O thread lets them leave.
 """
 
@@ -11,13 +15,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Protocol
 
 from mlproducer.core.delivery import Delivery
+from mlproducer.errors import WouldDeadlockError
 from mlproducer.latch import Latch, Watch
 
 MAX_BYTES = 64 * 1024 * 1024
 """Bytes inside, so that a window of large messages does not fill the memory."""
+
+
+class Turn(Protocol):
+    """What a publisher waits on for its slot."""
+
+    def open(self) -> None:
+        """Tell it that it is inside; from any thread, and never blocking."""
 
 
 class Gate:
@@ -32,9 +46,11 @@ class Gate:
         self._max_bytes = max_bytes
         self._inside: dict[Delivery, int] = {}
         self._bytes = self._reserved = 0
-        self._queue: deque[tuple[Delivery, Latch]] = deque()
-        # guards: _inside, _bytes, _queue; never held while waiting, logging or calling back
-        self._lock = threading.Lock()
+        self._queue: deque[tuple[Delivery, Turn]] = deque()
+        # guards: _inside, _bytes, _reserved, _queue; never held while waiting, logging or calling
+        # back. An RLock, since it knows at every moment whether this thread holds it.
+        self._lock = threading.RLock()
+        self._is_held_here: Callable[[], bool] = attrgetter("_is_owned")(self._lock)  # as Condition
 
     def __len__(self) -> int:
         return len(self._inside)
@@ -45,7 +61,11 @@ class Gate:
 
     def share(self, *, backlog: bool) -> None:
         """Leave a part of the window to messages that wait for a retry, while there are some."""
-        self._reserved = self._limit // 4 if backlog else 0
+        with self._lock:
+            self._reserved = self._limit // 4 if backlog else 0
+            turns = self._next_locked() if self._queue else ()
+        for turn in turns:
+            turn.open()
 
     def welcomes(self) -> bool:
         """Whether it is worth while to look for messages that wait for a retry."""
@@ -55,17 +75,42 @@ class Gate:
         """Give the deliveries that are inside now; without the lock, for signal handlers."""
         return list(self._inside)
 
+    def check(self) -> None:
+        """Refuse a call that would wait for what only its own thread can let go.
+
+        :raises WouldDeadlockError: it comes from a signal handler, or from a finaliser
+        """
+        if self._is_held_here():
+            raise WouldDeadlockError("called by a signal handler or finaliser amid another call")
+
     def enter(self, delivery: Delivery, deadline: float) -> bool:
         """Take a slot, waiting for one until ``deadline`` (monotonic); false if none came free.
 
         An interrupted publisher calls `leave`, which also takes it out of the queue.
+
+        :raises WouldDeadlockError: this thread was interrupted in the middle of another such call
         """
+        self.check()
         with self._lock:
             if not self._queue and self._admit_locked(delivery, self._reserved):
                 return True
             turn = Latch()
             self._queue.append((delivery, turn))
-        return turn.wait(deadline - time.monotonic()) or not self._give_up(delivery)
+        return turn.wait(deadline - time.monotonic()) or not self.give_up(delivery)
+
+    def ask(self, delivery: Delivery, turn: Turn) -> bool:
+        """Take a slot, or stand in line for one until ``turn`` is opened; false for the latter.
+
+        One that stands in line calls `give_up` when it does not want to wait any longer.
+
+        :raises WouldDeadlockError: as for `enter`
+        """
+        self.check()
+        with self._lock:
+            if not self._queue and self._admit_locked(delivery, self._reserved):
+                return True
+            self._queue.append((delivery, turn))
+        return False
 
     def try_enter(self, delivery: Delivery) -> bool:
         """Take a slot if one is free and nobody waits for it, or one that is left to retries."""
@@ -75,6 +120,8 @@ class Gate:
 
     def leave(self, deliveries: Iterable[Delivery]) -> None:
         """Give slots back; for a delivery that holds none, nothing happens."""
+        if self._is_held_here():
+            return  # of a call that was refused for that, and so holds none
         with self._lock:
             for delivery in deliveries:
                 size = self._inside.pop(delivery, None)
@@ -90,7 +137,7 @@ class Gate:
         if not self._inside:
             self.emptied.changed()
 
-    def _give_up(self, delivery: Delivery) -> bool:
+    def give_up(self, delivery: Delivery) -> bool:
         """Leave the queue, unless the slot came in the last moment; those behind may fit now."""
         with self._lock:
             if delivery in self._inside:
@@ -112,7 +159,7 @@ class Gate:
         self._bytes += size
         return True
 
-    def _next_locked(self) -> list[Latch]:
+    def _next_locked(self) -> list[Turn]:
         turns = []
         while self._queue and self._admit_locked(self._queue[0][0], self._reserved):
             turns.append(self._queue.popleft()[1])

@@ -6,11 +6,12 @@ Runs on: the thread that forks, in the child; the main thread at exit.
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import time
 import weakref
 from typing import Protocol
+
+from mlproducer import forks
 
 EXIT_LIMIT = 5.0
 """Seconds for which the end of the process waits for what is in flight."""
@@ -57,5 +58,5 @@ def _at_exit() -> None:
         owner.exiting(deadline)
 
 
-os.register_at_fork(after_in_child=_in_child)
+forks.in_child(_in_child)
 atexit.register(_at_exit)

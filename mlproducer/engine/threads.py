@@ -12,24 +12,49 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+from mlproducer import forks
+
 logger = logging.getLogger(__name__)
 
 IDLE = 3600.0
 """Seconds after which a thread with nothing to do looks again."""
 
 _ordinals: dict[int, object] = {}
+forks.in_child(_ordinals.clear)
 
 
-class _Here(threading.local):
-    """Whose thread this is.
+class _Here:
+    """Whose thread this is: what `spawn` was told, ``None`` on users' threads.
 
-    :ivar owner: what `spawn` was told; ``None`` on users' threads
+    Kept by the thread's number and not in a ``threading.local``: that would be of the wrong kind
+    where gevent or eventlet patch after the import, and the same for all green threads.
     """
 
-    owner: object = None
+    def __init__(self) -> None:
+        self._owners: dict[int, object] = {}
+
+    @property
+    def owner(self) -> object:
+        """Whose thread this is."""
+        return self._owners.get(threading.get_ident())
+
+    def run(self, owner: object, target: Callable[[], None]) -> None:
+        """Run something on a thread that is ``owner``'s as long as it runs."""
+        me = threading.get_ident()
+        self._owners[me] = owner
+        try:
+            target()
+        finally:
+            self._owners.pop(me, None)
+
+    def forked(self) -> None:
+        """Forget, in a forked child, the threads that it has not: their numbers come again."""
+        me = threading.get_ident()
+        self._owners = {me: self._owners[me]} if me in self._owners else {}
 
 
 here = _Here()
+forks.in_child(here.forked)
 
 
 def take_ordinal(owner: object) -> int:
@@ -49,13 +74,8 @@ def spawn(role: str, ordinal: int, target: Callable[[], None], owner: object) ->
     :param owner: what `here` says on it
     :raises RuntimeError: the interpreter is shutting down (Python 3.12 and later) or out of threads
     """
-
-    def run() -> None:
-        here.owner = owner
-        target()
-
     name = f"mlproducer-{role}" if ordinal == 1 else f"mlproducer-{role}-{ordinal}"
-    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread = threading.Thread(target=here.run, args=(owner, target), name=name, daemon=True)
     thread.start()
     return thread
 

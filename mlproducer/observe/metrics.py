@@ -30,6 +30,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.utils import floatToGoString
 
+from mlproducer import forks
 from mlproducer.observe.catalog import (
     CONNECTION_STATE,
     FAMILIES,
@@ -235,4 +236,4 @@ def _in_child() -> None:
         _file_meter().forked()
 
 
-os.register_at_fork(after_in_child=_in_child)
+forks.in_child(_in_child)

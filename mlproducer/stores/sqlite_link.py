@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from mlproducer import forks
 from mlproducer.errors import StoreError
 from mlproducer.latch import Token
 from mlproducer.stores.sqlite_file import Connections, corrupt, is_there, open_file
@@ -185,9 +186,13 @@ class Link:
     def _alone(self) -> Iterator[None]:
         """Wait for the calls of other threads, and for forks; keep them waiting."""
         self.leave_the_parent()
-        if not self._token.take(time.monotonic() + FORK_WAIT):
-            raise StoreError(f"the store {self._path} is in use by another thread of this process")
+        if self._token.is_here:  # a signal handler or finaliser amid a call of its own thread
+            raise StoreError(f"the store {self._path} is in use by the call that is interrupted")
         try:
+            if not self._token.take(time.monotonic() + FORK_WAIT):
+                raise StoreError(
+                    f"the store {self._path} is in use by another thread of this process"
+                )
             yield
         finally:
             self._token.give()
@@ -242,15 +247,18 @@ class Link:
 
     # --- forks ---------------------------------------------------------------------------------
 
-    def hold(self) -> bool:
-        """Close the file, and let no one open it, before a fork; false if somebody is in a call."""
-        if not self._token.take(time.monotonic() + FORK_WAIT):
-            return False
-        self._drop()
-        return True
+    @property
+    def is_used_here(self) -> bool:
+        """Whether this thread is in a call."""
+        return self._token.is_here
+
+    def hold(self) -> None:
+        """Close the file, and let no one open it, before a fork, if no thread stays in a call."""
+        if self._token.take(time.monotonic() + FORK_WAIT):
+            self._drop()
 
     def let_go(self) -> None:
-        """Go on after a fork, in the parent."""
+        """Go on after a fork, in the parent; nothing happens where `hold` did nothing."""
         self._token.give()
 
     def leave_the_parent(self) -> None:
@@ -290,10 +298,13 @@ class _Forks:
                 self._token.give()
 
     def before(self) -> None:
-        held = self._held[threading.get_ident()] = []
-        if self._token.take(time.monotonic() + FORK_WAIT):
-            held.append(self._token.give)
-        held.extend(link.let_go for link in self._links if link.hold())
+        # Who gives back is noted first: an interrupt in here does not keep the fork from going on.
+        held = self._held[threading.get_ident()] = [self._token.give]
+        self._token.take(time.monotonic() + FORK_WAIT)
+        for link in list(self._links):
+            if not link.is_used_here:  # else a signal handler forks, and must not end that call
+                held.append(link.let_go)
+                link.hold()
 
     def in_parent(self) -> None:
         for give in self._held.pop(threading.get_ident(), []):
@@ -308,9 +319,9 @@ class _Forks:
 
 _forks = _Forks()
 
-os.register_at_fork(
-    before=_forks.before, after_in_parent=_forks.in_parent, after_in_child=_forks.in_child
-)
+forks.in_child(_forks.in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_forks.before, after_in_parent=_forks.in_parent)
 
 
 # --- transactions -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Any
 
+from mlproducer import forks
 from mlproducer.errors import InvalidMessageError
 from mlproducer.message import Envelope
 from mlproducer.tasks import CeleryTask, MLTask, PreferredBackends
@@ -182,4 +183,4 @@ def _forget_origin() -> None:
     _template.cache_clear()
 
 
-os.register_at_fork(after_in_child=_forget_origin)
+forks.in_child(_forget_origin)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from collections import deque
 
+from mlproducer import forks
+
 _BLOCK = 256
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
 
@@ -35,4 +37,4 @@ def _draw() -> list[str]:
     ]
 
 
-os.register_at_fork(after_in_child=_drawn.clear)
+forks.in_child(_drawn.clear)

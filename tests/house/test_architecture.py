@@ -13,8 +13,9 @@ PACKAGE = ROOT / "mlproducer"
 
 FLOORS = [
     {"errors"},
+    {"latch", "forks"},
     {"topology", "brokers"},
-    {"settings", "message", "shapes", "tracing", "latch"},
+    {"settings", "message", "shapes", "tracing"},
     {"tasks", "fate"},
     {"wire"},
     {"core"},

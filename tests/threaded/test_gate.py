@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
+import gc
+import random
+import signal
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.engine.gate import Gate
+from mlproducer.errors import PublishError, WouldDeadlockError
 from mlproducer.latch import Watch
 from tests.helpers import LIMIT, Background, make_delivery, make_message
 from tests.threaded.conftest import Connect, Serve
@@ -208,3 +216,109 @@ def test_retries_have_a_share() -> None:
     gate.leave([])
     assert outside.result(LIMIT)
     background.gather()
+
+
+def test_a_share_given_back_lets_others_in() -> None:
+    """Those who wait outside come in when the part that was left to retries is not needed."""
+    gate = Gate(4)
+    gate.share(backlog=True)
+    for _ in range(3):
+        assert gate.enter(make_delivery(), soon())
+    background = Background()
+    background.call(gate.enter, make_delivery(), soon())
+    wait_until_queued(gate, 1)
+    started = time.monotonic()
+    gate.share(backlog=False)
+    assert background.gather() == [True]
+    assert time.monotonic() - started < 1.0
+
+
+def test_a_call_amid_another() -> None:
+    """Who comes in while its own thread is at the gate is refused at once, and breaks nothing."""
+    gate, refused = Gate(10), []
+
+    class Publisher:
+        """What a finaliser or a signal handler does."""
+
+        def __init__(self) -> None:
+            self.me = self
+
+        @property
+        def size(self) -> int:
+            """Stands for any moment at which the gate's lock is held."""
+            try:
+                gate.enter(make_delivery("inner"), soon())
+            except WouldDeadlockError as error:
+                refused.append(error)
+                gate.leave((make_delivery("inner"),))
+            return 1
+
+    assert gate.enter(Publisher(), soon())  # type: ignore[arg-type]
+    assert len(refused) == 1
+    assert len(gate) == 1
+    assert gate.enter(make_delivery(), soon())
+
+
+class Session:
+    """A user's object that publishes when the collector finds it."""
+
+    def __init__(self, publish: Callable[[], object]) -> None:
+        self._me = self
+        self._publish = publish
+
+    def __del__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # not the fake broker's
+            with suppress(PublishError):
+                self._publish()
+
+
+def test_a_finaliser_that_publishes(connect: Connect, serve: Serve) -> None:
+    """The collector may run it anywhere in a publish(), and nothing hangs or is lost."""
+    broker = serve()
+    producer = connect(broker, max_in_flight=8)
+    assert producer.wait_connected(LIMIT)
+    ours: list[Any] = []
+    before = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        started = time.monotonic()
+        for _ in range(2000):
+            Session(lambda: ours.append(producer.submit(make_message())))
+            ours.append(producer.submit(make_message()))
+        assert time.monotonic() - started < 30.0
+    finally:
+        gc.set_threshold(*before)
+    assert producer.flush(LIMIT) == 0
+    assert all(future.result(0).confirmed for future in ours)
+    assert len(ours) > 2100
+
+
+def test_a_signal_handler_that_publishes(connect: Connect, serve: Serve) -> None:
+    """It interrupts a submit() at any point: it has its answer, or WouldDeadlockError, in time."""
+    producer = connect(serve(), max_in_flight=50)
+    assert producer.wait_connected(LIMIT)
+    longest, answers, futures = [0.0], Counter[str](), []
+
+    def handler(_signal: int, _frame: FrameType | None) -> None:
+        started = time.monotonic()
+        try:
+            answers[producer.publish(make_message(), timeout=LIMIT).outcome.name] += 1
+        except WouldDeadlockError:
+            answers["refused"] += 1
+        longest[0] = max(longest[0], time.monotonic() - started)
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.002))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        until = time.monotonic() + 3.0
+        while time.monotonic() < until:
+            futures.append(producer.submit(make_message()))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert producer.flush(LIMIT) == 0
+    assert all(future.result(0).confirmed for future in futures)
+    assert answers["CONFIRMED"] > 100
+    assert answers["DEFERRED"] == 0
+    assert longest[0] < 2.0

@@ -46,9 +46,13 @@ def test_one_holder_at_a_time() -> None:
 def test_a_deadline() -> None:
     """Who does not get it in time has not got it, and is not handed it later."""
     token = Token()
-    assert token.take(soon())
+    background, over = Background(), threading.Event()
+    background.call(hold, token, over)
+    while token.take(time.monotonic()):
+        token.give()
     assert not token.take(soon(0.05))
-    token.give()
+    over.set()
+    background.gather()
     assert token.take(soon())
 
 
@@ -58,15 +62,44 @@ def test_an_interrupted_waiter() -> None:
     def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    token = Token()
-    assert token.take(soon())
+    token, over = Token(), threading.Event()
+    background = Background()
+    background.call(hold, token, over)
+    while token.take(time.monotonic()):
+        token.give()
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.02)
     with pytest.raises(KeyboardInterrupt):
         token.take(soon())
     signal.signal(signal.SIGALRM, before)
-    token.give()
+    over.set()
+    background.gather()
     assert token.take(soon())
+
+
+def hold(token: Token, over: threading.Event) -> None:
+    """Hold a token until ``over``."""
+    assert token.take(soon())
+    over.wait(LIMIT)
+    token.give()
+
+
+def test_the_holder_asks_again() -> None:
+    """A handler or finaliser on the thread that holds it is refused at once, and gives nothing."""
+    token = Token()
+    assert token.take(soon())
+    started = time.monotonic()
+    assert not token.take(soon())
+    assert time.monotonic() - started < 1.0
+    assert token.is_here
+    token.give()
+    token.give()
+    assert not token.is_here
+    background = Background()
+    background.call(token.take, soon())
+    assert background.gather() == [True]
+    token.give()  # it is not this thread's
+    assert not token.take(soon(0.01))
 
 
 def test_nobody_starves() -> None:

@@ -1,0 +1,73 @@
+"""What has to be done in a forked child before it may use anything of this library.
+
+Python runs hooks after ``os.fork``. A child that was forked by C code (uWSGI without
+``py-call-osafterfork``, an extension) runs none; it is found out by its process id at the first
+call that comes in, and then the same is done. Where there is no fork (Windows), nothing is.
+
+Runs on: the only thread of a child; where no hooks were run, the first thread that calls in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+class _Process:
+    """The process for which all was done that a fork asks for.
+
+    :ivar pid: its id; not this process's own while a child has not begun afresh
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], None]] = []
+        self.pid = os.getpid()
+        self._begin_unlocked()
+
+    def _begin_unlocked(self) -> None:
+        # guards: pid, between the threads of a child that runs no hooks
+        self._lock = threading.RLock()
+        self._begins = False
+
+    def forked(self) -> None:
+        """Begin afresh where the hooks were run, and no other thread is left."""
+        self._begin_unlocked()
+        self.begin()
+
+    def begin(self) -> None:
+        """Do all steps once; one that fails keeps none of the others from being done."""
+        with self._lock:
+            if self._begins or self.pid == os.getpid():
+                return  # a finaliser calls in from the middle of it, or another thread has done it
+            self._begins = True
+            try:
+                for step in self.steps:
+                    try:
+                        step()
+                    except Exception:
+                        logger.exception("a step after a fork failed; going on")
+                self.pid = os.getpid()  # last: until then other threads have to wait for the lock
+            finally:
+                self._begins = False
+
+
+_process = _Process()
+
+
+def in_child(step: Callable[[], None]) -> None:
+    """Have something done in every forked child, after what was registered before it."""
+    _process.steps.append(step)
+
+
+def notice() -> None:
+    """Begin afresh if this is a child whose fork ran no hooks."""
+    if _process.pid != os.getpid():
+        _process.begin()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_process.forked)
