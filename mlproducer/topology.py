@@ -101,7 +101,8 @@ class Declaration:
     @property
     def target(self) -> str:
         """What is declared, for logs."""
-        return str(self.arguments.get("queue") or self.arguments["exchange"])
+        named = (self.arguments.get(name) for name in ("queue", "exchange", "destination"))
+        return next(str(name) for name in named if name)
 
 
 @frozen

@@ -23,7 +23,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from mlproducer import Message, MLProducer, Outcome, Receipt
 from mlproducer.errors import PublishError
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 
 Answer = Receipt | PublishError
 
@@ -42,7 +42,7 @@ def open_channel(url: str) -> Iterator[BlockingChannel]:
         yield channel
 
 
-def drain(url: str, queues: Iterable[str] = QUEUES) -> Counter[str]:
+def drain(url: str, queues: Iterable[str] = ROUTING_KEYS) -> Counter[str]:
     """Take everything out of the queues and count the copies of each message id.
 
     Each queue is read up to a marker that is published last, so that the end needs no waiting.

@@ -19,8 +19,10 @@ from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Carrier, Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer.core.trial import NOT_FOUND
 from mlproducer.engine.checkup import Checkup
 from mlproducer.engine.cooldown import Cooldown
+from mlproducer.engine.delays import DelayedDelivery, OpenChannel
 from mlproducer.engine.dialer import Dialer
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.health import Health, settle
@@ -34,6 +36,7 @@ from mlproducer.latch import Latch, Relay, Watch
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
 from mlproducer.topology import Declaration, Topology
+from mlproducer.wire.delay import Delays
 
 TICK = 1.0
 """Seconds between looks at what is overdue."""
@@ -80,7 +83,14 @@ class IOThread:
             settings.circuit_breaker_cooldown,
             self._circuit_changed,
         )
-        undertaker = Undertaker(self._topology.dead_letter_exchange)
+        self._delayed = DelayedDelivery(
+            Delays.of(self._topology, settings.queue_prefix),
+            active=settings.declare_topology == "active",
+            call_later=self.reactor.call_later,
+            fault=self.topology_fault,
+            resume=self._pump,
+        )
+        undertaker = Undertaker(self._topology.dead_letter_exchange, self._delayed.plain)
         self.courier = Courier(
             settings.max_message_retries, breaker, keeper, undertaker, gate, events
         )
@@ -133,9 +143,17 @@ class IOThread:
 
     def accept(self, deliveries: Sequence[Delivery]) -> None:
         """Take deliveries from publishers, who start attempts over that were used up."""
-        self.courier.accept(deliveries, time.monotonic())
+        self._take(self._delayed.hold(deliveries, self._take, self._channels()))
         if self.dialer.idle:
             self.dialer.dial()
+
+    def _take(self, deliveries: Sequence[Delivery]) -> None:
+        self.courier.accept(deliveries, time.monotonic())
+
+    def _channels(self) -> OpenChannel | None:
+        """Give what opens a channel for declarations on a link that carries messages."""
+        link = self.dialer.link
+        return None if link is None or not self.is_connected else link.side_channel
 
     def after_burst(self) -> None:
         """Write what has come."""
@@ -145,6 +163,7 @@ class IOThread:
         """Tell those who wait that the loop failed."""
         self._events.crashed(error)
         self.is_connected = False
+        self._delayed.forget()
         self.dialer.crashed()
         self.courier.down(Loss("the I/O loop failed"), time.monotonic())
         self.courier.disconnected()
@@ -176,6 +195,7 @@ class IOThread:
 
     def expire(self, delivery: Delivery) -> None:
         """End a publisher's wait."""
+        self._delayed.release(delivery)
         self.courier.expire(delivery, time.monotonic())
         if delivery.place is Place.IN_FLIGHT:
             self._health.check_soon()
@@ -184,6 +204,9 @@ class IOThread:
 
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that the keeper held."""
+        self._take_again(self._delayed.hold(deliveries, self._take_again, self._channels()))
+
+    def _take_again(self, deliveries: Sequence[Delivery]) -> None:
         now = time.monotonic()
         for delivery in deliveries:
             self.courier.readmit(delivery, now)
@@ -217,11 +240,13 @@ class IOThread:
 
     def shelve(self, done: Latch) -> None:
         """Have a durable store take what is left; the latch is opened once it has."""
+        self._delayed.release()
         self.courier.farewell.shelve(time.monotonic())
         self._keeper.thread.order(done.open)
 
     def close(self) -> None:
         """Tell everybody how it stands, and end the link and the thread."""
+        self._delayed.release()
         self.courier.farewell.abandon(self._keeper.shelf.deliveries(), time.monotonic())
         self.dialer.close()
 
@@ -277,10 +302,15 @@ class IOThread:
     # --- what the link tells -------------------------------------------------------------------
 
     def link_ready(self, channel: Carrier) -> None:
-        """Let the courier carry on the new channel."""
+        """Let the courier carry on the new channel, once what it needs is declared."""
+        link = self.dialer.link
+        if link is not None:
+            self._delayed.prepare(link.side_channel, partial(self._link_ready, channel))
+
+    def _link_ready(self, channel: Carrier) -> None:
         first = self.dialer.state is ConnectionState.CONNECTING
         self.dialer.ready()
-        self.courier.up(channel)
+        self.courier.up(self._delayed.carrier(channel))
         if first:
             self.courier.breaker.reconnected()
             self.is_connected = True
@@ -294,6 +324,7 @@ class IOThread:
         was_up = self.is_connected
         self.is_connected = False
         self._checkup.end()
+        self._delayed.forget()
         self.courier.down(loss, time.monotonic())
         self.courier.disconnected()
         if was_up:
@@ -303,6 +334,8 @@ class IOThread:
     def channel_lost(self, loss: Loss) -> None:
         """Let the courier find out whose fault it was."""
         self._events.channel_lost(loss)
+        if loss.reply_code == NOT_FOUND:
+            self._delayed.forget()
         self.courier.down(loss, time.monotonic())
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:

@@ -5,6 +5,7 @@ Runs on: the I/O thread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 
 from attrs import frozen
@@ -17,18 +18,23 @@ from mlproducer.wire.dead_letter import dead_letter
 
 @frozen
 class Undertaker:
-    """Addresses dead letters to one exchange."""
+    """Addresses dead letters to one exchange.
+
+    :ivar plain: gives a message the route that it has without a delay, to which it goes back
+    """
 
     exchange: str
+    plain: Callable[[Envelope], Envelope]
 
     def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
         """Give a message the form in which it goes to the dead-letter exchange."""
+        alive = self.plain(delivery.envelope)
         ago = timedelta(seconds=now - delivery.first_failed)
         headers: dict[str, str | int] = {
             "x-death-reason": f"{type(reason).__name__}: {reason}"[:255],
             "x-attempts": delivery.attempts,
-            "x-original-exchange": delivery.envelope.exchange,
-            "x-original-routing-key": delivery.envelope.routing_key,
+            "x-original-exchange": alive.exchange,
+            "x-original-routing-key": alive.routing_key,
             "x-first-failed-at": (datetime.now(timezone.utc) - ago).isoformat(),
         }
-        return dead_letter(delivery.envelope, self.exchange, headers)
+        return dead_letter(alive, self.exchange, headers)

@@ -27,6 +27,9 @@ CONTENT_HEADER = 12  # class, weight, body size
 ATTEMPT_MAX = 21  # a short string of the longest delivery tag
 PROPERTIES_MAX = FRAME_MAX - FRAME_OVERHEAD - CONTENT_HEADER - ATTEMPT_MAX
 
+MAX_EXPIRATION = 4_294_967
+"""Seconds; RabbitMQ takes a message's time to live in milliseconds, as 32 bits."""
+
 _MAX_DEPTH = 32
 _ACCEPTED = "accepted are str, bytes, bool, int of 64 bits, None, list and dict"
 _EXTRA_ROUTES = frozenset({"CC", "BCC"})
@@ -144,8 +147,8 @@ def _milliseconds(field: str, value: float) -> bytes:
     """Encode seconds as RabbitMQ's TTL: whole milliseconds in decimal digits, 32 bits."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise InvalidMessageError(f"{field} is {_kind(value)}; accepted are seconds from 0")
-    if not 0 <= value <= 4_294_967:
-        raise InvalidMessageError(f"{field} must be a number of seconds from 0 to 4294967")
+    if not 0 <= value <= MAX_EXPIRATION:
+        raise InvalidMessageError(f"{field} must be a number of seconds from 0 to {MAX_EXPIRATION}")
     return short_string(field, str(round(value * 1000)))
 
 

@@ -21,6 +21,7 @@ from mlproducer.errors import InvalidMessageError
 from mlproducer.message import Envelope
 from mlproducer.tasks import CeleryTask, MLTask, PreferredBackends
 from mlproducer.wire import amqp, strict_json
+from mlproducer.wire.delay import Delays
 from mlproducer.wire.ids import new_id
 
 _EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
@@ -35,10 +36,12 @@ def encode(
     preferred: PreferredBackends,
     trace: Mapping[str, str],
     now: datetime | None = None,
+    delays: Delays | None = None,
 ) -> Envelope:
     """Turn a task into a message.
 
     :param exchange: where it goes unless the task itself says
+    :param delays: where a task waits that is due later; without, its worker holds it
     :param trace: the headers of a W3C trace context, or nothing
     :param now: what a countdown counts from, with a time zone; ``None`` is this moment
     :raises InvalidMessageError: AMQP or strict JSON cannot carry the task
@@ -47,7 +50,7 @@ def encode(
     for name, value in task.free_form():
         strict_json.check(name, value)
     if isinstance(task, CeleryTask):
-        return _encode_any(task, exchange, trace, now or datetime.now(timezone.utc))
+        return _encode_any(task, exchange, trace, now or datetime.now(timezone.utc), delays)
     return _encode_ml(task, exchange, preferred, trace)
 
 
@@ -69,7 +72,11 @@ def _encode_ml(
 
 
 def _encode_any(
-    task: CeleryTask, exchange: str, trace: Mapping[str, str], now: datetime
+    task: CeleryTask,
+    exchange: str,
+    trace: Mapping[str, str],
+    now: datetime,
+    delays: Delays | None,
 ) -> Envelope:
     exchange = exchange if task.exchange is None else task.exchange
     check_route(exchange, task.routing_key)
@@ -77,13 +84,22 @@ def _encode_any(
     args, kwargs = strict_json.dumps("args", task.args), strict_json.dumps("kwargs", task.kwargs)
     # A context among the task's own headers is the one that counts, not a mixture of both.
     trace = {} if "traceparent" in task.headers else trace
-    further = _times(task, now) + amqp.table_entries("headers", {**trace, **task.headers})
+    eta, expires = _moments(task, now)
+    times = {"eta": _written(eta), "expires": _written(expires)}
+    further = amqp.table_entries("headers", times) + amqp.table_entries(
+        "headers", {**trace, **task.headers}
+    )
+    routing_key = task.routing_key
+    if delays is not None and eta is not None:
+        exchange, routing_key = delays.address(exchange, routing_key, (eta - now).total_seconds())
     return Envelope(
         message_id=task_id,
         task_type=task.task_type,
         exchange=exchange,
-        routing_key=task.routing_key,
-        properties=_properties(task.name, task_id, further, task.priority),
+        routing_key=routing_key,
+        properties=_properties(
+            task.name, task_id, further, task.priority, _time_to_live(expires, now)
+        ),
         body=b"".join((b"[", args, b",", kwargs, _EMBED)),
     )
 
@@ -123,11 +139,27 @@ def _template(name: str, further: bytes) -> tuple[bytes, bytes, bytes]:
     return before, between, after
 
 
-def _properties(name: str, task_id: str, further: bytes, priority: int | None = None) -> bytes:
+def _properties(
+    name: str,
+    task_id: str,
+    further: bytes,
+    priority: int | None = None,
+    expiration: float | None = None,
+) -> bytes:
     start, middle = _around_headers(priority)
     short = amqp.short_string("task_id", task_id)
     long = b"S\0\0\0" + short  # a table's text: the same, with three more octets of length
     entries = b"".join((_constant_entries(name), b"\x02id", long, b"\x07root_id", long, further))
+    if expiration is not None:
+        return amqp.properties(
+            content_type="application/json",
+            content_encoding="utf-8",
+            headers=len(entries).to_bytes(4, "big") + entries,
+            priority=priority,
+            correlation_id=task_id,
+            expiration=expiration,
+            message_id=task_id,
+        )
     length = len(entries).to_bytes(4, "big")
     return amqp.check_size(b"".join((start, length, entries, middle, short, short)))
 
@@ -165,16 +197,28 @@ def _constant_entries(name: str) -> bytes:
     return amqp.table_entries("name", constant)
 
 
-def _times(task: CeleryTask, now: datetime) -> bytes:
+def _moments(task: CeleryTask, now: datetime) -> tuple[datetime | None, datetime | None]:
+    """Give when a task may run, and after when it may not."""
     eta = now + timedelta(seconds=task.countdown) if task.countdown is not None else task.eta
     expires = task.expires
     if expires is not None and not isinstance(expires, datetime):
         expires = now + timedelta(seconds=expires)
-    times = {
-        "eta": None if eta is None else eta.isoformat(),
-        "expires": None if expires is None else expires.isoformat(),
-    }
-    return amqp.table_entries("headers", times)
+    return eta, expires
+
+
+def _written(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()
+
+
+def _time_to_live(expires: datetime | None, now: datetime) -> float | None:
+    """Give the seconds after which the broker may drop a task, as far as AMQP can say them.
+
+    The header says it too, for the worker, whose clock is the one that counts.
+    """
+    if expires is None:
+        return None
+    left = max(0.0, (expires - now).total_seconds())
+    return left if left <= amqp.MAX_EXPIRATION else None
 
 
 def _forget_origin() -> None:

@@ -19,6 +19,7 @@ from mlproducer.tasks import (
 )
 from mlproducer.topology import Topology
 from mlproducer.wire import celery, raw
+from mlproducer.wire.delay import Delays
 
 TASKS = (SummarizationTask, TranscriptionTask, EmbeddingTask, EmbeddingBatchTask, CeleryTask)
 Task = (
@@ -35,7 +36,9 @@ class Encoder:
     """Encodes for one producer."""
 
     def __init__(self, settings: Settings) -> None:
-        self._exchange = Topology.of(settings).exchange
+        topology = Topology.of(settings)
+        self._exchange = topology.exchange
+        self._delays = Delays.of(topology, settings.queue_prefix)
         self._max_bytes = settings.max_message_bytes
         self._preferred = PreferredBackends(
             llm=settings.preferred_llm_backend,
@@ -58,6 +61,7 @@ class Encoder:
                 exchange=self._exchange,
                 preferred=self._preferred,
                 trace=tracing.current(),
+                delays=self._delays,
             )
         else:
             accepted = ", ".join(kind.__name__ for kind in (*TASKS, Message))

@@ -16,7 +16,7 @@ from mlproducer import Message, MLProducer, Outcome, Receipt
 from mlproducer.errors import UnroutableError
 from mlproducer.testing import RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import Account, Journal, drain
 from tests.broker.conftest import Connect
 
@@ -38,7 +38,7 @@ def figures() -> Iterator[None]:
 
 def message(number: int, prefix: str = "m") -> Message:
     """A message with an id of its own, to the queues in turn."""
-    routing_key = QUEUES[number % len(QUEUES)]
+    routing_key = ROUTING_KEYS[number % len(ROUTING_KEYS)]
     return Message(body=b"x" * 200, routing_key=routing_key, message_id=f"{prefix}{number}")
 
 

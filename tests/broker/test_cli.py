@@ -11,7 +11,7 @@ import pytest
 
 from mlproducer.testing import Certificates, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import drain, open_channel
 from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
 
@@ -40,7 +40,7 @@ def test_check_of_a_good_broker(rabbitmq_vhost: VirtualHost) -> None:
     assert result.stdout.splitlines()[-1] == f"{node.host}:{node.port}: all is well"
     steps = [line.split()[:2] for line in result.stdout.splitlines()[:-1]]
     assert steps == [[name, "ok"] for name in ("connect", "declare", "publish", "confirm")]
-    assert drain(rabbitmq_vhost.url, (*QUEUES, "ml.dead_letter")).total() == 0
+    assert drain(rabbitmq_vhost.url, (*ROUTING_KEYS, "ml.dead_letter")).total() == 0
 
 
 def test_check_names_wrong_credentials_and_virtual_hosts(rabbitmq_vhost: VirtualHost) -> None:

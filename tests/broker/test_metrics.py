@@ -24,7 +24,7 @@ from mlproducer import MLProducer, Settings
 from mlproducer.observe import metrics
 from mlproducer.observe.catalog import FAMILIES
 from mlproducer.testing.plugin import VirtualHost
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 from tests.broker.scripts import Program, run
 from tests.helpers import LIMIT
 from tests.threaded.moods import told
@@ -141,10 +141,10 @@ def test_queue_depth(rabbitmq_vhost: VirtualHost) -> None:
     with MLProducer(settings, registry=registry) as producer:
         assert producer.wait_connected(LIMIT)
         read = told(producer, "queue_depth", lambda queue, _messages: queue)
-        read.wait_until(lambda: set(QUEUES) <= set(read.seen))
+        read.wait_until(lambda: set(ROUTING_KEYS) <= set(read.seen))
         depths = {
             labels["queue_name"]: number
             for name, labels, number in metrics.samples(registry)
             if name == "ml_producer_queue_depth"
         }
-    assert depths == dict.fromkeys(QUEUES, 0.0)
+    assert depths == dict.fromkeys(ROUTING_KEYS, 0.0)

@@ -23,7 +23,7 @@ from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.observe.callbacks import Event
 from mlproducer.testing import Proxy
 from mlproducer.testing.plugin import VirtualHost
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import Account, Journal, drain, open_channel
 from tests.helpers import Background
 
@@ -118,7 +118,7 @@ class Nemesis:
         self._node.close_all_connections()
 
     def _unbind(self) -> None:
-        queue = self._random.choice(QUEUES)
+        queue = self._random.choice(ROUTING_KEYS)
         with open_channel(self._vhost.url) as channel:
             channel.queue_unbind(queue, EXCHANGE, queue)
         self._never.wait(self._random.choice([0.2, 1.0, 6.0]))
@@ -171,7 +171,7 @@ class Victims:
             retry = dice.random() < 0.75
             way = dice.choices([self._one, self._later, self._many], [60, 25, 15])[0]
             started = time.monotonic()
-            way(name, dice.choice(QUEUES), retry=retry)
+            way(name, dice.choice(ROUTING_KEYS), retry=retry)
             if way != self._many:
                 longest = max(longest, time.monotonic() - started)
         return longest

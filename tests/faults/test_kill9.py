@@ -26,7 +26,7 @@ from attrs import define, field
 
 from mlproducer.testing import Proxy, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import drain
 from tests.broker.conftest import Connect
 from tests.faults.traffic import FIGURES, LIMIT
@@ -114,7 +114,7 @@ class Scene:
         while self.left() and time.monotonic() < deadline:
             threading.Event().wait(0.05)  # what was being sent is nobody's once its lease ends
         assert last.flush(LIMIT) == self.left() == 0
-        said, found = self.journal(), drain(self.url, [*QUEUES, LETTERS])
+        said, found = self.journal(), drain(self.url, [*ROUTING_KEYS, LETTERS])
         lost, leaked = said["taken"] - found.keys(), said["refused"] & found.keys()
         assert (lost, leaked, found.keys() - said["begun"]) == (set(), set(), set())
         assert found.total() - len(found) <= self.rows

@@ -14,7 +14,7 @@ from types import TracebackType
 from attrs import define, field
 
 from mlproducer import Message, MLProducer, Outcome
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import Account, Journal, drain
 from tests.helpers import Background
 
@@ -35,7 +35,7 @@ MakeMessage = Callable[[int], Message]
 
 def to_each_queue(number: int) -> Message:
     """A message with an id of its own, to the queues in turn."""
-    routing_key = QUEUES[number % len(QUEUES)]
+    routing_key = ROUTING_KEYS[number % len(ROUTING_KEYS)]
     return Message(body=b"x" * 200, routing_key=routing_key, message_id=f"m{number}")
 
 

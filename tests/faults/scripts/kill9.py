@@ -22,7 +22,7 @@ from mlproducer.errors import PublishError
 from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Claim
 from mlproducer.stores.sqlite import SQLiteStore
-from mlproducer.topology import QUEUES
+from mlproducer.topology import ROUTING_KEYS
 
 PUBLISHERS, SUBMITTERS = 6, 2
 PAUSE = 0.003
@@ -46,7 +46,7 @@ class Publisher:
     def publish(self, number: str, *, submit: bool = False) -> None:
         """Hand in one message."""
         message_id = f"{self._name}-{number}"
-        queue = QUEUES[hash(number) % len(QUEUES)]
+        queue = ROUTING_KEYS[hash(number) % len(ROUTING_KEYS)]
         message = Message(body=b"x" * 500, routing_key=queue, message_id=message_id)
         self.note("begun", message_id)
         try:
