@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +54,8 @@ class MLProducer:
     :param settings: ``None`` reads the environment
     :param registry: a prometheus-client registry; ``None`` is that library's default one
     :param store: where messages wait for a retry; ``None`` is what the settings name
-    :raises ConfigurationError: a variable of the environment does not parse
+    :raises ConfigurationError: a variable of the environment does not parse, or
+        ``PROMETHEUS_MULTIPROC_DIR`` names no directory
     """
 
     def __init__(
@@ -68,8 +70,8 @@ class MLProducer:
         self._recorder = Recorder()
         self._life = Lifecycle(self._make_fleet)
         process.remember(self)
-        if "prometheus_client" in sys.modules:  # else nobody looks at metrics yet
-            self._meter()
+        if "prometheus_client" in sys.modules or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            self._meter()  # else nothing looks at metrics yet, and the import can wait
 
     def __repr__(self) -> str:
         return f"<MLProducer {redact(self.settings.url or '') or 'no URL'} {self._state().name}>"
@@ -319,9 +321,14 @@ class MLProducer:
             from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
 
             meter = metrics.meter(self._registry)
-            meter.watch(self)
+            meter.watch(self, durable=self._stores_durably())
             self._made_meter = meter
         return self._made_meter
+
+    def _stores_durably(self) -> bool:
+        if self._store is not None:
+            return self._store.durable
+        return not self.settings.store_url.startswith("memory:")
 
     def _make_fleet(self) -> Fleet:
         from mlproducer.engine.fleet import assemble  # noqa: PLC0415 - pika is slow to import

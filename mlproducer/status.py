@@ -23,6 +23,7 @@ class Status:
     :ivar blocked: the broker blocks publishers (memory or disk alarm)
     :ivar dead_letters: dead letters in the store
     :ivar broker: ``host:port`` of the broker in use or tried last
+    :ivar store: path or host of the durable store, where messages wait in one and it is in use
     """
 
     connection_state: ConnectionState
@@ -34,6 +35,7 @@ class Status:
     blocked: bool = False
     dead_letters: int = 0
     broker: str = ""
+    store: str = ""
 
     @property
     def circuit_breaker_open(self) -> bool:

@@ -108,7 +108,10 @@ class _App:
         if prefix and not path:  # the page asks for what lies beside it
             location = {"Location": f"{prefix.rpartition('/')[2]}/"}
             return _json({}, HTTPStatus.PERMANENT_REDIRECT, location)
-        return route()
+        try:
+            return route()
+        except metrics.UnreadableError as error:
+            return _json({"error": str(error)}, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def _json(

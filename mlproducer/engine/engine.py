@@ -293,6 +293,7 @@ class Engine:
             pending_confirms=self._io.courier.in_flight,
             blocked=self._io.courier.blocked,
             broker=dialer.route.broker.address,
+            store=self._keeper.name if self.durable else "",
         )
 
 

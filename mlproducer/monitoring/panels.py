@@ -308,6 +308,13 @@ PRESSURE = Row(
             description="Messages in each queue, as the last health check read it.",
             queries=(Query(greatest(catalog.QUEUE_DEPTH, "queue_name"), "{{queue_name}}"),),
         ),
+        Panel(
+            title="Dropped events",
+            description="Calls of on() callbacks, per second, that were left out because the "
+            "callbacks are too slow. Futures' callbacks are never left out.",
+            queries=(Query(rate(catalog.EVENTS_DROPPED), "dropped"),),
+            unit="ops",
+        ),
     ),
 )
 

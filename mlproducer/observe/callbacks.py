@@ -23,7 +23,7 @@ from mlproducer.core.states import CircuitState
 from mlproducer.fate import Fate
 from mlproducer.message import Receipt
 from mlproducer.observe.events import EventSink
-from mlproducer.observe.log import Lines
+from mlproducer.observe.lines import Lines
 
 logger = logging.getLogger(__name__)
 

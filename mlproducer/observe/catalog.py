@@ -42,11 +42,16 @@ class Kind(enum.Enum):
 
 
 class Merge(enum.Enum):
-    """What a gauge shows of several producers, or processes; prometheus-client's words."""
+    """What a gauge shows of several producers, or processes; prometheus-client's words.
+
+    BY_STORE is the sum over stores: a store in memory is its producer's own, while of producers
+    that share a durable one each sees the whole of it, and the greatest number counts.
+    """
 
     SUM = "sum"
     LEAST = "min"
     GREATEST = "max"
+    BY_STORE = "by store"
 
 
 def _frozen_copy(words: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
@@ -103,7 +108,11 @@ CONNECTION_STATE = _gauge(
 RECONNECT_ATTEMPTS = _gauge(
     "reconnect_attempts", "Attempts to connect that failed since the connection was last stable"
 )
-RETRY_QUEUE_SIZE = _gauge("retry_queue_size", "Messages that wait for a retry")
+RETRY_QUEUE_SIZE = _gauge(
+    "retry_queue_size",
+    "Messages that wait for a retry; of producers that share a durable store, counted once",
+    merge=Merge.BY_STORE,
+)
 PENDING_CONFIRMS = _gauge("pending_confirms", "Messages written and not yet confirmed")
 CONNECTION_BLOCKED = _gauge(
     "connection_blocked",
@@ -121,10 +130,15 @@ CIRCUIT_BREAKER_STATE = _gauge(
 CIRCUIT_BREAKER_FAILURES = _gauge(
     "circuit_breaker_failures", "Failures in a row that the circuit breaker has counted"
 )
-DEAD_LETTERS = _gauge("dead_letters", "Dead letters in the store, which the broker has not taken")
+DEAD_LETTERS = _gauge(
+    "dead_letters",
+    "Dead letters in the store, which the broker has not taken",
+    merge=Merge.BY_STORE,
+)
 QUEUE_DEPTH = _gauge(
     "queue_depth",
-    "Messages in a queue, as the last health check read it",
+    "Messages in a queue, as the last health check of a live connection read it; the greatest "
+    "of several",
     "queue_name",
     merge=Merge.GREATEST,
 )
@@ -165,6 +179,9 @@ HEALTH_CHECK_FAILURES = _counter(
 )
 CIRCUIT_BREAKER_TRIPS = _counter("circuit_breaker_trips_total", "How often the breaker opened")
 STORE_ERRORS = _counter("store_errors_total", "Times that the store could not be used")
+EVENTS_DROPPED = _counter(
+    "events_dropped_total", "Calls of on() callbacks that were left out because they are too slow"
+)
 
 TASK_PUBLISH_DURATION = _histogram(
     "task_publish_duration_seconds",

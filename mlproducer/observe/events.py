@@ -5,12 +5,17 @@ Runs on: mostly the I/O thread, so that nothing here may block or raise.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from mlproducer.core.ports import Events, Loss
 from mlproducer.core.states import ConnectionState
-from mlproducer.errors import StoreError
+from mlproducer.errors import PublishError, StoreError
+from mlproducer.observe.fence import stopped
+from mlproducer.observe.lines import Lines
+
+logger = logging.getLogger(__name__)
 
 
 class EventSink(Events):
@@ -55,24 +60,37 @@ class EventSink(Events):
     def crashed(self, error: BaseException) -> None:
         """The I/O loop failed."""
 
+    def refused(self, message_id: str, error: PublishError) -> None:
+        """What was to be published after a COMMIT, or from the outbox, could not be handed over."""
+
+    def events_dropped(self) -> None:
+        """A call of a user's callback was left out."""
+
 
 class Fanout(EventSink):
-    """Passes each event to those sinks that take it, and to no other."""
+    """Passes each event to those sinks that take it, and to no other.
+
+    A sink that fails is logged and harms neither the others nor the thread that tells it.
+    """
 
     def __init__(self, sinks: Sequence[EventSink]) -> None:
+        lines = Lines(logger)
         for name in dir(EventSink):
             if not name.startswith("_"):
                 takers = [getattr(sink, name) for sink in sinks if _takes(sink, name)]
-                setattr(self, name, takers[0] if len(takers) == 1 else _all_of(takers))
+                setattr(self, name, _all_of(takers, lines))
 
 
 def _takes(sink: EventSink, name: str) -> bool:
     return getattr(type(sink), name) is not getattr(EventSink, name)
 
 
-def _all_of(takers: list[Any]) -> Any:
+def _all_of(takers: list[Any], lines: Lines) -> Any:
     def tell(*args: object, **kwargs: object) -> None:
         for taker in takers:
-            taker(*args, **kwargs)
+            try:
+                taker(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - even SystemExit ends no thread of ours
+                lines.log(logging.ERROR, "an observer failed", error=stopped(error))
 
     return tell

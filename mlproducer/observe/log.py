@@ -9,16 +9,15 @@ Runs on: the thread on which the event happens.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState
-from mlproducer.errors import StoreError
+from mlproducer.errors import PublishError, StoreError
 from mlproducer.observe.events import EventSink
-from mlproducer.observe.limiter import Limiter
+from mlproducer.observe.lines import Lines
 
 logger = logging.getLogger(__name__)
 
@@ -26,49 +25,35 @@ MAX_WORDS = 200
 """Characters that are shown of what others say."""
 
 
-class Lines:
-    """Log lines of several kinds, limited in a storm.
-
-    :param to: the logger of the module whose lines they are
-    :param clock: monotonic seconds
-    """
-
-    def __init__(self, to: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
-        self._to = to
-        self._clock = clock
-        self._limiter = Limiter()
-
-    def log(
-        self,
-        level: int,
-        kind: str,
-        fields: str = "",
-        *args: object,
-        error: BaseException | None = None,
-    ) -> None:
-        """Log a line that begins with its kind, unless there were too many of them just now.
-
-        :param error: whose traceback follows
-        """
-        now = self._clock()
-        self._tell_suppressed(now)
-        if self._limiter.admits(kind, now):
-            self._to.log(level, f"{kind} {fields}" if fields else kind, *args, exc_info=error)
-
-    def close(self) -> None:
-        """Say what was left out and not told yet."""
-        self._tell_suppressed(math.inf)
-
-    def _tell_suppressed(self, now: float) -> None:
-        for kind, count in self._limiter.suppressed(now):
-            self._to.warning("%s suppressed=%d", kind, count)
+SPEAK_OF = {
+    "connected": "engine.link",
+    "disconnected": "engine.link",
+    "channel closed": "engine.link",
+    "blocked by the broker": "engine.link",
+    "unblocked by the broker": "engine.link",
+    "cannot connect": "engine.dialer",
+    "gave up connecting": "engine.dialer",
+    "cannot declare": "topology",
+    "health check": "engine.health",
+    "no answer to the health check; reconnecting": "engine.health",
+    "circuit breaker": "core.breaker",
+    "dead-lettered": "dead_letters",
+    "the store fails": "stores",
+    "confirm for a delivery tag that is not open": "core.confirms",
+    "the I/O loop failed; going on with a new one": "engine.reactor",
+    "cannot hand over": "producer",
+}
+"""The module that each kind of line speaks of, and by whose logger it goes."""
 
 
 class LogSink(EventSink):
     """Logs what an operator wants to read."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lines = Lines(logger, clock)
+        loggers = {
+            kind: logging.root.getChild(f"mlproducer.{name}") for kind, name in SPEAK_OF.items()
+        }
+        self._lines = Lines(logger, clock, loggers)
         self._log = self._lines.log
 
     def connected(self, address: str) -> None:
@@ -159,6 +144,12 @@ class LogSink(EventSink):
         """Log at WARNING: the broker breaks the protocol."""
         fields = "tag=%d"
         self._log(logging.WARNING, "confirm for a delivery tag that is not open", fields, tag)
+
+    def refused(self, message_id: str, error: PublishError) -> None:
+        """Log at ERROR: the application has gone on, and the message is not sent."""
+        fields = "message_id=%s reason=%s"
+        name = type(error).__name__
+        self._log(logging.ERROR, "cannot hand over", fields, words(message_id), name)
 
     def crashed(self, error: BaseException) -> None:
         """Log at CRITICAL, with the traceback."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlproducer.core.delivery import Delivery, Place
@@ -57,14 +57,17 @@ class Meter:
         self._watched: dict[weakref.ref[Watched], None] = {}
         self._task_types: dict[str, str] = {}
         self._admitted = itertools.count()
-        self._depths: dict[Labels, float] = {}
+        self._depths: dict[weakref.ref[MetricsSink], dict[str, int]] = {}
 
-    def watch(self, producer: Watched) -> None:
-        """Read a producer's gauges for as long as somebody else holds on to it."""
+    def watch(self, producer: Watched, *, durable: bool = False) -> None:
+        """Read a producer's gauges for as long as it is alive.
+
+        :param durable: its messages wait in a store that other producers may share
+        """
         self._watched[weakref.ref(producer, self._forget)] = None
 
     def sink(self) -> EventSink:
-        """Give a sink for the events of one engine."""
+        """Return a sink for the events of one connection."""
         return MetricsSink(self)
 
     def refused(self, task: object, error: MLProducerError) -> None:
@@ -80,9 +83,9 @@ class Meter:
         label = self._task_types.get(name)
         return self._admit(name) if label is None else label
 
-    def depth(self, queue: str, messages: int) -> None:
-        """Note how much a queue holds."""
-        self._depths[(queue,)] = messages
+    def depths_of(self, sink: MetricsSink) -> dict[str, int]:
+        """Return a place for what a connection reads of its queues, kept as long as its sink."""
+        return self._depths.setdefault(weakref.ref(sink, self._forget_depths), {})
 
     def readings(self) -> Mapping[Family, Mapping[Labels, float]]:
         """Give what every gauge shows now."""
@@ -92,8 +95,15 @@ class Meter:
         readings: dict[Family, Mapping[Labels, float]] = {
             family: {(): _merge(family, is_open)} for family in _READ
         }
-        readings[catalog.QUEUE_DEPTH] = self._depths.copy() if is_open else {}
+        readings[catalog.QUEUE_DEPTH] = self._read_depths() if is_open else {}
         return readings
+
+    def _read_depths(self) -> Mapping[Labels, float]:
+        greatest: dict[Labels, float] = {}
+        for depths in list(self._depths.values()):
+            for queue, messages in list(depths.items()):
+                greatest[(queue,)] = max(messages, greatest.get((queue,), 0.0))
+        return greatest
 
     def refresh(self) -> None:
         """Write the gauges down where they cannot be read when they are asked for."""
@@ -101,7 +111,7 @@ class Meter:
     def forked(self) -> None:
         """Start from zero, in a child process whose parent goes on counting."""
         self._task_types, self._admitted = {}, itertools.count()
-        self._depths = {}
+        self._depths = {}  # of the parent's connections
 
     def _admit(self, name: str) -> str:
         presentable = 0 < len(name) <= MAX_NAME and name.isprintable()
@@ -112,9 +122,12 @@ class Meter:
     def _forget(self, producer: weakref.ref[Watched]) -> None:
         self._watched.pop(producer, None)
 
+    def _forget_depths(self, sink: weakref.ref[MetricsSink]) -> None:
+        self._depths.pop(sink, None)
+
 
 class MetricsSink(EventSink):
-    """Counts the events of one engine."""
+    """Counts the events of one connection."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -123,6 +136,7 @@ class MetricsSink(EventSink):
         self._sizes = self._series(catalog.MESSAGE_SIZE)
         self._successes: dict[str, tuple[Series, Series]] = {}
         self._lost_at: float | None = None
+        self._depths = meter.depths_of(self)
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -220,7 +234,9 @@ class MetricsSink(EventSink):
         self._count(catalog.CONNECTION_ERRORS, loss.kind.value)
 
     def state_changed(self, state: ConnectionState) -> None:
-        """Count by the new state."""
+        """Count by the new state; what a connection has read of its queues is gone with it."""
+        if state is not ConnectionState.CONNECTED:
+            self._depths.clear()
         self._count(catalog.CONNECTION_STATE_CHANGES, state.name)
         self._meter.refresh()
 
@@ -238,7 +254,15 @@ class MetricsSink(EventSink):
 
     def queue_depth(self, queue: str, messages: int) -> None:
         """Note it."""
-        self._meter.depth(queue, messages)
+        self._depths[queue] = messages
+
+    def health_fault(self, target: str, loss: Loss) -> None:
+        """Forget what was read of a queue that can be read no longer."""
+        self._depths.pop(target, None)
+
+    def events_dropped(self) -> None:
+        """Count it."""
+        self._count(catalog.EVENTS_DROPPED)
 
     def store_failed(self, error: StoreError) -> None:
         """Count it."""
@@ -279,10 +303,24 @@ _READ: dict[Family, Callable[[Status], float]] = {
 }
 
 
-def _merge(family: Family, statuses: Iterable[Status]) -> float:
-    values = [float(_READ[family](status)) for status in statuses]
+def _merge(family: Family, statuses: Sequence[Status]) -> float:
+    read = _READ[family]
+    if family.merge is Merge.BY_STORE:
+        return _sum_over_stores(read, statuses)
+    values = [float(read(status)) for status in statuses]
     if family.merge is Merge.SUM:
         return sum(values)
     if family.merge is Merge.GREATEST:
         return max(values, default=0.0)
     return min(values, default=float(ConnectionState.CLOSED))
+
+
+def _sum_over_stores(read: Callable[[Status], float], statuses: Sequence[Status]) -> float:
+    """Add up what stores hold, each durable one once, however many producers share it."""
+    in_memory, durable = 0.0, dict[str, float]()
+    for status in statuses:
+        if status.store:
+            durable[status.store] = max(read(status), durable.get(status.store, 0.0))
+        else:
+            in_memory += read(status)
+    return in_memory + sum(durable.values())

@@ -1,19 +1,23 @@
 """Metrics for Prometheus: one set of families in each registry, however many producers share it.
 
 In the usual mode a collector gives the counts and readings of this process whenever it is asked.
-Where the variable ``PROMETHEUS_MULTIPROC_DIR`` names a directory, prometheus-client adds up what
-the processes of one machine write into files there, and each process has one set. Its gauges are
-then written each second; ``connection_state`` not before a producer is in use, since a process that
-merely has one, such as the master of prefork workers, says nothing about any connection.
+Where the variable ``PROMETHEUS_MULTIPROC_DIR`` named a directory when prometheus-client was
+imported, that library adds up what the processes of one machine write into files there, and each
+process has one set. Its gauges are then written each second; ``connection_state`` not before a
+producer is in use, since a process that merely has one, such as the master of prefork workers, says
+nothing about any connection.
 
 Runs on: the threads that count, and the one that scrapes.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -25,12 +29,15 @@ from prometheus_client import (
     Histogram,
     Metric,
     generate_latest,
+    values,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from mlproducer import forks
+from mlproducer.errors import ConfigurationError, MLProducerError
 from mlproducer.observe.catalog import (
     CONNECTION_STATE,
     FAMILIES,
@@ -39,20 +46,29 @@ from mlproducer.observe.catalog import (
     Kind,
     Merge,
 )
-from mlproducer.observe.meter import Meter
+from mlproducer.observe.lines import Lines
+from mlproducer.observe.meter import Meter, Watched
 from mlproducer.observe.tally import Labels, Tally
+
+logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR" in os.environ
-"""Whether prometheus-client, which looks once, has found itself in multiprocess mode."""
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+
+MULTIPROCESS = bool(
+    getattr(values.ValueClass, "_multiprocess", False)
+    and (os.environ.get(DIRECTORY) or os.environ.get(DIRECTORY.lower()))
+)
+"""Whether prometheus-client writes into files, which it decided when it was imported itself."""
 
 
 def meter(registry: CollectorRegistry | None = None) -> Meter:
     """Give the meter of a registry, with its families registered.
 
     :param registry: ``None`` is prometheus-client's default one
-    :raises ValueError: somebody else has registered a metric of one of our names
+    :raises ValueError: another library has registered a metric of one of our names
+    :raises ConfigurationError: the directory of multiprocess mode cannot be used
     """
     if MULTIPROCESS:
         return _file_meter()
@@ -61,42 +77,81 @@ def meter(registry: CollectorRegistry | None = None) -> Meter:
     collector = _collectors.setdefault(registry, fresh)
     if collector is fresh:
         try:
-            registry.register(fresh)
+            fresh.take_over(registry)
         except ValueError:
             del _collectors[registry]
             raise
     return collector.meter
 
 
+class UnreadableError(Exception):
+    """The files of multiprocess mode cannot be read; the text says why."""
+
+
 def exposition(registry: CollectorRegistry | None = None) -> bytes:
-    """Give everything in a registry, or in all processes' files, in Prometheus's text format."""
-    return generate_latest(_source(registry))
+    """Give everything in a registry, or in all processes' files, in Prometheus's text format.
+
+    :raises UnreadableError: the files are gone
+    """
+    with _source(registry) as source:
+        return generate_latest(source)
 
 
 def samples(
     registry: CollectorRegistry | None = None,
 ) -> Iterator[tuple[str, Mapping[str, str], float]]:
-    """Give the name, labels and value of each of our series."""
-    for metric in _source(registry).collect():
-        if metric.name.startswith(PREFIX):
-            for sample in metric.samples:
-                yield sample.name, sample.labels, sample.value
+    """Give the name, labels and value of each of our series.
+
+    :raises UnreadableError: the files are gone
+    """
+    with _source(registry) as source:
+        for metric in source.collect():
+            if metric.name.startswith(PREFIX):
+                for sample in metric.samples:
+                    yield sample.name, sample.labels, sample.value
 
 
-def _source(registry: CollectorRegistry | None) -> CollectorRegistry:
+@contextmanager
+def _source(registry: CollectorRegistry | None) -> Iterator[CollectorRegistry]:
     if not MULTIPROCESS:
-        return REGISTRY if registry is None else registry
-    source = CollectorRegistry()
-    MultiProcessCollector(source)  # type: ignore[no-untyped-call]
-    return source
+        yield REGISTRY if registry is None else registry
+        return
+    try:
+        source = CollectorRegistry()
+        MultiProcessCollector(source)  # type: ignore[no-untyped-call]
+        yield source
+    except (OSError, ValueError) as error:  # the directory is gone, or a file in the middle of this
+        raise UnreadableError(f"{DIRECTORY} cannot be read: {type(error).__name__}") from error
 
 
 class _Collector:
-    """Gives the counts and readings of this process when it is asked."""
+    """Gives the counts and readings of this process when it is asked.
+
+    Test runners and notebooks import the package again into a process, and a registry takes each
+    name once. So the collector of a later import takes the place of the earlier one and shows what
+    that has counted together with its own.
+
+    :ivar collects: tells a collector of ours, whichever import its class comes from
+    """
+
+    collects = PREFIX
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
+        self._earlier: Any = None
         self.meter = Meter(tally)
+
+    def take_over(self, registry: CollectorRegistry) -> None:
+        """Register, in the place of an earlier import's collector where there is one.
+
+        :raises ValueError: another library has registered a metric of one of our names
+        """
+        names: Mapping[str, Any] = getattr(registry, "_names_to_collectors", {})
+        earlier: Any = names.get(CONNECTION_STATE.name)
+        if getattr(earlier, "collects", None) == self.collects:
+            registry.unregister(earlier)
+            self._earlier = earlier
+        registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
         """Give the families without their series."""
@@ -105,7 +160,12 @@ class _Collector:
     def collect(self) -> Iterable[Metric]:
         """Give the families."""
         found = {**self._tally.totals(), **self._readings()}
-        return [_metric(family, found[family]) for family in FAMILIES]
+        metrics = [_metric(family, found[family]) for family in FAMILIES]
+        if self._earlier is not None:
+            before = {metric.name: metric for metric in self._earlier.collect()}
+            for family, metric in zip(FAMILIES, metrics, strict=True):
+                _join(metric, before.get(metric.name), family.merge)
+        return metrics
 
     def forked(self) -> None:
         """Start from zero, in a child process whose parent goes on counting."""
@@ -133,6 +193,26 @@ def _metric(family: Family, series: Mapping[Labels, list[float]]) -> Metric:
     return metric
 
 
+def _join(metric: Metric, before: Metric | None, merge: Merge) -> None:
+    """Merge what an earlier import shows into a metric: gauges by their rule, all else as a sum."""
+    joined = {(each.name, *sorted(each.labels.items())): each for each in metric.samples}
+    of_both = _MERGED[merge if metric.type == "gauge" else Merge.SUM]
+    for sample in before.samples if before is not None else ():
+        key = (sample.name, *sorted(sample.labels.items()))
+        known = joined.get(key)
+        value = sample.value if known is None else of_both((known.value, sample.value))
+        joined[key] = Sample(sample.name, sample.labels, value)
+    metric.samples = list(joined.values())
+
+
+_MERGED: Mapping[Merge, Callable[[Iterable[float]], float]] = {
+    Merge.SUM: sum,
+    Merge.LEAST: min,
+    Merge.GREATEST: max,
+    Merge.BY_STORE: max,
+}
+
+
 def _cumulated(family: Family, cells: list[float]) -> list[tuple[str, float]]:
     bounds = [*map(floatToGoString, family.buckets), "+Inf"]
     return [(bound, sum(cells[: n + 1])) for n, bound in enumerate(bounds)]
@@ -142,25 +222,36 @@ class _Files:
     """Series in the files of prometheus-client's multiprocess mode.
 
     A gauge that shows the least of all is made when it is first written, since its file says 0
-    until then.
+    until then; one that is merged by store, once it is known whether the store is shared.
+
+    :ivar durable: processes share their store, so that of what they show of it the greatest counts
     """
 
     def __init__(self) -> None:
+        later = (Merge.LEAST, Merge.BY_STORE)
         self._families = {
-            family: _shared(family) for family in FAMILIES if family.merge is not Merge.LEAST
+            family: _shared(family, family.merge.value)
+            for family in FAMILIES
+            if family.merge not in later
         }
         self._series: dict[tuple[Family, Labels], _File] = {}
+        self.durable = False
 
     def series(self, family: Family, labels: Labels = ()) -> _File:
-        """Give the series with these labels, the same one each time."""
+        """Return the series with these labels, the same one each time."""
         found = self._series.get((family, labels))
         if found is None:
             parent = self._families.get(family)
             if parent is None:
-                parent = self._families.setdefault(family, _shared(family))
+                parent = self._families.setdefault(family, _shared(family, self._merge(family)))
             child = parent.labels(*labels) if labels else parent
             found = self._series.setdefault((family, labels), _File(child))
         return found
+
+    def _merge(self, family: Family) -> str:
+        if family.merge is not Merge.BY_STORE:
+            return str(family.merge.value)
+        return str(Merge.GREATEST.value if self.durable else Merge.SUM.value)
 
 
 class _File:
@@ -190,46 +281,89 @@ class _File:
         self._child.set(value)
 
 
-def _shared(family: Family) -> Any:
+def _shared(family: Family, merge: str) -> Any:
     if family.kind is Kind.COUNTER:
         return Counter(family.name, family.help, family.labels, registry=None)
     if family.kind is Kind.HISTOGRAM:
         return Histogram(
             family.name, family.help, family.labels, registry=None, buckets=family.buckets
         )
-    mode: Any = f"live{family.merge.value}"
+    mode: Any = f"live{merge}"
     return Gauge(family.name, family.help, family.labels, registry=None, multiprocess_mode=mode)
 
 
 class _FileMeter(Meter):
-    """The meter of a process, whose gauges are written down."""
+    """The meter of a process, whose gauges are written down.
+
+    A directory that is emptied, or filled up, while the process runs makes counts wrong, and
+    harms nothing else.
+    """
 
     def __init__(self, files: _Files) -> None:
         super().__init__(files)
         self._files = files
+        self._lines = Lines(logger)
+        self._shown: set[tuple[Family, Labels]] = set()
+
+    def watch(self, producer: Watched, *, durable: bool = False) -> None:
+        """Read a producer's gauges, too; the first producer says how stores are merged."""
+        if not self._watched:
+            self._files.durable = durable
+            for family in FAMILIES:
+                if family.merge is Merge.BY_STORE:
+                    self._files.series(family)
+        super().watch(producer, durable=durable)
+
+    def refused(self, task: object, error: MLProducerError) -> None:
+        """Count what was not accepted, if the files can be written."""
+        try:
+            super().refused(task, error)
+        except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
+            self._failed(failure)
 
     def refresh(self) -> None:
         """Write the gauges, again if a connection has moved meanwhile.
 
-        Who moved it has written that before; ours would stand above it for a second.
+        The thread that moved it has written that before; ours would stand above it for a second.
         """
-        written, readings = None, self.readings()
-        while readings[CONNECTION_STATE] != written:
-            for family, series in readings.items():
-                for labels, value in series.items():
-                    self._files.series(family, labels).set(value)
-            written, readings = readings[CONNECTION_STATE], self.readings()
+        try:
+            written, readings = None, self.readings()
+            while readings[CONNECTION_STATE] != written:
+                self._write(readings)
+                written, readings = readings[CONNECTION_STATE], self.readings()
+        except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
+            self._failed(failure)
+
+    def _write(self, readings: Mapping[Family, Mapping[Labels, float]]) -> None:
+        shown = {(family, labels) for family, series in readings.items() for labels in series}
+        for family, labels in shown | self._shown:
+            # A series cannot be taken out of a file; of a queue that is not read any more it is 0.
+            self._files.series(family, labels).set(readings[family].get(labels, 0.0))
+        self._shown |= shown
+
+    def _failed(self, failure: Exception) -> None:
+        fields = f"{DIRECTORY}: %s"
+        self._lines.log(logging.ERROR, "metrics cannot be written", fields, type(failure).__name__)
 
 
 @lru_cache(1)
 def _file_meter() -> _FileMeter:
-    return _FileMeter(_Files())
+    try:
+        return _FileMeter(_Files())
+    except OSError as error:
+        raise ConfigurationError(
+            f"{DIRECTORY} must name a directory that can be written to: {error.strerror}"
+        ) from error
 
 
 _collectors: weakref.WeakKeyDictionary[CollectorRegistry, _Collector] = weakref.WeakKeyDictionary()
 
 
 def _in_child() -> None:
+    for registry in [REGISTRY, *_collectors]:
+        # guards: prometheus-client's own; a thread that scraped in the parent may have held it
+        lock: Any = threading.RLock()
+        registry._lock = lock  # noqa: SLF001 - there is no other way to free it
     for collector in list(_collectors.values()):
         collector.forked()
     if _file_meter.cache_info().currsize:

@@ -56,16 +56,18 @@ class Cells:
     def inc(self, amount: int = 1) -> None:
         """Add to a counter."""
         try:
-            self._of[get_ident()][0] += amount
+            cells = self._of[get_ident()]
         except KeyError:
-            self._of[get_ident()] = [amount]
+            cells = self._first()
+        # A signal handler or finaliser runs between calls, and so not within this step.
+        cells[0] += amount
 
     def observe(self, amount: float) -> None:
         """Add a value to a histogram."""
         try:
             cells = self._of[get_ident()]
         except KeyError:
-            cells = self._of[get_ident()] = [0.0] * self._width
+            cells = self._first()
         cells[bisect_left(self._bounds, amount)] += 1
         cells[-1] += amount
 
@@ -78,6 +80,10 @@ class Cells:
         for amount in amounts[1:]:
             cells[bisect_left(bounds, amount)] += 1
             cells[-1] += amount
+
+    def _first(self) -> list[float]:
+        """Give this thread's cells, which a finaliser that counts here may have made meanwhile."""
+        return self._of.setdefault(get_ident(), [0.0] * self._width)
 
     def total(self) -> list[float]:
         """Add up what all threads have counted."""

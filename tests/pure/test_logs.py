@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState
 from mlproducer.errors import NackError, StoreError
+from mlproducer.observe.events import EventSink, Fanout
 from mlproducer.observe.limiter import Limiter
-from mlproducer.observe.log import MAX_WORDS, Lines, LogSink
+from mlproducer.observe.lines import Lines
+from mlproducer.observe.log import MAX_WORDS, SPEAK_OF, LogSink
 from tests.helpers import make_delivery
 from tests.pure.witnesses import Clock
 
@@ -186,3 +190,87 @@ def test_lines_go_to_the_logger_they_are_given(caplog: pytest.LogCaptureFixture)
     lines = Lines(logging.getLogger("mlproducer.other"), Clock().monotonic)
     lines.log(logging.ERROR, "a callback raised")
     assert caplog.record_tuples == [("mlproducer.other", logging.ERROR, "a callback raised")]
+
+
+def test_lines_speak_for_their_modules(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
+    """Each kind of line comes from the logger of a module that there is: the one it speaks of."""
+    assert all(importlib.util.find_spec(f"mlproducer.{name}") for name in SPEAK_OF.values())
+    for _ in range(6):
+        sink.connection_error(LOSS)
+        sink.circuit_changed(CircuitState.OPEN)
+    sink.state_changed(ConnectionState.CLOSED)
+    told = [(each.name, each.getMessage()) for each in caplog.records]
+    assert {name for name, _ in told} == {"mlproducer.engine.dialer", "mlproducer.core.breaker"}
+    assert told[-2:] == [
+        ("mlproducer.engine.dialer", "cannot connect suppressed=1"),
+        ("mlproducer.core.breaker", "circuit breaker suppressed=1"),
+    ]
+
+
+class Raising(logging.Handler):
+    """Raises at each line, as a broken handler does, or one that ends the process."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raise."""
+        raise self._error
+
+
+@pytest.fixture
+def raising() -> Iterator[Callable[[BaseException], None]]:
+    """Have a handler of ours raise: ``raising(error)``."""
+    root, handlers = logging.getLogger("mlproducer"), list[logging.Handler]()
+
+    def add(error: BaseException) -> None:
+        handlers.append(Raising(error))
+        root.addHandler(handlers[-1])
+
+    yield add
+    for handler in handlers:
+        root.removeHandler(handler)
+
+
+@pytest.mark.parametrize("error", [ValueError(), SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_handlers_that_raise(
+    sink: LogSink, raising: Callable[[BaseException], None], error: BaseException
+) -> None:
+    """What a handler raises ends where the line is written, on any thread but the main one."""
+    raising(error)
+    passed: list[str] = []
+
+    def tell() -> None:
+        sink.connected("h:5672")
+        passed.append("the line")
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    thread.join(5.0)
+    assert passed == ["the line"]
+    if isinstance(error, Exception):
+        sink.connected("h:5672")
+    else:
+        with pytest.raises(type(error)):
+            sink.connected("h:5672")
+
+
+def test_an_observer_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, not a thousand times, and the observers after it are told all the same."""
+    seen: list[str] = []
+
+    class Failing(EventSink):
+        def connected(self, address: str) -> None:
+            raise OSError(address)
+
+    class Seeing(EventSink):
+        def connected(self, address: str) -> None:
+            seen.append(address)
+
+    events = Fanout([Failing(), Seeing()])
+    for n in range(1000):
+        events.connected(str(n))
+    assert seen == [str(n) for n in range(1000)]
+    assert 0 < len(caplog.records) < 10
+    assert {each.getMessage() for each in caplog.records} == {"an observer failed"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -45,6 +47,7 @@ from mlproducer.observe import catalog, metrics
 from mlproducer.observe.catalog import FAMILIES, Kind
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.meter import Meter
+from mlproducer.observe.tally import Cells
 from tests.helpers import make_delivery
 
 CONTRACT = {
@@ -71,6 +74,7 @@ CONTRACT = {
     "health_check_failures_total": ("counter", ()),
     "circuit_breaker_trips_total": ("counter", ()),
     "store_errors_total": ("counter", ()),
+    "events_dropped_total": ("counter", ()),
     "task_publish_duration_seconds": ("histogram", ("task_type", "status")),
     "message_size_bytes": ("histogram", ()),
     "reconnect_duration_seconds": ("histogram", ()),
@@ -410,6 +414,76 @@ def test_producers_that_share_a_registry(registry: CollectorRegistry, meter: Met
     assert value(registry, "pending_confirms") == 0
 
 
+def test_stores_that_are_shared(registry: CollectorRegistry, meter: Meter) -> None:
+    """What several producers see of one durable store counts once; memory stores add up."""
+    producers = [Producer() for _ in range(6)]
+    for producer, store in zip(producers, ["a.db", "a.db", "b.db", "a.db", "", ""], strict=True):
+        meter.watch(producer)
+        producer.set(retry_queue_size=40, dead_letters=3, store=store)
+    producers[0].set(retry_queue_size=39)  # it has asked a moment earlier
+    assert value(registry, "retry_queue_size") == 40 + 40 + 40 + 40
+    assert value(registry, "dead_letters") == 3 + 3 + 3 + 3
+
+
+def test_the_package_imported_twice(registry: CollectorRegistry, sink: EventSink) -> None:
+    """A later import counts on, beside producers of the earlier one, and hides nothing of them."""
+    old = Producer(Status(connection_state=CONNECTED, pending_confirms=2, retry_queue_size=4))
+    metrics.meter(registry).watch(old)
+    sink.confirmed([of_type("a", started=0.0)], 3.0)
+    again, status = imported_again("mlproducer.observe.metrics", "mlproducer.status")
+    second = again.meter(registry)
+    assert again.meter(registry) is second is not metrics.meter(registry)
+    state = status.ConnectionState.DISCONNECTED
+    new = Producer(status.Status(connection_state=state, pending_confirms=1, retry_queue_size=3))
+    second.watch(new)
+    second.sink().confirmed([of_type("a"), of_type("b")], 0.0)
+    sink.confirmed([of_type("a")], 0.0)
+    assert sent(registry) == {("a", "success"): 3, ("b", "success"): 1}
+    labels = {"task_type": "a", "status": "success"}
+    assert value(registry, "task_publish_duration_seconds_count", **labels) == 3
+    assert value(registry, "task_publish_duration_seconds_bucket", le="1.0", **labels) == 2
+    assert value(registry, "pending_confirms") == 3
+    assert value(registry, "connection_state") == DISCONNECTED
+    [third] = imported_again("mlproducer.observe.metrics")
+    assert third.meter(registry) is not second
+    assert sent(registry) == {("a", "success"): 3, ("b", "success"): 1}
+    assert list(text_string_to_metric_families(metrics.exposition(registry).decode()))
+
+
+def imported_again(*names: str) -> list[Any]:
+    """Import modules of the package as a test runner does that has forgotten the package."""
+    ours = {key: module for key, module in sys.modules.items() if key.startswith("mlproducer")}
+    for key in ours:
+        del sys.modules[key]
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.modules.update(ours)
+
+
+class Interrupted(dict[int, Any]):
+    """A series' cells; when a thread has none yet, a finaliser counts there first."""
+
+    def __init__(self, count: Callable[[], object]) -> None:
+        super().__init__()
+        self._counts = [count]
+
+    def __missing__(self, thread: int) -> Any:
+        if self._counts:
+            self._counts.pop()()
+        raise KeyError(thread)
+
+
+def test_first_count_beside_a_finaliser() -> None:
+    """The first count of a thread is not lost where a finaliser counts in the middle of it."""
+    nacks, sizes = Cells(catalog.NACKS), Cells(catalog.MESSAGE_SIZE)
+    nacks._of, sizes._of = Interrupted(nacks.inc), Interrupted(lambda: sizes.observe(1.0))
+    nacks.inc()
+    sizes.observe(2.0)
+    assert nacks.total() == [2.0]
+    assert (sizes.total()[0], sizes.total()[-1]) == (2, 3.0)
+
+
 def test_registries_are_apart(registry: CollectorRegistry, sink: EventSink) -> None:
     """What is counted on one registry does not show on another."""
     other = CollectorRegistry()
@@ -452,17 +526,44 @@ def test_dropped_registry() -> None:
     assert gone() is None
 
 
+def depth(registry: CollectorRegistry, queue: str = "ml.embed") -> float | None:
+    """Give what is shown of a queue."""
+    return value(registry, "queue_depth", queue_name=queue)
+
+
 def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: EventSink) -> None:
-    """The last reading of each queue is shown for as long as some producer is open."""
+    """The last reading of each queue is shown, for as long as it is one."""
     producer = Producer()
     meter.watch(producer)
     sink.queue_depth("ml.embed", 3)
     sink.queue_depth("ml.summarize", 9)
     sink.queue_depth("ml.embed", 4)
-    assert value(registry, "queue_depth", queue_name="ml.embed") == 4
-    assert value(registry, "queue_depth", queue_name="ml.summarize") == 9
+    assert (depth(registry), depth(registry, "ml.summarize")) == (4, 9)
+    sink.health_fault("ml.embed", Loss("NOT_FOUND", 404))
+    assert (depth(registry), depth(registry, "ml.summarize")) == (None, 9)
     producer.set(connection_state=CLOSED)
-    assert value(registry, "queue_depth", queue_name="ml.embed") is None
+    assert depth(registry, "ml.summarize") is None
+
+
+@pytest.mark.parametrize("state", [each for each in ConnectionState if each is not CONNECTED])
+def test_queue_depth_is_gone_with_its_connection(
+    registry: CollectorRegistry, meter: Meter, sink: EventSink, state: ConnectionState
+) -> None:
+    """Each connection has readings of its own, of which the greatest is shown."""
+    producer, other = Producer(), meter.sink()
+    meter.watch(producer)
+    sink.queue_depth("ml.embed", 7)
+    other.queue_depth("ml.embed", 0)
+    assert depth(registry) == 7
+    sink.state_changed(state)
+    assert depth(registry) == 0
+    other.queue_depth("ml.embed", 2)
+    assert depth(registry) == 2
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+    assert depth(registry) is None
 
 
 class Shown:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -316,3 +319,157 @@ def test_threads_lose_no_count() -> None:
 def _all_counted(tally: Tally) -> float:
     counts = next(series for family, series in tally.totals().items() if "sent" in family.name)
     return sum(cells[0] for cells in counts.values())
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
+@pytest.mark.parametrize("chosen", [None, CollectorRegistry()], ids=["default", "own"])
+def test_child_forked_while_a_thread_scrapes(chosen: CollectorRegistry | None) -> None:
+    """A child whose parent held the registry's lock at the fork scrapes, and makes producers."""
+    producer = MLProducer(Settings(url="amqp://u:p@h/"), registry=chosen)
+    assert producer.registry is chosen
+    with (REGISTRY if chosen is None else chosen)._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(int(LIMIT))
+            MLProducer(Settings(url="amqp://u:p@h/"), registry=chosen)
+            os._exit(b"ml_producer_connection_state" not in metrics.exposition(chosen))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# --- multiprocess mode -------------------------------------------------------------------------
+
+
+def run(code: str, directory: Path, **environ: str) -> list[str]:
+    """Run a program beside files of multiprocess mode, and give the lines that it prints."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", HEAD + code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environ},
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=30.0,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout.splitlines()
+
+
+HEAD = """
+import logging, os, shutil, signal, sys, time
+logging.disable(logging.CRITICAL)
+def shown(name):
+    import prometheus_client
+    from prometheus_client.multiprocess import MultiProcessCollector
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry)
+    return registry.get_sample_value(name)
+"""
+
+PUBLISH = """
+from mlproducer import MLProducer, Message, Settings
+from mlproducer.testing.fake_broker import FakeBroker
+with FakeBroker() as broker, MLProducer(Settings(url=broker.url)) as producer:
+    def publish():
+        return producer.publish(Message(body=b"x", routing_key="k")).confirmed
+"""
+
+
+def test_directory_that_is_not_there(tmp_path: Path) -> None:
+    """A producer in multiprocess mode without a directory is refused when it is made."""
+    code = """
+from mlproducer import MLProducer, Settings, errors
+for _ in range(2):
+    try:
+        MLProducer(Settings(url="amqp://u:p@h/"))
+    except errors.ConfigurationError as error:
+        print(error)
+"""
+    text = "PROMETHEUS_MULTIPROC_DIR must name a directory that can be written to: "
+    missing = f"{text}No such file or directory"
+    assert run(code, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "no")) == [missing] * 2
+
+
+def test_directory_that_goes_away(tmp_path: Path) -> None:
+    """Publishing goes on where the directory is emptied or removed, also in a child; so does /."""
+    code = f"""{PUBLISH}
+    from mlproducer.wsgi import make_app
+    app, directory = make_app(producer), os.environ["PROMETHEUS_MULTIPROC_DIR"]
+    def status(path):
+        seen = []
+        environ = {{"REQUEST_METHOD": "GET", "PATH_INFO": path}}
+        app(environ, lambda status, headers: seen.append(status[:3]))
+        return seen[0]
+    print(publish(), status("/metrics"))
+    for name in os.listdir(directory):
+        os.remove(os.path.join(directory, name))
+    print(publish(), status("/metrics"), status("/health"))
+    os.rmdir(directory)
+    print(publish(), status("/metrics"), status("/metrics/json"), status("/health"), status("/"))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        try:
+            producer.publish(None)
+        except Exception as error:
+            refused = type(error).__name__
+        os._exit(not (publish() and publish() and refused == "InvalidMessageError"))
+    print(os.waitpid(child, 0)[1])
+"""
+    files = tmp_path / "files"
+    files.mkdir()
+    assert run(code, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(files)) == [
+        "True 200",
+        "True 200 200",
+        "True 503 503 200 200",
+        "0",
+    ]
+
+
+def test_mode_is_what_prometheus_client_decided(tmp_path: Path) -> None:
+    """A variable that is set after that library was imported, or empty, changes nothing."""
+    code = f"""
+import prometheus_client
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.getcwd()
+{PUBLISH}
+    publish()
+    print(prometheus_client.REGISTRY.get_sample_value("ml_producer_message_size_bytes_count"))
+print(os.listdir())
+"""
+    assert run(code, tmp_path) == ["1.0", "[]"]
+    empty = code.replace('["PROMETHEUS_MULTIPROC_DIR"] = os.getcwd()', '["OTHER"] = ""')
+    assert run(empty, tmp_path, PROMETHEUS_MULTIPROC_DIR="")[0] == "1.0"
+
+
+@pytest.mark.parametrize(("store", "rows"), [("sqlite:///ml.db", 3), ("memory://", 12)])
+def test_workers_of_one_store(tmp_path: Path, store: str, rows: int) -> None:
+    """Four workers whose store has three rows show three, and twelve where each has a store."""
+    code = """
+from mlproducer import MLProducer, Message, Settings
+producer = MLProducer(Settings(
+    url="amqp://127.0.0.1:1", store_url=sys.argv[1], circuit_breaker_threshold=1000
+))
+children = []
+for number in range(4):
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if number == 0 or sys.argv[1] == "memory://":
+            for _ in range(3):
+                producer.publish(Message(body=b"x", routing_key="k"))
+        producer.start()
+        while producer.status().retry_queue_size < 3:
+            time.sleep(0.01)
+        producer._meter().refresh()
+        os.write(tell, b"1")
+        signal.pause()
+    os.read(ready, 1)
+    children.append(child)
+print(shown("ml_producer_retry_queue_size"))
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+    (tmp_path / "files").mkdir()
+    environ = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "files")}
+    code = code.replace("sys.argv[1]", repr(store))
+    assert run(code, tmp_path, **environ) == [f"{rows}.0"]
