@@ -16,7 +16,7 @@ from typing import Protocol
 
 from attrs import evolve
 
-from mlproducer.engine.engine import routes
+from mlproducer.engine.directory import Directory
 from mlproducer.engine.letterbox import Letter, Letterbox, stored_letter
 from mlproducer.errors import (
     AuthenticationError,
@@ -125,7 +125,7 @@ class DeadLetters:
         return purged
 
     def _open(self) -> Letterbox:
-        return Letterbox(routes(self._settings), self._queue, self._settings.prefetch)
+        return Letterbox(Directory(self._settings).routes, self._queue, self._settings.prefetch)
 
 
 class StoredDeadLetters:

@@ -26,6 +26,7 @@ class LossKind(enum.Enum):
     TLS = "tls"
     PROTOCOL = "protocol"
     AUTHENTICATION = "authentication"
+    CREDENTIALS = "credentials"
     CLOSED_BY_BROKER = "closed_by_broker"
     HEARTBEAT = "heartbeat"
     LOST = "lost"

@@ -15,9 +15,10 @@ from typing import Any
 
 from mlproducer.core.ports import Loss
 from mlproducer.engine.health import settle
-from mlproducer.engine.setup import OpenChannel
 from mlproducer.observe.events import EventSink
 from mlproducer.topology import Topology
+
+OpenChannel = Callable[[Callable[[Any], None], Callable[[Loss], None]], None]
 
 
 class Checkup:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from mlproducer.core.failure import silent_store
 from mlproducer.core.farewell import CLOSED
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import threads
+from mlproducer.engine.directory import Directory
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.io_thread import IOThread
 from mlproducer.engine.keeper import Keeper
-from mlproducer.engine.link import Route
-from mlproducer.engine.tls import make_context
+from mlproducer.engine.resolver import Resolver
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
 from mlproducer.latch import Latch
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
@@ -36,10 +35,9 @@ from mlproducer.observe.log import LogSink
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.recent import Recorder
 from mlproducer.observe.spans import Spans
-from mlproducer.settings import Settings, TLSSettings
+from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores.protocol import Depth, Store
-from mlproducer.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +77,8 @@ class Engine:
         self._events = events
         backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
         self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval, events)
-        self._io = IOThread(settings, routes(settings), self.gate, self._keeper, events)
+        self._resolver = Resolver(Directory(settings), self._spawn)
+        self._io = IOThread(settings, self._resolver, self.gate, self._keeper, events)
         self._keeper.serve(self._io, self._watch)
         self.relay = self._io.relay
         self.durable = store.durable
@@ -104,10 +103,12 @@ class Engine:
                 self.end()
                 self.join(time.monotonic() + CLOSE_MARGIN)
             else:
+                self._resolver.stop()
                 self._io.reactor.discard()
             raise
 
     def _start_threads(self) -> None:
+        self._resolver.start()
         self._threads["io"] = self._spawn("io", self._io.reactor.run)
         for role, timer in self._io.timers().items():
             self._threads[role] = self._spawn(role, timer.run)
@@ -148,8 +149,10 @@ class Engine:
         """Wait for the threads, until a monotonic deadline, and give what became of messages."""
         threads.join_all([self._threads["io"]], deadline)
         self._io.stop_timers()
+        self._resolver.stop()
         self.dispatcher.stop()
-        threads.join_all([*self._threads.values(), *self.dispatcher.threads], deadline)
+        every = [*self._threads.values(), *self._resolver.threads, *self.dispatcher.threads]
+        threads.join_all(every, deadline)
         threads.return_ordinal(self._ordinal)
         confirmed = self._io.courier.confirmed - self._confirmed_before
         return CloseReport(confirmed, self.rows().stored if self.durable else 0, self._abandoned)
@@ -295,23 +298,3 @@ class Engine:
             broker=dialer.route.broker.address,
             store=self._keeper.name if self.durable else "",
         )
-
-
-def routes(settings: Settings) -> list[Route]:
-    """Give the brokers in an order of this process's own, so that a fleet spreads over them."""
-    declarations = tuple(Topology.of(settings).declarations(settings.declare_topology))
-    brokers = list(settings.brokers)
-    random.SystemRandom().shuffle(brokers)
-    context = None
-    if any(broker.tls for broker in brokers):
-        context = make_context(settings.tls or TLSSettings())
-    return [
-        Route(
-            broker,
-            context if broker.tls else None,
-            settings.connection_timeout,
-            settings.heartbeat,
-            declarations,
-        )
-        for broker in brokers
-    ]

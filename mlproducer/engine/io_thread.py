@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
+from attrs import evolve
+
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.courier import Courier
@@ -23,12 +25,13 @@ from mlproducer.core.trial import NOT_FOUND
 from mlproducer.engine.checkup import Checkup
 from mlproducer.engine.cooldown import Cooldown
 from mlproducer.engine.delays import DelayedDelivery, OpenChannel
-from mlproducer.engine.dialer import Dialer
+from mlproducer.engine.dialer import Dialer, Patience
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.health import Health, settle
 from mlproducer.engine.keeper import Keeper
-from mlproducer.engine.link import EventLoop, Route
+from mlproducer.engine.link import EventLoop
 from mlproducer.engine.reactor import Reactor
+from mlproducer.engine.resolver import Resolver
 from mlproducer.engine.threads import TimerThread
 from mlproducer.engine.undertaker import Undertaker
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
@@ -60,7 +63,7 @@ class IOThread:
     def __init__(
         self,
         settings: Settings,
-        routes: Sequence[Route],
+        resolver: Resolver,
         gate: Gate,
         keeper: Keeper,
         events: EventSink,
@@ -94,16 +97,7 @@ class IOThread:
         self.courier = Courier(
             settings.max_message_retries, breaker, keeper, undertaker, gate, events
         )
-        self.dialer = Dialer(
-            routes,
-            Backoff(
-                settings.reconnect_initial_delay,
-                settings.reconnect_max_delay,
-                settings.reconnect_jitter,
-            ),
-            settings.max_reconnect_attempts,
-            self,
-        )
+        self.dialer = Dialer(resolver, _patience(settings), self)
         self._breathing = False
 
     # --- for any thread ------------------------------------------------------------------------
@@ -144,8 +138,7 @@ class IOThread:
     def accept(self, deliveries: Sequence[Delivery]) -> None:
         """Take deliveries from publishers, who start attempts over that were used up."""
         self._take(self._delayed.hold(deliveries, self._take, self._channels()))
-        if self.dialer.idle:
-            self.dialer.dial()
+        self.dialer.called()
 
     def _take(self, deliveries: Sequence[Delivery]) -> None:
         self.courier.accept(deliveries, time.monotonic())
@@ -218,8 +211,7 @@ class IOThread:
         for delivery in deliveries:
             if delivery.deadline <= now:
                 self.expire(delivery)  # its publisher has asked while it was being stored
-        if self.dialer.idle:
-            self.dialer.dial()
+        self.dialer.called()
 
     def kept(self, deliveries: Sequence[Delivery]) -> None:
         """Tell publishers that their messages are stored."""
@@ -253,7 +245,7 @@ class IOThread:
     def probe(self, reply: Future[None]) -> None:
         """Ask the broker whether it is there, unless it is known why it would not answer."""
         link = self.dialer.link
-        if link is None or not self.is_connected or self.courier.blocked:
+        if link is None or not link.probes or not self.is_connected or self.courier.blocked:
             settle(reply)
             return
         self._checkup.begin(link.side_channel, reply)
@@ -287,7 +279,7 @@ class IOThread:
         self.courier.refuse(error, time.monotonic())
 
     def gave_up(self, loss: Loss) -> None:
-        """Say that nothing is tried any more until somebody publishes or asks."""
+        """Say that attempts are rare from now on, until a call starts them over."""
         self._events.gave_up(self.dialer.failures, loss)
 
     def state_changed(self, state: ConnectionState) -> None:
@@ -352,6 +344,13 @@ class IOThread:
         """Report what could not be declared."""
         self._events.topology_fault(declaration.target, loss)
 
+    def probe_refused(self, loss: Loss) -> None:
+        """Ask this broker no more: it is well, and its silence is noticed by heartbeats."""
+        self._checkup.end()
+        if self.dialer.without_probes():
+            text = f"no health check, silence is noticed by heartbeats alone: {loss.text}"
+            self._events.health_fault(self._topology.exchange, evolve(loss, text=text))
+
     def acked(self, tag: int, *, multiple: bool) -> None:
         """Settle, and write what could not be written before."""
         self.dialer.settle()
@@ -370,3 +369,13 @@ class IOThread:
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """Note what has no queue."""
         self.courier.returned(tag, reply_code, reply_text)
+
+
+def _patience(settings: Settings) -> Patience:
+    jitter, rare = settings.reconnect_jitter, settings.gave_up_interval
+    first, longest = settings.reconnect_initial_delay, settings.reconnect_max_delay
+    return Patience(
+        Backoff(first, longest, jitter),
+        settings.max_reconnect_attempts,
+        Backoff(rare, rare, jitter) if rare else None,
+    )

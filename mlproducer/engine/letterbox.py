@@ -16,7 +16,8 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from mlproducer.engine.link import Route, blocking_channel, decode_properties
+from mlproducer.engine.directory import Route
+from mlproducer.engine.link import blocking_channel, decode_properties
 from mlproducer.engine.losses import closed_by_broker, translate
 from mlproducer.errors import MLProducerError, NotConnectedError
 from mlproducer.message import Envelope, Message

@@ -93,7 +93,11 @@ class Lifecycle:
         return self.fleet
 
     def _started(self) -> Fleet:
-        fleet = self._make()
+        try:
+            fleet = self._make()
+        except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
+            why = getattr(error, "strerror", None) or "out of descriptors"
+            raise NotConnectedError(f"the producer cannot be started: {why}") from error
         try:
             fleet.start()
         except RuntimeError as error:

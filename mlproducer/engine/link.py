@@ -1,8 +1,8 @@
 """One connection to one broker, from the first packet to the last; the only room that knows pika.
 
-A `Link` is used once: it opens, declares the topology, opens a channel in confirm mode and hands it
-to its owner as often as the broker closes one, and ends. Once it has ended or was aborted, whatever
-pika still says for it is dropped. What pika raises is translated here, by a table.
+A `Link` is used once: it opens at one address, declares the topology, hands a channel in confirm
+mode to its owner as often as the broker closes one, and ends. Once it has ended or was aborted,
+whatever pika still says for it is dropped. What pika raises is translated in `losses`.
 
 pika logs callbacks at DEBUG, so it is given bound methods without arguments, never a payload.
 
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import os
-import platform
 import socket
-import ssl
+import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pika
-from attrs import frozen
 from pika import exceptions, spec
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
@@ -30,17 +31,30 @@ from pika.connection import Connection
 
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.trial import NOT_FOUND
-from mlproducer.engine.losses import closed_by_broker, printable, translate
+from mlproducer.engine.directory import Address, Identity, Route, UnreachableError, Way
+from mlproducer.engine.losses import (
+    CONNECTION_FORCED,
+    ClosedInHandshakeError,
+    NoMechanismError,
+    OversizedFrameError,
+    closed_by_broker,
+    printable,
+    translate,
+)
 from mlproducer.engine.roles import LinkOwner
 from mlproducer.engine.setup import Setup
 from mlproducer.errors import NotConnectedError
 from mlproducer.message import Envelope
-from mlproducer.settings import Broker
 from mlproducer.topology import Declaration
 from mlproducer.wire.frames import FrameWriter
 
 HIGH_WATER = 1024 * 1024
 """Bytes in pika's write buffer, which has no limit of its own, above which nothing is added."""
+
+VAIN_CHANNELS = 2
+"""Channels in a row that the broker may close before any use, until the connection is given up."""
+
+_FRAME_HEADER = struct.Struct(">BHL")
 
 
 class EventLoop(IOLoop):
@@ -76,21 +90,35 @@ class EventLoop(IOLoop):
 def _shut_down(descriptors: Iterable[int]) -> None:
     """Shut down what is connected; pika fails over a socket that is shut down before it is."""
     for descriptor in descriptors:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as twin:
-            twin.getpeername()
-            twin.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            # Not a duplicate, for which there may be no descriptor left; so it is let go of again.
+            twin = socket.socket(fileno=descriptor)
+            try:
+                twin.getpeername()
+                twin.shutdown(socket.SHUT_RDWR)
+            finally:
+                twin.detach()
 
 
 class IOServices(SelectorIOServicesAdapter):
     """pika's services for one connection, which save a thread and a turn of the loop.
 
-    A numeric host is resolved without a thread: Python 3.12 starts none any more while it shuts
-    down, when there may be much to deliver. What is written to a plain socket is sent at once, and
-    not when the loop has found that it may be.
+    The address was looked up before, so that pika starts no thread for it. What is written to a
+    plain socket is sent at once, and not when the loop has found that it may be.
+
+    :param address: where to connect
+    :param failed: told what pika raises while it begins, which would end the loop
     """
 
     _stream: int | None = None
     _unsent = False
+
+    def __init__(
+        self, loop: EventLoop, address: Address, failed: Callable[[Exception], None]
+    ) -> None:
+        super().__init__(loop)
+        self._address = address
+        self._failed = failed
 
     def set_writer(self, fd: int, on_writable: Callable[[], None]) -> None:
         """Have a descriptor written; what it does not take now, when it can."""
@@ -126,16 +154,14 @@ class IOServices(SelectorIOServicesAdapter):
         proto: int = 0,
         flags: int = 0,
     ) -> Any:
-        """Give ``on_done`` the addresses, or an error, soon."""
-        numeric = flags | socket.AI_NUMERICHOST
+        """Give ``on_done`` the address, soon."""
+        return self.call_later(0, functools.partial(self._begin, on_done))
+
+    def _begin(self, on_done: Callable[[Any], None]) -> None:
         try:
-            found: Any = socket.getaddrinfo(host, port, family, socktype, proto, numeric)
-        except socket.gaierror:
-            try:
-                return super().getaddrinfo(host, port, on_done, family, socktype, proto, flags)
-            except RuntimeError as error:
-                found = error
-        return self.call_later(0, functools.partial(on_done, found))
+            on_done([self._address])
+        except Exception as error:  # noqa: BLE001 - no descriptor left, no such family, ...
+            self._failed(error)
 
     def create_streaming_connection(
         self, protocol_factory: Any, sock: socket.socket, on_done: Callable[[Any], None], **tls: Any
@@ -150,30 +176,119 @@ class IOServices(SelectorIOServicesAdapter):
             return self.call_later(0, functools.partial(on_done, lost))
 
 
-@frozen
-class Route:
-    """How to reach one broker, and what to declare there."""
+class BrokerConnection(pika.SelectConnection):
+    """pika's connection, which keeps the broker's reply code, and believes no absurd length.
 
-    broker: Broker
-    context: ssl.SSLContext | None
-    timeout: float
-    heartbeat: int
-    declarations: tuple[Declaration, ...]
+    It overrides methods that are private to pika. Where a later pika has others, they are merely
+    not called: then a refusal counts as a lost connection, and a frame without end as silence.
+    """
 
-    def parameters(self) -> pika.ConnectionParameters:
-        """Put it as pika wants it."""
-        broker = self.broker
-        return pika.ConnectionParameters(
-            host=broker.host,
-            port=broker.port,
-            virtual_host=broker.virtual_host,
-            credentials=pika.PlainCredentials(broker.user, broker.password),
-            heartbeat=self.heartbeat,
-            socket_timeout=self.timeout,
-            stack_timeout=self.timeout,
-            ssl_options=self.context and pika.SSLOptions(self.context, broker.host),
-            client_properties={"product": "mlproducer", "platform": platform.python_version()},
-        )
+    @property
+    def _client_properties(self) -> dict[str, Any]:
+        """Say what we are; pika would add itself and the version of Python."""
+        everything: dict[str, Any] = super()._client_properties
+        own = (*(self.params.client_properties or ()), "capabilities")
+        return {name: value for name, value in everything.items() if name in own}
+
+    def _on_connection_close_from_broker(self, method_frame: Any) -> None:
+        method = method_frame.method
+        if self._opened:
+            super()._on_connection_close_from_broker(method_frame)
+        else:
+            self._terminate_stream(ClosedInHandshakeError(method.reply_code, method.reply_text))
+
+    def _read_frame(self) -> Any:
+        buffer: bytes = self._frame_buffer
+        # A protocol header is no frame; a frame of any kind is judged by its announced length.
+        if len(buffer) >= _FRAME_HEADER.size and not buffer.startswith(b"AMQP"):
+            length = _FRAME_HEADER.unpack_from(buffer)[2] + spec.FRAME_HEADER_SIZE
+            if length + spec.FRAME_END_SIZE > (self.params.frame_max or spec.FRAME_MAX_SIZE):
+                self._terminate_stream(self._nonsense())
+                return 0, None
+        return super()._read_frame()
+
+    def _nonsense(self) -> Any:
+        if self.connection_state == Connection.CONNECTION_PROTOCOL:
+            return exceptions.IncompatibleProtocolError("no AMQP frame")
+        return OversizedFrameError("a frame over frame_max")
+
+
+class PlainCredentials(pika.PlainCredentials):
+    """User and password; pika's own do not tell what a broker offers that takes none."""
+
+    def response_for(self, start: Any) -> Any:
+        """Answer Connection.Start.
+
+        :raises NoMechanismError: it does not offer PLAIN
+        """
+        return _answered(self.TYPE, start, super().response_for(start))
+
+
+class ExternalCredentials(pika.credentials.ExternalCredentials):
+    """The client's certificate."""
+
+    def response_for(self, start: Any) -> Any:
+        """Answer Connection.Start.
+
+        :raises NoMechanismError: it does not offer EXTERNAL
+        """
+        return _answered(self.TYPE, start, super().response_for(start))
+
+
+def _answered(wanted: str, start: Any, answer: tuple[Any, Any]) -> tuple[Any, Any]:
+    if answer[0] is None:
+        offered = start.mechanisms
+        text = offered.decode(errors="replace") if isinstance(offered, bytes) else str(offered)
+        raise NoMechanismError(wanted, text or "nothing")
+    return answer
+
+
+def _credentials(mechanism: str, identity: Identity) -> Any:
+    if mechanism == ExternalCredentials.TYPE:
+        return ExternalCredentials()
+    return PlainCredentials(identity.user, identity.password)
+
+
+def parameters(way: Way, timeouts: tuple[float, float]) -> pika.ConnectionParameters:
+    """Put a way as pika wants it.
+
+    :param timeouts: seconds for TCP, and for TCP, TLS and AMQP together
+    """
+    route = way.route
+    server_name = (route.tls and route.tls.settings.server_name) or route.broker.host
+    return pika.ConnectionParameters(
+        host=route.broker.host,
+        port=route.broker.port,
+        virtual_host=route.broker.virtual_host,
+        credentials=_credentials(route.mechanism, way.identity),
+        heartbeat=route.heartbeat,
+        socket_timeout=timeouts[0],
+        stack_timeout=timeouts[1],
+        ssl_options=way.context and pika.SSLOptions(way.context, server_name),
+        client_properties={
+            "product": "mlproducer",
+            "version": _VERSION,
+            "connection_name": route.connection_name or _program(),
+        },
+    )
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("mlproducer")
+    except importlib.metadata.PackageNotFoundError:  # run from a copy that is not installed
+        return "unknown"
+
+
+_VERSION = _own_version()
+
+
+def _program() -> str:
+    """Name the running program and its process, as operators look for it."""
+    path = Path(sys.argv[0] if sys.argv else "")
+    name = path.parent.name if path.name == "__main__.py" else path.name
+    shown = name.encode(errors="replace").decode()[:100]
+    return f"{shown if shown not in ('', '-c') else 'python'}:{os.getpid()}"
 
 
 def blocking_channel(route: Route) -> Any:
@@ -182,9 +297,15 @@ def blocking_channel(route: Route) -> Any:
     :raises NotConnectedError: it cannot be opened; the text says why
     """
     try:
-        return pika.BlockingConnection(route.parameters()).channel()
+        way = route.find()
+        return pika.BlockingConnection(
+            parameters(way, (route.timeout, route.timeout)), _impl_class=BrokerConnection
+        ).channel()
+    except UnreachableError as error:
+        text = error.loss.text
     except (exceptions.AMQPError, OSError) as error:
-        raise NotConnectedError(translate(route.broker.address, error).text) from None
+        text = translate(route.broker.address, error).text
+    raise NotConnectedError(text)
 
 
 def decode_properties(envelope: Envelope) -> spec.BasicProperties:
@@ -193,10 +314,14 @@ def decode_properties(envelope: Envelope) -> spec.BasicProperties:
 
 
 class ConfirmChannel:
-    """A channel in confirm mode, on which envelopes are written."""
+    """A channel in confirm mode, on which envelopes are written.
+
+    :ivar used: whether anything was written on it
+    """
 
     def __init__(self, channel: Channel, connection: pika.SelectConnection) -> None:
         self._channel = channel
+        self.used = False
         self._frames = FrameWriter(int(channel), connection.params.frame_max)
         self.longest_properties = self._frames.longest_properties
         # pika's own encoder takes half of the time of a publish; where its inside has changed,
@@ -210,6 +335,7 @@ class ConfirmChannel:
 
     def carry(self, batch: list[tuple[Envelope, int]]) -> None:
         """Write messages, each with its delivery tag, in one piece."""
+        self.used = True
         if self._emit is None:
             for envelope, tag in batch:
                 self._carry_by_pika(envelope, tag)
@@ -224,19 +350,48 @@ class ConfirmChannel:
 
 
 class Link:
-    """One connection, and on it one confirm channel at a time."""
+    """One connection, and on it one channel at a time for publishing.
 
-    def __init__(self, loop: EventLoop, route: Route, owner: LinkOwner) -> None:
+    :param address: of those that the way has
+    :param timeouts: seconds until TCP must be connected, and until all must be ready
+    :param skipped: declarations that the broker has answered with the end of a connection
+    :param probes: whether the broker has a channel for questions beside the one for publishing
+    :ivar fatal: the declaration over which this connection ended
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        way: Way,
+        address: Address,
+        timeouts: tuple[float, float],
+        owner: LinkOwner,
+        skipped: Iterable[Declaration] = (),
+        *,
+        probes: bool = True,
+    ) -> None:
         self._loop = loop
-        self._route = route
-        self._address = route.broker.address
+        self._route = way.route
+        self._address = way.route.broker.address
         self._owner: LinkOwner | None = owner
+        self._skipped = tuple(skipped)
         self._closing = False
-        self._services = IOServices(loop)
-        self._confirming: Channel | None = None
-        self._timer: Any = loop.call_later(route.timeout, self._on_timeout)
-        self._connection = pika.SelectConnection(
-            route.parameters(), self._on_open, self._on_open_error, self._on_close, self._services
+        self._channel: Channel | None = None
+        self._carrier: ConfirmChannel | None = None
+        self._setup: Setup | None = None
+        self._vain = 0
+        self._asking = False
+        self.probes = probes
+        self.fatal: Declaration | None = None
+        self._timer: Any = None
+        self._start_timer(timeouts[1])
+        self._services = IOServices(loop, address, self._on_beginning_failed)
+        self._connection = BrokerConnection(
+            parameters(way, timeouts),
+            self._on_open,
+            self._on_open_error,
+            self._on_close,
+            self._services,
         )
 
     # --- how it ends ---------------------------------------------------------------------------
@@ -263,11 +418,24 @@ class Link:
         elif not self._connection.is_closed:
             self._services.sever()
 
+    def give_up(self, why: str) -> None:
+        """Drop a connection that is of no use although it stands, and tell the owner."""
+        self._drop(Loss(f"{self._address}: {why}", kind=LossKind.TIMEOUT))
+
+    def _drop(self, loss: Loss) -> None:
+        self._fail(loss)
+        self.cut()
+
     def _on_timeout(self) -> None:
         """Give up on a broker that accepts and does not answer."""
         self._timer = None
-        self._fail(Loss(f"{self._address}: no answer in time", kind=LossKind.TIMEOUT))
-        self.cut()
+        self.give_up("no answer in time")
+
+    def _on_beginning_failed(self, error: Exception) -> None:
+        """Give up where pika has failed before it had a socket."""
+        text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+        why = text or type(error).__name__
+        self._drop(Loss(f"{self._address}: no connection can be made: {why}"))
 
     def _on_open_error(self, _connection: Connection, error: BaseException | str) -> None:
         self._fail(translate(self._address, error))
@@ -275,7 +443,21 @@ class Link:
     def _on_close(self, _connection: Connection, error: BaseException) -> None:
         if self._closing:  # also where the broker did not answer it in time
             error = exceptions.ConnectionClosedByClient(200, "")
-        self._fail(translate(self._address, error))
+        loss = translate(self._address, error)
+        by_broker = isinstance(error, exceptions.ConnectionClosedByBroker)
+        if by_broker and loss.reply_code != CONNECTION_FORCED:
+            self._blame(loss)
+        self._fail(loss)
+
+    def _blame(self, loss: Loss) -> None:
+        """Find what of ours the broker has answered by closing the connection."""
+        if self._owner is None:
+            return
+        if self._setup is not None and self._setup.asked is not None:
+            self.fatal = self._setup.asked
+            self._owner.topology_fault(self.fatal, loss)
+        elif self._asking:
+            self._owner.probe_refused(loss)
 
     def _fail(self, loss: Loss) -> None:
         self._stop_timer()
@@ -290,38 +472,52 @@ class Link:
             self.cut()
             return
         if not (connection.publisher_confirms and connection.basic_nack):
-            self._fail(Loss(f"{self._address}: no publisher confirms", kind=LossKind.PROTOCOL))
-            self.cut()
+            self._drop(Loss(f"{self._address}: no publisher confirms", kind=LossKind.PROTOCOL))
             return
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
         self._declare()
 
     def _declare(self) -> None:
-        """Declare the topology, then open the channel for publishing."""
-        Setup(
-            self._route.declarations, self.side_channel, self._on_fault, self._open_confirming
-        ).start()
+        """Declare the topology on a new channel, which is then for publishing."""
+        wanted = [each for each in self._route.declarations if each not in self._skipped]
+        self._setup = Setup(wanted, self._on_fault, self._confirm)
+        self._open_channel()
+
+    def _open_channel(self) -> None:
+        """Open the channel, for what is left of the set-up or at once for publishing."""
+        if not self._connection.is_open or self._owner is None:
+            return
+        try:
+            channel = self._connection.channel(on_open_callback=self._on_channel_open)
+        except exceptions.NoFreeChannels:  # ours was the only one, and the broker gives none
+            self._drop(Loss(f"{self._address}: no channel is left", kind=LossKind.PROTOCOL))
+            return
+        channel.add_on_close_callback(self._on_channel_closed)
+        self._channel = channel
+
+    def _on_channel_open(self, channel: Channel) -> None:
+        if channel is not self._channel:
+            return
+        if self._setup is not None:
+            self._setup.run(channel)
+        else:
+            self._confirm(channel)
 
     def _on_fault(self, declaration: Declaration, loss: Loss) -> None:
         if self._owner is not None:
             self._owner.topology_fault(declaration, loss)
 
-    def _open_confirming(self) -> None:
-        if self._connection.is_open:
-            channel = self._connection.channel(on_open_callback=self._on_confirming_open)
-            channel.add_on_close_callback(self._on_channel_closed)
-            self._confirming = channel
-
-    def _on_confirming_open(self, channel: Channel) -> None:
-        if self._confirming is not None and channel is self._confirming:
-            channel.add_on_return_callback(self._on_return)
-            channel.confirm_delivery(self._on_confirm, callback=self._on_ready)
+    def _confirm(self, channel: Channel) -> None:
+        self._setup = None
+        channel.add_on_return_callback(self._on_return)
+        channel.confirm_delivery(self._on_confirm, callback=self._on_ready)
 
     def _on_ready(self, _frame: object) -> None:
         self._stop_timer()
-        if self._owner is not None and self._confirming is not None:
-            self._owner.link_ready(ConfirmChannel(self._confirming, self._connection))
+        if self._owner is not None and self._channel is not None:
+            self._carrier = ConfirmChannel(self._channel, self._connection)
+            self._owner.link_ready(self._carrier)
 
     # --- what the broker says ------------------------------------------------------------------
 
@@ -329,6 +525,7 @@ class Link:
         owner, method = self._owner, frame.method
         if owner is None:
             return
+        self._vain = 0
         if isinstance(method, spec.Basic.Ack):
             owner.acked(method.delivery_tag, multiple=method.multiple)
         else:
@@ -337,8 +534,10 @@ class Link:
     def _on_return(
         self, channel: Channel, method: Any, properties: spec.BasicProperties, _body: bytes
     ) -> None:
+        if method.exchange in self._route.delayed and "x-delay" in (properties.headers or ()):
+            return  # the plugin has taken it, and delivers it later; it answers so all the same
         attempt = str(properties.cluster_id)
-        if self._owner is not None and channel is self._confirming and attempt.isdecimal():
+        if self._owner is not None and channel is self._channel and attempt.isdecimal():
             self._owner.returned(int(attempt), method.reply_code, printable(method.reply_text))
 
     def _on_blocked(self, _connection: Connection, frame: Any) -> None:
@@ -352,34 +551,71 @@ class Link:
     def _on_channel_closed(self, channel: Channel, reason: Exception) -> None:
         if self._owner is None or not isinstance(reason, exceptions.ChannelClosedByBroker):
             return  # the end of the connection, which is told on its own, or our own doing
-        if channel is self._confirming:
-            self._timer = self._loop.call_later(self._route.timeout, self._on_timeout)
-            loss = closed_by_broker(reason)
+        if channel is not self._channel:
+            return
+        loss = closed_by_broker(reason)
+        carrier, self._carrier = self._carrier, None
+        if self._setup is not None and self._setup.closed(loss):
+            self._soon(self._open_channel)
+            return
+        if carrier is None or not carrier.used:
+            self._vain += 1
+        self._start_timer(self._route.timeout)
+        if carrier is not None:
             self._owner.channel_lost(loss)
-            if loss.reply_code == NOT_FOUND:
-                self._declare()
-            else:
-                self._open_confirming()
+        if self._vain >= VAIN_CHANNELS:
+            text = f"{self._address}: closes each channel: {loss.reply_code} {loss.text}"
+            self._drop(Loss(text, loss.reply_code, LossKind.CLOSED_BY_BROKER))
+        elif carrier is not None and loss.reply_code == NOT_FOUND:
+            self._soon(self._declare)
+        else:
+            self._soon(self._open_channel)
 
-    def give_up(self, why: str) -> None:
-        """Drop a connection that is of no use although it stands, and tell the owner."""
-        self._fail(Loss(f"{self._address}: {why}", kind=LossKind.TIMEOUT))
-        self.cut()
+    def _soon(self, function: Callable[[], None]) -> None:
+        """Go on once pika has let go of the closed channel's number: there may be no other."""
+        self._loop.call_later(0, function)
+
+    # --- questions beside publishing -----------------------------------------------------------
 
     def side_channel(
         self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
     ) -> None:
         """Open a channel for questions; the broker may close it without harm to any other."""
-        if self._connection.is_open:
+        if not self._connection.is_open or not self.probes:
+            return
+        try:
             channel = self._connection.channel(on_open_callback=on_open)
-            channel.add_on_close_callback(functools.partial(_tell_side, on_closed))
+        except exceptions.NoFreeChannels:
+            self.probes = False
+            if self._owner is not None:
+                self._owner.probe_refused(Loss("the broker allows no second channel"))
+            return
+        self._asking = True
+        channel.add_on_close_callback(functools.partial(self._on_side_closed, on_closed))
+
+    def _on_side_closed(
+        self, on_closed: Callable[[Loss], None], _channel: Channel, reason: Exception
+    ) -> None:
+        if not isinstance(reason, exceptions.ConnectionClosed):
+            self._asking = False
+        if isinstance(reason, exceptions.ChannelClosedByBroker):
+            on_closed(closed_by_broker(reason))
+
+    def renew(self, password: str) -> None:
+        """Tell the broker a new password, or token, on the open connection."""
+        if self._connection.is_open:
+            self._connection.update_secret(password, "renewed", self._on_renewed)
+
+    def _on_renewed(self, _frame: object) -> None:
+        """Go on; a broker that does not take it closes the connection."""
+
+    # --- time ----------------------------------------------------------------------------------
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()  # one that goes on would end a connection that is well by then
+        self._timer = self._loop.call_later(seconds, self._on_timeout)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._loop.remove_timeout(self._timer)
             self._timer = None
-
-
-def _tell_side(on_closed: Callable[[Loss], None], _channel: Channel, reason: Exception) -> None:
-    if isinstance(reason, exceptions.ChannelClosedByBroker):
-        on_closed(closed_by_broker(reason))

@@ -1,7 +1,8 @@
-"""What the errors of pika, of TLS and of sockets mean: one table, by the names of their classes.
+"""What the errors of pika, of TLS and of sockets mean: a table, by their classes.
 
-pika wraps them in layers and takes some for others; here they are unwrapped, and become a `Loss`
-whose text may be shown.
+pika wraps them in layers; here they are unwrapped, and become a `Loss` whose text may be shown. A
+refusal is told by the broker's reply code alone, never by its words, which may hold anything that
+a user has chosen, such as a virtual host's name.
 
 Runs on: the I/O thread, and the threads of commands.
 """
@@ -9,49 +10,90 @@ Runs on: the I/O thread, and the threads of commands.
 from __future__ import annotations
 
 import re
+import socket
 import ssl
 from typing import Any
 
+from pika import exceptions
+
 from mlproducer.core.ports import Loss, LossKind
+from mlproducer.core.trial import NO_PERMISSION
 from mlproducer.engine.tls import describe
 
-_REPLY = re.compile(r"\((\d{3})\)\s*(.*)", re.DOTALL)
+NOT_ALLOWED = 530
+CONNECTION_FORCED = 320
+"""The broker shuts down, or an operator has closed the connection."""
+
+REFUSALS = frozenset({NO_PERMISSION, NOT_ALLOWED})
+"""Reply codes with which a broker refuses user or virtual host during the handshake."""
+
 _TLS_ALERT = re.compile(r"\[SSL: (\w+)\]")
 
-_BY_NAME: dict[str, tuple[LossKind, str]] = {
-    "gaierror": (LossKind.UNRESOLVED, "host name does not resolve"),
-    "ConnectionRefusedError": (LossKind.REFUSED, "connection refused"),
-    "TimeoutError": (LossKind.TIMEOUT, "no answer in time"),
-    "timeout": (LossKind.TIMEOUT, "no answer in time"),  # a class of its own in Python 3.10
-    "IncompatibleProtocolError": (LossKind.PROTOCOL, "ended without speaking AMQP 0-9-1"),
-    "ProtocolVersionMismatch": (LossKind.PROTOCOL, "speaks another version of AMQP"),
-    "AMQPHeartbeatTimeout": (LossKind.HEARTBEAT, "no heartbeat"),
-    "ConnectionClosedByClient": (LossKind.CLOSED, "closed by us"),
-}
 
-_REFUSALS = {
-    "AuthenticationError",
-    "ProbableAuthenticationError",
-    "ProbableAccessDeniedError",
-}
+class ClosedInHandshakeError(exceptions.ConnectionClosed):
+    """The broker closed the connection before it was open, with a reply code.
+
+    pika keeps only the text of a ``ConnectionClosedByBroker`` that comes so early; of this class,
+    which is none, it keeps the whole.
+    """
+
+
+class NoMechanismError(exceptions.AMQPConnectionError):
+    """The broker offers no mechanism to authenticate with that is ours."""
+
+    def __init__(self, wanted: str, offered: str) -> None:
+        super().__init__(wanted, offered)
+        self.wanted = wanted
+        self.offered = offered
+
+
+class OversizedFrameError(exceptions.AMQPConnectionError):
+    """The broker announced a frame that is longer than was agreed."""
+
+
+_BY_CLASS: tuple[tuple[type[BaseException], LossKind, str], ...] = (
+    (socket.gaierror, LossKind.UNRESOLVED, "host name does not resolve"),
+    (ConnectionRefusedError, LossKind.REFUSED, "connection refused"),
+    (TimeoutError, LossKind.TIMEOUT, "no answer in time"),
+    (socket.timeout, LossKind.TIMEOUT, "no answer in time"),  # a class of its own in Python 3.10
+    (
+        exceptions.IncompatibleProtocolError,
+        LossKind.PROTOCOL,
+        "ended without speaking AMQP 0-9-1",
+    ),
+    (exceptions.ProtocolVersionMismatch, LossKind.PROTOCOL, "speaks another version of AMQP"),
+    (OversizedFrameError, LossKind.PROTOCOL, "announced a frame longer than was agreed"),
+    (exceptions.AMQPHeartbeatTimeout, LossKind.HEARTBEAT, "no heartbeat"),
+    (exceptions.ConnectionClosedByClient, LossKind.CLOSED, "closed by us"),
+    # pika's guess where the connection ended during the handshake without a word of the broker's
+    (
+        exceptions.ProbableAuthenticationError,
+        LossKind.LOST,
+        "connection lost during the handshake",
+    ),
+    (exceptions.ProbableAccessDeniedError, LossKind.LOST, "connection lost during the handshake"),
+)
 
 
 def translate(address: str, error: BaseException | str) -> Loss:
     """Say what the end of a connection, or of an attempt, means."""
     cause = _root(error)
-    names = [kind.__name__ for kind in type(cause).__mro__]
-    alert = _TLS_ALERT.search(str(cause))  # pika keeps only the text of a late one
-    if not _REFUSALS.isdisjoint(names):
-        return _refused(address, str(cause))
+    if isinstance(cause, ClosedInHandshakeError):
+        return _closed_in_handshake(address, cause)
+    if isinstance(cause, NoMechanismError):
+        text = f"offers {printable(cause.offered)} to authenticate with, not {cause.wanted}"
+        return Loss(f"{address}: {text}", kind=LossKind.AUTHENTICATION)
     if isinstance(cause, ssl.SSLError):
         return Loss(f"{address}: {describe(cause)}", kind=LossKind.TLS)
+    alert = _TLS_ALERT.search(str(cause))  # pika keeps only the text of a late one
     if alert is not None:
         return Loss(f"{address}: TLS failed: {alert[1]}", kind=LossKind.TLS)
-    if "ConnectionClosedByBroker" in names:
+    if isinstance(cause, exceptions.ConnectionClosedByBroker):
         return closed_by_broker(cause, f"{address}: closed by the broker: ")
-    unknown = LossKind.LOST, f"connection lost ({names[0]})"
-    kind, text = next((_BY_NAME[name] for name in names if name in _BY_NAME), unknown)
-    return Loss(f"{address}: {text}", kind=kind)
+    for kind, meaning, text in _BY_CLASS:
+        if isinstance(cause, kind):
+            return Loss(f"{address}: {text}", kind=meaning)
+    return Loss(f"{address}: connection lost ({type(cause).__name__})")
 
 
 def closed_by_broker(reason: Any, prefix: str = "") -> Loss:
@@ -67,17 +109,12 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
 
 
-def _refused(address: str, words: str) -> Loss:
-    """Tell a refusal, for which the broker gave a code, from a reset: pika calls both so."""
-    reply = _REPLY.search(words)
-    if reply is None:
-        return Loss(f"{address}: connection lost during the handshake", kind=LossKind.LOST)
-    if "limit" in words:
-        text = f"{address}: a connection limit is reached"
-        return Loss(text, kind=LossKind.CLOSED_BY_BROKER)
-    said = reply[2].strip("'\"")  # pika quotes the broker as Python would
-    text = f"{address}: refused by the broker: {reply[1]} {printable(said)}"
-    return Loss(text, int(reply[1]), LossKind.AUTHENTICATION)
+def _closed_in_handshake(address: str, error: ClosedInHandshakeError) -> Loss:
+    """Tell a refusal from all else that a broker may say during the handshake."""
+    if error.reply_code not in REFUSALS:
+        return closed_by_broker(error, f"{address}: closed by the broker: ")
+    text = f"{address}: refused by the broker: {error.reply_code} {printable(error.reply_text)}"
+    return Loss(text, error.reply_code, LossKind.AUTHENTICATION)
 
 
 def _root(error: BaseException | str) -> BaseException:

@@ -36,6 +36,9 @@ class LinkOwner(Protocol):
     def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
         """Something could not be declared; publishing goes on without it."""
 
+    def probe_refused(self, loss: Loss) -> None:
+        """The broker has no channel for questions, or ends the connection over one."""
+
     def acked(self, tag: int, *, multiple: bool) -> None:
         """The broker has taken a message."""
 
@@ -49,11 +52,14 @@ class LinkOwner(Protocol):
 class DialerOwner(LinkOwner, Protocol):
     """Who is told how dialling goes."""
 
+    def order(self, order: Callable[[], None]) -> bool:
+        """Have something done on the I/O thread; false if that has ended. From any thread."""
+
     def attempt_failed(self, loss: Loss) -> None:
         """No broker of the list could be reached."""
 
     def gave_up(self, loss: Loss) -> None:
-        """The attempts are used up; `Dialer.dial` starts over."""
+        """The attempts are used up; from now on they are rare, until `Dialer.dial` starts over."""
 
     def state_changed(self, state: ConnectionState) -> None:
         """The link moved."""

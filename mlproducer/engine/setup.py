@@ -1,4 +1,7 @@
-"""Declares the topology, on a channel of its own, and goes on past what cannot be declared.
+"""Declares the topology on a new channel, and goes on past what cannot be declared.
+
+The channel is then the one for publishing. It takes only one channel at a time, so a broker or user
+that is limited to one will do, and saves two round trips on each connect.
 
 Runs on: the I/O thread.
 """
@@ -13,58 +16,54 @@ from mlproducer.core.ports import Loss
 from mlproducer.core.trial import NO_PERMISSION
 from mlproducer.topology import Declaration
 
-OpenChannel = Callable[[Callable[[Any], None], Callable[[Loss], None]], None]
-
 
 class Setup:
-    """One round of declarations.
+    """One round of declarations, over as many channels as the broker closes meanwhile.
 
-    :param open_channel: opens a channel, given who is told that it is open, or closed by the broker
     :param fault: told what could not be declared
-    :param done: told when all has been tried
+    :param done: told when all has been tried, with the open channel
+    :ivar asked: the declaration that the broker has not answered yet
     """
 
     def __init__(
         self,
         declarations: Iterable[Declaration],
-        open_channel: OpenChannel,
         fault: Callable[[Declaration, Loss], None],
-        done: Callable[[], None],
+        done: Callable[[Any], None],
     ) -> None:
         self._left = deque(declarations)
-        self._open_channel = open_channel
         self._fault = fault
         self._done = done
         self._channel: Any = None
+        self.asked: Declaration | None = None
 
-    def start(self) -> None:
-        """Begin, or go on with what is left."""
-        if self._left:
-            self._open_channel(self._on_open, self._on_closed)
-        else:
-            self._done()
-
-    def _on_open(self, channel: Any) -> None:
+    def run(self, channel: Any) -> None:
+        """Begin, or go on with what is left, on a channel that has just been opened."""
         self._channel = channel
         self._declare()
 
-    def _declare(self) -> None:
-        declaration = self._left[0]
-        if not self._channel.is_open:
-            return  # the connection is closing
-        declare = getattr(self._channel, declaration.method)
-        declare(**declaration.arguments, callback=self._on_declared)
-
-    def _on_declared(self, _frame: object) -> None:
+    def closed(self, loss: Loss) -> bool:
+        """Note that the broker closed the channel; false if that was no answer to a declaration."""
+        refused, self.asked = self.asked, None
+        if refused is None:
+            return False
         self._left.popleft()
-        if self._left:
-            self._declare()
-        else:
-            self._channel.close()
-            self._done()
-
-    def _on_closed(self, loss: Loss) -> None:
-        self._fault(self._left.popleft(), loss)
+        self._fault(refused, loss)
         if loss.reply_code == NO_PERMISSION:
             self._left.clear()  # the rest would be refused likewise
-        self.start()
+        return True
+
+    def _declare(self) -> None:
+        if not self._channel.is_open:
+            return  # the connection is closing
+        if not self._left:
+            self._done(self._channel)
+            return
+        self.asked = self._left[0]
+        declare = getattr(self._channel, self.asked.method)
+        declare(**self.asked.arguments, callback=self._on_declared)
+
+    def _on_declared(self, _frame: object) -> None:
+        self.asked = None
+        self._left.popleft()
+        self._declare()

@@ -1,0 +1,92 @@
+"""The thread that looks up what attempts to connect need: addresses, credentials, TLS files.
+
+One for a producer, and started with it: Python 3.12 starts no thread any more once the main thread
+has ended, and there may be much to deliver then.
+
+Runs on: any thread; what is handed in runs on the resolver's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+
+from mlproducer.core.ports import Loss
+from mlproducer.engine.directory import Directory, Identity, Route, UnreachableError, Way
+from mlproducer.engine.threads import TimerThread
+
+logger = logging.getLogger(__name__)
+
+STUCK_LIMIT = 4
+"""Threads that may wait for a name server, or for the user's callable, that does not answer."""
+
+
+class Resolver:
+    """Looks things up, one after the other.
+
+    :param spawn: starts a thread, given its role and what it runs
+    :ivar threads: those that were started
+    """
+
+    def __init__(
+        self, directory: Directory, spawn: Callable[[str, Callable[[], None]], threading.Thread]
+    ) -> None:
+        self.directory = directory
+        self.threads: list[threading.Thread] = []
+        self._spawn = spawn
+        self._worker = TimerThread(_nothing)
+
+    def start(self) -> None:
+        """Start the thread.
+
+        :raises RuntimeError: no thread can be started
+        """
+        self.threads.append(self._spawn("resolver", self._worker.run))
+
+    def stop(self) -> None:
+        """End the thread, once it has done what it was told so far."""
+        self._worker.stop()
+
+    def find(self, turn: int, done: Callable[[Way | Loss], object]) -> None:
+        """Look up the route whose turn it is, and say what was found."""
+        self._worker.order(partial(self._find, turn, done))
+
+    def identify(self, route: Route, done: Callable[[Identity | Loss], object]) -> None:
+        """Look up as whom to connect, and say what was found."""
+        self._worker.order(partial(self._identify, route, done))
+
+    def replace(self) -> None:
+        """Leave a thread that is stuck in a look-up to itself, and go on with another."""
+        self.threads = [each for each in self.threads if each.is_alive()]
+        if len(self.threads) >= STUCK_LIMIT:
+            return
+        stuck, self._worker = self._worker, TimerThread(_nothing)
+        try:
+            self.start()
+        except RuntimeError:  # out of threads, or the main thread has ended: wait for the old one
+            self._worker = stuck
+        else:
+            stuck.stop()
+
+    def _find(self, turn: int, done: Callable[[Way | Loss], object]) -> None:
+        try:
+            found: Way | Loss = self.directory.find(turn)
+        except UnreachableError as error:
+            found = error.loss
+        except Exception as error:
+            logger.exception("looking up a broker failed")
+            found = Loss(f"looking up the broker failed ({type(error).__name__})")
+        done(found)
+
+    def _identify(self, route: Route, done: Callable[[Identity | Loss], object]) -> None:
+        try:
+            found: Identity | Loss = route.identity()
+        except UnreachableError as error:
+            found = error.loss
+        done(found)
+
+
+def _nothing() -> None:
+    """Do nothing: there is no errand, only what is asked for."""
