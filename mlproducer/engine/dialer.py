@@ -239,7 +239,7 @@ class Dialer:
     def _seek(self) -> None:
         """Have the way to the next broker looked up, within its time."""
         self._way = None
-        timeout = self.route.timeout
+        timeout = self.route.broker.connection_timeout
         self._deadline = time.monotonic() + timeout
         self._set_timer(timeout, self._not_found_in_time)
         found = partial(self._on_found, self._timer)
@@ -268,7 +268,7 @@ class Dialer:
         if self._loop is None or self._way is None:
             return
         left = max(0.0, self._deadline - time.monotonic())
-        share = max(left / len(self._addresses), self._way.route.timeout / 100)
+        share = max(left / len(self._addresses), self._way.route.broker.connection_timeout / 100)
         self._address = self._addresses.popleft()
         known = self._way.route.broker.address
         connect = min(share, NEXT_ADDRESS_AFTER) if self._addresses else share
@@ -322,7 +322,7 @@ class Dialer:
         if self.state is ConnectionState.CONNECTED:
             self._step(LinkEvent.LOST)
         elif self._address is not None:
-            self._deadline = time.monotonic() + self.route.timeout
+            self._deadline = time.monotonic() + self.route.broker.connection_timeout
             self._addresses.appendleft(self._address)
             self._set_timer(self._patience.backoff.initial, self._open_again)
             return

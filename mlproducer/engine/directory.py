@@ -13,16 +13,16 @@ import logging
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from attrs import field, frozen
 
+from mlproducer.brokers import Broker, TLSSettings
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.engine.tls import TLSFiles
 from mlproducer.errors import ConfigurationError
-from mlproducer.settings import Broker, Settings, TLSSettings, parse_brokers
+from mlproducer.settings import Credentials, Settings
 from mlproducer.topology import Declaration, Topology
 
 logger = logging.getLogger(__name__)
@@ -57,17 +57,14 @@ class Identity:
 class Route:
     """One broker, how to speak to it, and what to declare there.
 
-    :ivar identify: gives the identity for the broker of the URL
+    :ivar credentials: the user's callable; ``None``: the broker's URL or a file has them
     :ivar delayed: exchanges that deliver later, and so return what they have taken
     """
 
     broker: Broker
-    timeout: float
-    heartbeat: int
     declarations: tuple[Declaration, ...]
-    identify: Callable[[Broker], Identity] = field(repr=False)
+    credentials: Credentials | None = field(default=None, repr=False)
     tls: TLSFiles | None = None
-    mechanism: str = "PLAIN"
     connection_name: str | None = None
     delayed: frozenset[str] = frozenset()
 
@@ -104,13 +101,14 @@ class Route:
     def identity(self) -> Identity:
         """Give the identity that holds now.
 
-        :raises UnreachableError: a file or the user's callable gives none
+        :raises UnreachableError: the user's callable gives none
         """
-        try:
-            return self.identify(self.broker)
-        except _NoIdentityError as error:
-            text = f"{self.broker.address}: {error}"
-        raise UnreachableError(Loss(text, kind=LossKind.CREDENTIALS))
+        if self.credentials is None:
+            return Identity(self.broker.user, self.broker.password)
+        given = _called(self.credentials)
+        if isinstance(given, Identity):
+            return given
+        raise UnreachableError(Loss(f"{self.broker.address}: {given}", kind=LossKind.CREDENTIALS))
 
 
 @frozen
@@ -132,10 +130,13 @@ class Directory:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._random = random.SystemRandom()
-        self._tls: TLSFiles | None = None
-        self._text = ""
-        self._routes: tuple[Route, ...] = ()
-        self._take(self._read_urls())
+        self._ranks: dict[tuple[str, str], float] = {}
+        self._tls: dict[TLSSettings, TLSFiles] = {}
+        topology = Topology.of(settings)
+        self._declarations = tuple(topology.declarations(settings.declare_topology))
+        delayed = topology.exchange_type == "x-delayed-message"
+        self._delayed = frozenset([topology.exchange] if delayed else [])
+        self._routes = self._read()
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -147,88 +148,61 @@ class Directory:
 
         :raises UnreachableError: something cannot be found
         """
-        if self._settings.url_file is not None:
+        if self._settings.url_file is not None or self._settings.password_file is not None:
             self._refresh()
         routes = self._routes
         return routes[turn % len(routes)].find()
 
     def _refresh(self) -> None:
-        """Read the file of URLs; one that cannot be used leaves the routes as they were."""
+        """Read the files again; one that cannot be used leaves the routes as they were."""
         try:
-            self._take(self._read_urls())
+            self._routes = self._read()
         except ConfigurationError as error:
-            address = self._routes[0].broker.address
-            raise UnreachableError(Loss(f"{address}: {error}", kind=LossKind.CREDENTIALS)) from None
-
-    def _read_urls(self) -> str:
-        settings = self._settings
-        if settings.url_file is None:
-            return settings.url or ""
-        return _read(settings.url_file, "url_file (RABBITMQ_URL_FILE)").strip()
-
-    def _take(self, urls: str) -> None:
-        if self._routes and urls == self._text:
-            return
-        settings = self._settings
-        if settings.url_file is None:
-            brokers = list(settings.brokers)
+            text = f"{self._routes[0].broker.address}: {error}"
         else:
-            secure = settings.tls is not None
-            brokers = list(parse_brokers(urls, tls=secure, name="url_file (RABBITMQ_URL_FILE)"))
-        if not brokers:
-            raise ConfigurationError("url (RABBITMQ_URL) names no broker")
-        self._random.shuffle(brokers)
-        if self._tls is None and any(broker.tls for broker in brokers):
-            self._tls = TLSFiles(settings.tls or TLSSettings())
-        self._routes = tuple(self._route(broker) for broker in brokers)
-        self._text = urls
+            return
+        raise UnreachableError(Loss(text, kind=LossKind.CREDENTIALS))
+
+    def _read(self) -> tuple[Route, ...]:
+        brokers = sorted(self._settings.brokers, key=self._rank)
+        return tuple(self._route(broker) for broker in brokers)
+
+    def _rank(self, broker: Broker) -> float:
+        """Give a broker its place, which it keeps when the files are read again."""
+        return self._ranks.setdefault((broker.address, broker.virtual_host), self._random.random())
 
     def _route(self, broker: Broker) -> Route:
-        settings = self._settings
-        topology = Topology.of(settings)
-        declarations = tuple(topology.declarations(settings.declare_topology))
         return Route(
             broker=broker,
-            timeout=settings.connection_timeout,
-            heartbeat=settings.heartbeat,
-            declarations=declarations,
-            identify=self._identify,
-            tls=self._tls if broker.tls else None,
-            mechanism=settings.auth_mechanism,
-            connection_name=settings.connection_name,
-            delayed=_delayed(declarations),
+            declarations=self._declarations,
+            credentials=self._settings.credentials,
+            tls=self._files(broker),
+            connection_name=self._settings.connection_name,
+            delayed=self._delayed,
         )
 
-    def _identify(self, broker: Broker) -> Identity:
-        settings = self._settings
-        if settings.credentials is not None:
-            return _called(settings.credentials)
-        if settings.password_file is not None:
-            try:
-                password = _read(settings.password_file, "password_file (RABBITMQ_PASSWORD_FILE)")
-            except ConfigurationError as error:
-                raise _NoIdentityError(str(error)) from None
-            return Identity(broker.user, password.rstrip("\r\n"))
-        return Identity(broker.user, broker.password)
+    def _files(self, broker: Broker) -> TLSFiles | None:
+        """Give the TLS files of a broker; those that are the same are looked after once."""
+        if not broker.tls:
+            return None
+        settings = broker.tls_settings or TLSSettings()
+        if settings not in self._tls:
+            self._tls[settings] = TLSFiles(settings)
+        return self._tls[settings]
 
 
-class _NoIdentityError(Exception):
-    """A file or a callable gives no identity; the text says why, without a secret."""
+def _called(credentials: Callable[[], Any]) -> Identity | str:
+    """Ask the user's callable, or say why there is no identity.
 
-
-def _called(credentials: Callable[[], Any]) -> Identity:
-    """Ask the user's callable; what it raises may hold a secret, and so only its type is told."""
+    What it raises may hold a secret, and so only its type is told.
+    """
     asked_at = time.monotonic()
     try:
         given = credentials()
     except Exception as error:  # noqa: BLE001 - it is the user's own
-        why = f"Settings.credentials raised {type(error).__name__}"
-    else:
-        identity = _identity(given, asked_at)
-        if identity is not None:
-            return identity
-        why = "Settings.credentials must give (user, password) or (user, password, seconds)"
-    raise _NoIdentityError(why)
+        return f"Settings.credentials raised {type(error).__name__}"
+    wanted = "Settings.credentials must give (user, password) or (user, password, seconds)"
+    return _identity(given, asked_at) or wanted
 
 
 def _identity(given: Any, asked_at: float) -> Identity | None:
@@ -244,26 +218,3 @@ def _identity(given: Any, asked_at: float) -> Identity | None:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         return None
     return Identity(user, password, asked_at + seconds, float(seconds))
-
-
-def _read(path: str, name: str) -> str:
-    """Read a small file of text.
-
-    :raises ConfigurationError: it cannot be read; the text names setting and file
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        why = error.strerror or "cannot be read"
-    except UnicodeDecodeError:
-        why = "is not UTF-8"
-    raise ConfigurationError(f"{name}: {path!r}: {why}")
-
-
-def _delayed(declarations: Sequence[Declaration]) -> frozenset[str]:
-    """Give the exchanges of the delayed message plugin."""
-    return frozenset(
-        each.target
-        for each in declarations
-        if each.arguments.get("exchange_type") == "x-delayed-message"
-    )

@@ -348,7 +348,7 @@ class IOThread:
         """Ask this broker no more: it is well, and its silence is noticed by heartbeats."""
         self._checkup.end()
         if self.dialer.without_probes():
-            text = f"no health check, silence is noticed by heartbeats alone: {loss.text}"
+            text = f"no health check: only heartbeats notice its silence: {loss.text}"
             self._events.health_fault(self._topology.exchange, evolve(loss, text=text))
 
     def acked(self, tag: int, *, multiple: bool) -> None:

@@ -260,8 +260,8 @@ def parameters(way: Way, timeouts: tuple[float, float]) -> pika.ConnectionParame
         host=route.broker.host,
         port=route.broker.port,
         virtual_host=route.broker.virtual_host,
-        credentials=_credentials(route.mechanism, way.identity),
-        heartbeat=route.heartbeat,
+        credentials=_credentials(route.broker.auth_mechanism, way.identity),
+        heartbeat=route.broker.heartbeat,
         socket_timeout=timeouts[0],
         stack_timeout=timeouts[1],
         ssl_options=way.context and pika.SSLOptions(way.context, server_name),
@@ -297,14 +297,12 @@ def blocking_channel(route: Route) -> Any:
     :raises NotConnectedError: it cannot be opened; the text says why
     """
     try:
-        way = route.find()
-        return pika.BlockingConnection(
-            parameters(way, (route.timeout, route.timeout)), _impl_class=BrokerConnection
-        ).channel()
+        found = parameters(route.find(), (route.broker.connection_timeout,) * 2)
+        return pika.BlockingConnection(found, _impl_class=BrokerConnection).channel()
     except UnreachableError as error:
         text = error.loss.text
     except (exceptions.AMQPError, OSError) as error:
-        text = translate(route.broker.address, error).text
+        text = translate(route.broker.address, error, route.broker.hint).text
     raise NotConnectedError(text)
 
 
@@ -438,7 +436,7 @@ class Link:
         self._drop(Loss(f"{self._address}: no connection can be made: {why}"))
 
     def _on_open_error(self, _connection: Connection, error: BaseException | str) -> None:
-        self._fail(translate(self._address, error))
+        self._fail(translate(self._address, error, self._route.broker.hint))
 
     def _on_close(self, _connection: Connection, error: BaseException) -> None:
         if self._closing:  # also where the broker did not answer it in time
@@ -560,7 +558,7 @@ class Link:
             return
         if carrier is None or not carrier.used:
             self._vain += 1
-        self._start_timer(self._route.timeout)
+        self._start_timer(self._route.broker.connection_timeout)
         if carrier is not None:
             self._owner.channel_lost(loss)
         if self._vain >= VAIN_CHANNELS:
@@ -581,17 +579,25 @@ class Link:
         self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
     ) -> None:
         """Open a channel for questions; the broker may close it without harm to any other."""
-        if not self._connection.is_open or not self.probes:
+        if not self._connection.is_open:
+            return
+        if not self.probes:
+            self._without_side_channels(on_closed)
             return
         try:
             channel = self._connection.channel(on_open_callback=on_open)
         except exceptions.NoFreeChannels:
-            self.probes = False
-            if self._owner is not None:
-                self._owner.probe_refused(Loss("the broker allows no second channel"))
+            self._without_side_channels(on_closed)
             return
         self._asking = True
         channel.add_on_close_callback(functools.partial(self._on_side_closed, on_closed))
+
+    def _without_side_channels(self, on_closed: Callable[[Loss], None]) -> None:
+        loss = Loss("the broker allows no second channel")
+        if self.probes and self._owner is not None:
+            self._owner.probe_refused(loss)
+        self.probes = False
+        on_closed(loss)
 
     def _on_side_closed(
         self, on_closed: Callable[[Loss], None], _channel: Channel, reason: Exception

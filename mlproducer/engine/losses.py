@@ -75,11 +75,14 @@ _BY_CLASS: tuple[tuple[type[BaseException], LossKind, str], ...] = (
 )
 
 
-def translate(address: str, error: BaseException | str) -> Loss:
-    """Say what the end of a connection, or of an attempt, means."""
+def translate(address: str, error: BaseException | str, hint: str = "") -> Loss:
+    """Say what the end of a connection, or of an attempt, means.
+
+    :param hint: what to look at where the broker does not let us into the virtual host
+    """
     cause = _root(error)
     if isinstance(cause, ClosedInHandshakeError):
-        return _closed_in_handshake(address, cause)
+        return _closed_in_handshake(address, cause, hint)
     if isinstance(cause, NoMechanismError):
         text = f"offers {printable(cause.offered)} to authenticate with, not {cause.wanted}"
         return Loss(f"{address}: {text}", kind=LossKind.AUTHENTICATION)
@@ -109,11 +112,13 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
 
 
-def _closed_in_handshake(address: str, error: ClosedInHandshakeError) -> Loss:
+def _closed_in_handshake(address: str, error: ClosedInHandshakeError, hint: str) -> Loss:
     """Tell a refusal from all else that a broker may say during the handshake."""
     if error.reply_code not in REFUSALS:
         return closed_by_broker(error, f"{address}: closed by the broker: ")
     text = f"{address}: refused by the broker: {error.reply_code} {printable(error.reply_text)}"
+    if hint and error.reply_code == NOT_ALLOWED:
+        text = f"{text} ({hint})"
     return Loss(text, error.reply_code, LossKind.AUTHENTICATION)
 
 

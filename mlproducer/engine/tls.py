@@ -12,8 +12,8 @@ import logging
 import ssl
 from pathlib import Path
 
+from mlproducer.brokers import TLSSettings
 from mlproducer.errors import ConfigurationError
-from mlproducer.settings import TLSSettings
 
 logger = logging.getLogger(__name__)
 
