@@ -85,6 +85,11 @@ class Courier:
         """Whether a message handed over now would be written."""
         return self._lanes.carrier is not None and not self.blocked and not self.breaker.refuses()
 
+    @property
+    def refused(self) -> bool:
+        """Whether what is handed over now fails at once, since no connection could be made."""
+        return self._refusal is not None
+
     def overdue(self, now: float, limit: float) -> bool:
         """Whether some message has been in flight, unconfirmed, for ``limit`` seconds."""
         oldest = self._lanes.confirms.oldest()
@@ -133,6 +138,10 @@ class Courier:
         elif delivery.place is Place.IN_FLIGHT:
             delivery.late = True
             self.judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
+
+    def release(self) -> list[Delivery]:
+        """Give up, for another connection, all that has not been written."""
+        return self._lanes.clear()
 
     def pump(self, now: float) -> None:
         """Write what waits, as far as the link has room; half-open, one message as the probe."""

@@ -11,11 +11,14 @@ from __future__ import annotations
 import enum
 import math
 from concurrent.futures import Future
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlproducer.errors import PublishError
 from mlproducer.fate import Fate
 from mlproducer.message import Envelope, Receipt
+
+if TYPE_CHECKING:
+    from mlproducer.core.ports import Desk
 
 
 class Place(enum.Enum):
@@ -65,6 +68,7 @@ class Nobody:
 class Delivery:
     """One message, from `publish()` to its fate.
 
+    :ivar desk: the connection that it belongs to; only that one's I/O thread gives it to another
     :ivar size: bytes, as the gate and the link count them
     :ivar answer: what the publisher waits for; for ``submit()`` the message's fate
     :ivar fate: what a receipt waits for, from when the answer was DEFERRED
@@ -94,6 +98,7 @@ class Delivery:
         "counted",
         "dead",
         "deadline",
+        "desk",
         "doubtful",
         "envelope",
         "fate",
@@ -123,6 +128,7 @@ class Delivery:
         answer_deferral: bool = True,
     ) -> None:
         self.envelope = envelope
+        self.desk: Desk | None = None
         self.size = envelope.size
         self.answer = answer
         self.fate: Fate | None = None

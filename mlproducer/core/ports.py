@@ -6,7 +6,7 @@ Runs on: the I/O thread.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from attrs import frozen
@@ -79,6 +79,37 @@ class Keeper(Protocol):
 
     def withdraw(self, delivery: Delivery) -> None:
         """Delete its row, and say so through `Courier.withdrawn`: it is to be given back."""
+
+
+class Desk(Protocol):
+    """A connection's I/O thread, as the keeper sees it: where answers and due messages go."""
+
+    def order(self, order: Callable[[], None]) -> bool:
+        """Have something done on the I/O thread; false if that has ended."""
+
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
+        """Send messages again."""
+
+    def pass_on(self, deliveries: Sequence[Delivery], desk: Desk) -> None:
+        """Have another connection send messages that belong to this one."""
+
+    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored, and may be sent for the first time."""
+
+    def kept(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored, and wait for a retry."""
+
+    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """They could not be stored."""
+
+    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
+        """Their rows are gone."""
+
+    def expire(self, delivery: Delivery) -> None:
+        """A publisher's time is up."""
+
+    def ready(self) -> int:
+        """How many messages handed over now would be written: none, one as a probe, or many."""
 
 
 class Undertaker(Protocol):

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from mlproducer.engine.roles import Desk
+from mlproducer.engine.roles import Post
 from mlproducer.engine.threads import TimerThread
 
 
 class Cooldown:
     """Sleeps until a cooldown ends."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, post: Post) -> None:
         self.thread = TimerThread(self._over)
-        self._desk = desk
+        self._post = post
 
     def wait_until(self, when: float) -> None:
         """Wake at a monotonic time."""
@@ -27,4 +27,4 @@ class Cooldown:
 
     def _over(self) -> None:
         self.thread.due = None
-        self._desk.order(self._desk.cool)
+        self._post.order(self._post.cool)

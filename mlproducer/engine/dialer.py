@@ -70,15 +70,18 @@ class Patience:
 class Dialer:
     """Opens links, one at a time.
 
+    :param turn: with which broker of the list to begin, so that connections spread over them
     :ivar failures: attempts that failed since the connection was last stable
     """
 
-    def __init__(self, resolver: Resolver, patience: Patience, owner: DialerOwner) -> None:
+    def __init__(
+        self, resolver: Resolver, patience: Patience, owner: DialerOwner, turn: int = 0
+    ) -> None:
         self._resolver = resolver
         self._patience = patience
         self._owner = owner
         self._machine = Machine(LINK_MOVES, ConnectionState.DISCONNECTED)
-        self._turn = 0
+        self._turn = turn
         self._tried = 0
         self._begun_at = 0.0
         self._refused = False
@@ -109,6 +112,13 @@ class Dialer:
         return self.state is ConnectionState.DISCONNECTED and (self._gave_up or self._timer is None)
 
     @property
+    def hears_calls(self) -> bool:
+        """Whether `called` would begin an attempt; anyone may look."""
+        if self.state is not ConnectionState.DISCONNECTED:
+            return False
+        return self.idle or (self._refused and time.monotonic() - self._begun_at >= CALL_AFTER)
+
+    @property
     def route(self) -> Route:
         """The route now in use, or tried last; anyone may look."""
         routes = self._resolver.directory.routes
@@ -136,9 +146,7 @@ class Dialer:
         So it is where the attempts were used up, and where the credentials were refused a while
         ago: they may have been put right.
         """
-        if self.state is not ConnectionState.DISCONNECTED:
-            return
-        if self.idle or (self._refused and time.monotonic() - self._begun_at >= CALL_AFTER):
+        if self.hears_calls:
             self.dial()
 
     def ready(self) -> None:

@@ -1,7 +1,7 @@
-"""Everything of one producer that has threads: gate, keeper, I/O thread; how they start and end.
+"""One connection of a producer: its I/O thread, its health checks and its circuit breaker.
 
-An engine is made at the first publish, ends with `Engine.close`, and is not used again. A forked
-child makes its own and only lets go of the descriptors of its parent's.
+What belongs to the producer is made once, by the `Fleet`, and only used here: the in-flight window,
+the store with its thread, the callbacks' thread, the spans.
 
 Runs on: any thread.
 """
@@ -9,164 +9,134 @@ Runs on: any thread.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from mlproducer.core.backoff import Backoff
+from attrs import frozen
+
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.failure import silent_store
 from mlproducer.core.farewell import CLOSED
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import threads
-from mlproducer.engine.directory import Directory
 from mlproducer.engine.gate import Gate
-from mlproducer.engine.io_thread import IOThread
+from mlproducer.engine.io_thread import IOThread, Standing
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.resolver import Resolver
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
-from mlproducer.latch import Latch
-from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
-from mlproducer.observe.events import Fanout
-from mlproducer.observe.log import LogSink
-from mlproducer.observe.meter import Meter
-from mlproducer.observe.recent import Recorder
+from mlproducer.latch import Latch, Watch
+from mlproducer.observe.callbacks import Dispatcher
+from mlproducer.observe.events import EventSink
 from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings
-from mlproducer.status import CloseReport, Status
-from mlproducer.stores.protocol import Depth, Store
+from mlproducer.status import Status
 
 logger = logging.getLogger(__name__)
 
-SHELVE_LIMIT = 0.2
-"""Seconds of a close's grace that a durable store has for what could not be delivered."""
 
-CLOSE_MARGIN = 0.4
-"""Seconds of a close's grace that ending the link and the threads may take."""
+@frozen(eq=False)
+class Shared:
+    """What belongs to a producer, whichever of its connections carries a message.
+
+    :ivar connected: changes whenever a link has come to carry messages
+    """
+
+    gate: Gate
+    keeper: Keeper
+    dispatcher: Dispatcher
+    spans: Spans
+    connected: Watch
+    resolver: Resolver
 
 
 class Engine:
-    """The running part of a producer."""
+    """One connection, and its part of what publishers ask for.
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: Store,
-        callbacks: Callbacks,
-        meter: Meter,
-        recorder: Recorder,
-    ) -> None:
-        self.gate = Gate(settings.max_in_flight)
-        self.dispatcher = Dispatcher(self._spawn)
-        self._callbacks = callbacks
-        self._meter = meter
-        self._recorder = recorder
-        self.spans = Spans(self.dispatcher)
-        events = Fanout(
-            [
-                LogSink(),
-                CallbackSink(callbacks, self.dispatcher),
-                meter.sink(),
-                recorder.sink(self.gate.inside),
-                self.spans,
-            ]
-        )
+    :param shared: what all connections of the producer have in common
+    :param events: is told what happens on this connection
+    :param number: of the connection, from 0
+    """
+
+    def __init__(self, settings: Settings, shared: Shared, events: EventSink, number: int) -> None:
+        self.gate = shared.gate
+        self.dispatcher = shared.dispatcher
+        self.spans = shared.spans
+        self._keeper = shared.keeper
         self._events = events
-        backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
-        self._keeper = Keeper(store, self.gate, backoff, settings.retry_sweep_interval, events)
-        self._resolver = Resolver(Directory(settings), self._spawn)
-        self._io = IOThread(settings, self._resolver, self.gate, self._keeper, events)
-        self._keeper.serve(self._io, self._watch)
+        self._io = IOThread(
+            settings, shared.resolver, self.gate, self._keeper, events, shared.connected, number
+        )
+        self.io = self._io
         self.relay = self._io.relay
-        self.durable = store.durable
+        self._patience = settings.publish_timeout
+        self._probing_until = 0.0
         self._ordinal = 0
+        self._owner: object = None
         self._threads: dict[str, threading.Thread] = {}
         self._closing = False
-        self._confirmed_before = 0
-        self._abandoned: tuple[str, ...] = ()
 
     # --- life ----------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def take_ordinal(self) -> int:
+        """Take the number that the threads carry, once."""
+        self._ordinal = self._ordinal or threads.take_ordinal(self)
+        return self._ordinal
+
+    def start(self, owner: object) -> None:
         """Start the threads.
 
+        :param owner: the producer's running part
         :raises RuntimeError: the interpreter is shutting down
         """
-        self._ordinal = threads.take_ordinal(self)
-        try:
-            self._start_threads()
-        except RuntimeError:
-            if "io" in self._threads:
-                self.end()
-                self.join(time.monotonic() + CLOSE_MARGIN)
-            else:
-                self._resolver.stop()
-                self._io.reactor.discard()
-            raise
-
-    def _start_threads(self) -> None:
-        self._resolver.start()
-        self._threads["io"] = self._spawn("io", self._io.reactor.run)
+        self._owner = owner
+        self.take_ordinal()
+        self._spawn_io()
         for role, timer in self._io.timers().items():
-            self._threads[role] = self._spawn(role, timer.run)
-        if self._callbacks:
-            self.dispatcher.start()
+            self._threads[role] = threads.spawn(role, self._ordinal, timer.run, owner)
 
-    def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
-        return threads.spawn(role, self._ordinal, target, self)
+    def _spawn_io(self) -> None:
+        self._threads["io"] = threads.spawn("io", self._ordinal, self._io.reactor.run, self._owner)
 
-    def _watch(self) -> None:
-        """Write the gauges down, and replace an I/O thread that died in spite of everything."""
-        self._meter.refresh()
-        self._recorder.sample()
-        if not self._closing and not self._threads["io"].is_alive():
+    def watch(self) -> None:
+        """Replace an I/O thread that died in spite of everything."""
+        thread = self._threads.get("io")
+        if thread is not None and not self._closing and not thread.is_alive():
             logger.critical("the I/O thread died; starting another")
-            self._threads["io"] = self._spawn("io", self._io.reactor.run)
-
-    def drain(self, deadline: float) -> None:
-        """Begin to close: deliver what is inside, until a monotonic deadline."""
-        self._confirmed_before = self._io.courier.confirmed
-        self._watch()
-        self.flush(deadline)
-        self._closing = True
+            self._spawn_io()
 
     def shelve(self) -> Latch:
         """Have a durable store take what is left; the latch is opened once it has."""
+        self._closing = True
         done = Latch()
-        if not (self.durable and self._io.order(partial(self._io.shelve, done))):
+        ordered = self._threads and self._keeper.durable
+        if not (ordered and self._io.order(partial(self._io.shelve, done))):
             done.open()
         return done
 
     def end(self) -> None:
-        """Have link and threads end, and everybody told how it stands."""
-        self._abandoned = tuple(each.envelope.message_id for each in self._unsettled())
-        self._io.order(self._io.close)
+        """Have the connection and its threads end, and everybody told how it stands."""
+        self._closing = True
+        if "io" in self._threads:
+            self._io.order(self._io.close)
+        else:
+            self._io.reactor.discard()
 
-    def join(self, deadline: float) -> CloseReport:
-        """Wait for the threads, until a monotonic deadline, and give what became of messages."""
-        threads.join_all([self._threads["io"]], deadline)
+    def join(self, deadline: float) -> bool:
+        """Wait for the I/O thread, until a monotonic deadline; true if it ended."""
+        ended = threads.join_all([t for t in (self._threads.get("io"),) if t is not None], deadline)
         self._io.stop_timers()
-        self._resolver.stop()
-        self.dispatcher.stop()
-        every = [*self._threads.values(), *self._resolver.threads, *self.dispatcher.threads]
-        threads.join_all(every, deadline)
+        return ended
+
+    def join_timers(self, deadline: float) -> None:
+        """Wait for the other threads, which have been told to end."""
+        threads.join_all(self._threads.values(), deadline)
         threads.return_ordinal(self._ordinal)
-        confirmed = self._io.courier.confirmed - self._confirmed_before
-        return CloseReport(confirmed, self.rows().stored if self.durable else 0, self._abandoned)
 
-    def disown(self) -> None:
-        """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
-
-        Each number is pointed at ``/dev/null``, so that the objects that still hold it can do no
-        harm whenever they are collected.
-        """
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for descriptor in self._io.reactor.descriptors():
-            os.dup2(nothing, descriptor, inheritable=False)
-        os.close(nothing)
+    def descriptors(self) -> list[int]:
+        """Give every descriptor that is held here, for a forked child to let go of."""
+        return self._io.reactor.descriptors()
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -175,6 +145,7 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
+        delivery.desk = self._io
         if self._keeper.writes_ahead and not self._closing:
             self._keeper.write_ahead(delivery)
         elif not self._io.reactor.mailbox.put(delivery):
@@ -189,6 +160,7 @@ class Engine:
         if self._closing or not self._keeper.writes_ahead:
             self.post(delivery)
             return
+        delivery.desk = self._io
         done = Latch()
         put = self._keeper.write_ahead(delivery, done)
         if done.wait(delivery.deadline - time.monotonic()):
@@ -208,6 +180,8 @@ class Engine:
         breaker = self._io.courier.breaker
         if not breaker.refuses() or (self._keeper.durable and delivery.retry):
             return None
+        if self._io.peer() is not None:
+            return None  # the I/O thread hands it over to that one
         error = CircuitOpenError(
             "the circuit breaker is open",
             retry_after=max(0.0, breaker.reopens_at - time.monotonic()),
@@ -221,6 +195,7 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
+        delivery.desk = self._io
         if not self._io.order(partial(self._io.turn_away, delivery)):
             self._refuse_closed(delivery)
 
@@ -231,7 +206,8 @@ class Engine:
 
     def expire(self, delivery: Delivery) -> None:
         """Say that a publisher's time is up."""
-        self._io.order(partial(self._io.expire, delivery))
+        desk = delivery.desk or self._io
+        desk.order(partial(desk.expire, delivery))
 
     def withdraw(self, delivery: Delivery, error: BaseException | None = None) -> None:
         """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""
@@ -243,58 +219,56 @@ class Engine:
             self._events.given_back(delivery, told)
         self._io.reactor.mailbox.ring()
 
-    # --- the whole -----------------------------------------------------------------------------
+    # --- the connection ------------------------------------------------------------------------
 
-    def able(self) -> bool:
-        """Whether a message handed over now would be written."""
-        return self._io.courier.able
+    def standing(self) -> Standing:
+        """What would become of a message handed over now."""
+        return self._io.standing()
 
-    def wait_connected(self, deadline: float | None) -> bool:
-        """Wait until the link carries messages."""
-        return self._io.connected.wait_for(lambda: self._io.is_connected, deadline)
+    def rank(self) -> tuple[Standing, int]:
+        """Say how well it would carry the next message; the lowest does best."""
+        return self._io.rank()
+
+    def takes_probe(self) -> bool:
+        """Whether the next message should come here as the breaker's probe.
+
+        This is true for one of the threads that ask, and again once its message should have had its
+        end. Where two threads hear it at the same moment, the second's message is handed over.
+        """
+        now = time.monotonic()
+        if self.standing() is not Standing.PROBES or now < self._probing_until:
+            return False
+        self._probing_until = now + self._patience
+        return True
+
+    @property
+    def connected(self) -> bool:
+        """The link carries messages."""
+        return self._io.is_connected
 
     def reconnect(self) -> None:
         """Connect now, if there is no connection."""
         self._io.order(self._io.dial)
 
-    def flush(self, deadline: float | None) -> None:
-        """Wait until nothing is in flight or waiting."""
-        if self._io.dialer.idle:
-            self.reconnect()
-        self.gate.emptied.wait_for(self._quiet, deadline)
+    @property
+    def idle(self) -> bool:
+        """Nothing is connected, under way or due."""
+        return self._io.dialer.idle
 
-    def _quiet(self) -> bool:
-        return not self.gate and self._keeper.asked and not self.rows().stored
-
-    def rows(self) -> Depth:
-        """Count the messages in the store, whoever wrote them there."""
-        return self._keeper.depth
-
-    def inside(self) -> int:
-        """Count the messages inside that the store does not count."""
-        has_row = self._keeper.shelf.has_row
-        inside = [each for each in self.gate.inside() if each.open]
-        return sum(not (each.kept and has_row(each)) for each in inside)
-
-    def _unsettled(self) -> list[Delivery]:
-        """Give those that would be lost with this process."""
-        shelf, inside = self._keeper.shelf, self.gate.inside()
-        if self.durable:
-            return [each for each in inside if each.open and not shelf.has_row(each)]
-        return [each for each in dict.fromkeys([*inside, *shelf.deliveries()]) if each.open]
+    @property
+    def confirmed(self) -> int:
+        """Messages that were confirmed here so far."""
+        return self._io.courier.confirmed
 
     def status(self) -> Status:
-        """Say how things stand."""
+        """Say how things stand, without the counts of what is stored."""
         dialer = self._io.dialer
         return Status(
             connection_state=ConnectionState(dialer.state),
             reconnect_attempts=dialer.failures,
             consecutive_failures=self._io.courier.breaker.failures,
             circuit_state=self._io.courier.breaker.state,
-            retry_queue_size=self.rows().waiting,
-            dead_letters=self.rows().dead,
             pending_confirms=self._io.courier.in_flight,
             blocked=self._io.courier.blocked,
             broker=dialer.route.broker.address,
-            store=self._keeper.name if self.durable else "",
         )

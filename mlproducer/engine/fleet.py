@@ -1,43 +1,129 @@
-"""The engines of one producer, one for each connection; mostly there is one.
+"""The running part of one producer: what belongs to it, and its connections; mostly there is one.
 
-Each has its own connection and threads, its own part of the in-flight window and its own circuit
-breaker. A message is carried by the engine that has the fewest inside, of those that can send now.
-Messages of one thread keep their order on one connection, and so not across several.
+The store and its thread, the in-flight window, the resolver, callbacks and spans are the producer's
+and hang on no connection. A message is handed to the connection with the fewest messages of those
+that can send now; messages of one thread keep their order on one connection, and so not across
+several.
+
+A fleet is made at the first publish, ends with `Fleet.close`, and is not used again. A forked child
+makes its own and only lets go of the descriptors of its parent's.
 
 Runs on: any thread.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from attrs import evolve, frozen
+from attrs import evolve
 
-from mlproducer.engine.engine import CLOSE_MARGIN, SHELVE_LIMIT, Engine
-from mlproducer.errors import ConfigurationError
-from mlproducer.observe.callbacks import Callbacks
+from mlproducer.core.backoff import Backoff
+from mlproducer.core.delivery import Delivery
+from mlproducer.core.farewell import CLOSED
+from mlproducer.engine import threads
+from mlproducer.engine.directory import Directory
+from mlproducer.engine.engine import Engine, Shared
+from mlproducer.engine.gate import Gate
+from mlproducer.engine.keeper import Keeper
+from mlproducer.engine.resolver import Resolver
+from mlproducer.errors import ProducerClosedError
+from mlproducer.latch import Watch
+from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
+from mlproducer.observe.events import EventSink, Fanout
+from mlproducer.observe.log import LogSink
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.recent import Recorder
+from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
-from mlproducer.stores.protocol import Store
+from mlproducer.stores.protocol import Depth, Store
+
+SHELVE_LIMIT = 0.2
+"""Seconds of a close's grace that a durable store has for what could not be delivered."""
+
+CLOSE_MARGIN = 0.4
+"""Seconds of a close's grace that ending the links and the threads may take."""
 
 
-@frozen
 class Fleet:
-    """Engines that are started, used and closed together.
+    """Connections that are started, used and closed together, and what they share.
 
-    :ivar engines: at least one
+    :ivar engines: the connections, at least one
+    :ivar dispatcher: makes users' calls
     """
 
-    engines: Sequence[Engine]
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        callbacks: Callbacks,
+        meter: Meter,
+        recorder: Recorder,
+    ) -> None:
+        self.gate = Gate(settings.max_in_flight)
+        self.dispatcher = Dispatcher(self._spawn)
+        self.durable = store.durable
+        self._callbacks = callbacks
+        self._meter = meter
+        self._recorder = recorder
+        self._spans = Spans(self.dispatcher)
+        self._log = LogSink()
+        self._connected = Watch()
+        numbers = range(settings.connections)
+        events = [self._events(self.gate.inside if number == 0 else tuple) for number in numbers]
+        self._events_of_all = events[0]
+        backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
+        interval = settings.retry_sweep_interval
+        self._keeper = Keeper(store, self.gate, backoff, interval, self._events_of_all)
+        self._resolver = Resolver(Directory(settings), self._spawn)
+        shared = Shared(
+            self.gate,
+            self._keeper,
+            self.dispatcher,
+            self._spans,
+            self._connected,
+            self._resolver,
+        )
+        self.engines: Sequence[Engine] = [
+            Engine(settings, shared, each, number) for number, each in enumerate(events)
+        ]
+        ios = [engine.io for engine in self.engines]
+        for io in ios:
+            io.peers = [each for each in ios if each is not io]
+        self._keeper.serve(ios, self._watch)
+        self._ordinal = 0
+        self._threads: list[threading.Thread] = []
+        self._confirmed_before = 0
+
+    def _events(self, inside: Callable[[], Sequence[Delivery]]) -> EventSink:
+        """Make the sinks of one connection; they count without a lock, each on its own thread.
+
+        :param inside: the messages under way, which one connection counts for all
+        """
+        return Fanout(
+            [
+                self._log,
+                CallbackSink(self._callbacks, self.dispatcher),
+                self._meter.sink(),
+                self._recorder.sink(inside),
+                self._spans,
+            ]
+        )
 
     def choose(self) -> Engine:
-        """Give the engine for the next message."""
+        """Give the connection for the next message.
+
+        One whose breaker is half-open is chosen by one thread only, for the message that probes it.
+        """
         engines = self.engines
-        return engines[0] if len(engines) == 1 else min(engines, key=_burden)
+        if len(engines) == 1:
+            return engines[0]
+        probing = (engine for engine in engines if engine.takes_probe())
+        return next(probing, None) or min(engines, key=Engine.rank)
 
     # --- life ----------------------------------------------------------------------------------
 
@@ -46,45 +132,94 @@ class Fleet:
 
         :raises RuntimeError: the interpreter is shutting down
         """
-        for number, engine in enumerate(self.engines):
-            try:
-                engine.start()
-            except RuntimeError:
-                Fleet(self.engines[:number]).close(0.0)
-                raise
+        try:
+            self._ordinal = self.engines[0].take_ordinal()
+            self._resolver.start()
+            for engine in self.engines:
+                engine.start(self)
+            self._threads.append(self._spawn("retry", self._keeper.thread.run))
+            if self._callbacks:
+                self.dispatcher.start()
+        except RuntimeError:
+            self.close(0.0)
+            raise
 
     def listen(self) -> None:
         """Start calling back."""
-        for engine in self.engines:
-            engine.dispatcher.start()
+        self.dispatcher.start()
 
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end links and threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout
-        for engine in self.engines:
-            engine.drain(deadline)
+        self._drain(deadline)
         for shelved in [engine.shelve() for engine in self.engines]:
-            shelved.wait(deadline + SHELVE_LIMIT)
+            shelved.wait(deadline + SHELVE_LIMIT - time.monotonic())
+        abandoned = tuple(each.envelope.message_id for each in self._unsettled())
         for engine in self.engines:
             engine.end()
-        reports = [engine.join(deadline + CLOSE_MARGIN) for engine in self.engines]
-        return CloseReport(
-            confirmed=sum(report.confirmed for report in reports),
-            stored=max(report.stored for report in reports) if reports else 0,
-            abandoned=tuple(each for report in reports for each in report.abandoned),
-        )
+        self._join(deadline + CLOSE_MARGIN)
+        confirmed = sum(engine.confirmed for engine in self.engines) - self._confirmed_before
+        return CloseReport(confirmed, self._depth().stored if self.durable else 0, abandoned)
+
+    def _drain(self, deadline: float) -> None:
+        """Deliver what is inside, until a monotonic deadline."""
+        self._confirmed_before = sum(engine.confirmed for engine in self.engines)
+        self._watch()
+        self._wait_until_quiet(deadline)
+
+    def _join(self, deadline: float) -> None:
+        """Wait for the threads, until a monotonic deadline."""
+        ended = [engine.join(deadline) for engine in self.engines]
+        if all(ended):
+            self._settle_rest()
+        self._keeper.stop()
+        self._resolver.stop()
+        self.dispatcher.stop()
+        every = [*self._threads, *self._resolver.threads, *self.dispatcher.threads]
+        threads.join_all(every, deadline)
+        for engine in self.engines:
+            engine.join_timers(deadline)
+
+    def _settle_rest(self) -> None:
+        """Tell those whose message no I/O thread had any more, now that all have ended."""
+        now = time.monotonic()
+        for delivery in self._still_open():
+            if self.durable and delivery.kept:
+                delivery.entrust(now)
+            else:
+                error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
+                self._events_of_all.given_back(delivery, error)
+                delivery.give_back(error)
 
     def disown(self) -> None:
-        """Let go, in a forked child, of the parent's descriptors."""
+        """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
+
+        Each number is pointed at ``/dev/null``, so that the objects that still hold it can do no
+        harm whenever they are collected.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
         for engine in self.engines:
-            engine.disown()
+            for descriptor in engine.descriptors():
+                os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+
+    def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
+        return threads.spawn(role, self._ordinal, target, self)
+
+    def _watch(self) -> None:
+        """Write the gauges down, and see that the I/O threads are alive."""
+        self._meter.refresh()
+        self._recorder.sample()
+        for engine in self.engines:
+            engine.watch()
 
     # --- the whole -----------------------------------------------------------------------------
 
     def wait_connected(self, timeout: float | None) -> bool:
-        """Wait until every link carries messages."""
+        """Wait until a link carries messages; one will do, as it does for ``is_healthy``."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        return all(engine.wait_connected(deadline) for engine in self.engines)
+        connected = self._connected
+        return connected.wait_for(lambda: any(each.connected for each in self.engines), deadline)
 
     def reconnect(self) -> None:
         """Connect now where there is no connection."""
@@ -93,44 +228,61 @@ class Fleet:
 
     def flush(self, deadline: float | None) -> int:
         """Wait until nothing is in flight or waiting, and give how many are left."""
+        self._wait_until_quiet(deadline)
+        return self._inside() + self._depth().stored
+
+    def _wait_until_quiet(self, deadline: float | None) -> None:
         for engine in self.engines:
-            engine.flush(deadline)
-        return sum(engine.inside() for engine in self.engines) + self._stored("stored")
+            if engine.idle:
+                engine.reconnect()
+        self.gate.emptied.wait_for(self._quiet, deadline)
+
+    def _quiet(self) -> bool:
+        return not self.gate and self._keeper.asked and not self._depth().stored
+
+    def _depth(self) -> Depth:
+        """Count the messages in the store, whoever wrote them there."""
+        return self._keeper.depth
+
+    def _inside(self) -> int:
+        """Count the messages inside that the store does not count."""
+        has_row = self._keeper.shelf.has_row
+        inside = [each for each in self.gate.inside() if each.open]
+        return sum(not (each.kept and has_row(each)) for each in inside)
+
+    def _still_open(self) -> list[Delivery]:
+        """Give those whose publishers have not been told their fate, or may still learn it."""
+        held = dict.fromkeys([*self.gate.inside(), *self._keeper.shelf.deliveries()])
+        return [each for each in held if each.open]
+
+    def _unsettled(self) -> list[Delivery]:
+        """Give those that would be lost with this process."""
+        if not self.durable:
+            return self._still_open()
+        has_row = self._keeper.shelf.has_row
+        return [each for each in self.gate.inside() if each.open and not has_row(each)]
 
     def status(self) -> Status:
         """Say how things stand: with the link that is best off, and with the sizes of all."""
         statuses = [engine.status() for engine in self.engines]
-        if len(statuses) == 1:
-            return statuses[0]
         best = max(statuses, key=lambda each: (each.healthy, each.connection_state))
+        depth = self._depth()
         return evolve(
             best,
             pending_confirms=sum(each.pending_confirms for each in statuses),
-            retry_queue_size=self._stored("waiting"),
-            dead_letters=self._stored("dead"),
+            retry_queue_size=depth.waiting,
+            dead_letters=depth.dead,
+            store=self._keeper.name if self.durable else "",
         )
-
-    def _stored(self, kind: str) -> int:
-        """Count rows: a durable store is the same one for all, a memory store is each one's own."""
-        counts = [getattr(engine.rows(), kind) for engine in self.engines]
-        return max(counts) if self.engines[0].durable else sum(counts)
 
 
 def assemble(
     settings: Settings, store: Store | None, callbacks: Callbacks, meter: Meter, recorder: Recorder
 ) -> Fleet:
-    """Make the engines that the settings ask for, not started.
+    """Make the running part that the settings ask for, not started.
 
-    :param store: ``None`` is what the settings name, for each engine one of its own
+    :param store: ``None`` is what the settings name
     :raises ConfigurationError: the settings do not fit together
     """
-    count = settings.connections
-    if store is not None and count > 1:
-        raise ConfigurationError("a store of your own can serve only one connection")
-    share = evolve(settings, max_in_flight=max(1, settings.max_in_flight // count))
-    stores = [open_store(settings, count) for _ in range(count)] if store is None else [store]
-    return Fleet([Engine(share, each, callbacks, meter, recorder) for each in stores])
-
-
-def _burden(engine: Engine) -> tuple[bool, int]:
-    return not engine.able(), len(engine.gate)
+    made = open_store(settings) if store is None else store
+    return Fleet(settings, made, callbacks, meter, recorder)

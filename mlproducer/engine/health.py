@@ -14,7 +14,7 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
-from mlproducer.engine.roles import Desk
+from mlproducer.engine.roles import Post
 from mlproducer.engine.threads import TimerThread
 
 ANSWER_LIMIT = 5.0
@@ -27,10 +27,10 @@ class Health:
     :param interval: seconds between checks
     """
 
-    def __init__(self, desk: Desk, interval: float) -> None:
+    def __init__(self, post: Post, interval: float) -> None:
         self.thread = TimerThread(self.check)
         self.thread.due = time.monotonic() + interval
-        self._desk = desk
+        self._post = post
         self._interval = interval
         self._asked = False
         self._reply: Future[None] | None = None
@@ -54,12 +54,12 @@ class Health:
         self._asked = False
         reply: Future[None] = Future()
         self._reply = reply
-        if not self._desk.order(partial(self._desk.probe, reply)):
+        if not self._post.order(partial(self._post.probe, reply)):
             return
         try:
             reply.result(ANSWER_LIMIT)
         except FutureTimeoutError:
-            self._desk.order(partial(self._desk.silent, reply))
+            self._post.order(partial(self._post.silent, reply))
 
 
 def settle(reply: Future[None]) -> None:

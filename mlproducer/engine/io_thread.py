@@ -1,13 +1,15 @@
 """What works on the I/O thread: the courier that judges, the dialer that keeps the link alive.
 
 Others hand deliveries and orders in by the reactor's mailbox and read the few plain attributes that
-are marked for them.
+are marked for them. A delivery belongs to one connection at a time. What has not been written goes
+to another one that can carry it while this one cannot; the thread that has it hands it over.
 
 Runs on: the I/O thread, except where a method says otherwise.
 """
 
 from __future__ import annotations
 
+import enum
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -19,7 +21,7 @@ from mlproducer.core.backoff import Backoff
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.ports import Carrier, Loss, LossKind
+from mlproducer.core.ports import Carrier, Desk, Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState
 from mlproducer.core.trial import NOT_FOUND
 from mlproducer.engine.checkup import Checkup
@@ -57,8 +59,21 @@ BREATH = 0.01
 """Seconds until the next write where pika's buffer was too full for all that waits."""
 
 
+class Standing(enum.IntEnum):
+    """What becomes of a message handed over now, the best first."""
+
+    CARRIES = 1  # it is written
+    WAITS = 2  # it waits for a connection, or for the end of the broker's alarm
+    PROBES = 3  # it is written if it is the first: half-open, the breaker lets one through
+    REFUSES = 4  # it fails, since the last attempt to connect has
+    SHUT = 5  # it fails, since the breaker is open
+
+
 class IOThread:
-    """Everything that the I/O thread owns."""
+    """Everything that one connection's I/O thread owns.
+
+    :ivar peers: the other connections of the producer
+    """
 
     def __init__(
         self,
@@ -67,6 +82,8 @@ class IOThread:
         gate: Gate,
         keeper: Keeper,
         events: EventSink,
+        connected: Watch,
+        number: int,
     ) -> None:
         self._give_up = settings.confirm_give_up
         self._events = events
@@ -74,7 +91,7 @@ class IOThread:
         self._keeper = keeper
         self.reactor = Reactor(self)
         self.order = self.reactor.order
-        self.connected = Watch()
+        self._connected = connected
         self.relay = Relay(self._remind)
         self.is_connected = False
         self._topology = Topology.of(settings)
@@ -97,7 +114,8 @@ class IOThread:
         self.courier = Courier(
             settings.max_message_retries, breaker, keeper, undertaker, gate, events
         )
-        self.dialer = Dialer(resolver, _patience(settings), self)
+        self.dialer = Dialer(resolver, _patience(settings), self, number)
+        self.peers: Sequence[IOThread] = ()
         self._breathing = False
 
     # --- for any thread ------------------------------------------------------------------------
@@ -108,17 +126,48 @@ class IOThread:
             return 0
         return MANY if self.courier.breaker.state is CircuitState.CLOSED else 1
 
+    def standing(self) -> Standing:
+        """What would become of a message handed over now."""
+        shut = self.courier.breaker.refuses()
+        if self.courier.able:
+            closed = self.courier.breaker.state is CircuitState.CLOSED
+            return Standing.CARRIES if closed else Standing.PROBES
+        if shut:
+            return Standing.SHUT
+        return Standing.REFUSES if self.courier.refused else Standing.WAITS
+
+    def burden(self) -> int:
+        """How many messages are here; some may be counted twice, or not, on their way through."""
+        return len(self.reactor.mailbox) + self.courier.waiting + self.courier.in_flight
+
+    def peer(self, mine: Standing | None = None) -> IOThread | None:
+        """Give another connection for what this one cannot carry, unless none is better off.
+
+        :param mine: this one's standing, where it is about to change
+        """
+        if not self.peers:
+            return None
+        mine = mine or self.standing()
+        if mine is Standing.CARRIES or (mine is Standing.PROBES and not self.courier.waiting):
+            return None
+        peer = min(self.peers, key=IOThread.rank)
+        theirs = peer.standing()
+        hopeful = theirs is Standing.WAITS and mine in (Standing.REFUSES, Standing.SHUT)
+        return peer if theirs is Standing.CARRIES or hopeful else None
+
+    def rank(self) -> tuple[Standing, int]:
+        """Say how well it would carry the next message; the lowest does best."""
+        return self.standing(), self.burden()
+
     def timers(self) -> dict[str, TimerThread]:
         """Give the timer threads by their roles."""
         return {
-            "retry": self._keeper.thread,
             "health": self._health.thread,
             "breaker": self._cooldown.thread,
         }
 
     def stop_timers(self) -> None:
         """End the timer threads, once they have done what they were told so far."""
-        self._keeper.stop()
         self._health.stop()
         self._cooldown.thread.stop()
 
@@ -138,10 +187,16 @@ class IOThread:
     def accept(self, deliveries: Sequence[Delivery]) -> None:
         """Take deliveries from publishers, who start attempts over that were used up."""
         self._take(self._delayed.hold(deliveries, self._take, self._channels()))
-        self.dialer.called()
+        self._wake()
 
     def _take(self, deliveries: Sequence[Delivery]) -> None:
-        self.courier.accept(deliveries, time.monotonic())
+        now = time.monotonic()
+        if not self.peers or self.standing() is Standing.CARRIES:
+            self.courier.accept(deliveries, now)
+        else:
+            for delivery in deliveries:
+                if not self._give(delivery):
+                    self.courier.accept((delivery,), now)
 
     def _channels(self) -> OpenChannel | None:
         """Give what opens a channel for declarations on a link that carries messages."""
@@ -160,6 +215,30 @@ class IOThread:
         self.dialer.crashed()
         self.courier.down(Loss("the I/O loop failed"), time.monotonic())
         self.courier.disconnected()
+
+    def _give(self, delivery: Delivery) -> bool:
+        """Let another connection accept a delivery, if there is one that is better off."""
+        peer = self.peer()
+        if peer is None:
+            return False
+        delivery.desk = peer
+        given = peer.reactor.mailbox.put(delivery)
+        if not given:
+            delivery.desk = self
+        return given
+
+    def _relieve(self, mine: Standing | None = None) -> None:
+        """Let another connection have what waits here, if there is one that is better off."""
+        peer = self.peer(mine) if self.courier.waiting else None
+        if peer is not None:
+            self.pass_on(self.courier.release(), peer)
+
+    def _wake(self) -> None:
+        """Tell the dialers of all connections that something is to be sent."""
+        self.dialer.called()
+        for peer in self.peers:
+            if peer.dialer.hears_calls:
+                peer.order(peer.dialer.called)
 
     def _pump(self) -> None:
         courier = self.courier
@@ -189,6 +268,9 @@ class IOThread:
     def expire(self, delivery: Delivery) -> None:
         """End a publisher's wait."""
         self._delayed.release(delivery)
+        if delivery.desk is not None and delivery.desk is not self:
+            delivery.desk.order(partial(delivery.desk.expire, delivery))  # it was handed over
+            return
         self.courier.expire(delivery, time.monotonic())
         if delivery.place is Place.IN_FLIGHT:
             self._health.check_soon()
@@ -203,6 +285,16 @@ class IOThread:
         now = time.monotonic()
         for delivery in deliveries:
             self.courier.readmit(delivery, now)
+        self._relieve()
+
+    def pass_on(self, deliveries: Sequence[Delivery], desk: Desk) -> None:
+        """Have another connection send messages that belong to this one, and are not written."""
+        for delivery in deliveries:
+            delivery.desk = desk
+        if not desk.order(partial(desk.readmit, deliveries)):
+            for delivery in deliveries:
+                delivery.desk = self
+            self.readmit(deliveries)  # the producer is being closed, and they are told here
 
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that are stored, as `accept` and `after_burst` do with others."""
@@ -211,7 +303,7 @@ class IOThread:
         for delivery in deliveries:
             if delivery.deadline <= now:
                 self.expire(delivery)  # its publisher has asked while it was being stored
-        self.dialer.called()
+        self._wake()
 
     def kept(self, deliveries: Sequence[Delivery]) -> None:
         """Tell publishers that their messages are stored."""
@@ -239,7 +331,8 @@ class IOThread:
     def close(self) -> None:
         """Tell everybody how it stands, and end the link and the thread."""
         self._delayed.release()
-        self.courier.farewell.abandon(self._keeper.shelf.deliveries(), time.monotonic())
+        stored = [each for each in self._keeper.shelf.deliveries() if each.desk is self]
+        self.courier.farewell.abandon(stored, time.monotonic())
         self.dialer.close()
 
     def probe(self, reply: Future[None]) -> None:
@@ -265,6 +358,7 @@ class IOThread:
     def _circuit_changed(self, state: CircuitState) -> None:
         if state is CircuitState.OPEN:
             self._cooldown.wait_until(self.courier.breaker.reopens_at)
+            self.order(self._relieve)  # not at once: the courier is in the middle of something
         self._events.circuit_changed(state)
 
     # --- what the dialer tells -----------------------------------------------------------------
@@ -276,6 +370,7 @@ class IOThread:
             error: PublishError = AuthenticationError(loss.text)
         else:
             error = NotConnectedError(f"not connected: {loss.text}")
+        self._relieve(Standing.REFUSES)
         self.courier.refuse(error, time.monotonic())
 
     def gave_up(self, loss: Loss) -> None:
@@ -306,7 +401,7 @@ class IOThread:
         if first:
             self.courier.breaker.reconnected()
             self.is_connected = True
-            self.connected.changed()
+            self._connected.changed()
             self._events.connected(self.dialer.route.broker.address)
         self._pump()
         self._keeper.sweep_soon()
@@ -322,6 +417,7 @@ class IOThread:
         if was_up:
             self._events.disconnected(loss)
         self.dialer.failed(loss)
+        self._relieve()
 
     def channel_lost(self, loss: Loss) -> None:
         """Let the courier find out whose fault it was."""
@@ -336,6 +432,7 @@ class IOThread:
         self._events.flow_changed(blocked=blocked, reason=reason)
         if blocked:
             self._checkup.end()  # a broker that blocks does not read our question
+            self._relieve()
         else:
             self._pump()
             self._keeper.sweep_soon()

@@ -1,9 +1,11 @@
 """Looks after messages in the store: has them written there, and sends out what is due.
 
-The courier gives orders and does not wait; what became of them goes back to it by the mailbox. The
-store is touched on the keeper's thread and nowhere else, so that a slow one never holds up the
-link. What the scribe cannot write now it writes at the next sweep, and before that nothing is
-claimed: so a store that fails for a while delays, and makes neither losses nor duplicates.
+There is one keeper for all connections of a producer. Couriers give orders and do not wait; what
+became of them goes back by the mailbox of the connection that the message belongs to. What is due
+goes out on any connection that can carry it. The store is touched on the keeper's thread and
+nowhere else, so that a slow one never holds up a link. What the scribe cannot write now it writes
+at the next sweep, and before that nothing is claimed: so a store that fails for a while delays, and
+makes neither losses nor duplicates.
 
 Runs on: the retry thread; orders come from the I/O thread, `Keeper.write_ahead` from publishers.
 """
@@ -11,13 +13,13 @@ Runs on: the retry thread; orders come from the I/O thread, `Keeper.write_ahead`
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.ports import Desk
 from mlproducer.engine.gate import Gate
-from mlproducer.engine.roles import Desk
 from mlproducer.engine.scribe import End, Note, Put, Scribe
 from mlproducer.engine.shelf import Shelf, record_of
 from mlproducer.engine.threads import TimerThread
@@ -60,9 +62,9 @@ class Keeper:
         """Count the rows, whoever wrote them; anyone may ask."""
         return self._scribe.depth
 
-    def serve(self, desk: Desk, watch: Callable[[], None]) -> None:
+    def serve(self, desks: Sequence[Desk], watch: Callable[[], None]) -> None:
         """Say whom to answer, and what to look after at each sweep."""
-        self._scribe.desk = desk
+        self._scribe.desks = desks
         self._watch = watch
         self.thread.due = time.monotonic() + (0.0 if self.durable else self._interval)
 
@@ -137,11 +139,11 @@ class Keeper:
             self._gate.emptied.changed()
 
     def _send_out(self) -> None:
-        desk = self._scribe.desk
-        if desk is None or not self.depth.stored:
+        if not self.depth.stored:
             self._gate.share(backlog=False)
             return
-        room = min(desk.ready(), self._gate.room())
+        ready = {desk: desk.ready() for desk in self._scribe.desks}
+        room = min(sum(ready.values()), self._gate.room())
         if room == 0:
             return
         now = time.monotonic()
@@ -161,8 +163,27 @@ class Keeper:
         if left:
             self.hurries = True
             self._store.release(left)
-        if taken:
-            desk.order(partial(desk.readmit, taken))
+        self._hand_out(taken, ready)
+
+    def _hand_out(self, deliveries: Sequence[Delivery], ready: dict[Desk, int]) -> None:
+        """Divide messages among the connections that can carry them.
+
+        One that belongs to another connection goes by way of that one's mailbox, behind the answers
+        that it may still find there; so no two threads ever have it.
+        """
+        batches: dict[tuple[Desk, Desk], list[Delivery]] = {}
+        for delivery in deliveries:
+            home = delivery.desk
+            desk = home if home and ready.get(home) else max(ready, key=ready.__getitem__)
+            ready[desk] -= 1
+            if home is None:
+                delivery.desk = home = desk
+            batches.setdefault((home, desk), []).append(delivery)
+        for (home, desk), batch in batches.items():
+            if home is desk:
+                desk.order(partial(desk.readmit, batch))
+            else:
+                home.order(partial(home.pass_on, batch, desk))
 
     def _renew(self, now: float) -> None:
         """Let the leases of what is on its way begin anew, and see which have been lost."""

@@ -49,7 +49,7 @@ class Lifecycle:
         fleet = self.fleet
         if fleet is None or self.closed:
             fleet = self._start()
-        if blocking and threads.here.owner in fleet.engines:
+        if blocking and threads.here.owner is fleet:
             raise WouldDeadlockError("a blocking call on the producer's own thread")
         return fleet
 
@@ -62,7 +62,7 @@ class Lifecycle:
             return self._report_of_the_first(timeout)
         report, fleet = CloseReport(), self.fleet
         if fleet is not None:
-            report = fleet.close(0.0 if threads.here.owner in fleet.engines else timeout)
+            report = fleet.close(0.0 if threads.here.owner is fleet else timeout)
         self._report.set_result(report)
         return report
 

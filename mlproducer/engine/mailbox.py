@@ -45,7 +45,7 @@ class Mailbox:
         """Hand something over; false if nobody will look into the box any more."""
         self._items.append(item)
         if self._closed:
-            return False
+            return not self._take_back(item)
         if not self._rung:
             self.ring()
         return True
@@ -71,6 +71,16 @@ class Mailbox:
         self._closed = True
         self._ear.close()
         self._bell.close()
-        left = list(self._items)
-        self._items.clear()
+        left = []
+        while self._items:
+            with contextlib.suppress(IndexError):
+                left.append(self._items.popleft())
         return left
+
+    def _take_back(self, item: Item) -> bool:
+        """Take out what came too late; false if `close` has given it, which is decided here."""
+        try:
+            self._items.remove(item)
+        except ValueError:
+            return False
+        return True

@@ -2,19 +2,17 @@
 
 The I/O thread plays all of them; each room knows only the role that it needs.
 
-Runs on: the I/O thread; `Desk.order` on any.
+Runs on: the I/O thread; `Post.order` on any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Carrier, Loss
 from mlproducer.core.states import ConnectionState
-from mlproducer.errors import PublishError
 from mlproducer.topology import Declaration
 
 
@@ -68,29 +66,11 @@ class DialerOwner(LinkOwner, Protocol):
         """The link is closed for good."""
 
 
-class Desk(Protocol):
-    """Where the keeper's answers go: the I/O thread's mailbox, and what it does with them."""
+class Post(Protocol):
+    """What the timer threads tell an I/O thread."""
 
     def order(self, order: Callable[[], None]) -> bool:
         """Have something done on the I/O thread; false if that has ended."""
-
-    def readmit(self, deliveries: Sequence[Delivery]) -> None:
-        """Send messages again."""
-
-    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
-        """They are stored, and may be sent for the first time."""
-
-    def kept(self, deliveries: Sequence[Delivery]) -> None:
-        """They are stored, and wait for a retry."""
-
-    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
-        """They could not be stored."""
-
-    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
-        """Their rows are gone."""
-
-    def ready(self) -> int:
-        """How many messages handed over now would be written: none, one as a probe, or many."""
 
     def probe(self, reply: Future[None]) -> None:
         """Ask the broker whether it is there; the future is resolved when it answers."""

@@ -18,8 +18,8 @@ from attrs import define, field
 
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.farewell import CLOSED
+from mlproducer.core.ports import Desk
 from mlproducer.engine.gate import Gate
-from mlproducer.engine.roles import Desk
 from mlproducer.engine.shelf import Shelf
 from mlproducer.errors import BufferFullError, ProducerClosedError, PublishError, StoreError
 from mlproducer.latch import Latch
@@ -101,13 +101,13 @@ class Scribe:
     """Carries out orders.
 
     :param ring: has `carry_out` called soon, on the retry thread
-    :ivar desk: whom to answer
+    :ivar desks: the connections; each is answered for the messages that belong to it
     """
 
     def __init__(
         self, store: Store, shelf: Shelf, gate: Gate, events: EventSink, ring: Callable[[], None]
     ) -> None:
-        self.desk: Desk | None = None
+        self.desks: Sequence[Desk] = ()
         self._store = store
         self._shelf = shelf
         self._gate = gate
@@ -217,9 +217,8 @@ class Scribe:
         if kept:
             self.count()
             self._gate.leave([put.delivery for put in puts if put.entry.delay is not None])
-            self._tell(lambda desk: desk.kept(kept))
-        if ahead and not self._tell(lambda desk: desk.stored_ahead(ahead)):
-            self._part(ahead, now)
+            self._tell(kept, lambda desk, some: desk.kept(some))
+        self._part(self._tell(ahead, lambda desk, some: desk.stored_ahead(some)), now)
 
     def _part(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Answer those whose message was stored when the producer had been closed already."""
@@ -236,12 +235,14 @@ class Scribe:
     def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
         for put in puts:
             put.refusal = _copy(error, put.delivery)
-        refusals = [(put.delivery, put.refusal) for put in puts if put.refusal is not None]
-        if refusals and not self._tell(lambda desk: desk.not_kept(refusals)):
-            for delivery, refusal in refusals:
-                if delivery.open:
-                    self._events.given_back(delivery, refusal)
-                    delivery.give_back(refusal)
+        refusals = {put.delivery: put.refusal for put in puts if put.refusal is not None}
+        for delivery in self._tell(
+            list(refusals),
+            lambda desk, some: desk.not_kept([(each, refusals[each]) for each in some]),
+        ):
+            if delivery.open:
+                self._events.given_back(delivery, refusals[delivery])
+                delivery.give_back(refusals[delivery])
         _open(puts)
 
     def _as_store_error(self, error: Exception) -> StoreError:
@@ -269,8 +270,7 @@ class Scribe:
             self._shelf.drop(end.delivery)
         self._done(ends)
         told = [end.delivery for end in ends if end.told]
-        if told:
-            self._tell(lambda desk: desk.withdrawn(told))
+        self._tell(told, lambda desk, some: desk.withdrawn(some))
 
     def _done(self, orders: Sequence[Note] | Sequence[End]) -> None:
         """Count anew, if it can be done, where the orders have made a difference."""
@@ -286,10 +286,18 @@ class Scribe:
         """Tell that the store cannot be used."""
         self._events.store_failed(error)
 
-    def _tell(self, say: Callable[[Desk], None]) -> bool:
-        """Have something said on the I/O thread; false if that has ended."""
-        desk = self.desk
-        return desk is not None and desk.order(partial(say, desk))
+    def _tell(
+        self, deliveries: Sequence[Delivery], say: Callable[[Desk, list[Delivery]], None]
+    ) -> list[Delivery]:
+        """Have something said on the I/O thread of each; give those whose thread has ended."""
+        batches: dict[Desk, list[Delivery]] = {}
+        for delivery in deliveries:
+            batches.setdefault(delivery.desk or self.desks[0], []).append(delivery)
+        unheard = []
+        for desk, batch in batches.items():
+            if not desk.order(partial(say, desk, batch)):
+                unheard += batch
+        return unheard
 
 
 def _open(puts: Sequence[Put]) -> None:

@@ -9,17 +9,16 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from mlproducer.errors import ConfigurationError
 from mlproducer.settings import Settings
-from mlproducer.stores.memory import MAX_BYTES, MAX_ROWS, MemoryStore
+from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Store
 
 _WHERE = "store_url (ML_STORE_URL)"
 _FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
 
-def open_store(settings: Settings, shares: int = 1) -> Store:
+def open_store(settings: Settings) -> Store:
     """Make the store that the settings name; nothing is opened or connected before its first use.
 
-    :param shares: how many stores of this kind the producer has; memory is divided among them
     :raises ConfigurationError: the URL does not parse, or its extra is not installed
     """
     scheme = settings.store_url.partition("://")[0]
@@ -27,7 +26,7 @@ def open_store(settings: Settings, shares: int = 1) -> Store:
     horizon = max(lease, settings.message_retry_max_delay) + 1.0
     if scheme == "memory":
         _read(settings.store_url, ())
-        return MemoryStore(MAX_ROWS // shares, MAX_BYTES // shares)
+        return MemoryStore()
     if scheme == "sqlite":
         from mlproducer.stores.sqlite import SQLiteStore  # noqa: PLC0415 - not needed otherwise
 

@@ -60,7 +60,7 @@ class House:
         self.courier = Courier(
             setup.max_retries, self.breaker, self.keeper, self, self.gate, Sink(self)
         )
-        self.keeper.serve(self, lambda: None)  # type: ignore[arg-type]
+        self.keeper.serve([self], lambda: None)  # type: ignore[list-item]
 
     def record(self, delivery: Delivery) -> Record:
         """Give what is known of a message."""

@@ -58,7 +58,7 @@ class Bench:
         self.desk = Desk()
         self.store = MemoryStore(rows, clock=self.clock.monotonic)
         self.keeper = Keeper(self.store, Gate(10), Backoff(1.0, 10.0), 1.0, EventSink())
-        self.keeper.serve(self.desk, lambda: None)  # type: ignore[arg-type]
+        self.keeper.serve([self.desk], lambda: None)  # type: ignore[list-item]
 
     def keep(self, delivery: Delivery, attempts: int = 1) -> None:
         """Have it stored."""
