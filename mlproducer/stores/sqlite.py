@@ -28,6 +28,9 @@ ROOM = 4 * 1024 * 1024
 
 HORIZON = 60.0
 
+FORGET = 10.0
+"""Seconds between two looks for fates that are old."""
+
 
 class SQLiteStore:
     """Rows in a file, with SQLite's write-ahead log beside it; both are their owner's alone.
@@ -66,8 +69,7 @@ class SQLiteStore:
         self.write_ahead = write_ahead
         self._horizon = max(lease, horizon)
         self._link = Link(self.name, self._horizon + 1.0, clock)
-        self._pid = os.getpid()
-        self._claims: dict[int, Claim] = {}
+        self._forget_at = 0.0
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.name}>"
@@ -85,28 +87,29 @@ class SQLiteStore:
         def work(connection: Connection) -> list[Claim]:
             new.extend(coming)
             self._link.take_room(entry.record.envelope.size for entry in new)
-            rows = [rows_of.entry_row(entry, self._due(entry.delay)) for entry in new]
-            return _insert(connection, rows) if rows else []
+            owner = self._link.owner.number
+            rows = [rows_of.entry_row(entry, self._due(entry.delay), owner) for entry in new]
+            return _insert(connection, rows, self._link.fence.first, owner) if rows else []
 
-        claims = self._link.store(work, patience)
-        self._note(claims, [entry.delay for entry in new])
-        return claims
+        return self._link.store(work, patience)
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
         """Note what became of claimed rows."""
 
-        def work(connection: Connection) -> list[Change]:
+        def work(connection: Connection) -> set[Claim]:
             held = _held(connection, [change.claim for change in changes])
-            known = [change for change in changes if change.claim in held]
-            rows = [rows_of.change_row(change, self._due(change.delay)) for change in known]
+            owner = self._link.owner.number
+            rows = [
+                rows_of.change_row(change, self._due(change.delay), owner)
+                for change in changes
+                if change.claim in held
+            ]
             for size, values in rows_of.in_pieces(rows):
                 connection.execute(rows_of.change(size), values)
-            return known
+            return held
 
-        known = self._link.change(work, safe=True) if changes else []
-        self._note([change.claim for change in known], [change.delay for change in known])
-        holding = {change.claim for change in known}
-        return self._lost(change.claim for change in changes if change.claim not in holding)
+        held = self._link.change(work, safe=True) if changes else set()
+        return [change.claim for change in changes if change.claim not in held]
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
         """Let leases begin anew."""
@@ -118,7 +121,7 @@ class SQLiteStore:
             return held
 
         held = self._link.change(work) if claims else set()
-        return self._lost(claim for claim in claims if claim not in held)
+        return [claim for claim in claims if claim not in held]
 
     def done(self, claims: Sequence[Claim]) -> None:
         """Delete rows."""
@@ -126,38 +129,48 @@ class SQLiteStore:
         for claim in claims:
             tokens.setdefault(claim.token, []).append(claim.key)
         orders = [(token, json.dumps(keys)) for token, keys in tokens.items()]
+        others = [order for order in orders if order[0] % 2]
 
         def work(connection: Connection) -> None:
+            if others:
+                self._leave_fates(connection, others)
             for order in orders:
                 connection.execute(rows_of.DONE, order)
 
-        if len(orders) == 1:
+        if len(orders) == 1 and not others:
             self._link.run(work)  # a transaction in one statement
         elif orders:
             self._link.change(work)
-        self._lost(claims)
+
+    def _leave_fates(self, connection: Connection, orders: Sequence[tuple[int, str]]) -> None:
+        """Leave the fates of rows that other owners put, and forget those that are old."""
+        now = self._link.now()
+        for order in orders:
+            connection.execute(rows_of.LEAVE_FATES, (now, *order))
+        if time.monotonic() >= self._forget_at:
+            connection.execute(rows_of.FORGET_FATES, {"now": now})
+            self._forget_at = time.monotonic() + FORGET
 
     def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
         """Say what became of rows."""
 
-        def work(connection: Connection) -> dict[int, int]:
-            keys = json.dumps([claim.key for claim in claims])
-            (tokens,) = connection.execute(rows_of.TRACE, (keys,)).fetchone()
-            return dict(json.loads(tokens))
+        def work(connection: Connection) -> list[RowFate]:
+            keys = {"keys": json.dumps([claim.key for claim in claims])}
+            return rows_of.fates(claims, *connection.execute(rows_of.TRACE, keys).fetchone())
 
-        tokens = self._link.run(work) if claims else {}
-        return [rows_of.fate(claim, tokens.get(claim.key)) for claim in claims]
+        return self._link.run(work) if claims else []
 
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, about 4 MiB of it at most; fewer rows do not mean that it was all."""
 
         def work(connection: Connection) -> Found:
+            self._link.take_over(connection)
             most = min(limit, self._link.most_rows)
             bounds = {"now": self._link.now(), "limit": most, "room": ROOM}
             (keys,) = connection.execute(rows_of.DUE, bounds).fetchone()
             return self._claim(connection, keys)
 
-        return self._claimed(self._link.change(work)) if limit > 0 else []
+        return self._claimed(self._link.own(work)) if limit > 0 else []
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
         """Show dead letters, about 4 MiB of them at most; only an empty list is the end."""
@@ -178,17 +191,20 @@ class SQLiteStore:
         key, token = row.claim.key, row.claim.token
 
         def work(connection: Connection) -> Found:
+            self._link.take_over(connection)
             bounds = {"key": key, "token": token, "now": self._link.now()}
             (there,) = connection.execute(rows_of.LETTER, bounds).fetchone()
             return self._claim(connection, json.dumps([key] if there else []))
 
-        return next(iter(self._claimed(self._link.change(work))), None)
+        return next(iter(self._claimed(self._link.own(work))), None)
 
     def depth(self) -> Depth:
         """Count the rows."""
 
         def work(connection: Connection) -> tuple[int, int, int]:
-            counts = connection.execute(rows_of.DEPTH, {"now": self._link.now()}).fetchone()
+            gone = json.dumps(self._link.dead(connection))
+            values = {"now": self._link.now(), "gone": gone}
+            counts = connection.execute(rows_of.DEPTH, values).fetchone()
             return counts[0], counts[1], counts[2]
 
         total, dead, ahead = self._link.run(work)
@@ -196,38 +212,7 @@ class SQLiteStore:
 
     def close(self) -> None:
         """Make this process's claims due, and close the file."""
-        claims = list(self._mine().values())
-
-        def work(connection: Connection) -> None:
-            keys = json.dumps([claim.key for claim in _held(connection, claims)])
-            connection.execute(rows_of.GIVE_BACK, (self._link.now(), keys))
-
-        self._link.close(work if claims else None)
-        self._claims = {}
-
-    # --- claims of this process ----------------------------------------------------------------
-
-    def _mine(self) -> dict[int, Claim]:
-        """Give the claims of this process, by key; none in a child that was forked."""
-        if self._pid != os.getpid():
-            self._pid, self._claims = os.getpid(), {}
-        return self._claims
-
-    def _note(self, claims: Sequence[Claim], delays: Sequence[float | None]) -> None:
-        mine = self._mine()
-        for claim, delay in zip(claims, delays, strict=True):
-            if delay is None:
-                mine[claim.key] = claim
-            else:
-                mine.pop(claim.key, None)
-
-    def _lost(self, claims: Iterable[Claim]) -> list[Claim]:
-        mine = self._mine()
-        lost = list(claims)
-        for claim in lost:
-            if mine.get(claim.key) == claim:
-                del mine[claim.key]
-        return lost
+        self._link.close()
 
     def _due(self, delay: float | None) -> float:
         """Give the end of a lease, or of a delay."""
@@ -237,14 +222,15 @@ class SQLiteStore:
     # --- rows, within a transaction and after it -----------------------------------------------
 
     def _claim(self, connection: Connection, keys: str) -> Found:
-        connection.execute(rows_of.CLAIM, (self._due(None), keys))
+        link = self._link
+        values = {"step": link.fence.step, "me": link.owner.number, "due": self._due(None)}
+        connection.execute(rows_of.CLAIM, {**values, "keys": keys})
         found = _read(connection, keys)
         _put_aside(connection, found.damaged)
         return found
 
     def _claimed(self, found: Found) -> list[Row]:
         self._tell(found)
-        self._note([row.claim for row in found.rows], [None] * len(found.rows))
         return found.rows
 
     def _tell(self, found: Found) -> None:
@@ -256,10 +242,13 @@ class SQLiteStore:
             )
 
 
-def _insert(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> list[Claim]:
+def _insert(
+    connection: Connection, rows: Sequence[tuple[Any, ...]], token: int, origin: int
+) -> list[Claim]:
     for size, values in rows_of.in_pieces(rows):
-        last = connection.execute(rows_of.insert(size), values).lastrowid or 0
-    return [Claim(key, rows_of.FIRST_TOKEN) for key in range(last - len(rows) + 1, last + 1)]
+        done = connection.execute(rows_of.insert(size), [token, origin, *values])
+        last = done.lastrowid or 0
+    return [Claim(key, token) for key in range(last - len(rows) + 1, last + 1)]
 
 
 def _held(connection: Connection, claims: Iterable[Claim]) -> set[Claim]:

@@ -10,21 +10,22 @@ Runs on: the retry thread.
 from __future__ import annotations
 
 import os
-import secrets
+import re
 import sqlite3
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from attrs import field, frozen
 
 from mlproducer.errors import StoreError
+from mlproducer.stores import sqlite_place as place
+from mlproducer.stores.sqlite_owners import Owner, boot_id
 from mlproducer.stores.sqlite_reserve import PAGE, size_on
-from mlproducer.stores.sqlite_rows import SCHEMA
+from mlproducer.stores.sqlite_rows import MIGRATION, SCHEMA
 
 APPLICATION_ID = 0x6D6C7072
-VERSION = 1
+VERSION = 2
 
 OLDEST = (3, 33, 0)
 """The SQLite that has ``UPDATE ... FROM``."""
@@ -41,8 +42,6 @@ SMALLEST = 512
 BOOT_SECONDS = 1e9
 """What the clock of a file is put on by at each boot of the machine, so that all is due then."""
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
 _LEVELS = ("FULL", "NORMAL")
 
 _SETUP = (
@@ -51,7 +50,8 @@ _SETUP = (
     "PRAGMA trusted_schema = OFF",
     "PRAGMA cell_size_check = ON",
     "PRAGMA cache_size = -8192",
-    "PRAGMA wal_autocheckpoint = {log}",  # with the reserve's room it can always be moved
+    "PRAGMA wal_autocheckpoint = {pages}",  # with the reserve's room it can always be moved
+    "PRAGMA journal_size_limit = {size}",  # what a reader made it grow to is given back
 )
 
 
@@ -76,9 +76,10 @@ class Connections:
         self.safe.close()
 
 
-def open_file(path: str, horizon: float, *, check: bool) -> Connections:
+def open_file(path: str, horizon: float, owner: Owner, *, check: bool) -> Connections:
     """Open a file, or make it.
 
+    :param owner: who uses it; its lock is held from now on
     :param check: read it as a whole
     :raises StoreError: it is not what it should be, or not where it should be
     :raises sqlite3.Error: SQLite says so
@@ -89,20 +90,30 @@ def open_file(path: str, horizon: float, *, check: bool) -> Connections:
             f"{sqlite3.sqlite_version}: use a later Python"
         )
     try:
-        _check_directory(path)
-        if not _is_ours(path):
-            _create(path)
+        place.check_directory(path)
+        place.check_mounts(path)
+        made = _is_ours(path)
+        place.check_companions(path)
+        owner.enter()
+        if not made:
+            _create(path, owner)
+        place.check_one_name(path, owner)
+        if check:
+            place.remove_drafts(path, owner)
         inode = _inode(path)
     except OSError as error:
         raise StoreError(
             f"the store {path} cannot be opened or made: {error.strerror}; "
             "it needs a directory in which this user may write"
         ) from None
-    _check_header(path)
+    version = _check_header(path)
     if check:
         _check_content(path)
+    if version != VERSION:
+        _migrate(path)
     with ExitStack() as undo:
         safe, quick = (undo.enter_context(closing(_connect(path, each))) for each in _LEVELS)
+        place.check_companions(path)  # those that are in use now, before a message is in them
         connections = Connections(safe, quick, _clock(safe, horizon), inode)
         undo.pop_all()
     return connections
@@ -124,26 +135,18 @@ def _inode(path: str) -> tuple[int, int]:
 # --- what is there already ----------------------------------------------------------------------
 
 
-def _check_directory(path: str) -> None:
-    directory = os.path.dirname(path)  # noqa: PTH120 - a path is text throughout
-    try:
-        mode = os.stat(directory).st_mode  # noqa: PTH116
-    except FileNotFoundError:
-        raise StoreError(f"the store {path} is in a directory that is not there: make it") from None
-    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-        raise StoreError(
-            f"the store {path} is in a directory in which anyone may replace it: take away the "
-            "others' right to write (chmod o-w)"
-        )
-
-
 def _is_ours(path: str) -> bool:
     """Whether there is a file, which then is one that only we can have put there."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        _check_no_log(path)
-        return False
+    status = _status(path)
+    if status is None:
+        if not _has_log(path):
+            return False
+        status = _status(path)  # another process may have made it between these two looks
+    if status is None:
+        raise StoreError(
+            f"the store {path} is not there, but its log {path}-wal is: put the file back, or "
+            "remove the log to begin anew"
+        )
     if stat.S_ISLNK(status.st_mode):
         raise StoreError(f"the store {path} is a symbolic link: name the file itself")
     if not stat.S_ISREG(status.st_mode):
@@ -161,21 +164,24 @@ def _is_ours(path: str) -> bool:
     return True
 
 
-def _check_no_log(path: str) -> None:
-    log = Path(f"{path}-wal")
-    if log.is_file() and log.stat().st_size:
-        raise StoreError(
-            f"the store {path} is not there, but its log {log} is: put the file back, or remove "
-            "the log to begin anew"
-        )
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _has_log(path: str) -> bool:
+    status = _status(f"{path}-wal")
+    return status is not None and status.st_size > 0
 
 
 def _is_shared(path: str) -> bool:
     return bool(os.stat(os.path.dirname(path)).st_mode & stat.S_IWOTH)  # noqa: PTH116, PTH120
 
 
-def _check_header(path: str) -> None:
-    """Look at the first page only, in a way that takes no lock and leaves no trace.
+def _check_header(path: str) -> int:
+    """Give the schema's version by the first page alone, which takes no lock and leaves no trace.
 
     Without its log a file may look cut off: its last writer was killed while it moved the log.
     """
@@ -185,15 +191,35 @@ def _check_header(path: str) -> None:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
         except sqlite3.DatabaseError as error:
             if "malformed" in str(error):
-                return
+                return VERSION
             raise
     if application != APPLICATION_ID:
         raise StoreError(f"the store {path} is another program's database: choose another path")
-    if version != VERSION:
+    _check_version(path, version)
+    return int(version)
+
+
+def _check_version(path: str, version: int) -> None:
+    if not 1 <= version <= VERSION:
         raise StoreError(
             f"the store {path} has schema {version}, and this version of mlproducer knows "
             f"{VERSION}: use the version that wrote it"
         )
+
+
+def _migrate(path: str) -> None:
+    """Bring a file of an earlier version to this one's tables, as a whole or not at all."""
+    with closing(_raw(path, "mode=rw")) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        _check_version(path, version)
+        if version == VERSION:
+            return  # another process was faster
+        for statement in re.sub("--.*", "", MIGRATION).split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _check_content(path: str) -> None:
@@ -216,9 +242,9 @@ def corrupt(path: str) -> str:
 # --- what is not --------------------------------------------------------------------------------
 
 
-def _create(path: str) -> None:
+def _create(path: str, owner: Owner) -> None:
     """Make a file that is complete from its first moment, and whose owner alone may read it."""
-    with _draft(path) as draft:
+    with place.draft_of(path, owner) as draft:
         with closing(_raw(draft, "mode=rw")) as connection:
             connection.executescript(
                 f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA application_id = {APPLICATION_ID};"
@@ -230,18 +256,6 @@ def _create(path: str) -> None:
         except FileExistsError:
             return  # another process was faster, and its file is as good
     _sync_directory(path)
-
-
-@contextmanager
-def _draft(path: str) -> Iterator[str]:
-    draft = f"{path}.{secrets.token_hex(8)}.new"
-    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.fchmod(descriptor, 0o600)
-        os.close(descriptor)
-        yield draft
-    finally:
-        os.unlink(draft)  # noqa: PTH108
 
 
 def _sync_directory(path: str) -> None:
@@ -269,9 +283,11 @@ def _raw(path: str, query: str) -> sqlite3.Connection:
 def _connect(path: str, synchronous: str) -> sqlite3.Connection:
     connection = _raw(path, "mode=rw")
     try:
-        log = size_on(path) // 2 // PAGE
+        size = size_on(path)
+        pages = size // 2 // PAGE
         for statement in _SETUP:
-            connection.execute(statement.format(synchronous=synchronous, log=log)).fetchall()
+            text = statement.format(synchronous=synchronous, pages=pages, size=size)
+            connection.execute(text).fetchall()
     except sqlite3.Error:
         connection.close()
         raise
@@ -280,7 +296,7 @@ def _connect(path: str, synchronous: str) -> sqlite3.Connection:
 
 def _clock(connection: sqlite3.Connection, horizon: float) -> float:
     """Enter this boot and this horizon, and give the file's shift."""
-    boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    boot = boot_id()
     known, most, shift = connection.execute("SELECT boot, horizon, shift FROM clock").fetchone()
     if known == boot and most >= horizon:
         return float(shift)

@@ -10,6 +10,7 @@ Runs on: the retry thread; a command's thread for what only reads; the thread th
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sqlite3
 import threading
@@ -22,8 +23,11 @@ from typing import TypeVar
 from mlproducer import forks
 from mlproducer.errors import StoreError
 from mlproducer.latch import Token
+from mlproducer.stores import sqlite_rows as rows_of
 from mlproducer.stores.sqlite_file import Connections, corrupt, is_there, open_file
+from mlproducer.stores.sqlite_owners import Owner
 from mlproducer.stores.sqlite_reserve import PAGE, Reserve, need, size_on
+from mlproducer.stores.sqlite_rows import Fence
 
 T = TypeVar("T")
 
@@ -32,6 +36,9 @@ Work = Callable[[Connection], T]
 
 WAIT = 0.25
 """Seconds to wait for another writer."""
+
+LOOK = 0.5
+"""Seconds between two looks for owners that have ended."""
 
 MANY = 1_000_000
 
@@ -45,12 +52,18 @@ FORK_WAIT = 10.0
 """Seconds for which a fork waits for a call that is under way, and a call for another."""
 
 
+class _LockedError(StoreError):
+    """Another writer is in the way."""
+
+
 class Link:
     """The file as one process uses it: opened at its first use, and again after it was lost.
 
     :param horizon: seconds; what is due later than that was written by another clock
     :param clock: gives monotonic seconds
     :ivar most_rows: how many rows a call may change: few where it has only the reserve's room
+    :ivar owner: this process as a user of the file
+    :ivar fence: what its tokens are made of, since the file was opened
     """
 
     def __init__(self, path: str, horizon: float, clock: Callable[[], float]) -> None:
@@ -64,6 +77,8 @@ class Link:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
+        self.owner = Owner(f"{self._path}-owners")
+        self.fence = Fence()
         self._token = Token()  # held in each call to SQLite, and by a fork
         self._connections: Connections | None = None
         self._opening = False
@@ -71,6 +86,10 @@ class Link:
         self._sure_until = 0.0
         self._room = 0
         self._room_until = 0.0
+        self._entered: int | None = None  # where the lock was when this owner was made known
+        self._may_own = False
+        self._dead: list[int] = []
+        self._dead_until = 0.0
         self.most_rows = MANY
 
     def now(self) -> float:
@@ -92,6 +111,7 @@ class Link:
             return self._store(connections, work, patience)
 
     def _store(self, connections: Connections, work: Work[T], patience: float) -> T:
+        self._enter(connections, patience)
         if time.monotonic() >= self._room_until:
             self._reserve.fill()
             self._room, self._room_until = self._reserve.room(), time.monotonic() + TRUST
@@ -116,29 +136,48 @@ class Link:
         """
         return self._even_if_full(lambda each: _transact(each, work, WAIT), safe=safe)
 
+    def own(self, work: Work[T]) -> T:
+        """Do work that claims rows, likewise."""
+        return self._even_if_full(
+            lambda each: _transact(each, work, WAIT), safe=False, entering=True
+        )
+
     def run(self, work: Work[T]) -> T:
         """Run one statement, also where the disk is full."""
         return self._even_if_full(lambda each: _patiently(lambda: work(each), WAIT), safe=False)
 
-    def close(self, work: Work[None] | None) -> None:
-        """Do work in a transaction, if there is some and the file is open, and close it.
+    def close(self) -> None:
+        """Make this process's claims due, if the file is open, and close it.
 
-        The last process that does so moves the log to the file.
+        The last process that does so moves the log to the file. While another one writes, the
+        claims are left to the others, who see that this owner has ended.
         """
         self.leave_the_parent()
         if self._connections is None:
             return
         try:
-            if work is not None:
-                self.change(work)
+            if self._may_own:
+                self.change(self._go)
+        except _LockedError:
+            if not self.owner.place:
+                raise
         finally:
             with self._alone():
                 self._drop()
+                self.owner.leave()
+                self._may_own = False
 
-    def _even_if_full(self, work: Work[T], *, safe: bool) -> T:
+    def _go(self, connection: Connection) -> None:
+        values = {"me": self.owner.number, "now": self.now()}
+        for statement in rows_of.GIVE_BACK:
+            connection.execute(statement, values)
+
+    def _even_if_full(self, work: Work[T], *, safe: bool, entering: bool = False) -> T:
         with self._use() as connections:
             connection = connections.safe if safe else connections.quick
             try:
+                if entering:
+                    self._enter(connections, WAIT)
                 return work(connection)
             except sqlite3.OperationalError as error:
                 if not _is_full(error):
@@ -147,9 +186,46 @@ class Link:
             _checkpoint(connections)
             self.most_rows = max(1, size_on(self._path) // 4 // PAGE)
             try:
+                if entering:
+                    self._enter(connections, WAIT)
                 return work(connection)
             finally:
                 self.most_rows = MANY
+
+    def _enter(self, connections: Connections, patience: float) -> None:
+        """Be known as a user of the file, and skip keys, before this process has its first row."""
+        self.owner.enter()
+        if self._entered == self.owner.place:
+            return
+        values = {"me": self.owner.number, "place": self.owner.place, "step": self.fence.step}
+
+        def work(connection: Connection) -> None:
+            for statement in rows_of.ENTER:
+                connection.execute(statement, values)
+
+        _transact(connections.quick, work, patience)
+        self._entered, self._may_own = self.owner.place, True
+
+    def dead(self, connection: Connection) -> list[int]:
+        """Give the owners that are known to have ended, as of half a second ago."""
+        if time.monotonic() >= self._dead_until:
+            (owners,) = connection.execute(rows_of.OWNERS).fetchone()
+            self._dead = [
+                number
+                for number, place in json.loads(owners)
+                if self.owner.knows_dead(number, place)
+            ]
+            self._dead_until = time.monotonic() + LOOK
+        return self._dead
+
+    def take_over(self, connection: Connection) -> None:
+        """Make the claims of dead owners due, within a transaction."""
+        dead = self.dead(connection)
+        if dead:
+            values = {"dead": json.dumps(dead), "now": self.now()}
+            for statement in rows_of.TAKE_OVER:
+                connection.execute(statement, values)
+            self._dead_until = 0.0
 
     def _shrink(self, connections: Connections) -> None:
         """Give the disk what log and file do not use, a little at a time: that too takes room."""
@@ -177,7 +253,8 @@ class Link:
                 fault = _fault(error)
                 if fault not in (LOCKED, FULL):
                     self._drop()
-                raise StoreError(_text(fault, self._path, error)) from None
+                kind = _LockedError if fault == LOCKED else StoreError
+                raise kind(_text(fault, self._path, error)) from None
             except OSError as error:
                 fault = FULL if _is_full(error) else str(error.strerror)
                 raise StoreError(_text(fault, self._path, error)) from None
@@ -224,6 +301,7 @@ class Link:
         try:
             connections = self._open_even_if_full()
             self._connections, self._shift = connections, connections.shift
+            self._entered, self.fence, self._dead_until = None, Fence(), 0.0
         finally:
             self._opening = False
         self._checked = True
@@ -238,7 +316,7 @@ class Link:
             return _patiently(self._open_now, WAIT)
 
     def _open_now(self) -> Connections:
-        return open_file(self._path, self._horizon, check=not self._checked)
+        return open_file(self._path, self._horizon, self.owner, check=not self._checked)
 
     def _drop(self) -> None:
         connections, self._connections = self._connections, None
@@ -267,6 +345,7 @@ class Link:
             return
         if self._opening or self._connections is not None:
             _inherited.append((self._path, self._connections))
+        self.owner.leave()
         self._begin()
 
 

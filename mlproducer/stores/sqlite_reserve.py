@@ -8,7 +8,9 @@ Runs on: the retry thread.
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from collections.abc import Iterable
 
 SIZE = 8 * 1024 * 1024
@@ -27,6 +29,8 @@ SHARE = 16
 def size_on(path: str) -> int:
     """Give the size of a reserve on the disk on which this file is."""
     disk = os.statvfs(path)
+    if not disk.f_blocks:  # a file system that does not say
+        return SIZE
     return min(SIZE, disk.f_blocks * disk.f_frsize // SHARE)
 
 
@@ -60,6 +64,8 @@ class Reserve:
     def room(self) -> int:
         """Give the bytes that are free beside the reserve."""
         disk = os.statvfs(self._path)
+        if not disk.f_blocks:
+            return sys.maxsize
         return disk.f_bavail * disk.f_frsize - ROOM
 
     def give_up(self) -> bool:
@@ -76,7 +82,7 @@ class Reserve:
         descriptor = self._open(os.O_CREAT)
         try:
             os.fchmod(descriptor, 0o600)
-            os.posix_fallocate(descriptor, 0, size_on(self._path))
+            _allocate(descriptor, size_on(self._path))
         except OSError:
             os.ftruncate(descriptor, 0)  # what was allocated so far
             raise
@@ -85,3 +91,13 @@ class Reserve:
 
     def _open(self, flags: int) -> int:
         return os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        for offset in range(0, size, PAGE):  # a file system that cannot allocate is written to
+            os.pwrite(descriptor, bytes(PAGE), offset)

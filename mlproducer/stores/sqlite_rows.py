@@ -4,8 +4,8 @@ A statement does its work for many rows at once, and gives what it finds as one 
 step of a statement, and so for each row that it gives, ``sqlite3`` lets go of Python's lock, and
 may wait 5 ms until a busy thread gives it back (``sys.getswitchinterval``).
 
-What comes from the file is not trusted: each field has its type, and the message its checksum. Here
-nothing knows of a connection.
+What comes from the file is not trusted: each field has its type and range, and the message its
+checksum. Here nothing knows of a connection.
 
 Runs on: the retry thread.
 """
@@ -15,20 +15,36 @@ from __future__ import annotations
 
 import enum
 import json
+import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 from mlproducer.message import Envelope
-from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row, RowFate
+from mlproducer.stores.protocol import (
+    FATES_LAST,
+    MOST_FATES,
+    Change,
+    Claim,
+    Entry,
+    Record,
+    Row,
+    RowFate,
+)
+from mlproducer.stores.sqlite_owners import SOMEBODY
 
 MICROSECONDS = 1_000_000
 
-FIRST_TOKEN = 2
-"""As long as all tokens up to 127, so that a claim writes a long row's first page only."""
+LATEST = 2**53
+"""Microseconds since the epoch, in the year 2255: what is later is no time that anyone noted."""
+
+MOST_ATTEMPTS = 2**31 - 1
+MOST_TOKEN = 2**62
+
+_STEP_BITS = 40
 
 MOST_ROWS = 512
 FEW_ROWS = 64
@@ -48,18 +64,19 @@ class State(enum.IntEnum):
 
 _DEAD = int(State.DEAD)  # comparing with an enum's member takes longer
 
-
-SCHEMA = """
+_TABLES = """
 CREATE TABLE messages (
-    key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again
-    token INTEGER NOT NULL,
-    claimed INTEGER NOT NULL CHECK (claimed IN (0, 1)),
+    key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, in no later file either
+    token INTEGER NOT NULL,                 -- the fence; odd: its deletion leaves a fate
+    owner INTEGER NOT NULL,                 -- whose claim it is; 0: nobody's
     due REAL NOT NULL,                      -- seconds of this file's clock; if claimed, the end
     state INTEGER NOT NULL CHECK (state IN (0, 1, 2)),  -- ahead, waiting, dead
     attempts INTEGER NOT NULL,
     doubtful INTEGER NOT NULL,
     reason TEXT NOT NULL,
     first_failed_at INTEGER NOT NULL,       -- microseconds since the epoch
+    accepted_at INTEGER NOT NULL,           -- likewise
+    origin INTEGER NOT NULL,                -- who put it
     message_id TEXT NOT NULL,
     task_type TEXT NOT NULL,
     exchange TEXT NOT NULL,
@@ -68,26 +85,62 @@ CREATE TABLE messages (
     properties BLOB NOT NULL,
     body BLOB NOT NULL
 );
-CREATE INDEX messages_by_state ON messages (state, key, due);
+CREATE INDEX messages_by_state ON messages (state, key, due, owner);
 CREATE TABLE quarantine AS SELECT * FROM messages;
-CREATE TABLE clock (boot TEXT NOT NULL, shift REAL NOT NULL, horizon REAL NOT NULL);
-INSERT INTO clock VALUES ('', 0.0, 0.0);
+CREATE TABLE owners (
+    number INTEGER PRIMARY KEY,
+    place INTEGER NOT NULL                  -- the file that its lock is in
+);
+CREATE TABLE fates (                        -- of rows that another than their origin deleted
+    key INTEGER PRIMARY KEY,
+    dead INTEGER NOT NULL,
+    since REAL NOT NULL                     -- seconds of this file's clock
+);
 """
 """Counts and due rows are found in the index alone, without a look at the messages."""
 
+SCHEMA = f"""
+{_TABLES}
+CREATE TABLE clock (boot TEXT NOT NULL, shift REAL NOT NULL, horizon REAL NOT NULL);
+INSERT INTO clock VALUES ('', 0.0, 0.0);
+INSERT INTO sqlite_sequence VALUES ('messages', 0);
+"""
+
+_OLD = (
+    "key, token * 2, claimed, due, state, attempts, doubtful, reason, first_failed_at, 0,"
+    f" {SOMEBODY}, message_id, task_type, exchange, routing_key, checksum, properties, body"
+)
+MIGRATION = f"""
+DROP INDEX messages_by_state;
+ALTER TABLE messages RENAME TO old_messages;
+ALTER TABLE quarantine RENAME TO old_quarantine;
+{_TABLES}
+INSERT INTO messages SELECT {_OLD} FROM old_messages;
+INSERT INTO quarantine SELECT {_OLD} FROM old_quarantine;
+DELETE FROM sqlite_sequence WHERE name = 'messages';
+INSERT INTO sqlite_sequence SELECT 'messages', seq FROM sqlite_sequence WHERE name = 'old_messages';
+INSERT INTO sqlite_sequence SELECT 'messages', 0 WHERE NOT EXISTS
+    (SELECT * FROM sqlite_sequence WHERE name = 'messages');
+DROP TABLE old_messages;
+DROP TABLE old_quarantine;
+"""
+"""From schema 1, whose claims said only 0 or 1."""
+
 _HEAD = (
-    "claimed, due, state, attempts, doubtful, reason, first_failed_at, "
+    "owner, due, state, attempts, doubtful, reason, first_failed_at, "
     "message_id, task_type, exchange, routing_key, checksum, properties, body"
 )
 _HEAD_WIDTH = len(_HEAD.split(","))
 
 _DUE = "(due <= :now OR due > :now + (SELECT horizon FROM clock))"
 
+_STATES = (*(f"state = {state:d}" for state in State), "state < 0", f"state > {State.DEAD:d}")
 _DUE_KEYS = " UNION ALL ".join(
     f"SELECT * FROM (SELECT key FROM messages INDEXED BY messages_by_state"
-    f" WHERE state = {state:d} AND {_DUE} ORDER BY key LIMIT :limit)"
-    for state in State
+    f" WHERE {states} AND {_DUE} ORDER BY key LIMIT :limit)"
+    for states in _STATES
 )
+"""For each state, and for what is none: a row with a damaged one must not wait for ever."""
 
 _SIZE = "coalesce(length(properties), 0) + coalesce(length(body), 0)"
 
@@ -113,15 +166,15 @@ LETTERS = _within_room(
 
 LETTER = (
     f"SELECT count(*) FROM messages WHERE key = :key AND token = :token AND state = {State.DEAD:d}"
-    f" AND (claimed = 0 OR {_DUE})"
+    f" AND (owner = 0 OR {_DUE})"
 )
 """Whether a letter can be claimed: for ``key``, ``token`` and ``now``."""
 
-_NUMBERS = ("attempts", "doubtful", "first_failed_at", "checksum")
+_NUMBERS = ("token", "state", "attempts", "doubtful", "first_failed_at", "accepted_at", "checksum")
 _PIECES = ("reason", "message_id", "task_type", "exchange", "routing_key", "properties", "body")
 
 READ = (
-    "SELECT json_group_array(json_array(key, token, state, "
+    "SELECT json_group_array(json_array(key, "
     + ", ".join(f"CAST({number} AS INTEGER)" for number in _NUMBERS)
     + ", "
     + ", ".join(f"length(CAST({piece} AS BLOB))" for piece in _PIECES)
@@ -132,38 +185,73 @@ READ = (
 """Rows, for a JSON array of keys: numbers and lengths, and then all texts and bytes in one."""
 
 CLAIM = (
-    "UPDATE messages SET token = token + 1, doubtful = max(doubtful, claimed), claimed = 1,"
-    " due = ?, state = max(state, 1) WHERE key IN (SELECT value FROM json_each(?))"
+    "UPDATE messages SET token = (token | 1) + :step"
+    " + (origin <> :me AND origin IN (SELECT number FROM owners)),"
+    " doubtful = max(doubtful, owner <> 0), owner = :me, due = :due,"
+    f" state = CASE state WHEN {State.DEAD:d} THEN {State.DEAD:d} ELSE {State.WAITING:d} END"
+    " WHERE key IN (SELECT value FROM json_each(:keys))"
 )
+"""The step is odd, so a token is odd where another user put the row, and may ask for its fate."""
 
 HELD = (
     "SELECT json_group_array(m.key) FROM json_each(?) AS c CROSS JOIN messages AS m"
     " ON m.key = json_extract(c.value, '$[0]') AND m.token = json_extract(c.value, '$[1]')"
-    " WHERE m.claimed = 1"
+    " WHERE m.owner <> 0"
 )
 """Keys of the claims that hold, for a JSON array of keys and tokens."""
 
 RENEW = "UPDATE messages SET due = ? WHERE key IN (SELECT value FROM json_each(?))"
 
+_OWNED = "SELECT key FROM messages INDEXED BY messages_by_state WHERE owner"
+
 GIVE_BACK = (
-    "UPDATE messages SET due = ?, claimed = 0, doubtful = 1"
-    " WHERE key IN (SELECT value FROM json_each(?))"
+    f"UPDATE messages SET due = :now, owner = 0, doubtful = 1 WHERE key IN ({_OWNED} = :me)",
+    "DELETE FROM owners WHERE number = :me",
 )
+"""Make one owner's claims due, and forget it."""
+
+_DEAD_ONES = "(SELECT value FROM json_each(:dead))"
+TAKE_OVER = (
+    f"UPDATE messages SET due = :now WHERE key IN ({_OWNED} IN {_DEAD_ONES})",
+    f"DELETE FROM owners WHERE number IN {_DEAD_ONES}",
+)
+"""Make the claims of owners due that are dead; they remain claims, so that they leave a doubt."""
+
+OWNERS = "SELECT json_group_array(json_array(number, place)) FROM owners"
+
+ENTER = (
+    "INSERT OR REPLACE INTO owners VALUES (:me, :place)",
+    "UPDATE sqlite_sequence SET seq = seq + :step WHERE name = 'messages'",
+)
+"""Make an owner known, and skip keys: in an earlier state of this file they may have been used."""
 
 DONE = "DELETE FROM messages WHERE token = ? AND key IN (SELECT value FROM json_each(?))"
 
-TRACE = (
-    "SELECT json_group_array(json_array(key, token)) FROM messages"
-    " WHERE key IN (SELECT value FROM json_each(?))"
+LEAVE_FATES = (
+    f"INSERT OR REPLACE INTO fates SELECT key, state = {State.DEAD:d}, ? FROM messages"
+    " WHERE token = ? AND key IN (SELECT value FROM json_each(?))"
 )
-"""Keys and tokens of those of these rows that are there."""
+
+FORGET_FATES = (
+    f"DELETE FROM fates WHERE since NOT BETWEEN :now - {FATES_LAST} AND :now"
+    f" OR key <= (SELECT key FROM fates ORDER BY key DESC LIMIT 1 OFFSET {MOST_FATES})"
+)
+
+TRACE = (
+    "SELECT (SELECT json_group_array(json_array(key, token)) FROM messages"
+    " WHERE key IN (SELECT value FROM json_each(:keys))),"
+    " (SELECT json_group_array(json_array(key, dead)) FROM fates"
+    " WHERE key IN (SELECT value FROM json_each(:keys)))"
+)
+"""Tokens of the rows that are there, and fates of those that are not, each with its key."""
 
 DEPTH = (
     "SELECT (SELECT count(*) FROM messages),"
     f" (SELECT count(*) FROM messages WHERE state = {State.DEAD:d}),"
-    f" (SELECT count(*) FROM messages WHERE state = {State.AHEAD:d} AND NOT {_DUE})"
+    f" (SELECT count(*) FROM messages WHERE state = {State.AHEAD:d} AND NOT {_DUE}"
+    " AND owner NOT IN (SELECT value FROM json_each(:gone)))"
 )
-"""All, the dead, and those stored ahead that are still claimed, for ``now``."""
+"""All, the dead, and those stored ahead that are still claimed, for ``now`` and dead owners."""
 
 _BY_KEYS = "FROM messages WHERE key IN (SELECT value FROM json_each(?))"
 QUARANTINE = (f"INSERT INTO quarantine SELECT * {_BY_KEYS}", f"DELETE {_BY_KEYS}")
@@ -171,11 +259,14 @@ QUARANTINE = (f"INSERT INTO quarantine SELECT * {_BY_KEYS}", f"DELETE {_BY_KEYS}
 
 @lru_cache
 def insert(rows: int) -> str:
-    """Give the statement that stores this many rows, without those that are all NULL."""
-    values = _values(rows, _HEAD_WIDTH)
+    """Give the statement that stores this many rows, without those that are all NULL.
+
+    Its first two parameters are token and origin.
+    """
+    values = _values(rows, _HEAD_WIDTH + 1)
     return (
-        f"INSERT INTO messages (token, {_HEAD}) SELECT {FIRST_TOKEN}, * FROM ({values})"
-        " WHERE column1 IS NOT NULL"
+        f"INSERT INTO messages (token, origin, accepted_at, {_HEAD})"
+        f" SELECT ?, ?, * FROM ({values}) WHERE column1 IS NOT NULL"
     )
 
 
@@ -218,22 +309,40 @@ def in_pieces(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, list[Any]]
         start += size
 
 
-def entry_row(entry: Entry, due: float) -> tuple[Any, ...]:
-    """Give the fields of what is to be stored."""
-    state = State.AHEAD if entry.ahead and entry.delay is None else _state(entry.record)
-    return (*_known(entry.record, entry.delay, due, state), *_message(entry.record.envelope))
+@frozen
+class Fence:
+    """What makes the tokens of one user of one file unlike all others, earlier files' included.
+
+    They are the same for all its rows, so that few statements name many rows.
+
+    :ivar first: the token of a row that it puts
+    :ivar step: what a token grows by when it claims a row; odd
+    """
+
+    first: int = field(factory=lambda: (1 << 51) + 2 * secrets.randbits(50))
+    step: int = field(factory=lambda: 1 + 2 * secrets.randbits(_STEP_BITS))
 
 
-def change_row(change: Change, due: float) -> tuple[Any, ...]:
+def entry_row(entry: Entry, due: float, owner: int) -> tuple[Any, ...]:
+    """Give the fields of what is to be stored; it is the owner's if it has no delay."""
+    record = entry.record
+    holder = owner if entry.delay is None else 0
+    state = State.AHEAD if entry.ahead and holder else _state(record)
+    accepted = round(record.accepted_at * MICROSECONDS)
+    return (accepted, *_known(record, holder, due, state), *_message(record.envelope))
+
+
+def change_row(change: Change, due: float, owner: int) -> tuple[Any, ...]:
     """Give key and fields of what has changed: a message only where it is a dead letter now."""
     record = change.record
+    holder = owner if change.delay is None else 0
     message = _message(record.envelope) if record.dead else (None,) * 7
-    return (change.claim.key, *_known(record, change.delay, due, _state(record)), *message)
+    return (change.claim.key, *_known(record, holder, due, _state(record)), *message)
 
 
-def _known(record: Record, delay: float | None, due: float, state: int) -> tuple[Any, ...]:
+def _known(record: Record, owner: int, due: float, state: int) -> tuple[Any, ...]:
     return (
-        int(delay is None),
+        owner,
         due,
         state,
         record.attempts,
@@ -273,7 +382,7 @@ def found(numbers: str, content: bytes | None) -> Found:
     start = 0
     for each in json.loads(numbers):
         pieces = []
-        for length in each[7:]:
+        for length in each[1 + len(_NUMBERS) :]:
             end = start + (length or 0)
             pieces.append(whole[start:end])
             start = end
@@ -287,25 +396,40 @@ def found(numbers: str, content: bytes | None) -> Found:
 
 
 def _row(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Row | None:
-    key, token, state, attempts, doubtful, first_failed_at, checksum, *_ = numbers
+    key, token, state, attempts, doubtful, first_failed_at, accepted_at, checksum, *_ = numbers
     reason, *route, properties, body = pieces
     try:
-        if checksum != _checksum(b"\0".join(route), properties, body) or attempts < 0:
+        times = 0 <= first_failed_at <= LATEST and 0 <= accepted_at <= LATEST
+        if not times or not 0 < token <= MOST_TOKEN or not 0 <= attempts <= MOST_ATTEMPTS:
+            return None
+        if checksum != _checksum(b"\0".join(route), properties, body):
             return None
         texts = [text.decode() for text in route]
         envelope = Envelope(texts[0], texts[1], texts[2], texts[3], properties, body)
         since = first_failed_at / MICROSECONDS
-        record = Record(envelope, attempts, doubtful == 1, state == _DEAD, reason.decode(), since)
+        accepted = accepted_at / MICROSECONDS
+        record = Record(
+            envelope, attempts, doubtful != 0, state == _DEAD, reason.decode(), since, accepted
+        )
     except (UnicodeDecodeError, TypeError):
         return None
     return Row(Claim(key, token), record)
 
 
-def fate(claim: Claim, token: int | None) -> RowFate:
-    """Say what became of a row that has this token now."""
-    if token is None:
-        return RowFate.MISSING
-    return RowFate.HELD if token == claim.token else RowFate.TAKEN
+def fates(claims: Sequence[Claim], tokens: str, ends: str) -> list[RowFate]:
+    """Read what `TRACE` gives."""
+    there: dict[int, int] = dict(json.loads(tokens))
+    gone: dict[int, int] = dict(json.loads(ends))
+    found = []
+    for claim in claims:
+        if claim.key in there:
+            held = there[claim.key] == claim.token
+            found.append(RowFate.HELD if held else RowFate.TAKEN)
+        elif claim.key in gone:
+            found.append(RowFate.DEAD_LETTERED if gone[claim.key] else RowFate.CONFIRMED)
+        else:
+            found.append(RowFate.MISSING)
+    return found
 
 
 def pairs(claims: Iterable[Claim]) -> str:

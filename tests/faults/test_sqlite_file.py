@@ -6,7 +6,6 @@ Runs on: pytest's main thread; another user's processes.
 from __future__ import annotations
 
 import ast
-import contextlib
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,8 +23,10 @@ import pytest
 
 from mlproducer import stores
 from mlproducer.errors import StoreError
+from mlproducer.stores import sqlite_place
 from mlproducer.stores.protocol import Change, Depth, Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite_owners import Owner, boot_id
 from tests.helpers import LIMIT, make_envelope
 
 NOBODY = 65534
@@ -81,6 +83,12 @@ def query(statement: str) -> Damage:
             connection.execute(statement)
 
     return damage
+
+
+def ask(path: Path, question: str) -> list[object]:
+    """Give the first column of what SQLite answers."""
+    with closing(sqlite3.connect(path)) as connection:
+        return [row[0] for row in connection.execute(question)]
 
 
 def another(path: Path) -> None:
@@ -167,17 +175,38 @@ def test_no_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("mode", "refused"), [(0o777, True), (0o1777, False), (0o775, False)])
-def test_a_directory_in_which_anyone_may_replace_it(
-    tmp_path: Path, mode: int, refused: bool
-) -> None:
-    """A directory for all is refused, unless it is sticky, as /tmp is (126)."""
-    tmp_path.chmod(mode)
-    store = SQLiteStore(tmp_path / "store.db")
-    with pytest.raises(StoreError, match="directory") if refused else contextlib.nullcontext():
-        assert store.depth() == Depth()
-    assert (tmp_path / "store.db").exists() is not refused
-    store.close()
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, whom only root can be")
+@pytest.mark.parametrize(
+    ("mode", "owner", "advice"),
+    [
+        (0o777, 0, "chmod o-w"),
+        (0o777, 0, "mkdir -m 700"),
+        (0o777, NOBODY, ""),
+        (0o1777, 0, ""),
+    ],
+)
+def test_a_directory_in_which_anyone_may_replace_it(mode: int, owner: int, advice: str) -> None:
+    """One for all is refused, but for one's own, or a sticky one as /tmp is (126)."""
+    with shared_folder() as folder:
+        folder.chmod(mode)
+        os.chown(folder, owner, owner)
+        file = folder / "store.db"
+        told = as_nobody(file)
+        assert advice in told
+        assert bool(told) is bool(advice)
+        assert file.exists() is not bool(advice)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, whom only root can be")
+def test_a_directory_for_all_that_only_one_user_can_reach() -> None:
+    """One above it, which keeps all others out, is enough."""
+    with shared_folder() as folder:
+        os.chown(folder, NOBODY, NOBODY)
+        folder.chmod(0o700)
+        inner = folder / "inner"
+        inner.mkdir()
+        inner.chmod(0o777)
+        assert as_nobody(inner / "store.db") == ""
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
@@ -223,6 +252,7 @@ from mlproducer.errors import StoreError
 from mlproducer.message import Envelope
 from mlproducer.stores.protocol import Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite_owners import Owner, boot_id
 os.setgid({NOBODY})
 os.setuid({NOBODY})
 try:
@@ -230,6 +260,14 @@ try:
 except StoreError as error:
     print(error)
 """
+
+
+def as_nobody(file: Path) -> str:
+    """Put a message as another user, and give the error's text."""
+    script = [sys.executable, "-c", PUT, str(file)]
+    told = subprocess.run(script, capture_output=True, check=True, text=True, timeout=LIMIT)
+    assert told.stderr == ""
+    return told.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, whom only root can be")
@@ -243,12 +281,10 @@ def test_a_directory_in_which_it_may_not_write(path: Path, there: bool) -> None:
             file.chmod(0o600)
             os.chown(file, NOBODY, NOBODY)
         before = contents(folder)
-        script = [sys.executable, "-c", PUT, str(file)]
-        told = subprocess.run(script, capture_output=True, check=True, text=True, timeout=LIMIT)
-        assert str(file) in told.stdout
-        assert "director" in told.stdout
+        told = as_nobody(file)
+        assert str(file) in told
+        assert "director" in told
         assert contents(folder) == before
-        assert told.stderr == ""
 
 
 def test_taken_away_while_in_use(path: Path) -> None:
@@ -270,7 +306,13 @@ CHANGES = {
     "text": "UPDATE messages SET body = 'text', properties = 5 WHERE message_id = 'm7'",
     "route": "UPDATE messages SET routing_key = 'elsewhere' WHERE message_id = 'm7'",
     "no text": "UPDATE messages SET exchange = x'ff' WHERE message_id = 'm7'",
-    "attempts": "UPDATE messages SET attempts = -1 WHERE message_id = 'm7'",
+    "attempts below": "UPDATE messages SET attempts = -1 WHERE message_id = 'm7'",
+    "attempts beyond": "UPDATE messages SET attempts = 1 << 31 WHERE message_id = 'm7'",
+    "token": f"UPDATE messages SET token = {2**63 - 1} WHERE message_id = 'm7'",
+    "negative token": "UPDATE messages SET token = -9 << 50 WHERE message_id = 'm7'",
+    "first failure": "UPDATE messages SET first_failed_at = -1 << 62 WHERE message_id = 'm7'",
+    "late failure": "UPDATE messages SET first_failed_at = 1 << 62 WHERE message_id = 'm7'",
+    "acceptance": "UPDATE messages SET accepted_at = 1 << 62 WHERE message_id = 'm7'",
 }
 
 
@@ -280,17 +322,17 @@ def test_a_damaged_row_is_put_aside(
 ) -> None:
     """One row that is no message is logged by its key and put aside; all others go on (95)."""
     query(statement)(path)
+    (key,) = ask(path, "SELECT key FROM messages WHERE message_id = 'm7'")
     with closing(SQLiteStore(path)) as store:
         rows = store.claim(ROWS)
         found = {row.record.envelope.message_id for row in rows}
         assert found == {f"m{number}" for number in range(ROWS)} - {"m7"}
         (told,) = [each for each in caplog.records if each.levelno >= logging.ERROR]
         assert str(path) in told.getMessage()
-        assert "8" in told.getMessage()  # its key
+        assert f"row {key} " in told.getMessage()
         assert "secret" not in told.getMessage()
         assert store.depth() == Depth(waiting=ROWS - 1)
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT key FROM quarantine").fetchall() == [(8,)]
+    assert ask(path, "SELECT key FROM quarantine") == [key]
 
 
 def test_a_damaged_letter_does_not_hide_the_others(path: Path) -> None:
@@ -340,3 +382,186 @@ def test_no_wall_clock_is_asked() -> None:
                 text = node.value.lower()
                 for function in ("current_timestamp", "strftime(", "julianday(", "unixepoch("):
                     assert function not in text
+
+
+# --- names and companions ----------------------------------------------------------------------
+
+
+def test_a_hard_link_is_refused(path: Path) -> None:
+    """A file with two names has two logs, and loses messages; that is told at opening."""
+    other = path.with_name("other.db")
+    os.link(path, other)
+    for name in (path, other):
+        with pytest.raises(StoreError, match="second name"):
+            SQLiteStore(name).put([entry("m")], 0.05)
+    other.unlink()
+    with closing(SQLiteStore(path)) as store:
+        assert store.depth() == Depth(waiting=ROWS)
+
+
+def test_a_copy_that_is_a_link_to_a_draft_is_cleaned_up(path: Path) -> None:
+    """A process that was killed between linking its draft and removing it shuts no one out."""
+    draft = path.with_name(f"{path.name}.{1:016x}.new")
+    os.link(path, draft)
+    with closing(SQLiteStore(path)) as store:
+        assert store.depth() == Depth(waiting=ROWS)
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_drafts_of_the_dead_are_removed(tmp_path: Path, there: bool) -> None:
+    """Those of the living, and what only looks like a draft, stay."""
+    path = tmp_path / "store.db"
+    if there:
+        with closing(SQLiteStore(path)) as store:
+            store.depth()
+    living, dead = Owner(f"{path}-owners"), Owner(f"{path}-owners")
+    living.enter()
+    drafts = [path.with_name(f"{path.name}.{each.number:016x}.new") for each in (living, dead)]
+    other = path.with_name(f"{path.name}.notes.new")
+    left = path.with_name(f"{drafts[1].name}-journal")
+    for each in (*drafts, other, left):
+        each.touch()
+    with closing(SQLiteStore(path)) as store:
+        store.depth()
+    assert (drafts[0].exists(), other.exists()) == (True, True)
+    assert (drafts[1].exists(), left.exists()) == (False, False)
+    living.leave()
+
+
+def test_a_file_mounted_by_itself_is_refused(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log would lie in the container's own layer, and be lost with it."""
+    name = str(path).replace(" ", "\\040")
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        f"22 1 0:1 / / rw - ext4 /dev/a rw\n23 22 0:1 /x {name} rw - ext4 /dev/a rw\n"
+    )
+    monkeypatch.setattr(sqlite_place, "_MOUNTS", mounts)
+    with pytest.raises(StoreError, match="mount its directory instead"):
+        SQLiteStore(path).put([entry("m")], 0.05)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_real_bind_mount_of_one_file_is_refused(path: Path, tmp_path: Path) -> None:
+    """As ``docker run -v /host/store.db:/data/store.db`` makes it."""
+    inner = tmp_path / "container" / "a b.db"
+    inner.parent.mkdir()
+    inner.touch(0o600)
+    mounted = subprocess.run(["mount", "--bind", path, inner], check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine does not let us mount")
+    try:
+        with pytest.raises(StoreError, match="mount its directory instead"):
+            SQLiteStore(inner).depth()
+    finally:
+        subprocess.run(["umount", inner], check=True)
+
+
+def test_a_file_system_of_the_network_is_told_once(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may work for one process; what is at stake is said in one line."""
+    mounts = tmp_path / "mountinfo"
+    lines = [
+        "22 1 0:1 / / rw - ext4 /dev/a rw",
+        f"23 22 0:2 / {tmp_path} rw shared:1 - nfs4 server:/x rw",
+    ]
+    mounts.write_text("\n".join(lines))
+    monkeypatch.setattr(sqlite_place, "_MOUNTS", mounts)
+    for _ in range(2):
+        with closing(SQLiteStore(path)) as store:
+            assert store.depth() == Depth(waiting=ROWS)
+    (told,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert str(path) in told
+    assert "nfs4" in told
+
+
+COMPANIONS = ["-wal", "-shm", "-journal", "-reserve", "-owners"]
+
+
+@pytest.mark.parametrize("suffix", COMPANIONS)
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_a_companion_that_others_can_read_is_refused(path: Path, suffix: str, there: bool) -> None:
+    """What is stored would be in it."""
+    if not there:
+        path.unlink()
+    companion = Path(f"{path}{suffix}")
+    companion.touch()
+    companion.chmod(0o666)
+    with pytest.raises(StoreError, match="open to all users"):
+        SQLiteStore(path).put([entry("m")], 0.05)
+    assert stat.S_IMODE(companion.stat().st_mode) == 0o666
+    assert path.exists() is there
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user, whom only root can be")
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_a_companion_of_another_user_is_refused(suffix: str) -> None:
+    """In a sticky directory another may have laid it first, to read what is stored."""
+    with shared_folder() as folder:
+        folder.chmod(0o1777)
+        companion = folder / f"store.db{suffix}"
+        companion.touch(0o600)
+        os.chown(companion, NOBODY - 1, NOBODY - 1)
+        assert "is another user's" in as_nobody(folder / "store.db")
+        assert companion.stat().st_size == 0
+
+
+# --- files of the version before ----------------------------------------------------------------
+
+
+def test_a_file_of_the_version_before_is_brought_up(tmp_path: Path) -> None:
+    """Its rows, letters and what was put aside are there; what was claimed waits for its lease."""
+    path = tmp_path / "store.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.executescript(SCHEMA_1)
+        rows = [
+            ("free", 0, 0.0, 1, 2),
+            ("letter", 0, 0.0, 2, 4),
+            ("claimed", 1, 50.0, 0, 0),
+        ]
+        for name, claimed, due, state, attempts in rows:
+            checksum = zlib.crc32(
+                b"body", zlib.crc32(b"p", zlib.crc32(f"{name}\0t\0x\0k".encode()))
+            )
+            connection.execute(
+                "INSERT INTO messages VALUES"
+                " (NULL, 2, ?, ?, ?, ?, 1, 'why', 7000000, ?, 't', 'x', 'k', ?, ?, ?)",
+                (claimed, due, state, attempts, name, checksum, b"p", b"body"),
+            )
+        connection.execute("INSERT INTO quarantine SELECT * FROM messages WHERE state = 1")
+        connection.execute("UPDATE clock SET boot = ?, horizon = 60.0", (boot_id(),))
+    path.chmod(0o600)
+    now = [10.0]
+    with closing(SQLiteStore(path, clock=lambda: now[0])) as store:
+        assert store.depth() == Depth(waiting=1, dead=1, ahead=1)
+        store.put([entry("new")], LIMIT)
+        found = {row.record.envelope.message_id: row.record for row in store.claim(10)}
+        assert found.keys() == {"free", "letter", "new"}
+        assert (found["free"].attempts, found["free"].first_failed_at) == (2, 7.0)
+        assert (found["letter"].dead, found["free"].accepted_at) == (True, 0.0)
+        now[0] += 50.0
+        assert "claimed" in {row.record.envelope.message_id for row in store.claim(10)}
+    assert ask(path, "SELECT message_id FROM quarantine") == ["free"]
+    assert ask(path, "PRAGMA user_version") == [2]
+
+
+SCHEMA_1 = """
+PRAGMA auto_vacuum = INCREMENTAL; PRAGMA application_id = 1835823218; PRAGMA user_version = 1;
+CREATE TABLE messages (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, token INTEGER NOT NULL,
+    claimed INTEGER NOT NULL CHECK (claimed IN (0, 1)), due REAL NOT NULL,
+    state INTEGER NOT NULL CHECK (state IN (0, 1, 2)), attempts INTEGER NOT NULL,
+    doubtful INTEGER NOT NULL, reason TEXT NOT NULL, first_failed_at INTEGER NOT NULL,
+    message_id TEXT NOT NULL, task_type TEXT NOT NULL, exchange TEXT NOT NULL,
+    routing_key TEXT NOT NULL, checksum INTEGER NOT NULL, properties BLOB NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE INDEX messages_by_state ON messages (state, key, due);
+CREATE TABLE quarantine AS SELECT * FROM messages;
+CREATE TABLE clock (boot TEXT NOT NULL, shift REAL NOT NULL, horizon REAL NOT NULL);
+INSERT INTO clock VALUES ('', 0.0, 0.0);
+PRAGMA journal_mode = WAL;
+"""

@@ -85,14 +85,15 @@ def test_any_name_is_a_files(tmp_path: Path, name: str) -> None:
 
 
 def test_the_last_that_closes_leaves_one_file(path: Path, connect: Open) -> None:
-    """What was in the log is in the file then; only the reserve lies beside it."""
+    """What was in the log is in the file then; only reserve and locks lie beside it."""
     first, second = connect(), connect()
     first.put(waiting("a"), LIMIT)
     assert second.depth() == Depth(1)
     first.close()
     assert Path(f"{path}-wal").exists()
     second.close()
-    assert sorted(each.name for each in path.parent.iterdir()) == ["store.db", "store.db-reserve"]
+    left = sorted(each.name for each in path.parent.iterdir())
+    assert left == ["store.db", "store.db-owners", "store.db-reserve"]
 
 
 def test_an_old_sqlite_is_told(connect: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +151,15 @@ def test_messages_are_not_read_to_find_what_is_due(connect: Open) -> None:
     claims = [(1, "[]")]
     statements = [
         (sqlite_rows.DUE, {**now, "limit": 1, "room": 1}),
-        (sqlite_rows.DEPTH, now),
+        (sqlite_rows.DEPTH, {**now, "gone": "[]"}),
+        *((each, {**now, "me": 1}) for each in sqlite_rows.GIVE_BACK),
+        *((each, {**now, "dead": "[]"}) for each in sqlite_rows.TAKE_OVER),
+        (sqlite_rows.TRACE, {"keys": "[]"}),
+        (sqlite_rows.LEAVE_FATES, (1.0, 1, "[]")),
         (sqlite_rows.LETTERS, {"after": 0, "limit": 1, "room": 1}),
         (sqlite_rows.HELD, ("[]",)),
         (sqlite_rows.DONE, claims[0]),
-        (sqlite_rows.CLAIM, claims[0]),
+        (sqlite_rows.CLAIM, {"step": 1, "me": 1, "due": 1.0, "keys": "[]"}),
         (sqlite_rows.RENEW, claims[0]),
         (sqlite_rows.READ, ("[]",)),
         (sqlite_rows.change(2), [None] * 30),

@@ -1,0 +1,106 @@
+"""Who owns rows of an SQLite store, and whether that process still lives.
+
+Each user of a store has a number, and holds a lock on the byte of that number in a file beside the
+store. The kernel drops the lock with its holder, whatever ended it, and tells so across process id
+namespaces, where a process id tells nothing. The lock belongs to the open file (``F_OFD_SETLK``),
+so two stores of one process do not stand in for each other. Where there are no such locks, and for
+rows of another machine, nothing is known, and the lease alone decides.
+
+Runs on: the retry thread; a command's thread for what only reads.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import struct
+import zlib
+from pathlib import Path
+
+from attrs import define
+
+SOMEBODY = 1
+"""The owner of rows that were claimed before owners had numbers; nothing is known of it."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_OWN_BITS = 40
+_FLOCK = "hhqqi0q"
+"""``struct flock``: type, whence, start, length, process."""
+
+
+def boot_id() -> str:
+    """Give what names this boot of this machine, or an empty text."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+
+
+def _machine() -> int:
+    """Give 22 bits that stand for this machine since it was booted."""
+    return zlib.crc32(boot_id().encode()) >> 10
+
+
+@define
+class Owner:
+    """One user of a store, and the lock that says that it lives.
+
+    :param path: the store's own
+    :ivar number: names it in rows; never that of another
+    :ivar place: which file its lock is in; 0 if it has none
+    """
+
+    path: str
+    number: int = 0
+    place: int = 0
+    _descriptor: int = -1
+
+    def __attrs_post_init__(self) -> None:
+        self.number = _machine() << _OWN_BITS | secrets.randbits(_OWN_BITS - 1) + 2
+
+    def enter(self) -> None:
+        """Hold the lock, also where the file was removed meanwhile.
+
+        :raises OSError: the file cannot be opened or made
+        """
+        if self._descriptor >= 0:
+            if self._is_there():
+                return
+            self.leave()
+        if not hasattr(fcntl, "F_OFD_SETLK"):
+            return
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o600)
+        os.fchmod(self._descriptor, 0o600)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, self.number))
+        except OSError:  # this file system has none
+            self.leave()
+        else:
+            self.place = os.fstat(self._descriptor).st_ino
+
+    def leave(self) -> None:
+        """Let the lock go. In a forked child, let go of the parent's file and leave it its lock."""
+        descriptor, self._descriptor, self.place = self._descriptor, -1, 0
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.leave()
+
+    def knows_dead(self, number: int, place: int) -> bool:
+        """Whether another user is known to have ended; false where nothing is known."""
+        if not self.place or place != self.place or number >> _OWN_BITS != _machine():
+            return False
+        if number == self.number:
+            return False
+        asked = fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, number))
+        return bool(struct.unpack(_FLOCK, asked)[0] == fcntl.F_UNLCK)
+
+    def _is_there(self) -> bool:
+        try:
+            return os.lstat(self.path).st_ino == self.place
+        except FileNotFoundError:
+            return False
+
+
+def _lock(kind: int, number: int) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, number, 1, 0)
