@@ -73,7 +73,7 @@ class _Blocks:
     def __init__(self) -> None:
         self._pid = 0
         self._own = _PORTS
-        self._held: socket.socket | None = None
+        self._held: int | None = None  # a bare descriptor, which ends with the process unremarked
 
     def own(self) -> range:
         """Return this process's block, reserved at the first call; a forked child has its own."""
@@ -82,7 +82,7 @@ class _Blocks:
             self._own, self._held = self._reserve()
         return self._own
 
-    def _reserve(self) -> tuple[range, socket.socket | None]:
+    def _reserve(self) -> tuple[range, int | None]:
         starts = list(_PORTS[::_BLOCK_SIZE])
         if not sys.platform.startswith("linux"):
             return _PORTS, None
@@ -90,7 +90,7 @@ class _Blocks:
             start = secrets.choice(starts)
             holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             if _binds(holder, f"\0mlproducer-ports-{start}"):
-                return range(start, start + _BLOCK_SIZE), holder
+                return range(start, start + _BLOCK_SIZE), holder.detach()
             holder.close()
         return _PORTS, None
 
