@@ -6,13 +6,15 @@ share one hash tag, so that in a cluster they lie on one node:
 
 - ``row:KEY``: a hash, one message. ``id``, ``route`` (JSON), ``properties`` and ``body`` (raw
   bytes) are the message, ``sum`` their CRC-32, ``state`` (JSON) what is known of its attempts.
-  ``owner`` is who claims it; it begins with ``-`` once that one has released it. ``token`` is the
-  fence.
+  ``owner`` is who claims it; it begins with ``-`` once that one has released it. ``origin`` is
+  who put it, once another has claimed it. ``token`` is the fence; ``accepted`` is in microseconds.
 - ``due``: a sorted set, when each row is due, or its claim ends. ``ready``: those that are due,
   by key. A row is in one of the two.
 - ``dead``: dead letters, by key. ``ahead``: rows stored ahead, until their claim ends.
 - ``own:OWNER``: the rows that one process claims, by the number of the call that claimed them.
   ``floor:OWNER``: calls up to this number were given up, and do nothing any more.
+- ``fates``: a sorted set, rows that another than their origin deleted, by twice the time of their
+  end, and one more if they were dead letters.
 - ``last``: the last key. ``quarantine``: a set, the keys of rows that could not be read; such a row
   stays where it is, for whoever wants to look at it.
 
@@ -56,22 +58,25 @@ local function claimed(owner)
   return string.sub(owner, 1, 1) ~= '-'
 end
 
--- Whether nobody has claimed the row since; then, whether the claim still holds.
+-- Whether nobody has claimed the row since; whether the claim still holds; whether another put it.
 local function mine(key, token)
-  local seen = redis.pcall('HMGET', P .. 'row:' .. key, 'token', 'owner')
-  if seen.err or seen[1] ~= token then return false, false end
-  return seen[2] == me or seen[2] == '-' .. me, seen[2] == me
+  local seen = redis.pcall('HMGET', P .. 'row:' .. key, 'token', 'owner', 'origin')
+  if seen.err or seen[1] ~= token then return false, false, false end
+  local foreign = seen[3] and seen[3] ~= me
+  return seen[2] == me or seen[2] == '-' .. me, seen[2] == me, foreign
 end
 
 local FIELDS =
-  {'token', 'owner', 'doubtful', 'id', 'route', 'properties', 'body', 'sum', 'state'}
+  {'token', 'owner', 'doubtful', 'id', 'route', 'properties', 'body', 'sum', 'state',
+   'accepted', 'origin'}
+local NEEDED = 9
 
 -- A row, or nil where it is gone or is no row of ours.
 local function read(key)
   if not string.find(key, '^%d+$') then return nil end
   local row = redis.pcall('HMGET', P .. 'row:' .. key, unpack(FIELDS))
   if row.err or not string.find(row[1] or '', '^%d+$') then return nil end
-  for i = 2, #FIELDS do
+  for i = 2, NEEDED do
     if not row[i] then return nil end
   end
   return row
@@ -79,7 +84,7 @@ end
 
 -- A row as it is given to the client: few fields, since each takes it a while to read.
 local function shown(key, row)
-  local numbers = key .. ' ' .. row[1] .. ' ' .. row[3] .. ' ' .. row[8]
+  local numbers = key .. ' ' .. row[1] .. ' ' .. row[3] .. ' ' .. row[8] .. ' ' .. (row[10] or 0)
   return {numbers, row[4], row[5], row[6], row[7], row[9]}
 end
 
@@ -111,6 +116,10 @@ local function take(key, row)
   if claimed(row[2]) then
     redis.call('ZREM', P .. 'own:' .. row[2], key)
     row[3] = '1'
+  end
+  local before = string.gsub(row[2], '^-', '')
+  if before ~= me and not row[11] then
+    redis.call('HSET', P .. 'row:' .. key, 'origin', before)
   end
   row[1] = text(row[1] + 1)
   redis.call('HSET', P .. 'row:' .. key, 'token', row[1], 'owner', me, 'doubtful', row[3])

@@ -9,7 +9,6 @@ Runs on: the retry thread.
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -21,15 +20,19 @@ Field = bytes | str | int
 
 MICROSECONDS = 1_000_000
 
+WHOLE = 2**53
+"""Lua's numbers are whole up to here; as microseconds it is a time in the year 2255."""
+
 
 class UnreadableRowError(Exception):
     """A row that this library did not write, or not so."""
 
 
 def entry_fields(entry: Entry) -> tuple[Field, ...]:
-    """Give flags, state and message of what is to be stored."""
+    """Give flags, state, message and time of acceptance of what is to be stored."""
     record = entry.record
-    return _flags(record, entry.ahead), _state(record), *_message(record.envelope)
+    accepted = int(record.accepted_at * MICROSECONDS + 0.5)
+    return _flags(record, entry.ahead), _state(record), *_message(record.envelope), accepted
 
 
 def change_fields(change: Change) -> tuple[Field, ...]:
@@ -52,7 +55,9 @@ def read_row(fields: Sequence[bytes]) -> Row:
     """
     try:
         numbers, message_id, route, properties, body, state = fields
-        key, token, doubtful, checksum = map(int, numbers.split(b" "))
+        key, token, doubtful, checksum, accepted = map(int, numbers.split(b" "))
+        if not 0 < key < WHOLE or not 0 < token < WHOLE or not 0 <= accepted < WHOLE:
+            raise UnreadableRowError
         if checksum != _sum(message_id, route, properties, body):
             raise UnreadableRowError
         name = message_id.decode(errors="surrogatepass")
@@ -60,7 +65,8 @@ def read_row(fields: Sequence[bytes]) -> Row:
         attempts, dead, reason, first_failed_at = _read_state(state)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UnreadableRowError from None
-    record = Record(envelope, attempts, doubtful == 1, dead, reason, first_failed_at)
+    accepted_at = accepted / MICROSECONDS
+    record = Record(envelope, attempts, doubtful != 0, dead, reason, first_failed_at, accepted_at)
     return Row(Claim(key, token), record)
 
 
@@ -126,6 +132,6 @@ def _read_state(state: bytes) -> tuple[int, bool, str, float]:
         raise TypeError
     if type(dead) is not bool or not isinstance(reason, str):
         raise TypeError
-    if type(since) not in (int, float) or not math.isfinite(since):
+    if type(since) not in (int, float) or not 0 <= since < WHOLE / MICROSECONDS:
         raise TypeError
     return attempts, dead, reason, float(since)

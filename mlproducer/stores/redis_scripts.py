@@ -8,6 +8,7 @@ Runs on: Redis's own thread, which serves everybody, and so never for long.
 
 from __future__ import annotations
 
+from mlproducer.stores.protocol import FATES_LAST, MOST_FATES
 from mlproducer.stores.redis_lua import (
     COMMON,
     FREELY,
@@ -15,13 +16,15 @@ from mlproducer.stores.redis_lua import (
     WITH_ROOM,
     WITHOUT_WRITES,
 )
+from mlproducer.stores.redis_rows import MICROSECONDS
 
 OPEN = (
     WITHOUT_WRITES
     + COMMON
     + """
 local kinds = {due = 'zset', ready = 'zset', dead = 'zset', ahead = 'zset', last = 'string',
-               quarantine = 'set', ['own:' .. me] = 'zset', ['floor:' .. me] = 'string'}
+               quarantine = 'set', fates = 'zset', ['own:' .. me] = 'zset',
+               ['floor:' .. me] = 'string'}
 for name, kind in pairs(kinds) do
   local found = redis.call('TYPE', P .. name).ok
   if found ~= kind and found ~= 'none' then
@@ -38,7 +41,7 @@ PUT = (
     + COMMON
     + NOT_GIVEN_UP
     + """
-local lease, latest, width = tonumber(ARGV[3]), tonumber(ARGV[4]), 7
+local lease, latest, width = tonumber(ARGV[3]), tonumber(ARGV[4]), 8
 if now > latest then return {now} end
 local count = (#ARGV - 4) / width
 local first = math.max(now, tonumber(redis.call('GET', P .. 'last') or 0) + 1)
@@ -49,7 +52,8 @@ for i = 1, count do
   local flags = ARGV[at]
   redis.call('HSET', P .. 'row:' .. key, 'token', token, 'owner', me,
     'doubtful', string.find(flags, 'u') and '1' or '0', 'state', ARGV[at + 1], 'id', ARGV[at + 2],
-    'route', ARGV[at + 3], 'properties', ARGV[at + 4], 'body', ARGV[at + 5], 'sum', ARGV[at + 6])
+    'route', ARGV[at + 3], 'properties', ARGV[at + 4], 'body', ARGV[at + 5], 'sum', ARGV[at + 6],
+    'accepted', ARGV[at + 7])
   keys[i] = key
   if string.find(flags, 'd') then add(dead, key, key) end
   if string.find(flags, 'a') then add(ahead, until_, key) end
@@ -233,18 +237,30 @@ DONE = (
     FREELY
     + COMMON
     + """
-local keys = {}
+local keys, fates = {}, {}
 for i = 3, #ARGV, 2 do
-  if mine(ARGV[i], ARGV[i + 1]) then
+  local since, _, foreign = mine(ARGV[i], ARGV[i + 1])
+  if since then
+    if foreign then
+      local dead = redis.call('ZSCORE', P .. 'dead', ARGV[i])
+      add(fates, text(2 * now + (dead and 1 or 0)), ARGV[i])
+    end
     redis.call('UNLINK', P .. 'row:' .. ARGV[i])
     keys[#keys + 1] = ARGV[i]
   end
 end
 forget(keys)
+if #fates > 0 then
+  many('ZADD', 'fates', fates)
+  redis.call('ZREMRANGEBYSCORE', P .. 'fates', '-inf', text(2 * (now - FATES_LAST)))
+  redis.call('ZREMRANGEBYRANK', P .. 'fates', 0, -MOST_FATES - 1)
+end
 return {now}
-"""
+""".replace("FATES_LAST", str(int(FATES_LAST * MICROSECONDS))).replace(
+        "MOST_FATES", str(MOST_FATES)
+    )
 )
-"""Delete rows that nobody has claimed since."""
+"""Delete rows that nobody has claimed since; what another put leaves its fate."""
 
 TRACE = (
     WITHOUT_WRITES
@@ -253,16 +269,19 @@ TRACE = (
 local fates = {}
 for i = 3, #ARGV, 2 do
   local seen = redis.pcall('HGET', P .. 'row:' .. ARGV[i], 'token')
-  if not seen or seen.err then
-    fates[#fates + 1] = 'missing'
+  local fate = 'missing'
+  if type(seen) == 'string' then
+    fate = seen == ARGV[i + 1] and 'held' or 'taken'
   else
-    fates[#fates + 1] = seen == ARGV[i + 1] and 'held' or 'taken'
+    local since = redis.call('ZSCORE', P .. 'fates', ARGV[i])
+    if since then fate = tonumber(since) % 2 == 1 and 'dead-lettered' or 'confirmed' end
   end
+  fates[#fates + 1] = fate
 end
 return {now, fates}
 """
 )
-"""Say what became of rows."""
+"""Say what became of rows, in the words of `RowFate`."""
 
 LETTERS = (
     WITHOUT_WRITES
