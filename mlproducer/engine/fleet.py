@@ -30,7 +30,7 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.resolver import Resolver
 from mlproducer.errors import ProducerClosedError
-from mlproducer.latch import Watch
+from mlproducer.latch import Latch, Watch
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
 from mlproducer.observe.events import EventSink, Fanout
 from mlproducer.observe.log import LogSink
@@ -98,6 +98,8 @@ class Fleet:
         self._ordinal = 0
         self._threads: list[threading.Thread] = []
         self._confirmed_before = 0
+        self._shelved: list[Latch] = []
+        self._abandoned: tuple[str, ...] = ()
 
     def _events(self, inside: Callable[[], Sequence[Delivery]]) -> EventSink:
         """Make the sinks of one connection; they count without a lock, each on its own thread.
@@ -151,24 +153,33 @@ class Fleet:
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end links and threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout
-        self._drain(deadline)
-        for shelved in [engine.shelve() for engine in self.engines]:
-            shelved.wait(deadline + SHELVE_LIMIT - time.monotonic())
-        abandoned = tuple(each.envelope.message_id for each in self._unsettled())
-        for engine in self.engines:
-            engine.end()
-        self._join(deadline + CLOSE_MARGIN)
-        confirmed = sum(engine.confirmed for engine in self.engines) - self._confirmed_before
-        return CloseReport(confirmed, self._depth().stored if self.durable else 0, abandoned)
+        self.drain(deadline)
+        self.end(deadline + SHELVE_LIMIT)
+        return self.join(deadline + CLOSE_MARGIN)
 
-    def _drain(self, deadline: float) -> None:
-        """Deliver what is inside, until a monotonic deadline."""
+    # The steps of a close. Whoever closes several fleets takes each step with all of them before
+    # the next, so that they share one deadline.
+
+    def drain(self, deadline: float) -> None:
+        """Deliver what is inside, until a monotonic deadline; then have the store take the rest."""
         self._confirmed_before = sum(engine.confirmed for engine in self.engines)
         self._watch()
         self._wait_until_quiet(deadline)
+        self._shelved = [engine.shelve() for engine in self.engines]
 
-    def _join(self, deadline: float) -> None:
-        """Wait for the threads, until a monotonic deadline."""
+    def end(self, deadline: float) -> None:
+        """Have links and threads end, and everybody told how it stands.
+
+        :param deadline: monotonic time until which a durable store may take what is left
+        """
+        for shelved in self._shelved:
+            shelved.wait(deadline - time.monotonic())
+        self._abandoned = tuple(each.envelope.message_id for each in self._unsettled())
+        for engine in self.engines:
+            engine.end()
+
+    def join(self, deadline: float) -> CloseReport:
+        """Wait for the threads, until a monotonic deadline, and give what became of messages."""
         ended = [engine.join(deadline) for engine in self.engines]
         if all(ended):
             self._settle_rest()
@@ -179,6 +190,8 @@ class Fleet:
         threads.join_all(every, deadline)
         for engine in self.engines:
             engine.join_timers(deadline)
+        confirmed = sum(engine.confirmed for engine in self.engines) - self._confirmed_before
+        return CloseReport(confirmed, self._depth().stored if self.durable else 0, self._abandoned)
 
     def _settle_rest(self) -> None:
         """Tell those whose message no I/O thread had any more, now that all have ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from mlproducer import CircuitState, ConnectionState, Message, MLProducer, Outcome, Settings
 from mlproducer.errors import NackError
+from mlproducer.latch import Latch
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.testing.fake_broker import (
     Behaviour,
@@ -39,7 +41,13 @@ def all_connected(producer: MLProducer) -> bool:
     producer.start()
     fleet: Any = producer._life.fleet
     engines = fleet.engines
-    return bool(fleet._connected.wait_for(lambda: all(e.connected for e in engines), None))
+    limit = time.monotonic() + LIMIT
+    connected = fleet._connected.wait_for(lambda: all(e.connected for e in engines), limit)
+    for engine in [*engines, *engines]:  # what they say to one another when they have connected
+        heard = Latch()
+        engine.io.order(heard.open)
+        assert heard.wait(LIMIT)
+    return bool(connected)
 
 
 def all_gave_up(producer: MLProducer, broker: FakeBroker) -> None:
