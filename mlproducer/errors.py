@@ -61,6 +61,7 @@ __all__ = [
 
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
+_Class = TypeVar("_Class", bound=type)
 
 
 def frameless(call: _Call) -> _Call:
@@ -81,6 +82,13 @@ def frameless(call: _Call) -> _Call:
         raise problem
 
     return shielded  # type: ignore[return-value] # the same signature, which wraps() loses
+
+
+def frameless_init(cls: _Class) -> _Class:
+    """Decorate a class whose constructor attrs has made: its errors are `frameless`."""
+    made: Any = cls
+    made.__init__ = frameless(made.__init__)
+    return cls
 
 
 class MLProducerError(Exception):

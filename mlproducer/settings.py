@@ -14,14 +14,14 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from attrs import Attribute, evolve, field, fields_dict, frozen
 
 from mlproducer import brokers
 from mlproducer.brokers import AUTH_MECHANISMS, Broker, TLSSettings, redact, redact_one
-from mlproducer.errors import ConfigurationError, frameless
+from mlproducer.errors import ConfigurationError, frameless, frameless_init
 from mlproducer.topology import Topology
 
 __all__ = ["Broker", "Settings", "TLSSettings", "redact", "redact_one"]
@@ -37,14 +37,6 @@ Credentials = Callable[[], "tuple[str, str] | tuple[str, str, float]"]
 """Gives user and password, and where they end, after how many seconds."""
 
 _Validator = Callable[[Any, "Attribute[Any]", Any], None]
-_Class = TypeVar("_Class", bound=type)
-
-
-def _frameless_init(cls: _Class) -> _Class:
-    """Have the constructor that attrs made keep its arguments out of tracebacks."""
-    made: Any = cls
-    made.__init__ = frameless(made.__init__)
-    return cls
 
 
 def _number(
@@ -153,7 +145,7 @@ _seconds = _number(0, 3600, above=True, unit="seconds")  # more was meant as mil
 _seconds_or_none = _number(0, 3600, unit="seconds")
 
 
-@_frameless_init
+@frameless_init
 @frozen(kw_only=True)
 class Settings:
     """All that can be set. Times are seconds, sizes bytes.

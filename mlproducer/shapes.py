@@ -10,9 +10,13 @@ Runs on: any thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
+from calendar import timegm
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime, time, timezone
+from decimal import Decimal
+from math import isfinite
 from typing import Any, NoReturn
+from uuid import UUID
 
 from attrs import field, frozen
 
@@ -20,11 +24,19 @@ from mlproducer.errors import InvalidTaskError
 
 Check = Callable[[str, Any], Any]
 
+JSON_TYPES = "str, bool, None, int, finite float, list, tuple or dict"
+CELERY_TYPES = f"{JSON_TYPES}, UUID, datetime, date, time, Decimal or bytes"
+TABLE_TYPES = "str, bytes, bool, int of 64 bits, finite float, datetime, None, list or dict"
+
 _CONTROL = frozenset(map(chr, [*range(32), 127]))
 _MAX_INT = (1 << 63) - 1
 _MAX_SECONDS = (1 << 31) - 1
-_COPIED_LEVELS = 256
-"""Deeper than strict JSON or AMQP accept, so that what is left uncopied is refused anyway."""
+_JSON_DEPTH = 200  # stock readers recurse, Python's to about 1,000
+_TABLE_DEPTH = 32
+_INT_END = 10**4300  # CPython refuses to read an int of more than 4,300 digits
+_PLAIN = frozenset({bool, type(None)})
+_EXTRA_ROUTES = frozenset({"CC", "BCC"})
+_AS_KOMBU = (datetime, date, time, Decimal, UUID, bytes)
 
 
 def refuse(name: str, value: object, accepted: str, why: str = "") -> NoReturn:
@@ -40,6 +52,7 @@ def string(name: str, value: Any) -> Any:
     """Accept a str."""
     if not isinstance(value, str):
         refuse(name, value, "a str")
+    _check_unicode(name, value)
     return value
 
 
@@ -49,6 +62,7 @@ def text(name: str, value: Any) -> Any:
         refuse(name, value, "a non-empty str")
     if not value:
         refuse(name, value, "a non-empty str", " but empty")
+    _check_unicode(name, value)
     return value
 
 
@@ -57,6 +71,52 @@ def line(name: str, value: Any) -> Any:
     if not _CONTROL.isdisjoint(text(name, value)):
         refuse(name, value, "a str without them", " and holds control characters")
     return value
+
+
+def short(name: str, value: Any) -> Any:
+    """Accept what AMQP 0-9-1 calls a short string: at most 255 bytes, no control characters."""
+    if not isinstance(value, str):
+        refuse(name, value, "a str")
+    if not _CONTROL.isdisjoint(value):
+        refuse(name, value, "a str without them", " and holds control characters")
+    _check_unicode(name, value)
+    size = len(value) if value.isascii() else len(value.encode())
+    if size > 255:
+        refuse(name, value, "at most 255 bytes", f" and has {size} bytes in UTF-8")
+    return value
+
+
+def task_id(name: str, value: Any) -> Any:
+    """Accept a short string that is not empty."""
+    return short(name, text(name, value))
+
+
+def share(name: str, value: Any) -> str:
+    """Accept a str that is not empty, an int or a UUID, and keep its text."""
+    if type(value) is str:
+        text(name, value)
+        return value
+    if isinstance(value, (int, UUID)) and not isinstance(value, bool):
+        number = int(value)
+        if not -(1 << 128) < number < 1 << 128:
+            refuse(name, value, "an int of 128 bits", " but out of range")
+        return str(value) if isinstance(value, UUID) else str(number)
+    if not isinstance(value, str):
+        refuse(name, value, "a non-empty str, an int or a UUID")
+    return str(text(name, value))
+
+
+def _check_unicode(name: str, value: str) -> None:
+    if not value.isascii() and _lone_surrogate(value):
+        refuse(name, value, "Unicode text", " and holds a lone surrogate")
+
+
+def _lone_surrogate(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def boolean(name: str, value: Any) -> Any:
@@ -126,63 +186,224 @@ def optional(check: Check, name: str, value: Any) -> Any:
     return None if value is None else check(name, value)
 
 
-def sequence(name: str, value: Any) -> Any:
-    """Accept a list or a tuple, and keep a copy."""
+def limit(name: str, value: Any) -> Any:
+    """Accept a time limit: seconds above 0."""
+    if seconds(name, value) == 0:
+        refuse(name, value, "a number of seconds above 0", " but 0")
+    return value
+
+
+def expiration(name: str, value: Any) -> Any:
+    """Accept seconds that RabbitMQ's TTL can hold: 32 bits of milliseconds."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        refuse(name, value, "a number of seconds from 0 to 4294967")
+    if not 0 <= value <= 4_294_967:
+        refuse(name, value, "a number of seconds from 0 to 4294967", " but out of range")
+    return value
+
+
+def timestamp(name: str, value: Any) -> Any:
+    """Accept a point in time from 1970 on: a datetime with a time zone, or seconds."""
+    if isinstance(value, datetime):
+        value = int(moment(name, value).timestamp())
+        if value < 0:
+            refuse(name, value, "a moment from 1970 on", " but before")
+        return value
+    return integer(0)(name, value)
+
+
+def body(name: str, value: Any) -> bytes:
+    """Accept bytes, and keep them as what nobody can change."""
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        refuse(name, value, "bytes")
+    return bytes(value)
+
+
+def json_sequence(name: str, value: Any) -> tuple[tuple[Any, ...], bool]:
+    """Accept a list or a tuple of what Celery carries; give a copy, and whether JSON is enough."""
     if not isinstance(value, (list, tuple)):
         refuse(name, value, "a list or a tuple")
-    return tuple(copied(list(value)))
+    copy, plain = _CELERY.copy(name, list(value))
+    return tuple(copy), plain
+
+
+def json_mapping(name: str, value: Any) -> tuple[dict[str, Any], bool]:
+    """Accept a mapping of what Celery carries; give a copy, and whether JSON is enough."""
+    return _CELERY.copy(name, _mapping(name, value))
 
 
 def mapping(name: str, value: Any) -> Any:
-    """Accept a mapping with str keys, and keep a copy."""
-    return copied(_with_str_keys(name, value))
+    """Accept a mapping of what strict JSON (RFC 8259) carries, and keep a copy."""
+    return _JSON.copy(name, _mapping(name, value))[0]
 
 
 def headers(name: str, value: Any) -> Any:
-    """Accept a mapping with str keys, and keep a copy; tuples stay what AMQP refuses."""
-    return copied(_with_str_keys(name, value), (dict, list))
+    """Accept a mapping that an AMQP field table can carry, and keep a copy."""
+    copy, _ = _TABLE.copy(name, _mapping(name, value))
+    extra = _EXTRA_ROUTES.intersection(copy)
+    if extra:
+        raise InvalidTaskError(
+            f"{name} holds {min(extra)}, which RabbitMQ takes for more routing keys; not accepted"
+        )
+    return copy
 
 
-def _with_str_keys(name: str, value: Any) -> dict[str, Any]:
+def _mapping(name: str, value: Any) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         refuse(name, value, "a mapping")
-    for key in value:
-        if not isinstance(key, str):
-            refuse(f"a key of {name}", key, "a str")
     return dict(value)
 
 
-def copied(value: Any, kinds: tuple[type[Any], ...] = (dict, list, tuple)) -> Any:
-    """Copy what is mutable, so that the caller may go on changing the original.
+class _WrongError(Exception):
+    """What is wrong with a value whose path is not known where that is found."""
 
-    Tuples, which may hold something mutable, become lists. Loops and shared parts are kept as they
-    are; what cannot travel is left for ``publish()`` to refuse.
+
+class _Grammar:
+    """What may be inside of a value of free form.
+
+    :param leaf: raises `_WrongError` for what is not accepted; says whether JSON alone carries it
+    :param key: likewise for the keys of mappings
+    :param kinds: the types that hold others, and of which copies are kept
+    :param depth: how many of these may stand inside each other
     """
-    root = [value]
-    level: list[Any] = [root]
-    copies: dict[int, Any] = {}
-    for _ in range(_COPIED_LEVELS):
-        level = [copy for parent in level for copy in _copy_children(parent, copies, kinds)]
-        if not level:
-            break
-    return root[0]
+
+    def __init__(
+        self,
+        leaf: Callable[[Any], bool],
+        key: Callable[[Any], None],
+        kinds: tuple[type[Any], ...],
+        depth: int,
+    ) -> None:
+        self._leaf = leaf
+        self._key = key
+        self._kinds = kinds
+        self._depth = depth
+
+    def copy(self, name: str, value: Any) -> tuple[Any, bool]:
+        """Check a value, and copy its containers, so that the caller may go on changing them.
+
+        It walks without recursion, since the caller may stand deep already. A value that holds
+        itself is endlessly deep, and refused as such.
+        """
+        root, plain = [value], True
+        levels: list[tuple[Iterator[Any], Any]] = [(iter([(0, value)]), root)]
+        path: list[Any] = []
+        key: Any = None
+        try:
+            while levels:
+                items, parent = levels[-1]
+                for key, item in items:
+                    kind = type(item)
+                    if kind is str:
+                        if not item.isascii():
+                            self._leaf(item)
+                    elif kind in _PLAIN:
+                        continue
+                    elif isinstance(item, self._kinds):
+                        copy, inner = self._open(item)
+                        parent[key] = copy
+                        levels.append((inner, copy))
+                        path.append(key)
+                        if len(levels) > self._depth + 1:
+                            raise _WrongError(
+                                f"holds itself or is nested deeper than {self._depth} levels"
+                            )
+                        break
+                    elif not self._leaf(item):
+                        plain = False
+                else:
+                    levels.pop()
+                    if path:
+                        path.pop()
+        except _WrongError as wrong:
+            words = str(wrong)
+            deep = len(levels) > self._depth + 1
+            where = name if deep else _path(name, [*path[1:], *([key] if path else [])])
+        else:
+            return root[0], plain
+        raise InvalidTaskError(f"{where} {words}")
+
+    def _open(self, item: Any) -> tuple[Any, Iterator[Any]]:
+        if isinstance(item, dict):
+            copy: Any = dict(item)
+            for key in copy:
+                self._key(key)
+            return copy, iter(copy.items())
+        copy = list(item)
+        return copy, iter(enumerate(copy))
 
 
-def _copy_children(
-    parent: Any, copies: dict[int, Any], kinds: tuple[type[Any], ...]
-) -> list[dict[str, Any] | list[Any]]:
-    """Put copies in the place of a container's containers; give back those made just now."""
-    made = []
-    pairs: Iterable[tuple[Any, Any]]
-    pairs = parent.items() if isinstance(parent, dict) else enumerate(parent)
-    for key, item in list(pairs):
-        if isinstance(item, kinds):
-            copy = copies.get(id(item))
-            if copy is None:
-                copy = copies[id(item)] = dict(item) if isinstance(item, dict) else list(item)
-                made.append(copy)
-            parent[key] = copy
-    return made
+def _path(name: str, keys: list[Any]) -> str:
+    """Name a place inside a value; a key is shown where it is a plain short word."""
+    steps = [f"[{key}]" if isinstance(key, int) else f".{_word(key)}" for key in keys]
+    return name + "".join(steps)
+
+
+def _word(key: str) -> str:
+    return key if len(key) <= 24 and key.isascii() and key.isidentifier() else "(key)"
+
+
+def _json_leaf(item: Any) -> bool:
+    if isinstance(item, str):
+        if _lone_surrogate(item):
+            raise _WrongError("holds a lone surrogate, no Unicode text")
+    elif isinstance(item, float):
+        if not isfinite(item):
+            raise _WrongError(f"is a float that is not finite; accepted is {JSON_TYPES}")
+    elif isinstance(item, int):
+        if not -_INT_END < item < _INT_END:
+            raise _WrongError("is an int of more than 4300 digits, which readers refuse")
+    else:
+        raise _WrongError(f"is of type {type(item).__name__}; accepted is {JSON_TYPES}")
+    return True
+
+
+def _celery_leaf(item: Any) -> bool:
+    if isinstance(item, _AS_KOMBU):
+        return False
+    if isinstance(item, (str, float, int)):
+        return _json_leaf(item)
+    raise _WrongError(f"is of type {type(item).__name__}; accepted is {CELERY_TYPES}")
+
+
+def _json_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise _WrongError(f"holds a key of type {type(key).__name__}; accepted is a str")
+    if not key.isascii() and _lone_surrogate(key):
+        raise _WrongError("holds a key with a lone surrogate, no Unicode text")
+
+
+def _table_leaf(item: Any) -> bool:
+    if isinstance(item, str):
+        if _lone_surrogate(item):
+            raise _WrongError("holds a lone surrogate, no Unicode text")
+    elif isinstance(item, int):
+        if not -(1 << 63) <= item < 1 << 63:
+            raise _WrongError(f"is an int of more than 64 bits; accepted is {TABLE_TYPES}")
+    elif isinstance(item, float):
+        if not isfinite(item):
+            raise _WrongError("is a float that is not finite, which RabbitMQ cannot read")
+    elif isinstance(item, datetime):
+        if item.year < 1970 or timegm(item.utctimetuple()) < 0:
+            raise _WrongError("is a datetime before 1970, which AMQP cannot carry")
+    elif not isinstance(item, bytes):
+        raise _WrongError(f"is of type {type(item).__name__}; accepted is {TABLE_TYPES}")
+    return True
+
+
+def _table_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise _WrongError(f"holds a key of type {type(key).__name__}; accepted is a str")
+    if not _CONTROL.isdisjoint(key) or (not key.isascii() and _lone_surrogate(key)):
+        raise _WrongError("holds a key with a control character or a lone surrogate")
+    size = len(key.encode())
+    if size > 255:
+        raise _WrongError(f"holds a key of {size} bytes in UTF-8; accepted are at most 255")
+
+
+_JSON = _Grammar(_json_leaf, _json_key, (dict, list, tuple), _JSON_DEPTH)
+_CELERY = _Grammar(_celery_leaf, _json_key, (dict, list, tuple), _JSON_DEPTH)
+_TABLE = _Grammar(_table_leaf, _table_key, (dict, list), _TABLE_DEPTH)
 
 
 @frozen

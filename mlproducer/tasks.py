@@ -1,18 +1,19 @@
 """The tasks: what they hold, where they go and which Celery task runs them.
 
-A task checks its fields and copies them when it is made, and does not change afterwards. It keeps
-them as they travel: camelCase, or snake_case for the options of embeddings, as their workers read
-them. How a task becomes a message is not known here; what AMQP and JSON cannot carry is refused
-when it becomes one.
+A task checks its fields and copies them when it is made, and does not change afterwards: what a
+worker, strict JSON or AMQP could not take is refused then. It keeps its fields as they travel:
+camelCase, or snake_case for the options of embeddings, as their workers read them. How a task
+becomes a message is not known here.
 
 Runs on: any thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, ClassVar
+from uuid import UUID
 
 from attrs import field, frozen
 
@@ -29,6 +30,16 @@ PROTOCOL_HEADERS = frozenset(
     | {"timelimit", "argsrepr", "kwargsrepr", "origin", "ignore_result"}
 )
 """The headers of Celery's message protocol 2 that this library writes."""
+
+WORKERS_NAMES = PROTOCOL_HEADERS | {
+    *("args", "callbacks", "called_directly", "chain", "chord", "children", "compression"),
+    *("correlation_id", "delivery_info", "errbacks", "group_index", "headers", "hostname"),
+    *("is_eager", "kwargs", "logfile", "loglevel", "properties", "replaced_task_nesting"),
+    *("reply_to", "shadow", "soft_time_limit", "stamped_headers", "stamps", "taskset"),
+    *("time_limit", "utc", "as_execution_options", "clear", "get", "update"),
+}
+"""Names that a header cannot have: a worker makes each header an attribute of the task's request,
+in the place of what it relies on itself."""
 
 
 @frozen
@@ -48,13 +59,79 @@ class Route:
     name: str
 
 
-class MLTask:
+@frozen(kw_only=True)
+class _Sending:
+    """How a task is sent, whatever it is about.
+
+    :ivar task_id: 1 to 255 bytes of UTF-8; ``None`` makes a new one for each publishing
+    :ivar headers: further AMQP headers; those that Celery's workers use cannot be set
+    :ivar priority: 0 to 255
+    :ivar countdown: seconds after the publishing before which no worker runs it
+    :ivar eta: the same as a moment, with a time zone; not together with ``countdown``
+    :ivar expires: seconds after the publishing, or the moment, after which no worker runs it
+    """
+
+    task_id: str | None = field(repr=False)
+    headers: Mapping[str, Any] = field(repr=False)
+    priority: int | None = field(repr=False)
+    countdown: float | None = field(repr=False)
+    eta: datetime | None = field(repr=False)
+    expires: float | datetime | None = field(repr=False)
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether nothing of this was asked for."""
+        return (
+            self.task_id is None
+            and not self.headers
+            and self.priority is None
+            and self.countdown is None
+            and self.eta is None
+            and self.expires is None
+        )
+
+
+def _sending(
+    task_id: str | None,
+    headers: Mapping[str, Any] | None,
+    priority: int | None,
+    countdown: float | None,
+    eta: datetime | None,
+    expires: float | datetime | None,
+) -> dict[str, Any]:
+    """Check the fields of `_Sending`, all of which are optional."""
+    if eta is not None and countdown is not None:
+        raise InvalidTaskError("eta and countdown are both given; accepted is one of them")
+    optional = shapes.optional
+    return {
+        "task_id": optional(shapes.task_id, "task_id", task_id),
+        "headers": _own_headers(headers) if headers else {},
+        "priority": optional(_PRIORITY, "priority", priority),
+        "countdown": optional(shapes.seconds, "countdown", countdown),
+        "eta": optional(shapes.moment, "eta", eta),
+        "expires": optional(shapes.moment_or_seconds, "expires", expires),
+    }
+
+
+def _own_headers(headers: Mapping[str, Any]) -> Any:
+    kept = shapes.headers("headers", headers)
+    taken = WORKERS_NAMES.intersection(kept)
+    taken |= {name for name in kept if name.startswith("_")}
+    if taken:
+        raise InvalidTaskError(
+            f"headers has {', '.join(sorted(taken))}; accepted are names that Celery's workers "
+            "do not use"
+        )
+    return kept
+
+
+@frozen
+class MLTask(_Sending):
     """What the machine-learning tasks have in common.
 
     :cvar task_type: the metric label
     """
 
-    __slots__ = ()
     task_type: ClassVar[str]
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
@@ -64,11 +141,23 @@ class MLTask:
         """
         raise NotImplementedError
 
-    def free_form(self) -> Iterable[tuple[str, object]]:
-        """Give the values that may hold anything, each with its field's name."""
-        return ()
+    def payload(self, preferred: PreferredBackends = PreferredBackends()) -> dict[str, Any]:
+        """Give the keyword arguments that the worker gets, for tests.
+
+        :param preferred: the backends where the options do not choose
+        """
+        kwargs: dict[str, Any] = _thawed(self.call(preferred)[1])
+        return kwargs
 
 
+def _thawed(value: Any) -> Any:
+    """Copy containers as a JSON reader makes them, so that a test may change what it was given."""
+    if isinstance(value, Mapping):
+        return {key: _thawed(item) for key, item in value.items()}
+    return list(map(_thawed, value)) if isinstance(value, (list, tuple)) else value
+
+
+@frozen
 class _ShareTask(MLTask):
     """A task about one share.
 
@@ -76,12 +165,11 @@ class _ShareTask(MLTask):
     :cvar preference: the field of `PreferredBackends` that is asked
     """
 
-    __slots__ = ()
     routes: ClassVar[Mapping[str, Route]]
     preference: ClassVar[str]
 
     share_id: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(repr=False)
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
         """Give the route, and as arguments the share, its content, the options with the backend.
@@ -114,18 +202,27 @@ class _ContentTask(_ShareTask):
     content_shape: ClassVar[Shape]
     options_shape: ClassVar[Shape]
 
-    share_id: str
     content: Mapping[str, Any] = field(repr=False)
-    options: Mapping[str, Any] = field(repr=False)
 
     @frameless
     def __init__(
-        self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
+        self,
+        share_id: str | int | UUID,
+        content: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
+        *,
+        task_id: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        priority: int | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        expires: float | datetime | None = None,
     ) -> None:
         self.__attrs_init__(
-            shapes.text("share_id", share_id),
-            self.content_shape.read("content", content),
+            shapes.share("share_id", share_id),
             self.options_shape.read("options", {} if options is None else options),
+            self.content_shape.read("content", content),
+            **_sending(task_id, headers, priority, countdown, eta, expires),
         )
 
     def wire_content(self) -> Mapping[str, Any]:
@@ -172,18 +269,27 @@ class TranscriptionTask(_ShareTask):
         LOCAL: Route("ml.transcribe_local", "whisper.tasks.transcribe_local"),
     }
 
-    share_id: str
     media_url: str = field(repr=False)
-    options: Mapping[str, Any] = field(repr=False)
 
     @frameless
     def __init__(
-        self, share_id: str, media_url: str, options: Mapping[str, Any] | None = None
+        self,
+        share_id: str | int | UUID,
+        media_url: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        task_id: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        priority: int | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        expires: float | datetime | None = None,
     ) -> None:
         self.__attrs_init__(
-            shapes.text("share_id", share_id),
-            shapes.line("media_url", media_url),
+            shapes.share("share_id", share_id),
             shapes.TRANSCRIPTION_OPTIONS.read("options", {} if options is None else options),
+            shapes.line("media_url", media_url),
+            **_sending(task_id, headers, priority, countdown, eta, expires),
         )
 
     def wire_content(self) -> Mapping[str, Any]:
@@ -212,10 +318,6 @@ class EmbeddingTask(_ContentTask):
     content_shape = shapes.EMBEDDING_CONTENT
     options_shape = shapes.EMBEDDING_OPTIONS
 
-    def free_form(self) -> Iterable[tuple[str, object]]:
-        """Give the metadata, which may hold anything."""
-        return (("content.metadata", self.content["metadata"]),)
-
 
 @frozen(init=False)
 class EmbeddingBatchTask(MLTask):
@@ -231,32 +333,44 @@ class EmbeddingBatchTask(MLTask):
     items: tuple[EmbeddingTask, ...]
 
     @frameless
-    def __init__(self, items: Sequence[Sequence[Any] | Mapping[str, Any] | EmbeddingTask]) -> None:
+    def __init__(
+        self,
+        items: Sequence[Sequence[Any] | Mapping[str, Any] | EmbeddingTask],
+        *,
+        task_id: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        priority: int | None = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        expires: float | datetime | None = None,
+    ) -> None:
         if not isinstance(items, (list, tuple)):
             shapes.refuse("items", items, "a list or a tuple")
         if not items:
             shapes.refuse("items", items, "at least one item", " but empty")
-        self.__attrs_init__(tuple(map(_batch_item, range(len(items)), items)))
+        self.__attrs_init__(
+            tuple(map(_batch_item, range(len(items)), items)),
+            **_sending(task_id, headers, priority, countdown, eta, expires),
+        )
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
         """Give the one route there is, and the arguments of each item's own task."""
         route = Route("ml.embed", "vector_service.tasks.generate_embeddings_batch")
         return route, {"tasks": [item.call(preferred)[1] for item in self.items]}
 
-    def free_form(self) -> Iterable[tuple[str, object]]:
-        """Give the metadata of each item."""
-        for index, item in enumerate(self.items):
-            for name, value in item.free_form():
-                yield f"items[{index}].{name}", value
-
     def __repr__(self) -> str:
         return f"EmbeddingBatchTask(count={len(self.items)})"
 
 
 def _batch_item(index: int, item: Any) -> EmbeddingTask:
-    if isinstance(item, EmbeddingTask):
-        return item
     name = f"items[{index}]"
+    if isinstance(item, EmbeddingTask):
+        if not item.ordinary:
+            raise InvalidTaskError(
+                f"{name} says how it is sent (task_id, headers, priority, countdown, eta or "
+                "expires); accepted is this of the batch alone"
+            )
+        return item
     if isinstance(item, Mapping):
         item = shapes.BATCH_ITEM.read(name, item)
         item = item.get("share_id"), item.get("content"), item.get("options")
@@ -269,21 +383,23 @@ def _batch_item(index: int, item: Any) -> EmbeddingTask:
 
 
 @frozen(init=False)
-class CeleryTask:
+class CeleryTask(_Sending):
     """A Celery task of any name.
+
+    ``args`` and ``kwargs`` may hold what JSON can carry, and UUID, datetime, date, time, Decimal
+    and bytes, which a stock worker gets back as they were.
 
     :ivar name: the name under which its worker knows it; also the metric label
     :ivar args: positional arguments, a list or a tuple
     :ivar kwargs: keyword arguments
     :ivar routing_key: at most 255 bytes of UTF-8, no control characters
     :ivar exchange: the exchange's name; ``None`` is the settings' one
-    :ivar eta: the earliest moment at which it may run, with a time zone
-    :ivar countdown: the same in seconds after the publishing; not together with ``eta``
-    :ivar expires: seconds after the publishing, or the moment, after which no worker runs it
-    :ivar priority: 0 to 255
-    :ivar headers: further AMQP headers; those of Celery's protocol cannot be set
-    :ivar task_id: 1 to 255 bytes of UTF-8; ``None`` makes a new one for each publishing
-    :raises InvalidTaskError: a field is not accepted
+    :ivar reply_to: the queue for the result (backend ``rpc://``)
+    :ivar argsrepr: how brokers and monitors show ``args``; by default without their content
+    :ivar kwargsrepr: likewise ``kwargs``
+    :ivar time_limit: seconds after which the worker kills it
+    :ivar soft_time_limit: seconds after which it is told; at most ``time_limit``
+    :raises InvalidTaskError: a field is not accepted; the text names the place in it
     """
 
     name: str
@@ -291,12 +407,13 @@ class CeleryTask:
     kwargs: Mapping[str, Any] = field(repr=False)
     routing_key: str = field(repr=False)
     exchange: str | None = field(repr=False)
-    eta: datetime | None = field(repr=False)
-    countdown: float | None = field(repr=False)
-    expires: float | datetime | None = field(repr=False)
-    priority: int | None = field(repr=False)
-    headers: Mapping[str, Any] = field(repr=False)
-    task_id: str | None = field(repr=False)
+    reply_to: str | None = field(repr=False)
+    argsrepr: str = field(repr=False)
+    kwargsrepr: str = field(repr=False)
+    time_limit: float | None = field(repr=False)
+    soft_time_limit: float | None = field(repr=False)
+    plain: bool = field(init=False, repr=False, eq=False)
+    """Whether JSON alone can carry the arguments."""
 
     @frameless
     def __init__(
@@ -313,39 +430,37 @@ class CeleryTask:
         priority: int | None = None,
         headers: Mapping[str, Any] | None = None,
         task_id: str | None = None,
+        reply_to: str | None = None,
+        argsrepr: str = "(...)",
+        kwargsrepr: str = "{...}",
+        time_limit: float | None = None,
+        soft_time_limit: float | None = None,
     ) -> None:
-        if eta is not None and countdown is not None:
-            raise InvalidTaskError("eta and countdown are both given; accepted is one of them")
+        optional = shapes.optional
+        kept_args, plain_args = shapes.json_sequence("args", () if args is None else args)
+        kept_kwargs, plain_kwargs = shapes.json_mapping("kwargs", {} if kwargs is None else kwargs)
         self.__attrs_init__(
             shapes.line("name", name),
-            shapes.sequence("args", () if args is None else args),
-            shapes.mapping("kwargs", {} if kwargs is None else kwargs),
-            shapes.string("routing_key", routing_key),
-            shapes.optional(shapes.string, "exchange", exchange),
-            shapes.optional(shapes.moment, "eta", eta),
-            shapes.optional(shapes.seconds, "countdown", countdown),
-            shapes.optional(shapes.moment_or_seconds, "expires", expires),
-            shapes.optional(_PRIORITY, "priority", priority),
-            _own_headers({} if headers is None else headers),
-            shapes.optional(shapes.text, "task_id", task_id),
+            kept_args,
+            kept_kwargs,
+            shapes.short("routing_key", routing_key),
+            optional(shapes.short, "exchange", exchange),
+            optional(shapes.short, "reply_to", reply_to),
+            shapes.string("argsrepr", argsrepr),
+            shapes.string("kwargsrepr", kwargsrepr),
+            optional(shapes.limit, "time_limit", time_limit),
+            optional(shapes.limit, "soft_time_limit", soft_time_limit),
+            **_sending(task_id, headers, priority, countdown, eta, expires),
         )
+        if self.time_limit and self.soft_time_limit and self.soft_time_limit > self.time_limit:
+            raise InvalidTaskError("soft_time_limit is above time_limit; accepted is at most that")
+        object.__setattr__(self, "plain", plain_args and plain_kwargs)
 
     @property
     def task_type(self) -> str:
         """The metric label."""
         return self.name
 
-    def free_form(self) -> Iterable[tuple[str, object]]:
-        """Give the arguments, which may hold anything."""
-        return ("args", self.args), ("kwargs", self.kwargs)
-
-
-def _own_headers(headers: Mapping[str, Any]) -> Any:
-    kept = shapes.headers("headers", headers)
-    taken = PROTOCOL_HEADERS.intersection(kept)
-    if taken:
-        raise InvalidTaskError(
-            f"headers has {', '.join(sorted(taken))}; accepted are names that Celery's protocol "
-            "does not use"
-        )
-    return kept
+    def payload(self) -> dict[str, Any]:
+        """Give ``args`` and ``kwargs`` as the worker gets them, for tests."""
+        return {"args": _thawed(self.args), "kwargs": _thawed(self.kwargs)}

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "mlproducer"
 FLOORS = [
     {"errors"},
     {"latch", "forks"},
-    {"topology", "brokers"},
-    {"settings", "message", "shapes", "tracing"},
+    {"topology", "brokers", "shapes"},
+    {"settings", "message", "tracing"},
     {"tasks", "fate"},
     {"wire"},
     {"core"},
