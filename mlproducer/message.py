@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from datetime import datetime
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import Attribute, define, field, frozen
 
-from mlproducer.errors import PublishError
+from mlproducer import shapes
+from mlproducer.errors import PublishError, frameless_init
 from mlproducer.latch import seconds
+from mlproducer.shapes import Check
 
 RAW_TASK_TYPE = "raw"
 
@@ -31,34 +34,88 @@ class Outcome(enum.Enum):
     DEFERRED = "deferred"
 
 
+def _given(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
+    """Make a validator of a check, for a field that may be None."""
+
+    def validate(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+        if value is not None:
+            check(attribute.name, value)
+
+    return validate
+
+
+def _always(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
+    """Make a validator of a check, for a field that may not."""
+
+    def validate(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+        check(attribute.name, value)
+
+    return validate
+
+
+@frameless_init
 @frozen(kw_only=True)
 class Message:
     """A message of any content, published as it stands.
 
-    Its fields are checked against AMQP by ``publish()``, on the caller's thread.
-
     :ivar body: the payload
-    :ivar routing_key: at most 255 bytes of UTF-8, no control characters
+    :ivar routing_key: at most 255 bytes of UTF-8, no control characters, like all short texts here
     :ivar exchange: the exchange's name; ``""`` is the default exchange, ``None`` the settings' one
-    :ivar headers: AMQP field table of str, bytes, bool, int (64 bit), None, list and dict
+    :ivar headers: AMQP field table of str, bytes, bool, int (64 bit), finite float, datetime (to
+        the second), None, list and dict
     :ivar priority: 0 to 255
     :ivar expiration: seconds until the broker may drop the message from a queue
         (RabbitMQ guide, *Time-To-Live*)
     :ivar persistent: written to disk by the broker (AMQP delivery mode 2)
+    :ivar mandatory: a message that no queue gets is returned, and an `UnroutableError`; without it,
+        the broker drops and confirms it
+    :ivar timestamp: when it was made: a datetime with a time zone, or seconds since 1970
+    :ivar user_id: the broker rejects any but the connection's own user (RabbitMQ guide,
+        *Validated User-ID*)
+    :raises InvalidTaskError: a field is wrong; the text names the field, the type and what is
+        accepted
     """
 
-    body: bytes = field(repr=False)
-    routing_key: str
-    exchange: str | None = None
-    headers: Mapping[str, Any] | None = field(default=None, repr=False)
-    content_type: str | None = None
-    content_encoding: str | None = None
-    priority: int | None = None
-    expiration: float | None = None
-    message_id: str | None = None
-    correlation_id: str | None = field(default=None, repr=False)
-    type: str | None = None
-    persistent: bool = True
+    body: bytes = field(validator=_always(shapes.body), repr=False)
+    routing_key: str = field(validator=_always(shapes.short))
+    exchange: str | None = field(default=None, validator=_given(shapes.short))
+    headers: Mapping[str, Any] | None = field(
+        default=None, validator=_given(shapes.headers), repr=False
+    )
+    content_type: str | None = field(default=None, validator=_given(shapes.short))
+    content_encoding: str | None = field(default=None, validator=_given(shapes.short))
+    priority: int | None = field(default=None, validator=_given(shapes.integer(0, 255)))
+    expiration: float | None = field(default=None, validator=_given(shapes.expiration))
+    message_id: str | None = field(default=None, validator=_given(shapes.short))
+    correlation_id: str | None = field(default=None, validator=_given(shapes.short), repr=False)
+    type: str | None = field(default=None, validator=_given(shapes.short))
+    persistent: bool = field(validator=_always(shapes.boolean), default=True)
+    mandatory: bool = field(validator=_always(shapes.boolean), default=True)
+    reply_to: str | None = field(default=None, validator=_given(shapes.short))
+    timestamp: datetime | int | None = field(default=None, validator=_given(shapes.timestamp))
+    app_id: str | None = field(default=None, validator=_given(shapes.short))
+    user_id: str | None = field(default=None, validator=_given(shapes.short))
+
+    def __attrs_post_init__(self) -> None:
+        """Keep copies of what the caller may go on changing."""
+        if type(self.body) is not bytes:
+            object.__setattr__(self, "body", bytes(self.body))
+        if self.headers is not None:
+            object.__setattr__(self, "headers", shapes.headers("headers", self.headers))
+
+    @property
+    def task_type(self) -> str:
+        """The metric label."""
+        return RAW_TASK_TYPE
+
+    @property
+    def seconds(self) -> int | None:
+        """The timestamp in seconds since 1970."""
+        return None if self.timestamp is None else shapes.timestamp("timestamp", self.timestamp)
+
+    def payload(self) -> bytes:
+        """Give the body, which the consumer gets, for tests."""
+        return self.body
 
 
 @define(eq=False)
@@ -71,6 +128,7 @@ class Envelope:
 
     :ivar task_type: the metric label
     :ivar properties: AMQP property flags and values, up to the last, which names the attempt
+        (`mlproducer.wire.amqp.properties`)
     """
 
     message_id: str

@@ -46,6 +46,7 @@ from mlproducer.engine.setup import Setup
 from mlproducer.errors import NotConnectedError
 from mlproducer.message import Envelope
 from mlproducer.topology import Declaration
+from mlproducer.wire.amqp import NOT_MANDATORY
 from mlproducer.wire.frames import FrameWriter
 
 HIGH_WATER = 1024 * 1024
@@ -343,7 +344,11 @@ class ConfirmChannel:
     def _carry_by_pika(self, envelope: Envelope, tag: int) -> None:
         properties = spec.BasicProperties().decode(self._frames.properties(envelope, tag))
         self._channel.basic_publish(
-            envelope.exchange, envelope.routing_key, envelope.body, properties, mandatory=True
+            envelope.exchange,
+            envelope.routing_key,
+            envelope.body,
+            properties,
+            mandatory=not envelope.properties[1] & NOT_MANDATORY,
         )
 
 

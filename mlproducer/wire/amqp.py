@@ -14,7 +14,10 @@ Runs on: any thread.
 from __future__ import annotations
 
 import struct
+from calendar import timegm
 from collections.abc import Callable, Mapping
+from datetime import datetime
+from math import isfinite
 from typing import Any
 
 from mlproducer.errors import InvalidMessageError, MessageTooLargeError
@@ -31,16 +34,25 @@ MAX_EXPIRATION = 4_294_967
 """Seconds; RabbitMQ takes a message's time to live in milliseconds, as 32 bits."""
 
 _MAX_DEPTH = 32
-_ACCEPTED = "accepted are str, bytes, bool, int of 64 bits, None, list and dict"
+_ACCEPTED = (
+    "accepted are str, bytes, bool, int of 64 bits, finite float, datetime, None, list and dict"
+)
 _EXTRA_ROUTES = frozenset({"CC", "BCC"})
 _CONTROL = frozenset(map(chr, [*range(32), 127]))
 
 _FLAG_CLUSTER_ID = 1 << 2
+NOT_MANDATORY = 1 << 1
+"""A flag that AMQP has no property for. In an envelope, and so in a store, it says that a message
+asks for no return; `FrameWriter` takes it out, for brokers insist on zero."""
+
 _pack_flags = struct.Struct(">H").pack
 _pack_long = struct.Struct(">I").pack
 _pack_tagged_long = struct.Struct(">cI").pack
 _pack_int = struct.Struct(">ci").pack
 _pack_long_int = struct.Struct(">cq").pack
+_pack_double = struct.Struct(">cd").pack
+_pack_timestamp = struct.Struct(">cQ").pack
+_pack_longlong = struct.Struct(">Q").pack
 
 
 def short_string(field: str, value: str) -> bytes:
@@ -92,14 +104,21 @@ def properties(
     persistent: bool = True,
     priority: int | None = None,
     correlation_id: str | None = None,
+    reply_to: str | None = None,
     expiration: float | None = None,
     message_id: str | None = None,
+    timestamp: int | None = None,
     type: str | None = None,  # noqa: A002 - AMQP's own name
+    user_id: str | None = None,
+    app_id: str | None = None,
+    mandatory: bool = True,
 ) -> bytes:
     """Encode a message's properties (AMQP 0-9-1, section 1.8.2), open at the end.
 
     :param headers: a table as `table` encodes it
     :param expiration: seconds
+    :param timestamp: seconds since the epoch
+    :param mandatory: without it, the flags say `NOT_MANDATORY`
     :raises InvalidMessageError: a value out of its range
     :raises MessageTooLargeError: all together do not fit a frame
     """
@@ -110,11 +129,17 @@ def properties(
         (1 << 12, b"\x02" if persistent else b"\x01"),
         (1 << 11, _optional(_octet, "priority", priority)),
         (1 << 10, _optional(short_string, "correlation_id", correlation_id)),
+        (1 << 9, _optional(short_string, "reply_to", reply_to)),
         (1 << 8, _optional(_milliseconds, "expiration", expiration)),
         (1 << 7, _optional(short_string, "message_id", message_id)),
+        (1 << 6, None if timestamp is None else _pack_longlong(timestamp)),
         (1 << 5, _optional(short_string, "type", type)),
+        (1 << 4, _optional(short_string, "user_id", user_id)),
+        (1 << 3, _optional(short_string, "app_id", app_id)),
     )
     flags = sum(flag for flag, encoded in slots if encoded is not None) | _FLAG_CLUSTER_ID
+    if not mandatory:
+        flags |= NOT_MANDATORY
     encoded = b"".join(value for _, value in slots if value is not None)
     return check_size(_pack_flags(flags) + encoded)
 
@@ -180,6 +205,20 @@ def _integer(field: str, value: int, _depth: int) -> bytes:
     raise InvalidMessageError(f"{field} holds an int of more than 64 bits; {_ACCEPTED}")
 
 
+def _float(field: str, value: float, _depth: int) -> bytes:
+    if not isfinite(value):
+        raise InvalidMessageError(f"{field} holds a float that is not finite; {_ACCEPTED}")
+    return _pack_double(b"d", value)
+
+
+def _datetime(field: str, value: datetime, _depth: int) -> bytes:
+    """Encode whole seconds since the epoch; without a time zone it is taken for UTC, as by pika."""
+    seconds = timegm(value.utctimetuple())
+    if seconds < 0:
+        raise InvalidMessageError(f"{field} holds a datetime before 1970, which AMQP has none of")
+    return _pack_timestamp(b"T", seconds)
+
+
 def _none(_field: str, _value: None, _depth: int) -> bytes:
     return b"V"
 
@@ -201,6 +240,8 @@ _ENCODERS: dict[type, Callable[[str, Any, int], bytes]] = {
     bytes: _bytes,
     bool: _bool,
     int: _integer,
+    float: _float,
+    datetime: _datetime,
     type(None): _none,
     list: _list,
     dict: _dict,

@@ -1,8 +1,10 @@
 """Celery's message protocol 2: a task as headers, properties and a body that any worker takes.
 
 The headers are those that ``celery.app.amqp.AMQP.as_task_v2`` writes for the same task, as far as
-a worker needs them. What is constant for a Celery task's name is encoded once; what a task was
-given follows. ``argsrepr`` and ``kwargsrepr``, which brokers and monitors show, hold no user text.
+a worker needs them: what the protocol takes for granted where it is missing (no times, no
+retries, no group) is left out, for the broker decodes each. What is constant for a task's name is
+encoded once; what a task was given follows. ``argsrepr`` and ``kwargsrepr``, which brokers and
+monitors show, hold no user text.
 
 Runs on: any thread.
 """
@@ -11,13 +13,13 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Any
 
 from mlproducer import forks
-from mlproducer.errors import InvalidMessageError
 from mlproducer.message import Envelope
 from mlproducer.tasks import CeleryTask, MLTask, PreferredBackends
 from mlproducer.wire import amqp, strict_json
@@ -26,7 +28,6 @@ from mlproducer.wire.ids import new_id
 
 _EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
 _REMEMBERED = 1024
-_UNTIMED = amqp.table_entries("headers", {"eta": None, "expires": None})
 
 
 def encode(
@@ -41,66 +42,46 @@ def encode(
     """Turn a task into a message.
 
     :param exchange: where it goes unless the task itself says
-    :param delays: where a task waits that is due later; without, its worker holds it
     :param trace: the headers of a W3C trace context, or nothing
     :param now: what a countdown counts from, with a time zone; ``None`` is this moment
+    :param delays: where a task waits that is due later; without, its worker holds it
     :raises InvalidMessageError: AMQP or strict JSON cannot carry the task
     :raises MessageTooLargeError: its headers do not fit a frame
     """
-    for name, value in task.free_form():
-        strict_json.check(name, value)
     if isinstance(task, CeleryTask):
-        return _encode_any(task, exchange, trace, now or datetime.now(timezone.utc), delays)
-    return _encode_ml(task, exchange, preferred, trace)
-
-
-def _encode_ml(
-    task: MLTask, exchange: str, preferred: PreferredBackends, trace: Mapping[str, str]
-) -> Envelope:
-    route, kwargs = task.call(preferred)
-    check_route(exchange, route.routing_key)
-    task_id = new_id()
-    further = amqp.table_entries("headers", trace) if trace else b""
-    return Envelope(
-        message_id=task_id,
-        task_type=task.task_type,
-        exchange=exchange,
-        routing_key=route.routing_key,
-        properties=_plain_properties(route.name, task_id, further),
-        body=b"".join((b"[[],", _ml_kwargs(kwargs), _EMBED)),
-    )
-
-
-def _encode_any(
-    task: CeleryTask,
-    exchange: str,
-    trace: Mapping[str, str],
-    now: datetime,
-    delays: Delays | None,
-) -> Envelope:
-    exchange = exchange if task.exchange is None else task.exchange
-    check_route(exchange, task.routing_key)
+        arguments = [
+            strict_json.dumps(name, value, plain=task.plain)
+            for name, value in (("args", task.args), ("kwargs", task.kwargs))
+        ]
+        body = b"".join((b"[", arguments[0], b",", arguments[1], _EMBED))
+        name, routing_key = task.name, task.routing_key
+        exchange = exchange if task.exchange is None else task.exchange
+    else:
+        route, kwargs = task.call(preferred)
+        body = b"".join((b"[[],", strict_json.dumps("kwargs", kwargs), _EMBED))
+        name, routing_key = route.name, route.routing_key
+    check_route(exchange, routing_key)
     task_id = new_id() if task.task_id is None else task.task_id
-    args, kwargs = strict_json.dumps("args", task.args), strict_json.dumps("kwargs", task.kwargs)
-    # A context among the task's own headers is the one that counts, not a mixture of both.
-    trace = {} if "traceparent" in task.headers else trace
-    eta, expires = _moments(task, now)
-    times = {"eta": _written(eta), "expires": _written(expires)}
-    further = amqp.table_entries("headers", times) + amqp.table_entries(
-        "headers", {**trace, **task.headers}
-    )
-    routing_key = task.routing_key
-    if delays is not None and eta is not None:
-        exchange, routing_key = delays.address(exchange, routing_key, (eta - now).total_seconds())
+    entries, expiration = _lineage(task_id), None
+    if isinstance(task, CeleryTask) or not task.ordinary:
+        now = now or datetime.now(timezone.utc)
+        eta, expires = _moments(task, now)
+        expiration = _time_to_live(expires, now)
+        entries += _further(task, eta, expires)
+        if delays is not None and eta is not None:
+            seconds = (eta - now).total_seconds()
+            exchange, routing_key = delays.address(exchange, routing_key, seconds)
+        # A context among the task's own headers is the one that counts, not a mixture of both.
+        trace = {} if "traceparent" in task.headers else trace
+    if trace:
+        entries += amqp.table_entries("headers", trace)
     return Envelope(
         message_id=task_id,
         task_type=task.task_type,
         exchange=exchange,
         routing_key=routing_key,
-        properties=_properties(
-            task.name, task_id, further, task.priority, _time_to_live(expires, now)
-        ),
-        body=b"".join((b"[", args, b",", kwargs, _EMBED)),
+        properties=_properties(task, name, task_id, entries, expiration),
+        body=body,
     )
 
 
@@ -114,54 +95,67 @@ def check_route(exchange: str, routing_key: str) -> None:
     amqp.short_string("routing_key", routing_key)
 
 
-def _ml_kwargs(kwargs: Mapping[str, Any]) -> bytes:
-    try:
-        return strict_json.dumps("kwargs", kwargs)
-    except InvalidMessageError:
-        for name, value in kwargs.items():  # which of the fields was it
-            strict_json.dumps(name, value)
-        raise
+def _lineage(task_id: str) -> bytes:
+    """Encode the ids: of the task itself and, inside a Celery task, of what it comes from."""
+    running = _running()
+    if running is None:
+        own = _long(task_id)
+        return b"".join((b"\x02id", own, b"\x07root_id", own))
+    root = running.root_id or running.id
+    ids = {"id": task_id, "root_id": str(root), "parent_id": str(running.id)}
+    return amqp.table_entries("headers", ids)
 
 
-def _plain_properties(name: str, task_id: str, further: bytes) -> bytes:
-    """Encode what `_properties` does, for an id of our own and no times or priority."""
-    before, between, after = _template(name, further)
-    short = b"$" + task_id.encode()  # 36 characters
-    return b"".join((before, short, between, short, after, short, short))
+def _running() -> Any:
+    """Give the request of the Celery task that runs on this thread, if there is one."""
+    celery: Any = sys.modules.get("celery")
+    if celery is None:
+        return None
+    task = getattr(celery, "current_task", None)  # a proxy, false where no task runs
+    request = task.request if task else None
+    return request if request is not None and request.id else None
 
 
-@lru_cache(_REMEMBERED)
-def _template(name: str, further: bytes) -> tuple[bytes, bytes, bytes]:
-    """Encode what comes before, between and after the places of a task's id in its headers."""
-    sample = new_id()
-    encoded = _properties(name, sample, _UNTIMED + further)
-    before, between, after, *_ = encoded.split(b"$" + sample.encode())
-    return before, between, after
+def _long(text: str) -> bytes:
+    """Encode a text of at most 255 bytes as a table's value."""
+    return b"S\0\0\0" + amqp.short_string("task_id", text)
+
+
+def _further(task: MLTask | CeleryTask, eta: datetime | None, expires: datetime | None) -> bytes:
+    """Encode the headers that were asked for; what the protocol takes for granted is left out."""
+    given: dict[str, Any] = {}
+    if eta is not None:
+        given["eta"] = eta.isoformat()
+    if expires is not None:
+        given["expires"] = expires.isoformat()
+    if isinstance(task, CeleryTask) and (task.time_limit or task.soft_time_limit):
+        given["timelimit"] = [task.time_limit, task.soft_time_limit]
+    return amqp.table_entries("headers", {**given, **task.headers})
 
 
 def _properties(
-    name: str,
-    task_id: str,
-    further: bytes,
-    priority: int | None = None,
-    expiration: float | None = None,
+    task: MLTask | CeleryTask, name: str, task_id: str, entries: bytes, expiration: float | None
 ) -> bytes:
-    start, middle = _around_headers(priority)
-    short = amqp.short_string("task_id", task_id)
-    long = b"S\0\0\0" + short  # a table's text: the same, with three more octets of length
-    entries = b"".join((_constant_entries(name), b"\x02id", long, b"\x07root_id", long, further))
-    if expiration is not None:
+    if isinstance(task, CeleryTask):
+        constant = _constant_entries(name, task.argsrepr, task.kwargsrepr)
+        reply_to = task.reply_to
+    else:
+        constant, reply_to = _constant_entries(name), None
+    length = (len(constant) + len(entries)).to_bytes(4, "big")
+    if expiration is not None or reply_to is not None:
         return amqp.properties(
             content_type="application/json",
             content_encoding="utf-8",
-            headers=len(entries).to_bytes(4, "big") + entries,
-            priority=priority,
+            headers=b"".join((length, constant, entries)),
+            priority=task.priority,
             correlation_id=task_id,
+            reply_to=reply_to,
             expiration=expiration,
             message_id=task_id,
         )
-    length = len(entries).to_bytes(4, "big")
-    return amqp.check_size(b"".join((start, length, entries, middle, short, short)))
+    start, middle = _around_headers(task.priority)
+    short = amqp.short_string("task_id", task_id)
+    return amqp.check_size(b"".join((start, length, constant, entries, middle, short, short)))
 
 
 @lru_cache(257)
@@ -181,33 +175,24 @@ def _around_headers(priority: int | None) -> tuple[bytes, bytes]:
 
 
 @lru_cache(_REMEMBERED)
-def _constant_entries(name: str) -> bytes:
+def _constant_entries(name: str, argsrepr: str = "(...)", kwargsrepr: str = "{...}") -> bytes:
     constant = {
         "lang": "py",
         "task": name,
-        "group": None,
-        "retries": 0,
-        "timelimit": [None, None],
-        "parent_id": None,
-        "argsrepr": "(...)",
-        "kwargsrepr": "{...}",
-        "ignore_result": False,
+        "argsrepr": argsrepr,
+        "kwargsrepr": kwargsrepr,
         "origin": f"gen{os.getpid()}@{socket.gethostname()}",
     }
     return amqp.table_entries("name", constant)
 
 
-def _moments(task: CeleryTask, now: datetime) -> tuple[datetime | None, datetime | None]:
+def _moments(task: MLTask | CeleryTask, now: datetime) -> tuple[datetime | None, datetime | None]:
     """Give when a task may run, and after when it may not."""
     eta = now + timedelta(seconds=task.countdown) if task.countdown is not None else task.eta
     expires = task.expires
     if expires is not None and not isinstance(expires, datetime):
         expires = now + timedelta(seconds=expires)
     return eta, expires
-
-
-def _written(moment: datetime | None) -> str | None:
-    return None if moment is None else moment.isoformat()
 
 
 def _time_to_live(expires: datetime | None, now: datetime) -> float | None:
@@ -224,7 +209,6 @@ def _time_to_live(expires: datetime | None, now: datetime) -> float | None:
 def _forget_origin() -> None:
     """Let a child of a fork name itself."""
     _constant_entries.cache_clear()
-    _template.cache_clear()
 
 
 forks.in_child(_forget_origin)

@@ -12,12 +12,18 @@ import struct
 from collections.abc import Iterable
 
 from mlproducer.message import Envelope
-from mlproducer.wire.amqp import ATTEMPT_MAX, CONTENT_HEADER, FRAME_OVERHEAD, short_string
+from mlproducer.wire.amqp import (
+    ATTEMPT_MAX,
+    CONTENT_HEADER,
+    FRAME_OVERHEAD,
+    NOT_MANDATORY,
+    short_string,
+)
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _END = b"\xce"
 _BASIC, _PUBLISH = 60, 40
-_MANDATORY = b"\x01"
+_BITS = {False: b"\x00", True: b"\x01"}  # mandatory
 _MAX_ROUTES = 1024
 """Routes remembered; a producer with more distinct routing keys than this starts over."""
 
@@ -26,6 +32,13 @@ _LENGTHS = [bytes((length,)) for length in range(ATTEMPT_MAX)]
 _pack_frame = struct.Struct(">BHI").pack
 _pack_content = struct.Struct(">BHIHHQ").pack
 _pack_ids = struct.Struct(">HHH").pack
+
+
+def _sent(properties: bytes) -> bytes:
+    """Give a property list as it travels, without the flag that is our own."""
+    if properties[1] & NOT_MANDATORY:
+        return properties[:1] + bytes((properties[1] & ~NOT_MANDATORY,)) + properties[2:]
+    return properties
 
 
 class FrameWriter:
@@ -42,11 +55,12 @@ class FrameWriter:
         self._fragment = frame_max - FRAME_OVERHEAD
         self.longest_properties = self._fragment - CONTENT_HEADER - ATTEMPT_MAX
         self._routes: dict[tuple[str, str], bytes] = {}
+        self._optional: dict[tuple[str, str], bytes] = {}
 
     def properties(self, envelope: Envelope, tag: int) -> bytes:
         """Give the whole property list of one attempt."""
         digits = b"%d" % tag
-        return b"".join((envelope.properties, _LENGTHS[len(digits)], digits))
+        return b"".join((_sent(envelope.properties), _LENGTHS[len(digits)], digits))
 
     def publish(self, batch: Iterable[tuple[Envelope, int]]) -> bytes:
         """Encode messages: for each a method frame, a content header frame, body frames.
@@ -59,8 +73,13 @@ class FrameWriter:
             properties, body, digits = envelope.properties, envelope.body, b"%d" % tag
             size, payload = len(body), CONTENT_HEADER + len(properties) + 1 + len(digits)
             route = (envelope.exchange, envelope.routing_key)
+            if properties[1] & NOT_MANDATORY:
+                method = self._optional.get(route) or self._method(route, self._optional)
+                properties = _sent(properties)
+            else:
+                method = routes.get(route) or self._method(route, routes)
             pieces += (
-                routes.get(route) or self._method(route),
+                method,
                 _pack_content(_HEADER, channel, payload, _BASIC, 0, size),
                 properties,
                 _LENGTHS[len(digits)],
@@ -73,20 +92,20 @@ class FrameWriter:
                 pieces += self._fragments(body)
         return b"".join(pieces)
 
-    def _method(self, route: tuple[str, str]) -> bytes:
-        if len(self._routes) >= _MAX_ROUTES:
-            self._routes.clear()
+    def _method(self, route: tuple[str, str], routes: dict[tuple[str, str], bytes]) -> bytes:
+        if len(routes) >= _MAX_ROUTES:
+            routes.clear()
         exchange, routing_key = route
         payload = b"".join(
             (
                 _pack_ids(_BASIC, _PUBLISH, 0),
                 short_string("exchange", exchange),
                 short_string("routing_key", routing_key),
-                _MANDATORY,
+                _BITS[routes is self._routes],
             )
         )
         frame = _pack_frame(_METHOD, self._channel, len(payload)) + payload + _END
-        self._routes[route] = frame
+        routes[route] = frame
         return frame
 
     def _fragments(self, body: bytes) -> list[bytes]:

@@ -1,13 +1,10 @@
-"""A `Message` of any content, checked against AMQP 0-9-1 and encoded as it stands.
+"""A `Message` of any content, encoded as it stands.
 
 Runs on: any thread.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from mlproducer.errors import InvalidMessageError
 from mlproducer.message import RAW_TASK_TYPE, Envelope, Message
 from mlproducer.wire import amqp
 from mlproducer.wire.ids import new_id
@@ -17,12 +14,9 @@ def encode(message: Message, *, exchange: str) -> Envelope:
     """Turn a message into the form in which it travels; one without an id gets one.
 
     :param exchange: where it goes unless the message itself says
-    :raises InvalidMessageError: AMQP cannot carry one of its fields
     :raises MessageTooLargeError: its headers do not fit a frame
     """
     exchange = exchange if message.exchange is None else message.exchange
-    amqp.short_string("exchange", exchange)
-    amqp.short_string("routing_key", message.routing_key)
     message_id = new_id() if message.message_id is None else message.message_id
     return Envelope(
         message_id=message_id,
@@ -30,7 +24,7 @@ def encode(message: Message, *, exchange: str) -> Envelope:
         exchange=exchange,
         routing_key=message.routing_key,
         properties=_properties(message, message_id),
-        body=_body(message.body),
+        body=message.body,
     )
 
 
@@ -43,14 +37,12 @@ def _properties(message: Message, message_id: str) -> bytes:
         persistent=message.persistent,
         priority=message.priority,
         correlation_id=message.correlation_id,
+        reply_to=message.reply_to,
         expiration=message.expiration,
         message_id=message_id,
+        timestamp=message.seconds,
         type=message.type,
+        user_id=message.user_id,
+        app_id=message.app_id,
+        mandatory=message.mandatory,
     )
-
-
-def _body(body: Any) -> bytes:
-    """Give bytes that nobody else can change any more."""
-    if not isinstance(body, (bytes, bytearray, memoryview)):
-        raise InvalidMessageError(f"body is of type {type(body).__name__}; accepted is bytes")
-    return bytes(body)

@@ -1,32 +1,56 @@
 """Strict JSON (RFC 8259) in UTF-8: what any stock reader reads back as it was written.
 
-Python's own encoder does the work; what it lets through and a reader would choke on or change is
-refused. Values of a known shape need `dumps` alone; values of free form go through `check` first,
-because the encoder turns ``{1: ...}`` and ``{"1": ...}`` into the same key and does not mind depth.
-Error texts name a field and a type, never content, and never a key of the user's.
+Python's own encoder does the work. What a task may hold was checked when it was made (`shapes`);
+what cannot be written all the same is refused by its field's name and type, never by its content.
+Types beyond JSON's are written as kombu's JSON has them, which a stock Celery worker reads back.
 
 Runs on: any thread.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, time
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
+from uuid import UUID
 
 from mlproducer.errors import InvalidMessageError
 
-MAX_DEPTH = 200
-"""Lists and objects inside each other; stock readers recurse, Python's to about 1,000."""
-
-_INT_END = 10**4300  # CPython refuses to read an int of more than 4,300 digits
-_PLAIN = frozenset({str, bool, type(None)})
 _ACCEPTED = "accepted are str, bool, None, int, finite float, list, tuple and dict"
 
-_stock = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+def _as_kombu(value: object) -> dict[str, object]:
+    """Give what ``kombu.utils.json`` makes of a value that JSON has no type for."""
+    if isinstance(value, datetime):  # before date, which it is as well
+        return _marked("datetime", datetime.isoformat(value))
+    if isinstance(value, date):
+        return _marked("date", date.isoformat(value))
+    if isinstance(value, time):
+        return _marked("time", time.isoformat(value))
+    if isinstance(value, Decimal):
+        return _marked("decimal", str(value))
+    if isinstance(value, UUID):
+        return _marked("uuid", {"hex": value.hex})
+    if isinstance(value, bytes):
+        try:
+            return _marked("bytes", value.decode())
+        except UnicodeDecodeError:
+            return _marked("base64", base64.b64encode(value).decode())
+    raise TypeError
+
+
+def _marked(kind: str, value: object) -> dict[str, object]:
+    return {"__type__": kind, "__value__": value}
+
+
+_stock = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_as_kombu
+)
 
 
 @lru_cache(1)
@@ -54,15 +78,14 @@ def _made_once() -> Callable[[object, int], Iterable[str]]:
 _pieces = _made_once()
 
 
-def dumps(field: str, value: object) -> bytes:
+def dumps(field: str, value: object, *, plain: bool = True) -> bytes:
     """Encode a value, compactly; tuples become arrays.
 
-    Values of free form go through `check` before, since orjson takes more than JSON's types.
-
     :param field: what error texts call the value
+    :param plain: JSON's own types are enough; orjson would write others in its own way
     :raises InvalidMessageError: a type, a number or a text that strict JSON cannot carry
     """
-    fast = _fast()
+    fast = _fast() if plain else None
     if fast is not None:
         with contextlib.suppress(TypeError):  # it takes less; what it refuses is judged below
             encoded = fast(value)
@@ -75,57 +98,4 @@ def dumps(field: str, value: object) -> bytes:
     except (TypeError, ValueError, RecursionError):
         reason = f"of type {type(value).__name__}, cannot be written as JSON; {_ACCEPTED}"
     # Raised out here, so that the encoder's own words, which may quote, are not chained to it.
-    check(field, value)
     raise InvalidMessageError(f"{field} {reason}")
-
-
-def check(field: str, value: object) -> None:
-    """Refuse what `dumps` would let through though it does not survive the journey.
-
-    A value that holds itself is endlessly deep, and refused as such.
-
-    :raises InvalidMessageError: a key that is no str, too deep, or a value that is not JSON's
-    """
-    levels = [iter((value,))]
-    while levels:
-        for item in levels[-1]:
-            if type(item) in _PLAIN:
-                continue
-            children = _children(field, item)
-            if children is not None:
-                levels.append(children)
-                break
-        else:
-            levels.pop()
-        if len(levels) > MAX_DEPTH + 1:
-            raise InvalidMessageError(
-                f"{field} holds itself or is nested deeper than {MAX_DEPTH} levels"
-            )
-
-
-def _children(field: str, item: object) -> Iterator[object] | None:
-    """Give what is inside a list or an object; ``None`` for anything else that is accepted."""
-    if isinstance(item, dict):
-        for key in item:
-            if not isinstance(key, str):
-                raise InvalidMessageError(
-                    f"{field} holds a key of type {type(key).__name__}; accepted is str"
-                )
-        return iter(item.values())
-    if isinstance(item, (list, tuple)):
-        return iter(item)
-    _check_scalar(field, item)
-    return None
-
-
-def _check_scalar(field: str, item: object) -> None:
-    if isinstance(item, float):
-        if not math.isfinite(item):
-            raise InvalidMessageError(f"{field} holds a float that is not finite; {_ACCEPTED}")
-    elif isinstance(item, int):
-        if not -_INT_END < item < _INT_END:
-            raise InvalidMessageError(
-                f"{field} holds an int of more than 4300 digits, which readers refuse"
-            )
-    elif not isinstance(item, str):
-        raise InvalidMessageError(f"{field} holds a {type(item).__name__}; {_ACCEPTED}")

@@ -7,19 +7,24 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as time_of_day
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from celery import Celery
+from celery.app.task import Context
 from celery.worker.request import Request
 from kombu.message import Message as KombuMessage
+from kombu.utils import json as kombu_json
 from pika.spec import BasicProperties
 
-from mlproducer.errors import InvalidMessageError, MessageTooLargeError
+from mlproducer.errors import InvalidTaskError, MessageTooLargeError
 from mlproducer.message import Envelope
 from mlproducer.tasks import (
     PROTOCOL_HEADERS,
+    WORKERS_NAMES,
     CeleryTask,
     EmbeddingBatchTask,
     EmbeddingTask,
@@ -28,6 +33,7 @@ from mlproducer.tasks import (
     TranscriptionTask,
 )
 from mlproducer.wire import celery as wire
+from mlproducer.wire import strict_json
 
 from .refusals import CANARY, refused
 from .tables import each_row
@@ -64,12 +70,28 @@ def app() -> Iterator[Celery]:
         yield application
 
 
+TAKEN_FOR_GRANTED: dict[str, Any] = {
+    "eta": None,
+    "expires": None,
+    "group": None,
+    "ignore_result": False,
+    "parent_id": None,
+    "retries": 0,
+    "timelimit": [None, None],
+}
+"""Headers of the protocol that need not be sent, with what they are without it."""
+
+EMPTY = list(TAKEN_FOR_GRANTED.values())
+
 AS_CELERY = [
     {},
     {"args": [1, "b"], "kwargs": {"c": None}},
     {"countdown": 10},
     {"countdown": 0.5, "expires": 60},
     {"eta": LATER, "expires": LATER},
+    {"time_limit": 30, "soft_time_limit": 20},
+    {"soft_time_limit": 20},
+    {"reply_to": "answers", "expires": 60, "priority": 1},
     {"priority": 7, "headers": {"tenant": "t", "n": [1, {"a": None}]}},
 ]
 
@@ -84,11 +106,13 @@ def test_is_what_celery_would_send(app: Celery, fields: dict[str, Any]) -> None:
     )  # fmt: skip
     envelope = encode(simple(**fields))
     sent = properties(envelope)
-    assert sent.headers == {
+    assert {**TAKEN_FOR_GRANTED, **sent.headers} == {
         **{key: expected.headers[key] for key in PROTOCOL_HEADERS},
         **fields.get("headers", {}),
     }
+    assert not [key for key in TAKEN_FOR_GRANTED if sent.headers.get(key, 1) in EMPTY]
     assert sent.correlation_id == expected.properties["correlation_id"]
+    assert sent.reply_to or expected.properties["reply_to"] == ""
     assert sent.priority == fields.get("priority")
     assert json.loads(envelope.body) == json.loads(json.dumps(expected.body))
 
@@ -121,7 +145,9 @@ def test_ml_message(app: Celery, task: Any, task_type: str, routing_key: str) ->
     reference = app.amqp.as_task_v2(
         envelope.message_id, name, (), kwargs, argsrepr="(...)", kwargsrepr="{...}"
     )
-    assert sent.headers == {key: reference.headers[key] for key in PROTOCOL_HEADERS}
+    assert {**TAKEN_FOR_GRANTED, **sent.headers} == {
+        key: reference.headers[key] for key in PROTOCOL_HEADERS
+    }
     assert json.loads(envelope.body) == json.loads(json.dumps(reference.body))
 
 
@@ -210,45 +236,46 @@ for _ in range(100_000):
     DEEP = [DEEP]
 
 BAD = [
-    (simple(args=[{CANARY}]), "args", "set"),
-    (simple(kwargs={"a": NOW}), "kwargs", "datetime"),
-    (simple(kwargs={CANARY: {1: 1}}), "kwargs", "key of type int"),
-    (simple(kwargs={CANARY: float("nan")}), "kwargs", "finite"),
-    (simple(args=[10**10_000]), "args", "4300 digits"),
-    (simple(args=DEEP), "args", "200 levels"),
-    (simple(args=[CANARY + "\ud800"]), "args", "surrogate"),
-    (simple(routing_key="é" * 128), "routing_key", "256 bytes"),
-    (simple(routing_key=CANARY + "\n"), "routing_key", "control"),
-    (simple(routing_key=CANARY + "\ud800"), "routing_key", "surrogate"),
-    (simple(exchange="\0"), "exchange", "control"),
-    (simple(task_id="é" * 128), "task_id", "256 bytes"),
-    (simple(task_id=CANARY + "\r\n"), "task_id", "control"),
-    (simple(name="a\ud800"), "name", "surrogate"),
-    (simple(headers={"a": 1.5}), "headers", "float"),
-    (simple(headers={"a": (CANARY,)}), "headers", "tuple"),
-    (simple(headers={"a": 2**63}), "headers", "64 bits"),
-    (simple(headers={"a": DEEP}), "headers", "levels"),
-    (simple(headers={"CC": [CANARY]}), "headers", "CC"),
-    (simple(headers={"BCC": [CANARY]}), "headers", "BCC"),
-    (simple(headers={"é" * 128: 1}), "a key of headers", "256 bytes"),
-    (EmbeddingTask("s", {"text": "t", "metadata": {"a": NOW}}), "content.metadata", "datetime"),
+    (lambda: simple(args=[{CANARY}]), "args[0]", "set"),
+    (lambda: simple(kwargs={"a": {"b": [Decimal, 1]}}), "kwargs.a.b[0] is of type type"),
+    (lambda: simple(kwargs={CANARY: {1: 1}}), "kwargs", "key of type int"),
+    (lambda: simple(kwargs={CANARY: float("nan")}), "kwargs", "finite"),
+    (lambda: simple(args=[10**10_000]), "args", "4300 digits"),
+    (lambda: simple(args=DEEP), "args", "200 levels"),
+    (lambda: simple(args=[CANARY + "\ud800"]), "args", "surrogate"),
+    (lambda: simple(routing_key="é" * 128), "routing_key", "256 bytes"),
+    (lambda: simple(routing_key=CANARY + "\n"), "routing_key", "control"),
+    (lambda: simple(routing_key=CANARY + "\ud800"), "routing_key", "surrogate"),
+    (lambda: simple(exchange="\0"), "exchange", "control"),
+    (lambda: simple(task_id="é" * 128), "task_id", "256 bytes"),
+    (lambda: simple(task_id=CANARY + "\r\n"), "task_id", "control"),
+    (lambda: simple(name="a\ud800"), "name", "surrogate"),
+    (lambda: simple(headers={"a": [{"b": float("nan")}]}), "headers.a[0].b", "finite"),
+    (lambda: simple(headers={"a": NOW.replace(year=1969)}), "headers.a", "1970"),
+    (lambda: simple(headers={"a": (CANARY,)}), "headers", "tuple"),
+    (lambda: simple(headers={"a": 2**63}), "headers", "64 bits"),
+    (lambda: simple(headers={"a": DEEP}), "headers", "levels"),
+    (lambda: simple(headers={"CC": [CANARY]}), "headers", "CC"),
+    (lambda: simple(headers={"BCC": [CANARY]}), "headers", "BCC"),
+    (lambda: simple(headers={"é" * 128: 1}), "headers", "key of 256 bytes"),
     (
-        EmbeddingBatchTask([("s", TEXT), ("s", {**TEXT, "metadata": {"a": {1: 1}}})]),
-        "items[1].content.metadata",
+        lambda: EmbeddingTask("s", {"text": "t", "metadata": {"a": NOW}}),
+        "content.metadata.a",
+        "datetime",
+    ),
+    (
+        lambda: EmbeddingBatchTask([("s", TEXT), ("s", {**TEXT, "metadata": {"a": {1: 1}}})]),
+        "items[1].content.metadata.a",
         "key of type int",
     ),
-    (SummarizationTask("s", {"text": CANARY + "\ud800"}), "content", "surrogate"),
-    (SummarizationTask("\ud800", TEXT), "share_id", "surrogate"),
+    (lambda: SummarizationTask("s", {"text": CANARY + "\ud800"}), "content", "surrogate"),
+    (lambda: SummarizationTask("\ud800", TEXT), "share_id", "surrogate"),
 ]
 
 
 def test_refuses_what_cannot_travel() -> None:
-    """Faults 63, 64, 66 to 69: refused by name and type on the caller's thread, and fast."""
-
-    def check(task: Any, *words: str) -> None:
-        refused(lambda: encode(task), InvalidMessageError, *words, inside=True)
-
-    each_row(BAD, check)
+    """Faults 63, 64, 66 to 69: refused by path and type when the task is made, and fast."""
+    each_row(BAD, lambda make, *words: refused(make, InvalidTaskError, *words))
 
 
 def test_refuses_headers_over_the_frame() -> None:
@@ -259,3 +286,72 @@ def test_refuses_headers_over_the_frame() -> None:
         "headers",
         inside=True,
     )
+
+
+RICH: dict[str, Any] = {
+    "uuid": uuid.UUID(int=7),
+    "datetime": LATER,
+    "naive": NOW.replace(tzinfo=None),
+    "date": date(2024, 5, 1),
+    "time": time_of_day(12, 30, 1),
+    "decimal": Decimal("1.10"),
+    "bytes": b"text",
+    "binary": b"\xff\x00",
+    "nested": [{"deep": (uuid.UUID(int=8),)}],
+}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_rich_values_are_as_kombu_writes_them(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JSON has no type for arrives as it was sent, through kombu's own JSON."""
+    if not fast:
+        monkeypatch.setattr(strict_json, "_fast", lambda: None)
+    task = simple(args=[RICH], kwargs=RICH)
+    body = encode(task).body
+    args, kwargs, _ = kombu_json.loads(body)
+    given = {**RICH, "nested": [{"deep": [uuid.UUID(int=8)]}]}
+    assert (args, kwargs) == ([given], given)
+    assert task.payload() == {"args": [given], "kwargs": given}
+    assert json.loads(body)[1] == json.loads(kombu_json.dumps(RICH))
+
+
+def test_children_of_a_running_task(app: Celery) -> None:
+    """Published inside a Celery task, root and parent are that task's, as Celery does it."""
+    seen: list[dict[str, Any]] = []
+
+    def parent() -> None:
+        seen.append(properties(encode(simple())).headers)
+        seen.append(properties(encode(SummarizationTask("s", TEXT))).headers)
+
+    task = app.task(name="app.parent")(parent)
+    task.apply(task_id="parent", root_id="root")
+    task.apply(task_id="parent")
+    task.apply(task_id="parent").get()
+    for headers in seen[2:]:
+        assert (headers["root_id"], headers["parent_id"]) == ("parent", "parent")
+    for headers in seen[:2]:
+        assert headers["parent_id"] == "parent"
+    task()  # called like a function, it is no task
+    assert "parent_id" not in seen[-1]
+    assert seen[-1]["root_id"] == seen[-1]["id"]
+
+
+def test_ml_tasks_take_what_celery_tasks_take() -> None:
+    """Id, headers, priority and times of an ML task travel as those of any other."""
+    task = TranscriptionTask(
+        7, "u", task_id="mine", headers={"tenant": "t"}, priority=3, countdown=10, expires=60
+    )
+    envelope = encode(task)
+    sent = properties(envelope)
+    assert envelope.message_id == sent.message_id == sent.headers["id"] == "mine"
+    assert (sent.headers["tenant"], sent.priority, sent.expiration) == ("t", 3, "60000")
+    assert sent.headers["eta"] == (NOW + timedelta(seconds=10)).isoformat()
+    assert sent.headers["expires"] == (NOW + timedelta(seconds=60)).isoformat()
+
+
+def test_names_of_the_request_cannot_be_headers() -> None:
+    """A worker would put a header in the place of its own attribute of that name, and crash."""
+    names = {name for name in vars(Context) if not name.startswith("__")}
+    assert {name for name in names if not name.startswith("_")} <= WORKERS_NAMES
+    for name in names | {"compression", "task", "lang"}:
+        refused(lambda name=name: simple(headers={name: CANARY}), InvalidTaskError, name)  # type: ignore[misc]

@@ -181,7 +181,7 @@ BAD_LINES = [
     (_line({"task": "PRIVATE"}), "task is missing or unknown"),
     (_line({"task": ["PRIVATE"]}), "task is missing or unknown"),
     (_line({"task": "summarization"}), "share_id is missing"),
-    (_line({"task": "summarization", "share_id": 1, "content": CONTENT}), "share_id is of typ"),
+    (_line({"task": "summarization", "share_id": 1.5, "content": CONTENT}), "share_id is of typ"),
     (_line({"task": "transcription", "share_id": "1"}), "media_url is missing"),
     (_line({"task": "embedding_batch"}), "items is missing"),
     (_line({"task": "celery", "name": "x"}), "routing_key is missing"),

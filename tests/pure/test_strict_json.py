@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
-from decimal import Decimal
 from enum import Enum, IntEnum
 from typing import Any
 
@@ -12,11 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlproducer.errors import InvalidMessageError
-from mlproducer.wire.strict_json import MAX_DEPTH, check, dumps
+from mlproducer import shapes
+from mlproducer.errors import InvalidMessageError, InvalidTaskError
+from mlproducer.wire.strict_json import dumps
 
 from .refusals import CANARY, refused
 from .tables import each_row
+
+MAX_DEPTH = 199
+"""Of a value in a task's arguments, which are one level themselves."""
 
 
 class Colour(str, Enum):
@@ -48,8 +50,8 @@ def looped() -> list[Any]:
 
 def encode(value: Any) -> bytes:
     """Encode a value of free form, as a publisher does."""
-    check("args", value)
-    return dumps("args", value)
+    kept = shapes.json_sequence("args", [value])[0]
+    return dumps("args", kept[0])
 
 
 texts = st.text('aé\u20ac\U0001f600\0\x1f\x7f"\\\u2028', max_size=8)
@@ -104,10 +106,7 @@ def test_accepts_the_longest_int() -> None:
 
 REFUSED = [
     ("set", {CANARY}, "set"),
-    ("datetime", datetime.now(timezone.utc), "datetime"),
-    ("bytes", CANARY.encode(), "bytes"),
     ("object", object(), "object"),
-    ("decimal", Decimal(1), "Decimal"),
     ("nan", float("nan"), "finite"),
     ("infinity", [float("inf")], "finite"),
     ("minus infinity", {"a": float("-inf")}, "finite"),
@@ -131,7 +130,7 @@ def test_refuses_what_json_cannot_carry() -> None:
     """Faults 63 and 64: a refusal names the field and the reason, at once, and no content."""
 
     def check(name: str, value: Any, word: str) -> None:
-        refused(lambda: encode(value), InvalidMessageError, "args", word, inside=True)
+        refused(lambda: encode(value), InvalidTaskError, "args", word, inside=True)
 
     each_row(REFUSED, check)
 
@@ -139,14 +138,14 @@ def test_refuses_what_json_cannot_carry() -> None:
 @pytest.mark.parametrize(
     ("value", "word"),
     [
-        ({"a": {CANARY}}, "set"),
-        ([float("nan")], "finite"),
-        (looped(), "holds itself"),
-        (nested(100_000), "200 levels"),
+        ({"a": {CANARY}}, "dict"),
+        ([float("nan")], "list"),
+        (looped(), "list"),
+        (nested(100_000), "list"),
         (CANARY + "\ud800", "surrogate"),
     ],
     ids=["set", "nan", "itself", "100,000 lists", "surrogate"],
 )
 def test_dumps_alone_refuses_what_the_encoder_cannot_write(value: Any, word: str) -> None:
-    """Values of a known shape skip the walk, and get the same error texts."""
+    """What was changed after it was checked is refused by its type."""
     refused(lambda: dumps("content", value), InvalidMessageError, "content", word, inside=True)

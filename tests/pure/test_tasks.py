@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -175,10 +177,23 @@ def test_spellings(wrap: Callable[[Any], Any]) -> None:
     )
 
 
-ANY_INT: Any = 7
+ANY: Any = 7.5
+LOOP: list[Any] = []
+LOOP += [LOOP, {"again": LOOP}]
+DEEP: list[Any] = []
+for _ in range(100_000):
+    DEEP = [DEEP]
 BAD = [
     (lambda: SummarizationTask("", TEXT), "share_id", "empty", "non-empty str"),
-    (lambda: SummarizationTask(ANY_INT, TEXT), "share_id", "int"),
+    (lambda: SummarizationTask(ANY, TEXT), "share_id", "float", "str, an int or a UUID"),
+    (lambda: SummarizationTask(True, TEXT), "share_id", "bool"),
+    (lambda: SummarizationTask(1 << 128, TEXT), "share_id", "range"),
+    (lambda: SummarizationTask("s", TEXT, eta=NOW, countdown=1), "eta and countdown"),
+    (lambda: TranscriptionTask("s", "u", headers={"stamps": {}}), "headers", "stamps"),
+    (lambda: TranscriptionTask("s", "u", headers={"_x": 1}), "headers", "_x"),
+    (lambda: EmbeddingTask("s", TEXT, priority=256), "priority", "range"),
+    (lambda: EmbeddingBatchTask([("s", TEXT)], task_id=""), "task_id", "empty"),
+    (lambda: batch([EmbeddingTask("s", TEXT, priority=1)]), "items[0]", "batch alone"),
     (lambda: summarize(CANARY), "content", "of type str", "mapping"),
     (lambda: summarize({}), "content.text", "missing"),
     (lambda: summarize({"text": None}), "content.text", "missing"),
@@ -206,7 +221,13 @@ BAD = [
     (lambda: transcribe(options={"normalize": "yes"}), "options.normalize", "str", "bool"),
     (lambda: embed({**TEXT, "type": "book"}), "content.type", "caption, transcript, article"),
     (lambda: embed({**TEXT, "metadata": [CANARY]}), "content.metadata", "list", "mapping"),
-    (lambda: embed({**TEXT, "metadata": {1: CANARY}}), "a key of content.metadata", "int"),
+    (lambda: embed({**TEXT, "metadata": {1: CANARY}}), "content.metadata", "key of type int"),
+    (lambda: embed({**TEXT, "metadata": {"a": [NOW]}}), "content.metadata.a[0]", "datetime"),
+    (
+        lambda: embed({**TEXT, "metadata": {f"{CANARY} ": {CANARY}}}),
+        "content.metadata.(key)",
+        "set",
+    ),
     (lambda: embed(options={"embedding_type": "x"}), "options.embeddingType", "composite"),
     (lambda: embed(options={"chunkStrategy": "x"}), "options.chunkStrategy", "paragraph"),
     (lambda: batch([]), "items", "empty"),
@@ -221,7 +242,7 @@ BAD = [
     (lambda: celery(args=CANARY), "args", "str", "list or a tuple"),
     (lambda: celery(args={CANARY}), "args", "set"),
     (lambda: celery(kwargs=[(CANARY, 1)]), "kwargs", "list", "mapping"),
-    (lambda: celery(kwargs={1: CANARY}), "a key of kwargs", "int"),
+    (lambda: celery(kwargs={1: CANARY}), "kwargs", "key of type int"),
     (lambda: celery(routing_key=None), "routing_key", "missing"),
     (lambda: celery(exchange=b"x"), "exchange", "bytes"),
     (lambda: celery(eta=NOW.replace(tzinfo=None)), "eta", "time zone"),
@@ -243,6 +264,15 @@ BAD = [
     (lambda: celery(headers={"task": CANARY, "id": "1"}), "headers", "id, task"),
     (lambda: celery(task_id=""), "task_id", "empty"),
     (lambda: celery(task_id=7), "task_id", "int"),
+    (lambda: celery(reply_to="é" * 128), "reply_to", "256 bytes"),
+    (lambda: celery(argsrepr=None), "argsrepr", "missing"),
+    (lambda: celery(kwargsrepr=5), "kwargsrepr", "int"),
+    (lambda: celery(time_limit=0), "time_limit", "above 0"),
+    (lambda: celery(time_limit="5"), "time_limit", "str"),
+    (lambda: celery(time_limit=5, soft_time_limit=6), "soft_time_limit", "above time_limit"),
+    (lambda: celery(kwargs={"a": {"b": [1, Fraction(1)]}}), "kwargs.a.b[1]", "Fraction"),
+    (lambda: celery(args=[LOOP]), "args", "holds itself"),
+    (lambda: celery(args=[DEEP]), "args", "200 levels"),
 ]
 
 
@@ -269,17 +299,30 @@ def test_copies_share_no_defaults() -> None:
     assert embed().content["metadata"] is not embed().content["metadata"]
 
 
-def test_copies_loops_and_depths_in_no_time() -> None:
-    """What JSON will refuse later is taken in without recursion and without a blow-up."""
-    loop: list[Any] = []
-    loop += [loop, {"again": loop}]
-    deep: list[Any] = []
-    for _ in range(100_000):
-        deep = [deep]
-    first, second = celery(args=[loop, deep]).args
-    assert first[0] is first
-    assert first is not loop
-    assert second[0] is not deep[0]
+@pytest.mark.parametrize("share_id", [12, uuid.UUID(int=12), "12"])
+def test_share_ids(share_id: Any) -> None:
+    """An id may be what a database gives; it travels as its text."""
+    for task in (
+        SummarizationTask(share_id, TEXT),
+        TranscriptionTask(share_id, "u"),
+        EmbeddingTask(share_id, TEXT),
+    ):
+        assert task.share_id == str(share_id)
+        assert task.payload()["share_id"] == str(share_id)
+
+
+def test_payload() -> None:
+    """What the worker gets, as it would read it, and free to be changed."""
+    task = EmbeddingTask("s", {"text": "t", "metadata": {"a": (1, [2])}}, {"backend": "local"})
+    payload = task.payload()
+    assert payload["content"] == {"text": "t", "type": "caption", "metadata": {"a": [1, [2]]}}
+    assert payload["options"]["backend"] == "local"
+    payload["content"]["metadata"].clear()
+    assert task.payload() != payload
+    assert summarize().payload(LOCAL)["options"]["backend"] == "local"
+    assert summarize().payload()["options"]["backend"] == "api"
+    assert celery(args=[(1,)], kwargs={"a": 1}).payload() == {"args": [[1]], "kwargs": {"a": 1}}
+    assert EmbeddingBatchTask([task]).payload() == {"tasks": [task.payload()]}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +347,8 @@ def test_repr_hides_content(task: object, expected: str) -> None:
         transcribe(),
         embed(),
         EmbeddingBatchTask([("a", TEXT)]),
-        celery(args=[1], eta=NOW, headers={"h": 1}),
+        celery(args=[1, uuid.UUID(int=1)], eta=NOW, headers={"h": 1}, reply_to="q", time_limit=5),
+        SummarizationTask("s", TEXT, headers={"h": 1}, priority=1, countdown=1, expires=NOW),
     ],
 )
 def test_is_plain_data(task: Any) -> None:
