@@ -160,7 +160,7 @@ class _Reader:
                 f"{where}: accepted are only amqp:// and amqps:// URLs, separated by commas"
                 f"{_ENCODE}"
             )
-        user_info, at, host_and_port = found["authority"].rpartition("@")
+        user_info, _, host_and_port = found["authority"].rpartition("@")
         path, query = found["path"] or "", found["query"] or ""
         if found["fragment"] or "@" in path + query or ";" in host_and_port + path + query:
             raise ConfigurationError(f"{where} holds @, ; or # behind its host{_ENCODE}")
@@ -174,7 +174,7 @@ class _Reader:
         mechanism = options.pop("auth_mechanism", self._defaults.auth_mechanism)
         if mechanism == "EXTERNAL" and not secure:
             raise ConfigurationError(f"{where}: EXTERNAL needs amqps:// and a client certificate")
-        user, password = self._credentials(user_info if at else None, host, mechanism, where)
+        user, password = self._credentials(user_info, host, mechanism, where)
         return Broker(
             host=host,
             port=port or (5671 if secure else 5672),
@@ -190,10 +190,10 @@ class _Reader:
         )
 
     def _credentials(
-        self, user_info: str | None, host: str, mechanism: str, where: str
+        self, user_info: str, host: str, mechanism: str, where: str
     ) -> tuple[str, str]:
         """Take the URL's user, or RabbitMQ's ``guest``, whom it accepts from loopback only."""
-        if user_info is not None:
+        if user_info:
             user, _, password = user_info.partition(":")
             return _unquoted(user, where), _unquoted(password, where)
         if mechanism == "EXTERNAL" or self._defaults.user_elsewhere:

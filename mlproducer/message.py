@@ -58,8 +58,11 @@ def _always(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
 class Message:
     """A message of any content, published as it stands.
 
+    Types are checked when it is made; the limits of AMQP, such as lengths, by ``publish()``.
+
     :ivar body: the payload
-    :ivar routing_key: at most 255 bytes of UTF-8, no control characters, like all short texts here
+    :ivar routing_key: at most 255 bytes of UTF-8, no control characters,
+        like the other short texts here
     :ivar exchange: the exchange's name; ``""`` is the default exchange, ``None`` the settings' one
     :ivar headers: AMQP field table of str, bytes, bool, int (64 bit), finite float, datetime (to
         the second), None, list and dict
@@ -72,29 +75,26 @@ class Message:
     :ivar timestamp: when it was made: a datetime with a time zone, or seconds since 1970
     :ivar user_id: the broker rejects any but the connection's own user (RabbitMQ guide,
         *Validated User-ID*)
-    :raises InvalidTaskError: a field is wrong; the text names the field, the type and what is
-        accepted
+    :raises InvalidTaskError: a field has a wrong type; the text names both, and what is accepted
     """
 
     body: bytes = field(validator=_always(shapes.body), repr=False)
-    routing_key: str = field(validator=_always(shapes.short))
-    exchange: str | None = field(default=None, validator=_given(shapes.short))
-    headers: Mapping[str, Any] | None = field(
-        default=None, validator=_given(shapes.headers), repr=False
-    )
-    content_type: str | None = field(default=None, validator=_given(shapes.short))
-    content_encoding: str | None = field(default=None, validator=_given(shapes.short))
-    priority: int | None = field(default=None, validator=_given(shapes.integer(0, 255)))
-    expiration: float | None = field(default=None, validator=_given(shapes.expiration))
-    message_id: str | None = field(default=None, validator=_given(shapes.short))
-    correlation_id: str | None = field(default=None, validator=_given(shapes.short), repr=False)
-    type: str | None = field(default=None, validator=_given(shapes.short))
-    persistent: bool = field(validator=_always(shapes.boolean), default=True)
-    mandatory: bool = field(validator=_always(shapes.boolean), default=True)
-    reply_to: str | None = field(default=None, validator=_given(shapes.short))
+    routing_key: str = field(validator=_always(shapes.a_str))
+    exchange: str | None = field(default=None, validator=_given(shapes.a_str))
+    headers: Mapping[str, Any] | None = field(default=None, repr=False)
+    content_type: str | None = field(default=None, validator=_given(shapes.a_str))
+    content_encoding: str | None = field(default=None, validator=_given(shapes.a_str))
+    priority: int | None = field(default=None, validator=_given(shapes.an_int))
+    expiration: float | None = field(default=None, validator=_given(shapes.a_number))
+    message_id: str | None = field(default=None, validator=_given(shapes.a_str))
+    correlation_id: str | None = field(default=None, validator=_given(shapes.a_str), repr=False)
+    type: str | None = field(default=None, validator=_given(shapes.a_str))
+    persistent: bool = field(default=True, validator=_always(shapes.boolean))
+    mandatory: bool = field(default=True, validator=_always(shapes.boolean))
+    reply_to: str | None = field(default=None, validator=_given(shapes.a_str))
     timestamp: datetime | int | None = field(default=None, validator=_given(shapes.timestamp))
-    app_id: str | None = field(default=None, validator=_given(shapes.short))
-    user_id: str | None = field(default=None, validator=_given(shapes.short))
+    app_id: str | None = field(default=None, validator=_given(shapes.a_str))
+    user_id: str | None = field(default=None, validator=_given(shapes.a_str))
 
     def __attrs_post_init__(self) -> None:
         """Keep copies of what the caller may go on changing."""

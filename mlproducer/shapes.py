@@ -48,6 +48,27 @@ def refuse(name: str, value: object, accepted: str, why: str = "") -> NoReturn:
     raise InvalidTaskError(f"{name} is {given}; accepted is {accepted}")
 
 
+def a_str(name: str, value: Any) -> Any:
+    """Accept a str; what it may hold is not looked at."""
+    if not isinstance(value, str):
+        refuse(name, value, "a str")
+    return value
+
+
+def an_int(name: str, value: Any) -> Any:
+    """Accept an int, and no bool; its range is not looked at."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        refuse(name, value, "an int")
+    return value
+
+
+def a_number(name: str, value: Any) -> Any:
+    """Accept an int or a float, and no bool; its range is not looked at."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        refuse(name, value, "an int or a float")
+    return value
+
+
 def string(name: str, value: Any) -> Any:
     """Accept a str."""
     if not isinstance(value, str):
@@ -190,15 +211,6 @@ def limit(name: str, value: Any) -> Any:
     """Accept a time limit: seconds above 0."""
     if seconds(name, value) == 0:
         refuse(name, value, "a number of seconds above 0", " but 0")
-    return value
-
-
-def expiration(name: str, value: Any) -> Any:
-    """Accept seconds that RabbitMQ's TTL can hold: 32 bits of milliseconds."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        refuse(name, value, "a number of seconds from 0 to 4294967")
-    if not 0 <= value <= 4_294_967:
-        refuse(name, value, "a number of seconds from 0 to 4294967", " but out of range")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A `Message` of any content, encoded as it stands.
+"""A `Message` of any content, checked against the limits of AMQP 0-9-1 and encoded as it stands.
 
 Runs on: any thread.
 """
@@ -14,9 +14,12 @@ def encode(message: Message, *, exchange: str) -> Envelope:
     """Turn a message into the form in which it travels; one without an id gets one.
 
     :param exchange: where it goes unless the message itself says
+    :raises InvalidMessageError: AMQP cannot carry one of its fields
     :raises MessageTooLargeError: its headers do not fit a frame
     """
     exchange = exchange if message.exchange is None else message.exchange
+    amqp.short_string("exchange", exchange)
+    amqp.short_string("routing_key", message.routing_key)
     message_id = new_id() if message.message_id is None else message.message_id
     return Envelope(
         message_id=message_id,

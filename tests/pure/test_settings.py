@@ -491,7 +491,7 @@ def test_no_password_in_reprs(password: str) -> None:
     assert pickle.loads(pickle.dumps(settings)) == settings
 
 
-TRICKY = st.lists(st.sampled_from([*",@:/;%?#[]&= ", "%2C", "%00", "amqp://", "1"]), max_size=4)
+TRICKY = st.lists(st.sampled_from([*",@:/;%?#[]&= ", "%2C", "%00", "://", "1"]), max_size=4)
 SCHEMES = ("amqp", "amqps", "pyamqp", "redis", "rediss", "redis+sentinel", "unix", "postgresql")
 
 
