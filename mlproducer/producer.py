@@ -28,7 +28,7 @@ from mlproducer.errors import (
     PublishError,
 )
 from mlproducer.message import Receipt
-from mlproducer.observe.callbacks import Callbacks, DeliveryFuture
+from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, EventName
 from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import Settings, redact
 from mlproducer.status import CloseReport, Status
@@ -238,17 +238,20 @@ class MLProducer:
         """Give rates, errors and dead letters of the last minutes, without asking the broker."""
         return self._recorder.recent()
 
-    def on(self, event: str, callback: Callable[..., object]) -> None:
+    def on(self, event: EventName, callback: Callable[..., object]) -> None:
         """Call ``callback`` at an event, on a thread of its own.
 
+        Where callbacks are so slow that 10,000 calls wait, further ones are left out, counted and
+        logged; what is added to a future by ``add_done_callback`` is always called.
+
         :param event: ``connected``, ``disconnected``, ``blocked``, ``unblocked``, ``gave_up``,
-            ``circuit_opened``, ``circuit_closed``, ``confirmed``, ``deferred``, ``dead_lettered``
+            ``circuit_opened``, ``circuit_closed``, ``confirmed``, ``deferred``, ``dead_lettered``,
+            or ``refused``: what was to be published after a COMMIT could not be handed over
         :param callback: takes an `mlproducer.observe.callbacks.Event`, or nothing
         :raises ValueError: there is no such event
+        :raises TypeError: the callback cannot be called
         """
         self._callbacks.add(event, callback)
-        if self._life.fleet is not None:
-            self._life.fleet.listen()
 
     def _state(self) -> ConnectionState:
         if self._life.fleet is not None:

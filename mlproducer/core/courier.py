@@ -176,6 +176,7 @@ class Courier:
         """Forget what came of the attempt before, and tell of this one."""
         delivery.counted = delivery.late = False
         delivery.returned = None
+        self._events.resumed(delivery)
         if delivery.doubtful:
             self._events.possible_duplicate(delivery)
         if delivery.attempts and not delivery.dead:

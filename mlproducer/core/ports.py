@@ -135,6 +135,9 @@ class Events:
     def late_confirm(self, delivery: Delivery) -> None:
         """The broker has one whose publisher waits no longer; `confirmed` follows."""
 
+    def resumed(self, delivery: Delivery) -> None:
+        """One that was kept, or tried before, is about to be written."""
+
     def retried(self, delivery: Delivery) -> None:
         """It is written again."""
 

@@ -65,12 +65,12 @@ class Fleet:
         recorder: Recorder,
     ) -> None:
         self.gate = Gate(settings.max_in_flight)
-        self.dispatcher = Dispatcher(self._spawn)
+        self.dispatcher = Dispatcher(self._spawn, self._event_dropped)
         self.durable = store.durable
         self._callbacks = callbacks
         self._meter = meter
         self._recorder = recorder
-        self._spans = Spans(self.dispatcher)
+        self._spans = Spans(self.dispatcher, durable=store.durable)
         self._log = LogSink()
         self._connected = Watch()
         numbers = range(settings.connections)
@@ -136,19 +136,14 @@ class Fleet:
         """
         try:
             self._ordinal = self.engines[0].take_ordinal()
+            self.dispatcher.start()
             self._resolver.start()
             for engine in self.engines:
                 engine.start(self)
             self._threads.append(self._spawn("retry", self._keeper.thread.run))
-            if self._callbacks:
-                self.dispatcher.start()
         except RuntimeError:
             self.close(0.0)
             raise
-
-    def listen(self) -> None:
-        """Start calling back."""
-        self.dispatcher.start()
 
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end links and threads, all within ``timeout`` and a margin."""
@@ -185,6 +180,7 @@ class Fleet:
             self._settle_rest()
         self._keeper.stop()
         self._resolver.stop()
+        self._spans.close()
         self.dispatcher.stop()
         every = [*self._threads, *self._resolver.threads, *self.dispatcher.threads]
         threads.join_all(every, deadline)
@@ -218,6 +214,9 @@ class Fleet:
 
     def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
         return threads.spawn(role, self._ordinal, target, self)
+
+    def _event_dropped(self) -> None:
+        self._events_of_all.events_dropped()
 
     def _watch(self) -> None:
         """Write the gauges down, and see that the I/O threads are alive."""

@@ -1,16 +1,19 @@
-"""A message's span in OpenTelemetry, after its semantic conventions for messaging and RabbitMQ.
+"""Spans of messages in OpenTelemetry, after its semantic conventions for messaging and RabbitMQ.
 
 Imported only where the process has imported OpenTelemetry itself. Without a tracer provider the
 span is one that records nothing and passes the caller's context on.
 
-Runs on: the publisher's thread, the I/O thread and the callbacks' thread.
+Runs on: the publisher's thread, the I/O thread, and the thread that ends spans.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mlproducer.errors import PublishError
@@ -31,7 +34,7 @@ class MessageSpan:
     """A span of kind PRODUCER.
 
     :ivar headers: the W3C trace context for the message
-    :ivar recording: somebody will see the span
+    :ivar recording: the span is kept
     """
 
     __slots__ = ("_span", "headers", "recording")
@@ -46,17 +49,9 @@ class MessageSpan:
 
     def describe(self, envelope: Envelope) -> None:
         """Say which message it is about: its route, id and size, nothing of what it says."""
-        exchange, key = envelope.exchange, envelope.routing_key
-        destination = ":".join(filter(None, (exchange, key))) or "amq.default"
-        self._span.update_name(f"{OPERATION} {destination}")
-        self._span.set_attributes(
-            {
-                "messaging.destination.name": destination,
-                "messaging.rabbitmq.destination.routing_key": key,
-                "messaging.message.id": envelope.message_id,
-                "messaging.message.body.size": len(envelope.body),
-            }
-        )
+        facts = _facts(envelope)
+        self._span.update_name(f"{OPERATION} {facts['messaging.destination.name']}")
+        self._span.set_attributes(facts)
 
     def event(self, name: str, reason: PublishError | None) -> None:
         """Note what happened on the way, with the name of the reason's class."""
@@ -67,10 +62,71 @@ class MessageSpan:
 
         :param at: nanoseconds since the epoch
         """
-        if error:
-            self._span.set_attribute("error.type", error)
-            self._span.set_status(trace.StatusCode.ERROR, error)
-        self._span.end(at)
+        _end(self._span, error, at)
+
+
+class LaterSpan:
+    """The span of an attempt whose message was stored, and may be another process's.
+
+    It is made at its end, all at once, since attempts begin on the I/O thread, where no tracer may
+    be called.
+
+    :param link: the ``traceparent`` of the message, to which the span links
+    :param at: when the attempt began, in nanoseconds since the epoch
+    """
+
+    headers: Mapping[str, str] = MappingProxyType({})
+    recording = True
+
+    def __init__(self, link: str, at: int) -> None:
+        self._link = link
+        self._began = at
+        self._facts: dict[str, str | int] = {}
+        self._events: list[tuple[str, dict[str, str], int]] = []
+
+    def describe(self, envelope: Envelope) -> None:
+        """Say which message it is about."""
+        self._facts = _facts(envelope)
+
+    def event(self, name: str, reason: PublishError | None) -> None:
+        """Note what happened on the way, with the name of the reason's class."""
+        attributes = {} if reason is None else {"reason": type(reason).__name__}
+        self._events.append((name, attributes, time.time_ns()))
+
+    def end(self, error: str, at: int) -> None:
+        """Begin and end the span; a trace of its own, since the first may have ended long ago.
+
+        :param at: nanoseconds since the epoch
+        """
+        first = trace.get_current_span(_propagator.extract({"traceparent": self._link}))
+        span = _tracer.start_span(
+            f"{OPERATION} {self._facts['messaging.destination.name']}",
+            Context(),
+            trace.SpanKind.PRODUCER,
+            {**_CONSTANT, **self._facts},
+            [trace.Link(first.get_span_context())],
+            self._began,
+        )
+        for name, attributes, happened in self._events:
+            span.add_event(name, attributes, happened)
+        _end(span, error, at)
+
+
+def _facts(envelope: Envelope) -> dict[str, str | int]:
+    exchange, key = envelope.exchange, envelope.routing_key
+    return {
+        "messaging.destination.name": ":".join(filter(None, (exchange, key))) or "amq.default",
+        "messaging.rabbitmq.destination.routing_key": key,
+        "messaging.message.id": envelope.message_id,
+        "messaging.message.body.size": len(envelope.body),
+    }
+
+
+def _end(span: trace.Span, error: str, at: int) -> None:
+    if error:
+        span.set_attribute("error.type", error)
+        span.set_status(trace.StatusCode.ERROR, error)
+    span.end(at)
 
 
 def begin(given: Mapping[str, str]) -> MessageSpan | None:

@@ -1,30 +1,46 @@
-"""One span for each message, from its publisher's call to its fate, where somebody traces.
+"""One span for each message, from its publisher's call to its fate, where the process traces.
 
-Whether anybody does is seen by OpenTelemetry being imported: nobody else could have set up a tracer
+Whether it traces is seen by OpenTelemetry being imported: nothing else could have set up a tracer
 or begun a span that a message should continue. So a process without it pays for one look.
 
+A message that is written to a durable store may wait there for long, and be delivered by another
+process. Its span ends with the event "stored"; each later attempt has a span of its own, which
+links to the first by the ``traceparent`` header that the message carries.
+
+A tracer is a user's code. It may be slow, so spans are ended on a thread of their own; it may
+fail, and then a message has no span, or one that is not complete.
+
 Runs on: `Spans.encode` and `Spans.follow` on the publisher's thread, events on the thread on which
-they happen; spans are ended, which runs foreign code, on the callbacks' thread.
+they happen, the ends of spans on the thread ``mlproducer-spans``.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 from mlproducer import tracing
 from mlproducer.core.delivery import Delivery
-from mlproducer.core.states import ConnectionState
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.message import Envelope
-from mlproducer.observe.callbacks import Dispatcher
+from mlproducer.observe.callbacks import Dispatcher, Lane
 from mlproducer.observe.events import EventSink
+from mlproducer.observe.fence import fenced
+from mlproducer.observe.lines import Lines
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_HEADER = re.compile(rb"\x0btraceparentS\x00\x00\x00\x37(00-[0-9a-f-]{51}[13579bdf])")
+"""The header of a message whose trace is sampled, as AMQP encodes it: name, type, length, value."""
 
 
 class Span(Protocol):
@@ -36,7 +52,7 @@ class Span(Protocol):
 
     @property
     def recording(self) -> bool:
-        """Whether anybody will see it."""
+        """Whether it is kept."""
 
     def describe(self, envelope: Envelope) -> None:
         """Say which message it is about."""
@@ -48,52 +64,116 @@ class Span(Protocol):
         """End it; with the name of an error's class, or with none."""
 
 
+class OpenSpan:
+    """A span that ends once, whatever becomes of the call that began it.
+
+    :param lane: where spans are ended
+    """
+
+    __slots__ = ("_lane", "_span")
+
+    def __init__(self, span: Span, lane: Lane) -> None:
+        self._lane = lane
+        self._span = [span]
+
+    def take(self) -> Span | None:
+        """Return the span to the one who ends it; ``None`` where it is ended."""
+        try:
+            return self._span.pop()
+        except IndexError:
+            return None
+
+    def note(self, name: str, reason: PublishError | None) -> None:
+        """Note what happened on the way."""
+        for span in self._span:
+            span.event(name, reason)
+
+    def end(self, error: str) -> None:
+        """End it soon."""
+        span = self.take()
+        if span is not None:
+            self._lane.call(partial(span.end, error, time.time_ns()))
+
+    def __del__(self) -> None:
+        # An interrupt may strike between any two steps of the publisher's call; then the message
+        # goes, and with it this. A forked child leaves the spans of its parent to that.
+        if self._lane.is_ours():
+            self.end("interrupted")
+
+
 class Spans(EventSink):
-    """The spans of one engine's messages."""
+    """The spans of one producer's messages.
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    :param durable: messages wait in a store that outlives the process
+    """
+
+    def __init__(self, dispatcher: Dispatcher, *, durable: bool = False) -> None:
         self._dispatcher = dispatcher
-        self._open: dict[Delivery, Span] = {}
-        self._begin: Callable[[Mapping[str, str]], Span | None] | None = None
+        self._durable = durable
+        self._lines = Lines(logger)
+        self._open: WeakKeyDictionary[Delivery, OpenSpan] = WeakKeyDictionary()
+        self._tracer: ModuleType | None = None
 
-    def encode(self, encode: Callable[[T], Envelope], task: T) -> tuple[Envelope, Span | None]:
+    def encode(self, encode: Callable[[T], Envelope], task: T) -> tuple[Envelope, OpenSpan | None]:
         """Encode a message that carries on the trace of its own span, if there is one."""
-        if self._begin is None and "opentelemetry.trace" in sys.modules:
-            self._use_opentelemetry()
-        span = None if self._begin is None else self._begin(tracing.current())
+        span = self._begin()
         if span is None:
             return encode(task), None
+        opened = OpenSpan(span, self._dispatcher.traces())
         try:
             with tracing.carrying(span.headers):
                 envelope = encode(task)
         except BaseException as error:
-            span.end(type(error).__name__, time.time_ns())
+            opened.end(type(error).__name__)
             raise
         if not span.recording:
+            opened.take()
             return envelope, None
-        span.describe(envelope)
-        return envelope, span
+        self._report(fenced(span.describe, envelope))
+        return envelope, opened
 
-    def _use_opentelemetry(self) -> None:
-        from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
-
-        self._begin = otel.begin
-
-    def follow(self, delivery: Delivery, span: Span) -> None:
+    def follow(self, delivery: Delivery, span: OpenSpan) -> None:
         """End the span with the message's fate."""
         self._open[delivery] = span
-        with contextlib.suppress(RuntimeError):  # the interpreter is ending, and starts no thread
-            self._dispatcher.start()
+
+    def close(self) -> None:
+        """End those that are left when the producer is closed, whose messages are stored."""
+        for reference in self._open.keyrefs():
+            delivery = reference()
+            if delivery is not None:
+                self._end_stored(delivery)
+
+    def _begin(self) -> Span | None:
+        if not self._traces():
+            return None
+        try:
+            begun: Span | None = self._tracer.begin(tracing.current())  # type: ignore[union-attr]
+        except Exception as error:  # noqa: BLE001 - a tracer may raise anything
+            self._report(error)
+            return None
+        return begun
+
+    def _traces(self) -> bool:
+        if self._tracer is None and "opentelemetry.trace" in sys.modules:
+            from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
+
+            self._tracer = otel
+        return self._tracer is not None
+
+    def _report(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._lines.log(logging.ERROR, "the tracer failed", error=error)
 
     # --- events --------------------------------------------------------------------------------
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """End those of a burst."""
-        if self._open:
+        if self._tracer is not None and self._open:
             self._end(deliveries, "")
 
     def dead_lettered(self, delivery: Delivery) -> None:
-        """End it as failed."""
+        """End it as failed; one that waited in a durable store has a span for this alone."""
+        self._resume(delivery)
         self._end((delivery,), RetriesExhaustedError.__name__)
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
@@ -101,37 +181,54 @@ class Spans(EventSink):
         self._end((delivery,), type(error).__name__)
 
     def deferred(self, delivery: Delivery) -> None:
-        """Note it, with the reason."""
+        """Note it, with the reason; in a durable store the message waits without its span."""
         self._note(delivery, "deferred")
+        if self._durable:
+            self._end_stored(delivery)
+
+    def failed(self, delivery: Delivery, error: PublishError) -> None:
+        """End the span of a later attempt, whose message goes back to the durable store."""
+        if self._durable and delivery.kept:
+            self.deferred(delivery)
+
+    def resumed(self, delivery: Delivery) -> None:
+        """Begin the span of a later attempt where the first span has ended, or is elsewhere."""
+        if not delivery.dead:
+            self._resume(delivery)
 
     def retried(self, delivery: Delivery) -> None:
         """Note it, with the reason."""
         self._note(delivery, "retried")
 
-    def state_changed(self, state: ConnectionState) -> None:
-        """End those that a durable store keeps when the producer is closed."""
-        if state is ConnectionState.CLOSED:
-            for delivery in self._open.copy():
-                self._note(delivery, "stored")
-                self._end((delivery,), "")
+    def _resume(self, delivery: Delivery) -> None:
+        if not self._durable or delivery in self._open or not self._traces():
+            return
+        found = _SAMPLED_HEADER.search(delivery.envelope.properties)
+        if found is not None:
+            link = found[1].decode()
+            span: Span = self._tracer.LaterSpan(link, time.time_ns())  # type: ignore[union-attr]
+            span.describe(delivery.envelope)
+            self._open[delivery] = OpenSpan(span, self._dispatcher.traces())
 
     def _note(self, delivery: Delivery, name: str) -> None:
-        span = self._open.get(delivery)
-        if span is not None:
-            span.event(name, delivery.reason)
+        opened = self._open.get(delivery)
+        if opened is not None:
+            self._report(fenced(opened.note, name, delivery.reason))
+
+    def _end_stored(self, delivery: Delivery) -> None:
+        opened = self._open.get(delivery)
+        if opened is not None:
+            self._report(fenced(opened.note, "stored", None))
+            self._end((delivery,), "")
 
     def _end(self, deliveries: Iterable[Delivery], error: str) -> None:
-        spans = [self._open.pop(delivery, None) for delivery in deliveries]
+        opened = [self._open.pop(delivery, None) for delivery in deliveries]
+        spans = [each.take() for each in opened if each is not None]
         ended = [span for span in spans if span is not None]
-        if not ended:
-            return
-        end = partial(_end_all, ended, error, time.time_ns())
-        if any(thread.is_alive() for thread in self._dispatcher.threads):
-            self._dispatcher.call(end)
-        else:
-            end()
+        if ended:
+            end = partial(self._end_all, ended, error, time.time_ns())
+            self._dispatcher.traces().call(end)
 
-
-def _end_all(spans: Iterable[Span], error: str, at: int) -> None:
-    for span in spans:
-        span.end(error, at)
+    def _end_all(self, spans: Iterable[Span], error: str, at: int) -> None:
+        for span in spans:
+            self._report(fenced(span.end, error, at))

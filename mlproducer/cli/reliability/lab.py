@@ -25,6 +25,7 @@ from mlproducer.cli.reliability.ledger import Account, Ledger
 from mlproducer.cli.reliability.trials import Need, UnexpectedError, expect, see
 from mlproducer.dead_letters import DeadLetters
 from mlproducer.errors import PublishError
+from mlproducer.observe.callbacks import EventName
 from mlproducer.testing import Proxy, RabbitMQError, RabbitMQNode
 
 TIMERS: dict[str, Any] = {
@@ -133,7 +134,7 @@ class Lab:
         """Give the broker's address behind a proxy."""
         return proxy.url(self.url.partition(",")[0].strip())
 
-    def events(self, producer: MLProducer, name: str) -> queue.SimpleQueue[Any]:
+    def events(self, producer: MLProducer, name: EventName) -> queue.SimpleQueue[Any]:
         """Collect a producer's events of one name from now on."""
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         producer.on(name, events.put)
