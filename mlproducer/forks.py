@@ -14,6 +14,8 @@ import os
 import threading
 from collections.abc import Callable
 
+from mlproducer.fence import fenced, write
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,10 +48,10 @@ class _Process:
             self._begins = True
             try:
                 for step in self.steps:
-                    try:
-                        step()
-                    except Exception:
-                        logger.exception("a step after a fork failed; going on")
+                    error = fenced(step)
+                    if error is not None:
+                        text = "a step after a fork failed; going on"
+                        write(logger, logging.ERROR, text, error=error)
                 self.pid = os.getpid()  # last: until then other threads have to wait for the lock
             finally:
                 self._begins = False

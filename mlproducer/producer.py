@@ -27,6 +27,7 @@ from mlproducer.errors import (
     InvalidTaskError,
     PublishError,
 )
+from mlproducer.fence import write
 from mlproducer.message import Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, EventName
 from mlproducer.observe.recent import Recent, Recorder
@@ -355,7 +356,12 @@ class MLProducer:
         if self._life.fleet is not None and not self._life.closed:
             lost = self.close(max(0.0, deadline - time.monotonic())).abandoned
             if lost:
-                logger.error("the process ends: messages lost that lived in memory: %d", len(lost))
+                write(
+                    logger,
+                    logging.ERROR,
+                    "the process ends: messages lost that lived in memory: %d",
+                    len(lost),
+                )
 
 
 def _checked(timeout: float) -> float:

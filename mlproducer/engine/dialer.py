@@ -30,6 +30,7 @@ from mlproducer.engine.link import EventLoop, Link
 from mlproducer.engine.losses import NOT_ALLOWED
 from mlproducer.engine.resolver import Resolver
 from mlproducer.engine.roles import DialerOwner
+from mlproducer.fence import write
 from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
@@ -393,7 +394,13 @@ class Dialer:
         if self._way is None or self._loop is None:
             return
         delay = max(1.0, self._way.identity.lifetime * RENEW_AGAIN)
-        logger.warning("a token was not renewed: %s; trying again in %.0f s", loss.text, delay)
+        write(
+            logger,
+            logging.WARNING,
+            "a token was not renewed: %s; trying again in %.0f s",
+            loss.text,
+            delay,
+        )
         self._renewal = self._loop.call_later(delay, self._renew)
 
     # --- time ----------------------------------------------------------------------------------

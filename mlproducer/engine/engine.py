@@ -26,6 +26,7 @@ from mlproducer.engine.io_thread import IOThread, Standing
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.resolver import Resolver
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
+from mlproducer.fence import write
 from mlproducer.latch import Latch, Watch
 from mlproducer.observe.callbacks import Dispatcher
 from mlproducer.observe.events import EventSink
@@ -103,7 +104,7 @@ class Engine:
         """Replace an I/O thread that died in spite of everything."""
         thread = self._threads.get("io")
         if thread is not None and not self._closing and not thread.is_alive():
-            logger.critical("the I/O thread died; starting another")
+            write(logger, logging.CRITICAL, "the I/O thread died; starting another")
             self._spawn_io()
 
     def shelve(self) -> Latch:

@@ -28,6 +28,7 @@ from mlproducer.engine.directory import Directory
 from mlproducer.engine.engine import Engine, Shared
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
+from mlproducer.engine.quiet import quieten_pika
 from mlproducer.engine.resolver import Resolver
 from mlproducer.errors import ProducerClosedError
 from mlproducer.latch import Latch, Watch
@@ -296,5 +297,6 @@ def assemble(
     :param store: ``None`` is what the settings name
     :raises ConfigurationError: the settings do not fit together
     """
+    quieten_pika()
     made = open_store(settings) if store is None else store
     return Fleet(settings, made, callbacks, meter, recorder)

@@ -16,6 +16,7 @@ from typing import Protocol
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.engine.link import EventLoop
 from mlproducer.engine.mailbox import Item, Mailbox, Order
+from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class Reactor:
         self._loop.add_callback_threadsafe(self._loop.stop)
         try:
             self._loop.start()
-        except Exception:
-            logger.exception("the I/O loop failed again while it was cleared away")
+        except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
+            text = "the I/O loop failed again while it was cleared away"
+            write(logger, logging.ERROR, text, error=error)
         self._loop.close()

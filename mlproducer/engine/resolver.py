@@ -16,6 +16,7 @@ from functools import partial
 from mlproducer.core.ports import Loss
 from mlproducer.engine.directory import Directory, Identity, Route, UnreachableError, Way
 from mlproducer.engine.threads import TimerThread
+from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ class Resolver:
             found: Way | Loss = self.directory.find(turn)
         except UnreachableError as error:
             found = error.loss
-        except Exception as error:
-            logger.exception("looking up a broker failed")
+        except BaseException as error:  # noqa: BLE001 - the user's callable may raise anything
+            write(logger, logging.ERROR, "looking up a broker failed", error=error)
             found = Loss(f"looking up the broker failed ({type(error).__name__})")
         done(found)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from mlproducer import forks
+from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,8 @@ class TimerThread:
                 task = self._errand if self.due is not None else _nothing
             try:
                 task()
-            except Exception:
-                logger.exception("a timer thread's step failed; going on")
+            except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
+                write(logger, logging.ERROR, "a timer thread's step failed; going on", error=error)
 
     def _patience(self) -> float:
         return IDLE if self.due is None else max(0.0, self.due - time.monotonic())

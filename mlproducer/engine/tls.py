@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlproducer.brokers import TLSSettings
 from mlproducer.errors import ConfigurationError
+from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,11 @@ class TLSFiles:
         self._failed: _Stamp | None = None
         self._context = make_context(settings)
         if not settings.verify_peer:
-            logger.warning(
+            write(
+                logger,
+                logging.WARNING,
                 "TLS without certificate check (RABBITMQ_VERIFY_PEER=false): "
-                "anyone in the network path can read and change what is published"
+                "anyone in the network path can read and change what is published",
             )
 
     def context(self) -> ssl.SSLContext:
@@ -67,14 +70,16 @@ class TLSFiles:
             self._context = make_context(self.settings)
         except ConfigurationError as error:
             if self._failed is None:
-                logger.warning(
+                write(
+                    logger,
+                    logging.WARNING,
                     "the TLS files have changed and do not load: %s; going on with the old ones",
                     error,
                 )
             self._failed = stamp
         else:
             if self._failed is not None:
-                logger.warning("the TLS files load again")
+                write(logger, logging.WARNING, "the TLS files load again")
             self._stamp, self._failed = stamp, None
 
     def _look(self) -> _Stamp:

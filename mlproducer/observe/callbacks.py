@@ -28,10 +28,10 @@ from mlproducer.core.ports import Loss
 from mlproducer.core.states import CircuitState
 from mlproducer.errors import PublishError
 from mlproducer.fate import Fate
+from mlproducer.fence import fenced
 from mlproducer.message import Receipt
 from mlproducer.observe import catalog
 from mlproducer.observe.events import EventSink
-from mlproducer.observe.fence import fenced
 from mlproducer.observe.lines import Lines
 from mlproducer.observe.tally import Cells
 

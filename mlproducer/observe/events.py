@@ -12,7 +12,7 @@ from typing import Any
 from mlproducer.core.ports import Events, Loss
 from mlproducer.core.states import ConnectionState
 from mlproducer.errors import PublishError, StoreError
-from mlproducer.observe.fence import stopped
+from mlproducer.fence import stopped
 from mlproducer.observe.lines import Lines
 
 logger = logging.getLogger(__name__)

@@ -13,22 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from mlproducer.observe.fence import fenced
+from mlproducer.fence import write
 from mlproducer.observe.limiter import Limiter
-
-
-def write(
-    to: logging.Logger,
-    level: int,
-    text: str,
-    *args: object,
-    error: BaseException | None = None,
-) -> None:
-    """Log a line; what a handler raises ends here, since there is nowhere left to say it.
-
-    :param error: whose traceback follows
-    """
-    fenced(to.log, level, text, *args, exc_info=error)
 
 
 class Lines:

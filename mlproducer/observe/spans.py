@@ -29,10 +29,10 @@ from weakref import WeakKeyDictionary
 from mlproducer import tracing
 from mlproducer.core.delivery import Delivery
 from mlproducer.errors import PublishError, RetriesExhaustedError
+from mlproducer.fence import fenced
 from mlproducer.message import Envelope
 from mlproducer.observe.callbacks import Dispatcher, Lane
 from mlproducer.observe.events import EventSink
-from mlproducer.observe.fence import fenced
 from mlproducer.observe.lines import Lines
 
 T = TypeVar("T")

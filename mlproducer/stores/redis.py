@@ -19,6 +19,7 @@ from typing import Any
 from attrs import frozen
 
 from mlproducer.errors import StoreError
+from mlproducer.fence import write
 from mlproducer.stores import redis_scripts as scripts
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.redis_link import TIMEOUT, Link
@@ -150,7 +151,12 @@ class RedisStore:
         try:
             self._settle()
         except StoreError as error:
-            logger.warning("messages are stored, but wait until this has ended: %s", error)
+            write(
+                logger,
+                logging.WARNING,
+                "messages are stored, but wait until this has ended: %s",
+                error,
+            )
         return claims
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
@@ -295,12 +301,14 @@ class RedisStore:
         try:
             self._run(scripts.QUARANTINE, 0, *(each for row in unreadable for each in row))
         except StoreError as error:
-            logger.warning("unreadable rows could not be put aside: %s", error)
+            write(logger, logging.WARNING, "unreadable rows could not be put aside: %s", error)
         self._tell([key for key, _ in unreadable])
 
     def _tell(self, bad: Sequence[bytes]) -> None:
         for key in bad:
-            logger.error(
+            write(
+                logger,
+                logging.ERROR,
                 "row %s of the store at %s is unreadable; its key is now in %squarantine",
                 ascii(key.decode(errors="replace")[:100]),
                 self.name,

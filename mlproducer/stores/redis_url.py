@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from attrs import field, frozen
 
 from mlproducer.errors import ConfigurationError
+from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,9 @@ def _check_tls(address: Address) -> None:
             "certificate with its private key, which needs no password"
         ) from None
     if not address.verify:
-        logger.warning(
+        write(
+            logger,
+            logging.WARNING,
             "TLS to the store at %s without certificate check (ssl_cert_reqs=none): "
             "anyone in the network path can read and change what is stored",
             address.name,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from mlproducer.fence import write
 from mlproducer.stores import sqlite_rows as rows_of
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.sqlite_link import Connection, Link
@@ -235,7 +236,9 @@ class SQLiteStore:
 
     def _tell(self, found: Found) -> None:
         for key in found.damaged:
-            logger.error(
+            write(
+                logger,
+                logging.ERROR,
                 "row %d of the store %s is damaged; it is now in the table quarantine",
                 key,
                 self.name,

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlproducer.errors import StoreError
+from mlproducer.fence import write
 from mlproducer.stores.sqlite_owners import Owner
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ def check_mounts(path: str) -> None:
             kind, longest = file_system, len(point)
     if kind in NETWORK and path not in _told:
         _told.add(path)
-        logger.warning(
+        write(
+            logger,
+            logging.WARNING,
             "the store %s is on a file system of the network (%s), on which SQLite's locks and log "
             "are not reliable: messages may be lost or sent again. Use a local disk; to share a "
             "store between machines use Redis or PostgreSQL",

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mlproducer"
 
 FLOORS = [
-    {"errors"},
+    {"errors", "fence"},
     {"latch", "forks"},
     {"topology", "brokers", "shapes"},
     {"settings", "message", "tracing"},

@@ -5,16 +5,25 @@ They run on a thread of their own; events are told there, and so are done-callba
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import logging
+import os
+import queue
+import signal
 import threading
 import time
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from mlproducer import ConnectionState
+from mlproducer import ConnectionState, MLProducer, Settings
 from mlproducer.errors import WouldDeadlockError
+from mlproducer.observe.callbacks import MAX_QUEUED
 from tests.helpers import LIMIT, make_message
-from tests.threaded.conftest import Connect, Serve
+from tests.threaded.conftest import FAKE_BROKER, Connect, Serve
+from tests.threaded.moods import events_of
 
 
 @pytest.mark.parametrize("how", ["event", "done"])
@@ -140,3 +149,224 @@ def test_events(connect: Connect, serve: Serve) -> None:
     ]
     with pytest.raises(ValueError, match="event must be one of"):
         producer.on("exploded", print)
+
+
+# --- lanes -------------------------------------------------------------------------------------
+
+
+def names_of_threads() -> set[str]:
+    """Give the names of the library's threads, without the fake broker's."""
+    names = {thread.name for thread in threading.enumerate()}
+    return {name for name in names if name.startswith("mlproducer-")} - {FAKE_BROKER}
+
+
+def test_threads_are_there_from_the_start(connect: Connect, serve: Serve) -> None:
+    """Callbacks have their threads before any is added: late in a program's life none starts."""
+    producer = connect(serve())
+    assert producer.wait_connected(LIMIT)
+    assert {"mlproducer-events", "mlproducer-futures"} <= names_of_threads()
+
+
+def test_done_callbacks_are_never_left_out(connect: Connect, serve: Serve) -> None:
+    """More of them than events may wait are all called, beside an event's callback that hangs."""
+    producer = connect(serve(), max_in_flight=5000)
+    free, last, called = threading.Event(), threading.Event(), itertools.count(1)
+    total = MAX_QUEUED + 2000
+    producer.on("confirmed", lambda _: free.wait(LIMIT))
+
+    def done(_future: Any) -> None:
+        if next(called) == total:
+            last.set()
+
+    for _ in range(total):
+        producer.submit(make_message()).add_done_callback(done)
+    assert last.wait(2 * LIMIT)
+    assert not free.is_set()
+    free.set()
+
+
+def test_a_coroutine_wakes_beside_a_slow_event(connect: Connect, serve: Serve) -> None:
+    """A future that a coroutine awaits wakes it, whatever an event's callback does."""
+    producer = connect(serve())
+    free = threading.Event()
+    producer.on("confirmed", lambda _: free.wait(LIMIT))
+    producer.publish(make_message())
+
+    async def wait() -> bool:
+        return (await asyncio.wrap_future(producer.submit(make_message()))).confirmed
+
+    assert asyncio.run(asyncio.wait_for(wait(), LIMIT))
+    free.set()
+
+
+def test_events_left_out_are_counted_and_told(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two lines, however many are left out: that it begins, and how many it were; and a counter."""
+    caplog.set_level(logging.DEBUG, "mlproducer")
+    registry = CollectorRegistry()
+    settings = Settings(url=serve().url, max_in_flight=5000)
+    entered, free, called = threading.Event(), threading.Event(), itertools.count()
+
+    def hang(_event: object) -> None:
+        next(called)
+        entered.set()
+        assert free.wait(LIMIT)
+
+    with MLProducer(settings, registry=registry) as producer:
+        producer.on("confirmed", hang)
+        producer.publish(make_message())
+        assert entered.wait(LIMIT)
+        producer.publish_many(make_message() for _ in range(MAX_QUEUED + 321))
+        free.set()
+    left_out = 321
+    assert next(called) == 1 + MAX_QUEUED + 321 - left_out
+    assert registry.get_sample_value("ml_producer_events_dropped_total") == left_out
+    lines = [each.getMessage() for each in caplog.records if "callbacks" in each.name]
+    assert lines == [
+        "callbacks are too slow: leaving out events",
+        f"callbacks have caught up left_out={left_out}",
+    ]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), RuntimeError()], ids=repr)
+def test_no_callback_ends_a_thread(connect: Connect, serve: Serve, error: BaseException) -> None:
+    """Whatever a callback raises, those after it are called, and on the same threads as before."""
+    producer = connect(serve())
+    ran_on: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def raise_it(_: object) -> None:
+        raise error
+
+    def note(_: object) -> None:
+        ran_on.put(threading.current_thread().name)
+
+    for callback in (raise_it, note):
+        producer.on("confirmed", callback)
+    for expected in ("mlproducer-events",) * 2:
+        producer.publish(make_message())
+        assert ran_on.get(timeout=LIMIT) == expected
+    producer.on("confirmed", lambda _: None)
+    for _ in range(2):
+        future = producer.submit(make_message())
+        future.add_done_callback(raise_it)
+        future.add_done_callback(note)
+        names = {ran_on.get(timeout=LIMIT), ran_on.get(timeout=LIMIT)}
+        assert names == {"mlproducer-events", "mlproducer-futures"}
+
+
+def test_first_callbacks_of_several_threads(connect: Connect, serve: Serve) -> None:
+    """Threads that add the first callbacks at once have none of theirs run on the I/O thread."""
+    ran_on: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for _ in range(20):
+        producer = connect(serve())
+        assert producer.wait_connected(LIMIT)
+        together = threading.Barrier(4)
+
+        def submit(producer: MLProducer = producer, together: Any = together) -> None:
+            together.wait(LIMIT)
+            future = producer.submit(make_message())
+            future.add_done_callback(lambda _: ran_on.put(threading.current_thread().name))
+
+        threads = [threading.Thread(target=submit) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        names = {ran_on.get(timeout=LIMIT) for _ in threads}
+        assert names == {"mlproducer-futures"}
+        producer.close(1.0)
+
+
+def test_a_callback_that_comes_after_the_end(connect: Connect, serve: Serve) -> None:
+    """A callback that is added to a future when its producer is closed is called all the same."""
+    producer = connect(serve())
+    future = producer.submit(make_message())
+    producer.close()
+    called = threading.Event()
+    future.add_done_callback(lambda _: called.set())
+    assert called.wait(LIMIT)
+    for thread in threading.enumerate():
+        if thread.name == "mlproducer-futures":
+            thread.join(LIMIT)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
+def test_a_callback_in_a_forked_child(connect: Connect, serve: Serve) -> None:
+    """A callback that a child adds to a done future of its parent's is called there."""
+    producer = connect(serve())
+    future = producer.submit(make_message())
+    assert future.result(LIMIT).confirmed
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(LIMIT))
+        called: list[bool] = []
+        future.add_done_callback(lambda done: called.append(done.done()))
+        os._exit(called != [True])
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("callback", [None, 5, "f"])
+def test_what_cannot_be_called_is_refused(callback: Any) -> None:
+    """It is refused when it is handed in, and not found out at the first event."""
+    with pytest.raises(TypeError, match="callback must be callable, got"):
+        MLProducer(Settings(url="amqp://u:p@h/")).on("connected", callback)
+
+
+@pytest.mark.parametrize("name", ["confirmd", "", None, ["connected"], 3])
+def test_events_that_there_are_not(name: Any) -> None:
+    """An event that there is not is refused with the list of those that there are."""
+    with pytest.raises(ValueError, match=r"^event must be one of connected, .*, refused$"):
+        MLProducer(Settings(url="amqp://u:p@h/")).on(name, print)
+
+
+# --- logging handlers --------------------------------------------------------------------------
+
+
+class ToBroker(logging.Handler):
+    """Publishes each line, as handlers do that send logs to a broker; or raises."""
+
+    def __init__(self, producer: MLProducer, error: BaseException | None) -> None:
+        super().__init__()
+        self._producer = producer
+        self._error = error
+        self.refused: list[str] = []
+        self.lines = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Publish, or raise."""
+        self.lines += 1
+        if self._error is not None:
+            raise self._error
+        try:
+            self._producer.submit(make_message())
+        except WouldDeadlockError:
+            self.refused.append(threading.current_thread().name)
+            raise
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError(), SystemExit(3)], ids=repr)
+def test_logging_handlers(connect: Connect, serve: Serve, error: BaseException | None) -> None:
+    """A handler of all loggers that publishes, or raises, ends and holds up no thread of ours."""
+    broker = serve()
+    producer = connect(broker)
+    assert producer.wait_connected(LIMIT)
+    handler = ToBroker(producer, error)
+    roots = [logging.getLogger(name) for name in ("mlproducer", "pika")]
+    levels = [logger.level for logger in roots]
+    for logger in roots:
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+    try:
+        assert producer.publish(make_message()).confirmed
+        threads = {thread.ident for thread in threading.enumerate()}
+        seen = events_of(producer, "disconnected", "connected")
+        broker.connections[0].reset()
+        seen.wait_for("disconnected", "connected")
+        assert producer.publish(make_message()).confirmed
+        assert {thread.ident for thread in threading.enumerate()} == threads
+    finally:
+        for logger, level in zip(roots, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    assert handler.lines > 2
+    assert set(handler.refused) <= {"mlproducer-io", "mlproducer-resolver"}
+    assert bool(handler.refused) == (error is None)

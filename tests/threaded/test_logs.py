@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pika
 import pytest
 
 from mlproducer import MLProducer
@@ -111,3 +113,68 @@ def test_connections(
         act(broker, producer)
     producer.close(LIMIT)
     assert any("suppressed=" in line for line in check(caplog))
+
+
+# --- pika's lines ------------------------------------------------------------------------------
+
+
+class Caught(logging.Handler):
+    """Keeps the names of the threads on which lines of pika's were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        if record.name.startswith("pika"):
+            self.threads.add(str(record.threadName))
+
+
+@pytest.fixture
+def caught() -> Iterator[Caught]:
+    """Catch pika's lines where an application does, at the root."""
+    handler, pika = Caught(), logging.getLogger("pika")
+    level = pika.level
+    logging.root.addHandler(handler)
+    yield handler
+    logging.root.removeHandler(handler)
+    pika.setLevel(level)
+
+
+@pytest.mark.parametrize(("level", "shown"), [(logging.INFO, set()), (logging.DEBUG, {"io"})])
+def test_pika_is_quiet(
+    connect: Connect, serve: Serve, caught: Caught, level: int, shown: set[str]
+) -> None:
+    """A broker that cannot be reached is our one line; DEBUG shows pika's as well."""
+    broker = serve()
+    producer = connect(broker)
+    assert producer.wait_connected(LIMIT)
+    logging.getLogger("pika").setLevel(level)
+    refuse(broker, producer)
+    producer.close(LIMIT)
+    assert {name.removeprefix("mlproducer-") for name in caught.threads} == shown
+
+
+def test_other_users_of_pika_are_heard(connect: Connect, serve: Serve, caught: Caught) -> None:
+    """What another connection of the process logs through pika is shown as ever."""
+    producer = connect(serve())
+    assert producer.wait_connected(LIMIT)
+    logging.getLogger("pika").setLevel(logging.INFO)
+    with pytest.raises(pika.exceptions.AMQPConnectionError):
+        pika.BlockingConnection(pika.ConnectionParameters("127.0.0.1", 1))
+    assert caught.threads == {threading.current_thread().name}
+
+
+def test_filters_of_the_application_hold(
+    connect: Connect, serve: Serve, caught: Caught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filter of the application's own on a logger of pika's still decides, also at DEBUG."""
+    producer = connect(serve())
+    assert producer.wait_connected(LIMIT)
+    logging.getLogger("pika").setLevel(logging.DEBUG)
+    for name in [each for each in logging.root.manager.loggerDict if each.startswith("pika")]:
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "filters", [*logger.filters, lambda _record: False])
+    producer.close(LIMIT)
+    assert caught.threads == set()

@@ -9,6 +9,7 @@ Runs on: any thread.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -30,3 +31,17 @@ def stopped(error: BaseException) -> BaseException:
     if interrupt and threading.current_thread() is threading.main_thread():
         raise error
     return error
+
+
+def write(
+    to: logging.Logger,
+    level: int,
+    text: str,
+    *args: object,
+    error: BaseException | None = None,
+) -> None:
+    """Log a line on a thread of ours; what a handler raises ends here.
+
+    :param error: whose traceback follows
+    """
+    fenced(to.log, level, text, *args, exc_info=error)
