@@ -66,8 +66,8 @@ class _Questions:
         channel.exchange_declare(self._exchange, passive=True, callback=self._on_answer)
 
     def on_closed(self, loss: Loss) -> None:
-        """Take the broker's refusal for an answer."""
-        if self._left:
+        """Take the broker's refusal for an answer; without a reply code it has not said a word."""
+        if self._left and loss.reply_code:
             self._events.health_fault(self._left[0], loss)
         self._alive()
 

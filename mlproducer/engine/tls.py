@@ -149,6 +149,8 @@ def _present(
     _check_file("tls.keyfile (RABBITMQ_SSL_KEYFILE)", keyfile)
     try:
         context.load_cert_chain(certfile, keyfile, password=password)
+    except ConfigurationError:  # the key's password, which has its own words
+        raise
     except (OSError, ValueError) as error:  # ssl.SSLError, or a password of over 1024 bytes
         wrong = ", or the key's password is wrong" if password.asked else ""
         raise ConfigurationError(
@@ -175,7 +177,7 @@ class _KeyPassword:
             return self._settings.key_password
         if path is None:
             raise ConfigurationError(
-                "tls.keyfile (RABBITMQ_SSL_KEYFILE): the private key is encrypted; its password is "
+                "tls.keyfile (RABBITMQ_SSL_KEYFILE): the private key needs a password, which is "
                 "read from RABBITMQ_SSL_KEY_PASSWORD or RABBITMQ_SSL_KEY_PASSWORD_FILE "
                 "(TLSSettings.key_password, key_password_file)"
             )
