@@ -103,6 +103,10 @@ class Behaviour:
         """A client opens a virtual host: let it in."""
         connection.send_method(0, spec.Connection.OpenOk())
 
+    def on_update_secret(self, connection: FakeConnection, secret: str) -> None:
+        """A client renews its token: take it."""
+        connection.send_method(0, spec.Connection.UpdateSecretOk())
+
     def on_close(self, connection: FakeConnection) -> None:
         """A client closes its connection: agree, and end it."""
         connection.send_method(0, spec.Connection.CloseOk())
@@ -312,6 +316,10 @@ class FakeConnection:
             self._start_heartbeats(method.heartbeat)
         elif isinstance(method, spec.Connection.Open):
             self._obey(self._behaviour.on_open, self, method.virtual_host)
+        elif isinstance(method, spec.Connection.UpdateSecret):
+            secret = method.new_secret
+            text = secret.decode() if isinstance(secret, bytes) else str(secret)
+            self._obey(self._behaviour.on_update_secret, self, text)
         elif isinstance(method, spec.Connection.Close):
             self._obey(self._behaviour.on_close, self)
         else:
