@@ -317,9 +317,7 @@ class FakeConnection:
         elif isinstance(method, spec.Connection.Open):
             self._obey(self._behaviour.on_open, self, method.virtual_host)
         elif isinstance(method, spec.Connection.UpdateSecret):
-            secret = method.new_secret
-            text = secret.decode() if isinstance(secret, bytes) else str(secret)
-            self._obey(self._behaviour.on_update_secret, self, text)
+            self._obey(self._behaviour.on_update_secret, self, method.new_secret)
         elif isinstance(method, spec.Connection.Close):
             self._obey(self._behaviour.on_close, self)
         else:

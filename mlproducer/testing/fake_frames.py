@@ -16,6 +16,7 @@ from pika import exceptions, frame, spec
 __all__ = ["FRAME_HEADER", "Channel", "take_frame"]
 
 FRAME_HEADER = struct.Struct(">BHI")
+_UPDATE_SECRET = struct.pack(">I", spec.Connection.UpdateSecret.INDEX)
 
 
 @define
@@ -80,4 +81,12 @@ def take_frame(inbox: bytearray, frame_max: int) -> frame.Frame | None:
         return None
     data = bytes(inbox[:size])
     del inbox[:size]
+    if data[0] == spec.FRAME_METHOD and data[7:11] == _UPDATE_SECRET:
+        return frame.Method(0, _update_secret(data))
     return frame.decode_frame(data)[1]
+
+
+def _update_secret(data: bytes) -> spec.Connection.UpdateSecret:
+    """Decode what pika, being a client, only encodes."""
+    (length,) = struct.unpack_from(">I", data, 11)
+    return spec.Connection.UpdateSecret(data[15 : 15 + length].decode(), "")

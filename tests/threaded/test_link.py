@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -350,15 +351,33 @@ def test_nonsense(connect: Connect, serve: Serve, nonsense: str) -> None:
     lives(producer)
 
 
-@pytest.mark.parametrize("size", [2**31 - 1, 2**32 - 1])
-def test_a_frame_of_gigabytes(connect: Connect, serve: Serve, size: int) -> None:
-    """A false length field swallows what follows; without confirms the link is replaced (56)."""
+@pytest.mark.parametrize("size", [131_073 - 8, 2**31 - 1, 2**32 - 1])
+def test_a_frame_over_the_limit(connect: Connect, serve: Serve, size: int) -> None:
+    """A length over what was agreed ends the link at once, before what it announces has come (56).
+
+    Otherwise a broker that trickles is listened to for ever, and its bytes copied over and over.
+    """
     broker = serve(FirstIsLost())
-    producer = connect(broker, confirm_give_up=0.3)
+    producer = connect(broker)
     future = producer.submit(make_message())
     [message] = broker.wait_for_messages(1, LIMIT)
+    begun = time.monotonic()
     message.connection.send_frame(3, 1, b"x" * 1000, length=size)
     assert future.result(LIMIT).attempts == 2
+    assert time.monotonic() - begun < LIMIT / 2
+
+
+def test_a_frame_of_the_greatest_length(connect: Connect, serve: Serve) -> None:
+    """A frame that just fits is taken."""
+    broker = serve(Silent())
+    producer = connect(broker)
+    future = producer.submit(make_message(body=b"x" * 1_000_000))
+    [message] = broker.wait_for_messages(1, LIMIT)
+    message.connection.return_(message.channel, message)  # in frames of 131,072 bytes
+    ack(message)
+    ack(broker.wait_for_messages(2, LIMIT)[-1])
+    assert future.result(LIMIT).attempts == 2
+    assert broker.accepted == 1
 
 
 def test_gave_up_and_revived(connect: Connect, serve: Serve) -> None:

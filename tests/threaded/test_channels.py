@@ -1,0 +1,278 @@
+"""Brokers that allow few channels, close them at once, or end the connection over a declaration."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pika import spec
+
+from mlproducer import Message, MLProducer, Topology
+from mlproducer.errors import UnroutableError
+from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
+from tests.helpers import LIMIT, make_message
+from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import Happenings, told
+
+FULL_STEP = 0.3
+"""Seconds that a set-up has in these tests; a timer of it that is left over goes off meanwhile."""
+
+
+def confirmed(producer: MLProducer) -> bool:
+    """Publish, and give whether that was confirmed at once."""
+    return bool(producer.publish(make_message(), timeout=LIMIT).confirmed)
+
+
+# --- few channels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["active", "passive", "off"])
+def test_one_channel_is_enough(
+    connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """A broker with ``channel_max`` 1: no health check, which is said once, and no reconnect."""
+
+    class One(Behaviour):
+        channel_max = 1
+
+    broker = serve(One())
+    producer = connect(broker, declare_topology=mode, health_check_interval=0.05)
+    faults = health_faults(producer)
+    with caplog.at_level(logging.ERROR, "mlproducer"):
+        assert confirmed(producer)
+        faults.wait_until(lambda: len(faults.seen) >= 1)
+        lost = told(producer, "channel_lost", lambda loss: loss.reply_code)
+        broker.connections[0].close_channel(1, 404, "NOT_FOUND")
+        lost.wait_for(404)
+        assert confirmed(producer)  # on another channel, after that one
+    assert broker.accepted == 1
+    [line] = [each for each in caplog.messages if "health check" in each]
+    assert "no second channel" in line
+
+
+def health_faults(producer: MLProducer) -> Happenings:
+    """Watch what the health checks find amiss."""
+    producer.start()
+    return told(producer, "health_fault", lambda target, loss: (target, loss.text))
+
+
+def test_a_probe_that_costs_the_connection(connect: Connect, serve: Serve) -> None:
+    """A user whose limit is one channel: RabbitMQ ends the connection over a second; once only."""
+
+    class Limited(Behaviour):
+        def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+            if isinstance(method, spec.Channel.Open) and channel > 1:
+                connection.close_connection(530, "NOT_ALLOWED - limit (1)")
+            else:
+                super().on_method(connection, channel, method)
+
+    broker = serve(Limited())
+    producer = connect(broker, health_check_interval=0.05)
+    faults = health_faults(producer)
+    assert confirmed(producer)
+    faults.wait_until(lambda: len(faults.seen) == 1)
+    broker.wait_for_connections(1, LIMIT)
+    assert producer.wait_connected(LIMIT)
+    assert confirmed(producer)
+    checked = checks_of(producer)
+    checked.wait_until(lambda: len(checked.seen) >= 3)
+    assert broker.accepted == 2
+    assert len(faults.seen) == 1
+
+
+def checks_of(producer: MLProducer) -> Happenings:
+    """Watch the health thread ask."""
+    engine: Any = producer._life.fleet.engines[0]  # type: ignore[union-attr]
+    seen = Happenings()
+    probe = engine.io.probe
+
+    def note(reply: Any) -> None:
+        probe(reply)
+        seen.note("asked")
+
+    engine.io.probe = note
+    return seen
+
+
+# --- channels that are closed at once ----------------------------------------------------------
+
+
+class ClosesChannels(Behaviour):
+    """Answers Confirm.Select by closing the channel.
+
+    :ivar times: how often it does
+    """
+
+    def __init__(self, times: int, *, after: bool = False) -> None:
+        self.selects = 0
+        self.satisfied = threading.Event()
+        self._times = times
+        self._after = after
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Answer, or close, or both."""
+        closes = isinstance(method, spec.Confirm.Select) and self.selects < self._times
+        self.selects += isinstance(method, spec.Confirm.Select)
+        if self.selects > self._times:
+            self.satisfied.set()
+        if not closes or self._after:
+            super().on_method(connection, channel, method)
+        if closes:
+            connection.close_channel(channel, 541, "INTERNAL_ERROR")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_one_closed_channel_costs_no_connection(
+    connect: Connect, serve: Serve, after: bool
+) -> None:
+    """The next channel is opened on the same connection, which no old timer ends later."""
+    behaviour = ClosesChannels(1, after=after)
+    broker = serve(behaviour)
+    producer = connect(broker, connection_timeout=FULL_STEP)
+    producer.start()
+    assert behaviour.satisfied.wait(LIMIT)
+    until = time.monotonic() + 3 * FULL_STEP
+    while time.monotonic() < until:
+        assert confirmed(producer)
+        threading.Event().wait(FULL_STEP / 10)
+    assert broker.accepted == 1
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_each_channel_closed_is_a_failure(connect: Connect, serve: Serve, after: bool) -> None:
+    """A broker that closes each channel is tried again with the backoff, not in a hot loop."""
+    behaviour = ClosesChannels(1_000_000, after=after)
+    broker = serve(behaviour)
+    producer = connect(
+        broker,
+        max_reconnect_attempts=4,
+        reconnect_initial_delay=0.01,
+        reconnect_max_delay=0.02,
+    )
+    gave_up = threading.Event()
+    producer.on("gave_up", gave_up.set)
+    producer.start()
+    assert gave_up.wait(LIMIT)
+    assert broker.accepted == 4
+    assert behaviour.selects == 8
+    assert not producer.is_healthy()
+
+
+# --- declarations that cost the connection -----------------------------------------------------
+
+
+class EndsOver(Behaviour):
+    """Ends the connection over a declaration, as some brokers that are not RabbitMQ do."""
+
+    def __init__(self, code: int, refuses: Callable[[Any], bool]) -> None:
+        self._code = code
+        self._refuses = refuses
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Answer, or end."""
+        if self._refuses(method):
+            connection.close_connection(self._code, "NOT_IMPLEMENTED")
+        else:
+            super().on_method(connection, channel, method)
+
+
+@pytest.mark.parametrize("code", [540, 541])
+def test_a_declaration_that_ends_the_connection_is_skipped(
+    connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """It is reported, left out on the next connection, and publishing goes on."""
+    broker = serve(EndsOver(code, lambda m: getattr(m, "queue", "") == "ml.embed"))
+    producer = connect(broker, declare_topology="active", max_reconnect_attempts=3)
+    with caplog.at_level(logging.ERROR, "mlproducer"):
+        assert confirmed(producer)
+    assert broker.accepted == 3  # its declaration, then its binding
+    assert producer.status().reconnect_attempts == 0
+    faults = [each for each in caplog.messages if each.startswith("cannot declare")]
+    assert len(faults) == 2
+    assert all("target=ml.embed" in each and f"code={code}" in each for each in faults)
+
+
+def test_every_declaration_ends_the_connection(connect: Connect, serve: Serve) -> None:
+    """However many they are, they are no failed attempts, and publishing begins in the end."""
+
+    def refuses(method: Any) -> bool:
+        return isinstance(method, (spec.Exchange.Declare, spec.Queue.Declare, spec.Queue.Bind))
+
+    broker = serve(EndsOver(540, refuses))
+    producer = connect(
+        broker,
+        declare_topology="active",
+        max_reconnect_attempts=1,
+        reconnect_initial_delay=0.01,
+        health_check_interval=60.0,
+    )
+    assert confirmed(producer)
+
+
+def test_a_shutdown_during_a_declaration_accuses_none(connect: Connect, serve: Serve) -> None:
+    """CONNECTION_FORCED is no answer to the declaration that was under way."""
+    seen: list[str] = []
+
+    class StopsOnce(Behaviour):
+        def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+            if isinstance(method, spec.Queue.Declare):
+                seen.append(method.queue)
+                if len(seen) == 1:
+                    connection.close_connection(320, "CONNECTION_FORCED - shutdown")
+                    return
+            super().on_method(connection, channel, method)
+
+    producer = connect(serve(StopsOnce()), declare_topology="active")
+    assert producer.wait_connected(LIMIT)
+    assert confirmed(producer)
+    assert seen[0] == seen[1]
+
+
+def test_a_probe_that_the_broker_does_not_implement(connect: Connect, serve: Serve) -> None:
+    """A passive declare that ends the connection is not asked again and again."""
+    broker = serve(EndsOver(540, lambda m: getattr(m, "passive", False)))
+    producer = connect(broker, health_check_interval=0.05)
+    faults = health_faults(producer)
+    faults.wait_until(lambda: len(faults.seen) == 1)
+    assert producer.wait_connected(LIMIT)
+    checked = checks_of(producer)
+    checked.wait_until(lambda: len(checked.seen) >= 3)
+    assert confirmed(producer)
+    assert broker.accepted == 2
+
+
+# --- an exchange that delivers later -----------------------------------------------------------
+
+
+class Returns(Behaviour):
+    """Returns every message, and acks it, as the delayed message plugin does."""
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Return and ack."""
+        connection.return_(channel, message)
+        connection.ack(channel, tag)
+
+
+@pytest.mark.parametrize("mode", ["active", "off"])
+def test_a_return_of_a_delayed_message_is_no_failure(
+    connect: Connect, serve: Serve, mode: str
+) -> None:
+    """The plugin's exchange takes the message and returns it; it goes out once."""
+    topology = Topology(exchange="later", exchange_type="x-delayed-message")
+    broker = serve(Returns())
+    producer = connect(broker, declare_topology=mode, topology=topology)
+    later = Message(body=b"x", routing_key="k", exchange="later", headers={"x-delay": 5000})
+    assert producer.publish(later).confirmed
+    assert len(broker.messages) == 1
+    at_once = Message(body=b"x", routing_key="k", exchange="later")
+    with pytest.raises(UnroutableError):  # without a delay it routes like any other exchange
+        producer.publish(at_once, retry=False)
+    elsewhere = Message(body=b"x", routing_key="k", exchange="other", headers={"x-delay": 5000})
+    with pytest.raises(UnroutableError):
+        producer.publish(elsewhere, retry=False)
