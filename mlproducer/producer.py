@@ -33,6 +33,7 @@ from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, EventName
 from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import Settings, redact
 from mlproducer.status import CloseReport, Status
+from mlproducer.stores import anchored
 from mlproducer.stores.protocol import Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
 from mlproducer.waiting import Answer, Line, finish
@@ -62,7 +63,7 @@ class MLProducer:
     def __init__(
         self, settings: Settings | None = None, *, registry: Any = None, store: Store | None = None
     ) -> None:
-        self.settings = Settings.from_env() if settings is None else settings
+        self.settings = anchored(Settings.from_env() if settings is None else settings)
         self._registry = registry
         self._made_meter: Meter | None = None
         self._store = store

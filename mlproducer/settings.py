@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qsl
 
 from attrs import Attribute, evolve, field, fields_dict, frozen
 
 from mlproducer import brokers
 from mlproducer.brokers import AUTH_MECHANISMS, Broker, TLSSettings, redact, redact_one
 from mlproducer.errors import ConfigurationError, frameless, frameless_init
+from mlproducer.store_url import check as check_store_url
 from mlproducer.topology import Topology
 
 __all__ = ["Broker", "Settings", "TLSSettings", "redact", "redact_one"]
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("api", "local")
 DECLARE_MODES = ("active", "passive", "off")
 BREAKER_MODES = ("consecutive", "adaptive")
-STORE_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "redis+sentinel", "unix")
 
 Credentials = Callable[[], "tuple[str, str] | tuple[str, str, float]"]
 """Gives user and password, and where they end, after how many seconds."""
@@ -72,42 +70,7 @@ def _check_url(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
 
 
 def _check_store_url(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
-    """Find what is wrong with any store's URL; what it may say besides, the store itself knows."""
-    name = attribute.name
-    scheme, separator, rest = value.partition("://") if isinstance(value, str) else ("", "", "")
-    if not separator or scheme not in STORE_SCHEMES:
-        accepted = ", ".join(f"{each}://" for each in STORE_SCHEMES)
-        raise ConfigurationError(f"{name} must be a URL that starts with {accepted}")
-    if re.search(r"[\x00-\x1f\x7f]|%(?:[01][0-9a-f]|7f)", rest, re.IGNORECASE):
-        raise ConfigurationError(f"{name} must hold no control character")
-    rest, _, query = rest.partition("?")
-    authority, _, path = rest.partition("/")
-    if scheme in ("memory", "sqlite"):
-        _check_local(name, scheme, authority, path, query)
-    elif "@" in path or "@" in query or "[" in path + authority.rpartition("@")[0]:
-        raise ConfigurationError(
-            f"{name} holds @ or [ where none can be: in a user or password write @ as %40, / as %2F"
-        )
-    options = [option for option, _ in parse_qsl(query, keep_blank_values=True)]
-    if len(set(options)) < len(options):
-        raise ConfigurationError(f"{name} gives an option twice")
-
-
-def _check_local(name: str, scheme: str, authority: str, path: str, query: str) -> None:
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    accepted = {"write_ahead"} if scheme == "sqlite" else set()
-    if (
-        authority
-        or "#" in path
-        or (scheme == "sqlite") != bool(path)
-        or not options.keys() <= accepted
-    ):
-        raise ConfigurationError(
-            f"{name} does not parse; accepted are memory://, sqlite:///relative.db and "
-            "sqlite:////absolute.db, the latter two also with ?write_ahead=1"
-        )
-    if options.get("write_ahead", "1").lower() not in _FLAGS:
-        raise ConfigurationError(f"{name}: write_ahead must be 1 or 0")
+    check_store_url(value, attribute.name)
 
 
 def _check_text(_instance: Any, attribute: Attribute[Any], value: Any) -> None:

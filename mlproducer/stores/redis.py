@@ -18,11 +18,12 @@ from typing import Any
 
 from attrs import frozen
 
-from mlproducer.errors import StoreError
+from mlproducer.errors import StoreError, frameless
 from mlproducer.fence import write
+from mlproducer.store_url import check_prefix
 from mlproducer.stores import redis_scripts as scripts
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
-from mlproducer.stores.redis_link import TIMEOUT, Link
+from mlproducer.stores.redis_link import Link
 from mlproducer.stores.redis_lua import TAG
 from mlproducer.stores.redis_rows import (
     MICROSECONDS,
@@ -34,7 +35,7 @@ from mlproducer.stores.redis_rows import (
     name_of,
     read_row,
 )
-from mlproducer.stores.redis_url import check_prefix, parse
+from mlproducer.stores.redis_url import parse
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ class RedisStore:
 
     All processes that share a prefix should have the same lease and horizon.
 
-    :param url: ``redis://[user:password@]host[:port][/db]``, or ``rediss://`` for TLS, with
-        the options ``write_ahead``, ``prefix``, ``ssl_ca_certs``, ``ssl_certfile``,
-        ``ssl_keyfile`` and ``ssl_cert_reqs``
+    :param url: ``redis://[user:password@]host[:port][/db]``, ``rediss://`` for TLS,
+        ``unix://[user:password@]/path`` for a socket of this machine, or
+        ``redis+sentinel://[user:password@]host[:port],.../service[/db]`` for the master that
+        Sentinels name; with the options ``write_ahead`` and ``prefix``, and those of redis-py
     :param lease: seconds for which a claim holds
     :param write_ahead: store every message before it is sent; the URL's option overrules it
     :param prefix: what the names of all keys begin with; likewise
@@ -92,6 +94,7 @@ class RedisStore:
 
     durable = True
 
+    @frameless
     def __init__(
         self,
         url: str,
@@ -125,8 +128,8 @@ class RedisStore:
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
         """Store messages.
 
-        Redis answers within half a second or is given up, a tenth of a second more for each
-        megabyte that it is to store.
+        Redis answers within half a second (``socket_timeout``) or is given up, a tenth of a
+        second more for each megabyte that it is to store.
 
         :raises StoreError: they are not stored; there is no `BufferFullError`, since Redis is out
             of memory for everybody at once
@@ -258,7 +261,7 @@ class RedisStore:
     def _put(self, rows: Sequence[Field], size: int, deadline: float) -> list[Any]:
         """Store rows; nothing is given where the server's clock says that it is too late."""
         now = time.monotonic()
-        limit = now + max(MIN_PATIENCE, min(deadline - now, TIMEOUT + size / RATE))
+        limit = now + max(MIN_PATIENCE, min(deadline - now, self._link.timeout + size / RATE))
         latest = self._link.server_time(limit)
         return self._claim("put", scripts.PUT, self._lease, latest, *rows, deadline=limit)
 

@@ -1,7 +1,7 @@
-"""The connection to Redis; the only file that knows redis-py.
+"""The connection to Redis; with `mlproducer.stores.redis_dial` the only file that knows redis-py.
 
-Owns one connection: makes it, runs scripts over it, and says what went wrong in words of its own.
-It must not know what the scripts do.
+Owns one connection: has it made, runs scripts over it, and says what went wrong in words of its
+own. It must not know what the scripts do.
 
 Runs on: the retry thread.
 """
@@ -16,21 +16,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from mlproducer.errors import ConfigurationError, StoreError
+from mlproducer.errors import StoreError
+from mlproducer.store_url import RedisAddress
+from mlproducer.stores.redis_dial import TIMEOUT, connect, exceptions, warn_of_eviction
 from mlproducer.stores.redis_rows import MICROSECONDS, Field
-from mlproducer.stores.redis_url import Address
-
-try:
-    import redis
-    from redis import exceptions
-except ImportError:
-    raise ConfigurationError(
-        "store_url (ML_STORE_URL): redis:// needs the package redis: "
-        "pip install 'mlproducer[redis]'"
-    ) from None
-
-TIMEOUT = 0.5
-"""Seconds of silence after which Redis is taken to be away."""
 
 IDLE = 1.0
 """Seconds after which a connection is asked whether it still works, before it is relied on."""
@@ -38,6 +27,7 @@ IDLE = 1.0
 SLICE = 1024 * 1024
 _HOPS = 5
 _MOVED = re.compile(r"(?:MOVED )?\d+ (\S+):(\d+)")
+_NEEDED = re.compile(r"the store needs ([A-Z]+)")
 _CODE = re.compile(r"[A-Z]{2,20}\b")
 _FOREIGN = (exceptions.RedisError, OSError, ValueError)
 
@@ -66,10 +56,14 @@ class Link:
 
     :param prefix: the one key that scripts are given
     :param greeting: the script that is run first, and its arguments
+    :ivar timeout: seconds of silence after which Redis is taken to be away
     """
 
-    def __init__(self, address: Address, prefix: str, greeting: tuple[str, list[Field]]) -> None:
+    def __init__(
+        self, address: RedisAddress, prefix: str, greeting: tuple[str, list[Field]]
+    ) -> None:
         self._address = address
+        self.timeout = address.timeout or TIMEOUT
         self._prefix = prefix
         self._greeting = greeting
         self._connection: Any = None
@@ -129,11 +123,9 @@ class Link:
 
     def _connect(self) -> None:
         """Connect, in a cluster to the node that has the keys."""
-        host, port = self._address.host, self._address.port
+        node: tuple[str, int] | None = None
         for _ in range(_HOPS):
-            connection = _make_connection(self._address, host, port)
-            connection.connect()
-            self._connection = connection
+            self._connection = connect(self._address, node)
             try:
                 self._evaluate(*self._greeting)
             except exceptions.ResponseError as error:
@@ -141,8 +133,9 @@ class Link:
                 if moved is None:
                     raise
                 self.drop()
-                host, port = moved[1], int(moved[2])
+                node = moved[1], int(moved[2])
             else:
+                warn_of_eviction(self._connection, self._address)
                 return
         raise exceptions.ConnectionError("the nodes of the cluster do not agree")
 
@@ -162,7 +155,7 @@ class Link:
         connection = self._connection
         if connection is None:
             raise exceptions.ConnectionError("no connection")
-        until = time.monotonic() + TIMEOUT if deadline is None else deadline
+        until = time.monotonic() + self.timeout if deadline is None else deadline
         connection.send_packed_command(_packed(command), check_health=False)
         if not connection.can_read(max(0.0, until - time.monotonic())):
             raise exceptions.TimeoutError("no answer")
@@ -187,34 +180,12 @@ def _packed(command: Sequence[Field]) -> list[memoryview]:
     return [whole[start : start + SLICE] for start in range(0, len(whole), SLICE)]
 
 
-def _make_connection(address: Address, host: str, port: int) -> Any:
-    make: Any = redis.SSLConnection if address.tls else redis.Connection
-    tls = {
-        "ssl_ca_certs": address.ca_certs,
-        "ssl_certfile": address.certfile,
-        "ssl_keyfile": address.keyfile,
-        "ssl_password": "",  # in place of OpenSSL's prompt, at which a server would hang
-        "ssl_cert_reqs": "required" if address.verify else "none",
-        "ssl_check_hostname": address.verify,
-    }
-    return make(
-        host=host,
-        port=port,
-        db=address.database,
-        username=address.user,
-        password=address.password,
-        socket_timeout=TIMEOUT,
-        socket_connect_timeout=TIMEOUT,
-        protocol=2,
-        **(tls if address.tls else {}),
-    )
-
-
 def _describe(error: Exception) -> str:
     """Say what is wrong in words of our own: Redis's may quote what it was sent."""
     for kind, words in _TROUBLES:
         if isinstance(error, kind):
-            return words + _cause(error.__context__)
+            lacking = _NEEDED.search(str(error))
+            return words + (f": {lacking[1]}" if lacking else _cause(error.__context__))
     text = str(error)
     if "DB index" in text:
         return "has no database of this number"

@@ -31,10 +31,29 @@ for name, kind in pairs(kinds) do
     return redis.error_reply('WRONGTYPE a foreign key')
   end
 end
+-- Nothing is written here: Redis judges whether a user may before it refuses to write.
+local own, row = P .. 'own:' .. me, P .. 'row:' .. me
+for _, command in ipairs({
+  {'DEL', own}, {'GET', own}, {'SET', own, ''}, {'HGET', row, 'token'}, {'HMGET', row, 'token'},
+  {'HSET', row, 'token', ''}, {'UNLINK', row}, {'SADD', own, ''}, {'ZADD', own, 0, ''},
+  {'ZCARD', own}, {'ZCOUNT', own, 0, 0}, {'ZRANGE', own, 0, 0}, {'ZRANGEBYSCORE', own, 0, 0},
+  {'ZREM', own, ''}, {'ZREMRANGEBYRANK', own, 0, 0}, {'ZREMRANGEBYSCORE', own, 0, 0},
+  {'ZSCORE', own, ''}
+}) do
+  local answer = redis.pcall(unpack(command))
+  local refused = type(answer) == 'table' and answer.err or ''
+  if string.find(refused, "can't run this command", 1, true)
+      or string.find(refused, "can't access", 1, true) then
+    return redis.error_reply('NOPERM the store needs ' .. command[1])
+  end
+end
 return {now}
 """
 )
-"""Look whether the keys are ours. Gives the time, as every script does, first of all."""
+"""Look whether the keys are ours, and whether this user may do all that the store will do.
+
+Gives the time, as every script does, first of all.
+"""
 
 PUT = (
     WITH_ROOM

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mlproducer"
 FLOORS = [
     {"errors", "fence"},
     {"latch", "forks"},
-    {"topology", "brokers", "shapes"},
+    {"topology", "brokers", "shapes", "store_url"},
     {"settings", "message", "tracing"},
     {"tasks", "fate"},
     {"wire"},

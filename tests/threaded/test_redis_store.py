@@ -173,7 +173,7 @@ def test_a_renewed_claim_lasts(connect: Open) -> None:
     while time.monotonic() < deadline:
         assert store.renew(claims) == []
         assert other.claim(1) == []
-        assert other.depth() == Depth(0, 0)
+        assert other.depth() == Depth(ahead=1)
         never.wait(LEASE / 10)
 
 

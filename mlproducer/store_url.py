@@ -1,0 +1,392 @@
+"""The grammar of store URLs: judged without I/O when settings are made, and read by the stores.
+
+What is ambiguous is refused, and no error quotes what it refuses. Where a password stood in a
+frame, errors leave that frame behind.
+
+Runs on: the thread that makes settings or a store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import parse_qsl, unquote
+
+from attrs import field, frozen
+
+from mlproducer.errors import ConfigurationError, frameless
+
+T = TypeVar("T")
+
+SCHEMES = (
+    "memory",
+    "sqlite",
+    "postgresql",
+    "redis",
+    "rediss",
+    "redis+sentinel",
+    "unix",
+)
+
+NAME = "store_url (ML_STORE_URL)"
+
+REDIS_PORT = 6379
+SENTINEL_PORT = 26379
+
+LONGEST = 3600.0
+"""Seconds: the longest timeout that a URL may ask for."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]|%(?:[01][0-9a-f]|7f)", re.IGNORECASE)
+_HOST = re.compile(
+    r"\[([0-9A-Fa-f:.]+(?:%\w+)?)\](?::(\d{1,5}))?|([^\s:,\[\]@%]{1,253})(?::(\d{1,5}))?"
+)
+_PREFIX = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+_FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+_FORMS = {
+    "redis": "redis://[user:password@]host[:port][/db]",
+    "rediss": "rediss://[user:password@]host[:port][/db]",
+    "redis+sentinel": "redis+sentinel://[user:password@]host[:port][,host[:port]...]/service[/db]",
+    "unix": "unix://[user:password@]/path/of/redis.sock[?db=0]",
+}
+
+
+@frozen
+class LocalAddress:
+    """What ``memory://`` or ``sqlite:///path`` says; a relative path has no slash before it."""
+
+    scheme: str
+    path: str
+    write_ahead: bool
+
+
+@frozen(kw_only=True)
+class RedisAddress:
+    """Where Redis listens, as whom to connect to it, and the options that the URL gives.
+
+    :ivar nodes: hosts and ports of the server, or of Sentinels that know it
+    :ivar service: the name by which Sentinels know the server; ``None`` where there are none
+    :ivar path: the server's Unix socket, in place of nodes
+    :ivar verify: whether the server's certificate is checked; ``check_hostname``: its name too
+    :ivar timeout: seconds of silence after which the server is taken to be away; ``None``: the
+        store's own
+    :ivar write_ahead: ``None`` where the URL does not say
+    :ivar prefix: likewise
+    """
+
+    nodes: tuple[tuple[str, int], ...] = ()
+    service: str | None = None
+    path: str | None = None
+    database: int = 0
+    user: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    sentinel_user: str | None = field(default=None, repr=False)
+    sentinel_password: str | None = field(default=None, repr=False)
+    tls: bool = False
+    ca_certs: str | None = None
+    ca_path: str | None = None
+    certfile: str | None = None
+    keyfile: str | None = None
+    key_password: str | None = field(default=None, repr=False)
+    ciphers: str | None = None
+    verify: bool = True
+    check_hostname: bool = True
+    connect_timeout: float | None = None
+    timeout: float | None = None
+    keepalive: bool = False
+    client_name: str | None = None
+    write_ahead: bool | None = None
+    prefix: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The place, fit for logs and errors."""
+        if self.path is not None:
+            return self.path
+        shown = ",".join(node_name(*node) for node in self.nodes)
+        return shown if self.service is None else f"{shown}/{self.service}"
+
+
+def node_name(host: str, port: int) -> str:
+    """``host:port``."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@frameless
+def check(url: object, name: str = NAME) -> None:
+    """Find what is wrong with a store's URL.
+
+    :param name: what the error calls the URL
+    :raises ConfigurationError: it cannot name a store; nothing of it is quoted but option names
+    """
+    _read(url, name)
+
+
+@frameless
+def read_local(url: str) -> LocalAddress:
+    """Read a ``memory://`` or ``sqlite:///`` URL.
+
+    :raises ConfigurationError: it does not parse
+    """
+    found = _read(url, NAME)
+    if not isinstance(found, LocalAddress):
+        raise ConfigurationError(f"{NAME} names no local store")
+    return found
+
+
+@frameless
+def read_redis(url: str) -> RedisAddress:
+    """Read a URL of one of the schemes that name a Redis.
+
+    :raises ConfigurationError: it does not parse
+    """
+    found = _read(url, NAME)
+    if not isinstance(found, RedisAddress):
+        raise ConfigurationError(
+            f"{NAME} names no Redis; accepted are {', '.join(_FORMS.values())}"
+        )
+    return found
+
+
+@frameless
+def check_prefix(prefix: object, name: str = NAME) -> str:
+    """Give a prefix that can stand before keys.
+
+    :raises ConfigurationError: it cannot
+    """
+    if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+        raise ConfigurationError(
+            f"prefix in {name} must be 1 to 100 letters, digits and characters of '._:-'"
+        )
+    return prefix
+
+
+def _read(url: object, name: str) -> LocalAddress | RedisAddress | None:
+    scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
+    if not separator or scheme not in SCHEMES:
+        accepted = ", ".join(f"{each}://" for each in SCHEMES)
+        raise ConfigurationError(f"{name} must be a URL that starts with {accepted}")
+    if _CONTROL.search(rest):
+        raise ConfigurationError(f"{name} must hold no control character")
+    rest, _, query = rest.partition("?")
+    authority, _, path = rest.partition("/")
+    local = scheme in ("memory", "sqlite")
+    if not local and ("@" in path + query or "[" in path + authority.rpartition("@")[0]):
+        raise ConfigurationError(
+            f"{name} holds @ or [ where none can be: in a user or password write @ as %40, / as %2F"
+        )
+    options = _Options(query, name)
+    if local:
+        return _local(scheme, authority, path, options)
+    if scheme == "postgresql":
+        return None  # whose own grammar the store knows
+    return _redis(scheme, authority, path, options)
+
+
+class _Options:
+    """The query of a URL, each option of which is asked for once."""
+
+    def __init__(self, query: str, name: str) -> None:
+        self.name = name
+        pairs = parse_qsl(query, keep_blank_values=True)
+        self._values = dict(pairs)
+        if len(self._values) < len(pairs):
+            raise ConfigurationError(f"{name} gives an option twice")
+
+    def __contains__(self, option: str) -> bool:
+        return option in self._values
+
+    def names(self) -> set[str]:
+        """Give the options that are there."""
+        return set(self._values)
+
+    def text(self, option: str) -> str | None:
+        """Give an option's value as it stands."""
+        return self._values.get(option)
+
+    def flag(self, option: str) -> bool | None:
+        """Give a yes or no."""
+        return self._parsed(option, lambda text: _FLAGS[text.lower()], "1 or 0")
+
+    def seconds(self, option: str) -> float | None:
+        """Give a duration."""
+        return self._parsed(option, _seconds, f"seconds, above 0 to {LONGEST:g}")
+
+    def number(self, option: str) -> int | None:
+        """Give a whole number."""
+        return self._parsed(option, _database, "a number from 0 to 99999")
+
+    def choice(self, option: str, choices: dict[str, str]) -> str | None:
+        """Give what one of several words means, in any case."""
+        accepted = " or ".join(choices)
+        return self._parsed(option, lambda text: choices[text.lower()], accepted)
+
+    def _parsed(self, option: str, parse: Callable[[str], T], accepted: str) -> T | None:
+        text = self._values.get(option)
+        if text is None:
+            return None
+        try:
+            return parse(text)
+        except (KeyError, ValueError):
+            raise ConfigurationError(f"{self.name}: {option} must be {accepted}") from None
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= LONGEST:
+        raise ValueError
+    return seconds
+
+
+def _database(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text):
+        raise ValueError
+    return int(text)
+
+
+# --- local stores --------------------------------------------------------------------------------
+
+
+def _local(scheme: str, authority: str, path: str, options: _Options) -> LocalAddress:
+    accepted = {"write_ahead"} if scheme == "sqlite" else set()
+    wrong = authority or "#" in path or (scheme == "sqlite") != bool(path)
+    if wrong or not options.names() <= accepted:
+        raise ConfigurationError(
+            f"{options.name} does not parse; accepted are memory://, sqlite:///relative.db and "
+            "sqlite:////absolute.db, the latter two also with ?write_ahead=1"
+        )
+    return LocalAddress(scheme, unquote(path), options.flag("write_ahead") is True)
+
+
+# --- Redis ---------------------------------------------------------------------------------------
+
+_OURS = {"write_ahead", "prefix"}
+_TAKEN = {
+    "db",
+    "username",
+    "password",
+    "client_name",
+    "socket_timeout",
+    "socket_connect_timeout",
+    "socket_keepalive",
+}
+_OF_TLS = {
+    "ssl_ca_certs",
+    "ssl_ca_path",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_password",
+    "ssl_cert_reqs",
+    "ssl_check_hostname",
+    "ssl_ciphers",
+}
+_OF_SENTINEL = {"sentinel_username", "sentinel_password", "ssl"}
+_WITHOUT_MEANING = {
+    "decode_responses",
+    "encoding",
+    "encoding_errors",
+    "health_check_interval",
+    "lib_name",
+    "lib_version",
+    "max_connections",
+    "protocol",
+    "retry_on_error",
+    "retry_on_timeout",
+    "socket_read_size",
+    "timeout",
+}
+"""Options of redis-py about what this library does in its own way: its pool, its replies."""
+
+_CERT_REQS = {
+    "required": "required",
+    "cert_required": "required",
+    "optional": "required",  # of a server's certificate the two say the same
+    "cert_optional": "required",
+    "none": "none",
+    "cert_none": "none",
+}
+
+
+def _redis(scheme: str, authority: str, path: str, options: _Options) -> RedisAddress:
+    name = options.name
+    user_part, _, hosts = authority.rpartition("@")
+    tls = scheme == "rediss" or options.flag("ssl") is True
+    _check_options(scheme, tls, options)
+    if "#" in path:
+        raise ConfigurationError(f"{name} does not parse; accepted is {_FORMS[scheme]}")
+    service, socket, database = None, None, path
+    if scheme == "redis+sentinel":
+        service, _, database = path.partition("/")
+    elif scheme == "unix":
+        socket, database = f"/{unquote(path)}", ""
+    if (scheme == "unix") == bool(hosts) or service == "" or socket == "/":
+        raise ConfigurationError(f"{name} does not parse; accepted is {_FORMS[scheme]}")
+    user, _, password = user_part.partition(":")
+    verify = options.choice("ssl_cert_reqs", _CERT_REQS) != "none"
+    return RedisAddress(
+        nodes=_nodes(hosts, scheme, name),
+        service=service and unquote(service),
+        path=socket,
+        database=_number(database, options),
+        user=unquote(user) or options.text("username"),
+        password=unquote(password) or options.text("password"),
+        sentinel_user=options.text("sentinel_username"),
+        sentinel_password=options.text("sentinel_password"),
+        tls=tls,
+        ca_certs=options.text("ssl_ca_certs"),
+        ca_path=options.text("ssl_ca_path"),
+        certfile=options.text("ssl_certfile"),
+        keyfile=options.text("ssl_keyfile"),
+        key_password=options.text("ssl_password"),
+        ciphers=options.text("ssl_ciphers"),
+        verify=verify,
+        check_hostname=verify and options.flag("ssl_check_hostname") is not False,
+        connect_timeout=options.seconds("socket_connect_timeout"),
+        timeout=options.seconds("socket_timeout"),
+        keepalive=options.flag("socket_keepalive") is True,
+        client_name=options.text("client_name"),
+        write_ahead=options.flag("write_ahead"),
+        prefix=check_prefix(options.text("prefix"), name) if "prefix" in options else None,
+    )
+
+
+def _check_options(scheme: str, tls: bool, options: _Options) -> None:
+    accepted = _OURS | _TAKEN | _OF_TLS | _WITHOUT_MEANING
+    if scheme == "redis+sentinel":
+        accepted |= _OF_SENTINEL
+    if not options.names() <= accepted:
+        shown = sorted(_OURS) + sorted(accepted - _OURS - _WITHOUT_MEANING)
+        raise ConfigurationError(
+            f"{options.name} has an option that is unknown; accepted are {', '.join(shown)}"
+        )
+    if not tls and options.names() & _OF_TLS:
+        raise ConfigurationError(f"{options.name}: ssl_ options are for rediss://")
+
+
+def _nodes(hosts: str, scheme: str, name: str) -> tuple[tuple[str, int], ...]:
+    if not hosts:
+        return ()
+    given = hosts.split(",") if scheme == "redis+sentinel" else [hosts]
+    usual = SENTINEL_PORT if scheme == "redis+sentinel" else REDIS_PORT
+    return tuple(_node(unquote(each), usual, name) for each in given)
+
+
+def _node(text: str, usual: int, name: str) -> tuple[str, int]:
+    match = _HOST.fullmatch(text)
+    port = int((match[2] or match[4] or usual) if match else 0)
+    if match is None or not 0 < port < 65_536:
+        raise ConfigurationError(f"{name}: host or port does not parse")
+    return (match[1] or match[3]).lower(), port
+
+
+def _number(path: str, options: _Options) -> int:
+    text = path.strip("/")
+    if not text:
+        return options.number("db") or 0
+    try:
+        return _database(text)
+    except ValueError:
+        raise ConfigurationError(
+            f"{options.name}: after the host comes a database's number, such as /0"
+        ) from None
