@@ -69,7 +69,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
 
 def queues(producer: MLProducer) -> tuple[str, ...]:
     """The queues whose depth is read."""
-    return tuple(Topology.of(producer.settings).queues)
+    return tuple(queue.name for queue in Topology.of(producer.settings).queues)
 
 
 # --- silence -----------------------------------------------------------------------------------
