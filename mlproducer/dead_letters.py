@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Protocol
 
-from attrs import evolve
+from attrs import evolve, frozen
 
 from mlproducer.engine.directory import Directory
 from mlproducer.engine.letterbox import Letter, Letterbox, stored_letter
+from mlproducer.engine.session import Session
 from mlproducer.errors import (
     AuthenticationError,
     InvalidMessageError,
@@ -25,15 +26,18 @@ from mlproducer.errors import (
     PublishError,
     StoreError,
 )
+from mlproducer.message import Message
 from mlproducer.producer import MLProducer
 from mlproducer.settings import Settings
 from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Change, Row, Store
 from mlproducer.topology import Topology
 
-__all__ = ["DeadLetters", "Letter", "Place", "StoredDeadLetters", "places"]
+__all__ = ["DeadLetters", "Letter", "Place", "StoredDeadLetters", "Target", "places"]
 
-Wanted = Collection[str] | None
+Wanted = Collection[str] | Callable[[Letter], bool] | None
+"""Message ids, or what says yes to a letter; ``None`` means all."""
+
 Page = list[tuple[Row, Letter]]
 Fate = tuple[Letter, PublishError | None]
 Told = Callable[[Letter, PublishError | None], object]
@@ -47,20 +51,39 @@ _QUICK = 1.0
 _NO_BROKER = (NotConnectedError, AuthenticationError)
 
 
+@frozen
+class Target:
+    """Where letters are sent instead of where they were to go; ``None`` leaves it as it was."""
+
+    exchange: str | None = None
+    routing_key: str | None = None
+
+    def applied(self, message: Message) -> Message:
+        """Give a message this address."""
+        return evolve(
+            message,
+            exchange=message.exchange if self.exchange is None else self.exchange,
+            routing_key=message.routing_key if self.routing_key is None else self.routing_key,
+        )
+
+
 def _tell_nobody(_letter: Letter, _error: PublishError | None) -> None:
     pass
 
 
 class Place(Protocol):
-    """Where dead letters lie; ``wanted`` are message ids, ``None`` means all."""
+    """Where dead letters lie."""
 
     def list(self, wanted: Wanted = None) -> Iterator[Letter]:
         """Give letters, one by one."""
 
-    def replay(self, wanted: Wanted = None, told: Told = _tell_nobody) -> int:
+    def replay(
+        self, wanted: Wanted = None, told: Told = _tell_nobody, target: Target | None = None
+    ) -> int:
         """Send letters to where they were to go, and give how many had to stay.
 
         :param told: called for each letter, with the error if it stays
+        :param target: where to send them instead
         """
 
     def purge(self, wanted: Wanted = None, told: Told = _tell_nobody) -> int:
@@ -92,8 +115,10 @@ class DeadLetters:
     """
 
     def __init__(self, settings: Settings, queue: str | None = None) -> None:
+        topology = Topology.of(settings)
         self._settings = settings
-        self._queue = Topology.of(settings).dead_letter_queue if queue is None else queue
+        self._queue = topology.dead_letter_queue if queue is None else queue
+        self._dead_end = _DeadEnd(topology.dead_letter_exchange, self._queue)
 
     def list(self, wanted: Wanted = None) -> Iterator[Letter]:
         """Give letters; they are held back from everybody else until the last was asked for."""
@@ -101,12 +126,16 @@ class DeadLetters:
             for batch in box.take():
                 yield from _chosen(batch, wanted)
 
-    def replay(self, wanted: Wanted = None, told: Told = _tell_nobody) -> int:
+    def replay(
+        self, wanted: Wanted = None, told: Told = _tell_nobody, target: Target | None = None
+    ) -> int:
         """Send letters to where they were to go, and give how many had to stay."""
         stayed = 0
         with self._open() as box, _producer(self._settings) as producer:
             for batch in box.take():
-                for letter, error in _republish(producer, _chosen(batch, wanted)):
+                for letter, error in self._dead_end.republish(
+                    producer, _chosen(batch, wanted), target
+                ):
                     if error is None:
                         box.ack(letter)
                     stayed += error is not None
@@ -125,7 +154,8 @@ class DeadLetters:
         return purged
 
     def _open(self) -> Letterbox:
-        return Letterbox(Directory(self._settings).routes, self._queue, self._settings.prefetch)
+        session = Session(Directory(self._settings).routes, self._settings.connection_timeout)
+        return Letterbox(session, self._queue, self._settings.prefetch)
 
 
 class StoredDeadLetters:
@@ -139,7 +169,9 @@ class StoredDeadLetters:
     """
 
     def __init__(self, settings: Settings) -> None:
+        topology = Topology.of(settings)
         self._settings = settings
+        self._dead_end = _DeadEnd(topology.dead_letter_exchange, topology.dead_letter_queue)
 
     def list(self, wanted: Wanted = None) -> Iterator[Letter]:
         """Give letters, also those that somebody has claimed."""
@@ -148,7 +180,9 @@ class StoredDeadLetters:
                 for _, letter in page:
                     yield letter
 
-    def replay(self, wanted: Wanted = None, told: Told = _tell_nobody) -> int:
+    def replay(
+        self, wanted: Wanted = None, told: Told = _tell_nobody, target: Target | None = None
+    ) -> int:
         """Send letters to where they were to go, and give how many had to stay.
 
         :raises NotConnectedError: no broker answers; those not tried yet are left alone
@@ -158,7 +192,7 @@ class StoredDeadLetters:
         with self._open() as store, _producer(self._settings) as producer:
             producer.wait_connected(_QUICK)
             for page in self._pages(store, wanted):
-                for letter, error in self._send(store, producer, page):
+                for letter, error in self._send(store, producer, page, target):
                     stayed += error is not None
                     told(letter, error)
         return stayed
@@ -188,14 +222,18 @@ class StoredDeadLetters:
         while rows := store.letters(self._settings.prefetch, last):
             last = rows[-1].claim.key
             letters = [(row, stored_letter(row.record.envelope)) for row in rows]
-            yield [each for each in letters if wanted is None or each[1].message_id in wanted]
+            yield [each for each in letters if _is_wanted(each[1], wanted)]
 
-    def _send(self, store: Store, producer: MLProducer, page: Page) -> Iterator[Fate]:
+    def _send(
+        self, store: Store, producer: MLProducer, page: Page, target: Target | None
+    ) -> Iterator[Fate]:
         """Send a page of letters; what becomes of them is noted before it is told."""
         held, busy = _seize(store, page)
         yield from busy
         limit = min(self._settings.publish_timeout, store.lease / 2)  # while it is surely ours
-        fates = list(_republish(producer, [letter for _, letter in held], limit))
+        fates = list(
+            self._dead_end.republish(producer, [letter for _, letter in held], target, limit)
+        )
         try:
             _note(store, [row for row, _ in held], [error for _, error in fates])
         except StoreError as error:
@@ -229,24 +267,71 @@ def _note(store: Store, rows: Sequence[Row], errors: Sequence[PublishError | Non
 
 
 def _chosen(batch: list[Letter], wanted: Wanted) -> list[Letter]:
-    return [letter for letter in batch if wanted is None or letter.message_id in wanted]
+    return [letter for letter in batch if _is_wanted(letter, wanted)]
 
 
-def _producer(settings: Settings) -> MLProducer:
-    """Make a producer that sends nothing but what it is given, also where there is a store."""
-    return MLProducer(evolve(settings, circuit_breaker_threshold=_NEVER, store_url="memory://"))
+def _is_wanted(letter: Letter, wanted: Wanted) -> bool:
+    if wanted is None:
+        return True
+    return wanted(letter) if callable(wanted) else letter.message_id in wanted
 
 
-def _republish(
-    producer: MLProducer, letters: list[Letter], timeout: float | None = None
-) -> Iterator[Fate]:
-    """Publish what is complete; what is not would not be the same message."""
-    whole = [letter.message for letter in letters if not letter.lacks]
-    results = iter(producer.publish_many(whole, timeout=timeout, retry=False))
-    for letter in letters:
-        if letter.lacks:
-            lacks = ", ".join(letter.lacks)
-            yield letter, InvalidMessageError(f"cannot be sent again with its {lacks}")
-        else:
-            result = next(results)
-            yield letter, result if isinstance(result, PublishError) else None
+@contextmanager
+def _producer(settings: Settings) -> Iterator[MLProducer]:
+    """Make a producer that sends nothing but what it is given, also where there is a store.
+
+    It waits for each answer, so that nothing is left to be drained at its end, however it comes.
+    """
+    producer = MLProducer(
+        evolve(settings, circuit_breaker_threshold=_NEVER, store_url="memory://"),
+    )
+    try:
+        yield producer
+    finally:
+        producer.close(0.0)
+
+
+@frozen
+class _DeadEnd:
+    """The dead-letter exchange and queue: what is sent there comes back.
+
+    A replay that sent letters there would say that it has replayed them.
+    """
+
+    exchange: str
+    queue: str
+
+    def republish(
+        self,
+        producer: MLProducer,
+        letters: list[Letter],
+        target: Target | None,
+        timeout: float | None = None,
+    ) -> Iterator[Fate]:
+        """Publish what is complete; what is not would not be the same message."""
+        messages = [self._message(letter, target) for letter in letters]
+        whole = [message for message in messages if isinstance(message, Message)]
+        results = iter(producer.publish_many(whole, timeout=timeout, retry=False))
+        for letter, message in zip(letters, messages, strict=True):
+            if isinstance(message, Message):
+                result = next(results)
+                yield letter, result if isinstance(result, PublishError) else None
+            else:
+                yield letter, message
+
+    def _message(self, letter: Letter, target: Target | None) -> Message | InvalidMessageError:
+        """Give what is to be sent, or why nothing is."""
+        message = letter.message
+        if message is not None and target is not None:
+            message = target.applied(message)
+        elif letter.problem:
+            message = None
+        if message is None:
+            return InvalidMessageError(letter.problem, message_id=letter.message_id)
+        if message.exchange == self.exchange or (message.exchange, message.routing_key) == (
+            "",
+            self.queue,
+        ):
+            text = "its route leads back to the dead letters"
+            return InvalidMessageError(text, message_id=letter.message_id)
+        return message

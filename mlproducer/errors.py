@@ -207,11 +207,36 @@ class CircuitOpenError(PublishError):
         self.retry_after = retry_after
 
 
-class AuthenticationError(PublishError):
+class _UnreachableError(PublishError):
+    """There is no way to the broker.
+
+    :ivar kind: why, in one word: ``dns``, ``refused``, ``timeout``, ``tls``, ``authentication``;
+        ``""`` where it is not known
+    :ivar reply_code: what the broker itself said, such as 403 or 530; 0 where it said nothing
+    """
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        kind: str = "",
+        reply_code: int = 0,
+        message_id: str | None = None,
+        attempts: int = 0,
+        possibly_sent: bool | None = None,
+    ) -> None:
+        super().__init__(
+            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
+        )
+        self.kind = kind
+        self.reply_code = reply_code
+
+
+class AuthenticationError(_UnreachableError):
     """The broker refuses the credentials (403) or the virtual host (530)."""
 
 
-class NotConnectedError(PublishError):
+class NotConnectedError(_UnreachableError):
     """There is no connection to a broker; nothing was written."""
 
     counts_for_breaker = True

@@ -90,6 +90,8 @@ class Console:
             sys.stderr.flush()
 
     def _print(self, text: str, stream: object) -> None:
+        # Whatever a text was made of: nothing that a terminal would obey gets out here.
+        text = plain(text, lines=True)
         bar = self._bar
         if bar:
             sys.stderr.write(_CLEAR)

@@ -14,7 +14,14 @@ from collections.abc import Iterable
 
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.failure import exhausted, failure, rejected, silent_store, unroutable
+from mlproducer.core.failure import (
+    exhausted,
+    failure,
+    rejected,
+    silent_store,
+    unreachable,
+    unroutable,
+)
 from mlproducer.core.farewell import CLOSED, Farewell
 from mlproducer.core.judge import Judge
 from mlproducer.core.lanes import Lanes
@@ -270,7 +277,7 @@ class Courier:
             self._refuse_one(delivery, error, now)
 
     def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        self.judge.fail(delivery, failure(type(error), delivery, str(error)), now)
+        self.judge.fail(delivery, unreachable(delivery, error), now)
 
     def _fail_all(
         self, deliveries: list[Delivery], kind: type[PublishError], text: str, now: float

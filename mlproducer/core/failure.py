@@ -9,7 +9,9 @@ from typing import TypeVar
 
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.errors import (
+    AuthenticationError,
     BrokerRejectedError,
+    NotConnectedError,
     PublishError,
     RetriesExhaustedError,
     StoreError,
@@ -48,6 +50,14 @@ def rejected(delivery: Delivery, reply_code: int, reply_text: str) -> BrokerReje
     """Make the error of a message over which the broker closed the channel."""
     error = failure(BrokerRejectedError, delivery, reply_text)
     error.reply_code, error.reply_text = reply_code, reply_text
+    return error
+
+
+def unreachable(delivery: Delivery, why: PublishError) -> PublishError:
+    """Make the error of a message for which there is no broker, like the one given."""
+    error = failure(type(why), delivery, str(why))
+    if isinstance(error, NotConnectedError | AuthenticationError) and isinstance(why, type(error)):
+        error.kind, error.reply_code = why.kind, why.reply_code
     return error
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from attrs import evolve
 
@@ -110,9 +111,9 @@ class IOThread:
             fault=self.topology_fault,
             resume=self._pump,
         )
-        undertaker = Undertaker(self._topology.dead_letter_exchange, self._delayed.plain)
+        self._undertaker = Undertaker(self._topology.dead_letter_exchange, self._delayed.plain)
         self.courier = Courier(
-            settings.max_message_retries, breaker, keeper, undertaker, gate, events
+            settings.max_message_retries, breaker, keeper, self._undertaker, gate, events
         )
         self.dialer = Dialer(resolver, _patience(settings), self, number)
         self.peers: Sequence[IOThread] = ()
@@ -371,10 +372,11 @@ class IOThread:
     def attempt_failed(self, loss: Loss) -> None:
         """Let nobody wait for a link that does not come."""
         self._events.connection_error(loss)
+        facts: dict[str, Any] = {"kind": loss.kind.value, "reply_code": loss.reply_code}
         if loss.kind is LossKind.AUTHENTICATION:
-            error: PublishError = AuthenticationError(loss.text)
+            error: PublishError = AuthenticationError(loss.text, **facts)
         else:
-            error = NotConnectedError(f"not connected: {loss.text}")
+            error = NotConnectedError(f"not connected: {loss.text}", **facts)
         self.relieve(Standing.REFUSES)
         self.courier.refuse(error, time.monotonic())
 
@@ -402,6 +404,7 @@ class IOThread:
     def _link_ready(self, channel: Carrier) -> None:
         first = self.dialer.state is ConnectionState.CONNECTING
         self.dialer.ready()
+        self._undertaker.longest = channel.longest_properties
         self.courier.up(self._delayed.carrier(channel))
         if first:
             self.courier.breaker.reconnected()

@@ -2,36 +2,39 @@
 
 A letter is a message that this library, or the broker itself (RabbitMQ guide, *Dead Letter
 Exchanges*), gave up; its headers tell how it died, and are taken off what may be sent again.
+Anyone who may write to the queue can put anything there, so nothing is taken for granted: what
+cannot be read, or would not be the same message when sent again, is a letter with a ``problem``.
 
-Runs on: the thread of whoever asks.
+Runs on: the thread of the command that asks.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Collection, Iterator
+from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any
 
-from attrs import evolve, field, frozen
+from attrs import evolve, field, fields_dict, frozen
 
-from mlproducer.engine.directory import Route
-from mlproducer.engine.link import blocking_channel, decode_properties
-from mlproducer.engine.losses import closed_by_broker, translate
-from mlproducer.errors import MLProducerError, NotConnectedError
+from mlproducer.engine.link import decode_properties
+from mlproducer.engine.session import Session, Unreadable
+from mlproducer.errors import InvalidTaskError, PublishError
 from mlproducer.message import Envelope, Message
+from mlproducer.wire.amqp import MAX_EXPIRATION
 from mlproducer.wire.dead_letter import EXPIRATION_HEADER
+from mlproducer.wire.delay import is_level
 
 PATIENCE = 5.0
 """Seconds for the broker to hand out a letter that it has counted."""
 
-DEATH_HEADERS = (
+OWN_HEADERS = (
     "x-death-reason",
     "x-attempts",
     "x-original-exchange",
     "x-original-routing-key",
     "x-first-failed-at",
+    EXPIRATION_HEADER,
 )
 BROKERS_HEADERS = (
     "x-death",
@@ -43,8 +46,12 @@ BROKERS_HEADERS = (
     "x-last-death-exchange",
     "x-delivery-count",
 )
-LOST_PROPERTIES = ("reply_to", "user_id", "app_id")
-"""What a `Message` cannot carry; only letters of other publishers have it."""
+FURTHER_PROPERTIES = tuple(
+    name for name in ("reply_to", "app_id", "user_id") if name in fields_dict(Message)
+)
+LOST_PROPERTIES = tuple(
+    name for name in ("reply_to", "app_id", "user_id") if name not in FURTHER_PROPERTIES
+)
 
 
 @frozen
@@ -52,11 +59,16 @@ class Letter:
     """A dead letter.
 
     :ivar reason: the last error's name and text, or the broker's word for what it did
+    :ivar attempts: how often the message was sent, or how often the broker dead-lettered it
     :ivar exchange: where the message was to go; ``""`` is the default exchange
-    :ivar first_failed_at: ISO 8601, or ``""`` where nobody wrote it down
+    :ivar first_failed_at: ISO 8601, or ``""`` where it is not known
     :ivar where: ``queue`` or ``store``
-    :ivar message: what was to be delivered, as it was before its death
-    :ivar lacks: properties that ``message`` cannot carry, so that it cannot be sent again
+    :ivar task: the Celery task's name, or ``""``
+    :ivar body: the payload
+    :ivar headers: the names of the message's headers
+    :ivar message: what was to be delivered, as it was before its death; ``None`` where that is
+        not known
+    :ivar problem: why it cannot be sent again as it is, or ``""``
     """
 
     message_id: str
@@ -66,8 +78,13 @@ class Letter:
     routing_key: str
     first_failed_at: str
     where: str
-    message: Message = field(repr=False)
-    lacks: tuple[str, ...] = ()
+    task: str = ""
+    body: bytes = field(default=b"", repr=False)
+    headers: tuple[str, ...] = field(default=(), repr=False)
+    content: str = ""
+    type: str = ""
+    message: Message | None = field(default=None, repr=False)
+    problem: str = ""
     tag: int = field(default=0, repr=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -82,22 +99,30 @@ class Letter:
             "where": self.where,
         }
 
+    @property
+    def since(self) -> datetime | None:
+        """When it first failed, with a time zone, if that can be read."""
+        try:
+            moment = datetime.fromisoformat(self.first_failed_at.replace("Z", "+00:00"))
+        except ValueError:
+            return None
+        return moment if moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)
+
 
 class Letterbox:
     """A queue of letters, opened; what was taken and not acked goes back when it is closed.
 
-    :param routes: brokers, the first of which that answers is used
     :param prefetch: letters in a batch
-    :raises NotConnectedError: none of them answers, or the broker goes away meanwhile
     """
 
-    def __init__(self, routes: Sequence[Route], queue: str, prefetch: int) -> None:
+    def __init__(self, session: Session, queue: str, prefetch: int) -> None:
+        self._session = session
         self._queue = queue
         self._prefetch = prefetch
-        self._route, self._channel = _open(routes)
         self._arrived: list[Letter] = []
 
     def __enter__(self) -> Letterbox:
+        self._session.__enter__()
         return self
 
     def __exit__(
@@ -106,16 +131,7 @@ class Letterbox:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        lost = not self._channel.is_open
-        if self._channel.connection.is_open:
-            self._channel.connection.close()
-        if lost and isinstance(error, Exception) and not isinstance(error, MLProducerError):
-            raise NotConnectedError(self._explain(error)) from None
-
-    def _explain(self, error: Exception) -> str:
-        if hasattr(error, "reply_code"):
-            return closed_by_broker(error, f"{self._route.broker.address}: ").text
-        return translate(self._route.broker.address, error).text
+        self._session.__exit__(kind, error, traceback)
 
     def take(self) -> Iterator[list[Letter]]:
         """Take letters, a batch at a time, until all that were there at the start are taken.
@@ -123,96 +139,141 @@ class Letterbox:
         Each batch has a consumer of its own, so that letters which stay, and so are never acked,
         do not use up the prefetch of those that come after them.
         """
-        left = self._channel.queue_declare(self._queue, passive=True).method.message_count
-        self._channel.basic_qos(prefetch_count=self._prefetch)
+        declared = self._session.ask("queue_declare", self._queue, passive=True)
+        left = declared.method.message_count
+        self._session.ask("basic_qos", prefetch_count=self._prefetch)
         while left > 0 and (batch := self._receive(min(left, self._prefetch))):
             left -= len(batch)
             yield batch
 
     def ack(self, letter: Letter) -> None:
         """Delete a letter that was taken."""
-        self._channel.basic_ack(letter.tag)
+        self._session.ask("basic_ack", letter.tag)
 
     def _receive(self, count: int) -> list[Letter]:
         self._arrived = []
-        consumer = self._channel.basic_consume(self._queue, self._on_letter)
-        deadline = time.monotonic() + PATIENCE
-        while len(self._arrived) < count and time.monotonic() < deadline:
-            self._channel.connection.process_data_events(max(0.0, deadline - time.monotonic()))
-        self._channel.basic_cancel(consumer)
+        consumer = self._session.ask("basic_consume", self._queue, self._on_letter)
+        self._session.wait(lambda: len(self._arrived) >= count, PATIENCE)
+        self._session.ask("basic_cancel", consumer)
         return self._arrived
 
     def _on_letter(self, _channel: Any, method: Any, properties: Any, body: bytes) -> None:
-        letter = _letter(method.routing_key, properties, body, where="queue")
+        letter = read(method.routing_key, properties, body, where="queue")
         self._arrived.append(evolve(letter, tag=method.delivery_tag))
-
-
-def _open(routes: Sequence[Route]) -> tuple[Route, Any]:
-    reasons = []
-    for route in routes:
-        try:
-            return route, blocking_channel(route)
-        except NotConnectedError as error:
-            reasons.append(str(error))
-    raise NotConnectedError("; ".join(reasons))
 
 
 def stored_letter(envelope: Envelope) -> Letter:
     """Read a letter that waits in a store until the broker takes it."""
-    properties = decode_properties(envelope)
-    return _letter(envelope.routing_key, properties, envelope.body, where="store")
+    try:
+        properties: Any = decode_properties(envelope)
+    except Exception:  # noqa: BLE001 - pika raises what struct, codecs and datetime do
+        properties = Unreadable()
+    letter = read(envelope.routing_key, properties, envelope.body, where="store")
+    return letter if letter.message_id else evolve(letter, message_id=envelope.message_id)
 
 
-def _letter(own_key: str, properties: Any, body: bytes, where: str) -> Letter:
+def read(own_key: str, properties: Any, body: bytes, where: str) -> Letter:
+    """Read a letter.
+
+    :param own_key: the routing key with which it came
+    """
     headers = dict(properties.headers or {})
     history = _history(headers)
-    reason, attempts, exchange, routing_key, since = (
-        headers.pop(name, history.get(name)) for name in DEATH_HEADERS
-    )
-    expiration = str(properties.expiration or headers.pop(EXPIRATION_HEADER, ""))
+    own = {name: headers.pop(name, history.get(name)) for name in OWN_HEADERS}
     for name in BROKERS_HEADERS:
         headers.pop(name, None)
-    message = Message(
+    routed = isinstance(own["x-original-routing-key"], str)
+    exchange = _text(own["x-original-exchange"]) if routed else ""
+    routing_key = _text(own["x-original-routing-key"]) if routed else own_key
+    attempts = own["x-attempts"]
+    letter = Letter(
+        message_id=_text(properties.message_id),
+        reason=_text(own["x-death-reason"]) or "unknown",
+        attempts=int(attempts) if isinstance(attempts, int) else 0,
+        exchange=exchange,
+        routing_key=routing_key,
+        first_failed_at=_text(own["x-first-failed-at"]),
+        where=where,
+        task=_text(headers.get("task")),
         body=body,
-        routing_key=str(routing_key or own_key),
-        exchange=str(exchange or ""),
+        headers=tuple(sorted(map(str, headers))),
+        content=", ".join(filter(None, (properties.content_type, properties.content_encoding))),
+        type=_text(properties.type),
+    )
+    if isinstance(properties, Unreadable):
+        return evolve(letter, problem="its properties cannot be read")
+    lost = [name for name in LOST_PROPERTIES if getattr(properties, name) is not None]
+    if lost:
+        return evolve(letter, problem=f"cannot be sent again with its {', '.join(lost)}")
+    try:
+        message = _message(letter, headers, properties, own[EXPIRATION_HEADER])
+    except (InvalidTaskError, PublishError) as error:
+        return evolve(letter, problem=str(error))
+    nowhere = "" if routed else "it does not say where it was to go: name exchange and routing key"
+    return evolve(letter, message=message, problem=nowhere)
+
+
+def _message(letter: Letter, headers: dict[str, Any], properties: Any, original: Any) -> Message:
+    """Make the message that it was before its death."""
+    further = {name: getattr(properties, name) for name in FURTHER_PROPERTIES}
+    return Message(
+        body=letter.body,
+        routing_key=letter.routing_key,
+        exchange=letter.exchange,
         headers=headers,
         content_type=properties.content_type,
         content_encoding=properties.content_encoding,
         priority=properties.priority,
-        expiration=int(expiration) / 1000 if expiration.isdecimal() else None,
+        expiration=_seconds(properties.expiration or original),
         message_id=properties.message_id,
         correlation_id=properties.correlation_id,
         type=properties.type,
         persistent=properties.delivery_mode == 2,
-    )
-    return Letter(
-        message_id=properties.message_id or "",
-        reason=str(reason or "unknown"),
-        attempts=attempts if isinstance(attempts, int) else 0,
-        exchange=message.exchange or "",
-        routing_key=message.routing_key,
-        first_failed_at=str(since or ""),
-        where=where,
-        message=message,
-        lacks=tuple(name for name in LOST_PROPERTIES if getattr(properties, name) is not None),
+        **further,
     )
 
 
-def _history(headers: dict[str, Any]) -> dict[str, Any]:
+def _seconds(milliseconds: Any) -> float | None:
+    """Read an expiration; one that AMQP could not carry is none."""
+    text = milliseconds if isinstance(milliseconds, str) else ""
+    if not text.isdecimal() or not text.isascii() or len(text) > len(f"{MAX_EXPIRATION}000"):
+        return None
+    return min(int(text) / 1000, float(MAX_EXPIRATION))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _history(headers: Collection[Any] | dict[str, Any]) -> dict[str, Any]:
     """Say in our words what the broker notes of a message that it dead-lettered itself.
 
-    Anybody can publish such a header, so nothing is taken for granted.
+    The latest death stands first. Those in the levels of delayed delivery were no deaths, but they
+    leave a route that ends in the queue alone: such a message goes back to its queue by name.
     """
-    deaths = headers.get("x-death")
-    if not (isinstance(deaths, list) and deaths and isinstance(deaths[-1], dict)):
+    found = headers.get("x-death") if isinstance(headers, dict) else None
+    deaths = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+    real = [each for each in deaths if not is_level(_text(each.get("queue")))]
+    if not real:
         return {}
-    first = deaths[-1]  # the latest stands first
+    first = real[-1]
     keys, since = first.get("routing-keys"), first.get("time")
+    key = keys[0] if isinstance(keys, list) and keys and isinstance(keys[0], str) else None
+    exchange = first.get("exchange")
+    if len(real) < len(deaths):
+        exchange, key = "", _text(first.get("queue")) or None
     return {
         "x-death-reason": first.get("reason"),
         "x-attempts": first.get("count"),
-        "x-original-exchange": first.get("exchange"),
-        "x-original-routing-key": keys[0] if isinstance(keys, list) and keys else None,
-        "x-first-failed-at": f"{since.isoformat()}+00:00" if isinstance(since, datetime) else None,
+        "x-original-exchange": exchange,
+        "x-original-routing-key": key,
+        "x-first-failed-at": _moment(since),
+        EXPIRATION_HEADER: first.get("original-expiration"),
     }
+
+
+def _moment(since: Any) -> str | None:
+    """Give the broker's time, of which older pikas do not say that it is UTC."""
+    if not isinstance(since, datetime):
+        return None
+    return (since if since.tzinfo else since.replace(tzinfo=timezone.utc)).isoformat()

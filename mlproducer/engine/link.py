@@ -301,10 +301,10 @@ def blocking_channel(route: Route) -> Any:
         found = parameters(route.find(), (route.broker.connection_timeout,) * 2)
         return pika.BlockingConnection(found, _impl_class=BrokerConnection).channel()
     except UnreachableError as error:
-        text = error.loss.text
+        loss = error.loss
     except (exceptions.AMQPError, OSError) as error:
-        text = translate(route.broker.address, error, route.broker.hint).text
-    raise NotConnectedError(text)
+        loss = translate(route.broker.address, error, route.broker.hint)
+    raise NotConnectedError(loss.text, kind=loss.kind.value, reply_code=loss.reply_code)
 
 
 def decode_properties(envelope: Envelope) -> spec.BasicProperties:

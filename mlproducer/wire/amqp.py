@@ -28,7 +28,11 @@ FRAME_MAX = 131_072
 FRAME_OVERHEAD = 8  # type, channel, size, end octet
 CONTENT_HEADER = 12  # class, weight, body size
 ATTEMPT_MAX = 21  # a short string of the longest delivery tag
-PROPERTIES_MAX = FRAME_MAX - FRAME_OVERHEAD - CONTENT_HEADER - ATTEMPT_MAX
+DEATH_ROOM = 1024
+"""Bytes that the headers of a dead letter may take, beside those that the message has already."""
+
+LETTER_MAX = FRAME_MAX - FRAME_OVERHEAD - CONTENT_HEADER - ATTEMPT_MAX
+PROPERTIES_MAX = LETTER_MAX - DEATH_ROOM
 
 MAX_EXPIRATION = 4_294_967
 """Seconds; RabbitMQ takes a message's time to live in milliseconds, as 32 bits."""

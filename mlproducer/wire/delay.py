@@ -30,8 +30,14 @@ MAX_SECONDS = 2**LEVELS - 1
 SLACK = 0.1
 """Seconds that a task may be late by, so that one due in 59.95 s does not wait for 59."""
 
+_LEVEL_QUEUE = re.compile(r"(?:.*_)?celery_delayed_\d{1,2}", re.DOTALL)
 _PREFIX = re.compile(r"(?:[01]\.){28}")
 _ETA = re.compile(rb"\x03etaS\x00\x00\x00(.)", re.DOTALL)
+
+
+def is_level(queue: str) -> bool:
+    """Whether a queue is one in which delayed tasks wait, whatever prefix it has."""
+    return _LEVEL_QUEUE.fullmatch(queue) is not None
 
 
 @frozen

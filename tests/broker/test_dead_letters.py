@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import reduce
 from typing import Any
 
 import pika
@@ -249,6 +253,143 @@ def test_a_letter_that_lies_about_its_death(rabbitmq_vhost: VirtualHost, connect
             channel.basic_publish("", DEAD, b"PRIVATE", properties)
     assert _ids(url) == [str(number) for number in range(len(lies))]
     assert "7 deleted" in _fine(url, "purge", "--yes").stderr
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "escape": {
+        "headers": {"x-first-failed-at": "\x1b]0;PWN\x07\x1b[2J", "x-death-reason": "\x9b2J"}
+    },
+    "digits": {"headers": {"x-original-expiration": "9" * 5000}},
+    "infinite": {"headers": {"x-original-expiration": "9" * 400}},
+    "long key": {"headers": {"x-original-routing-key": "k" * 300}},
+    "control": {"headers": {"x-original-routing-key": "a\nb"}},
+    "bytes": {"headers": {"x-death-reason": b"\xff\xfe", "x-original-routing-key": b"\xff"}},
+    "death": {
+        "headers": {"x-death": [{"routing-keys": [{"a": 1}], "reason": ["q"], "exchange": 1}]}
+    },
+    "year": {"headers": {"x-death": [{"time": datetime(9999, 12, 31, tzinfo=timezone.utc), "queue": None}]}},
+    "type": {"type": "\x1b[31m", "content_type": "\x1b[31m", "headers": {"\x1b[31m": 1}},
+    "deep": {"headers": {"d": reduce(lambda inner, _: {"a": inner}, range(60), 1)}},
+    "route": {"headers": {"x-original-exchange": "", "x-original-routing-key": DEAD}},
+    "exchange": {
+        "headers": {"x-original-exchange": f"{EXCHANGE}.dlx", "x-original-routing-key": "k"}
+    },
+    "no route": {"headers": {"x-death-reason": "r"}},
+}
+
+
+def test_hostile_letters(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Each can be listed, shown and purged; none is replayed, none keeps the others from it."""
+    url = rabbitmq_vhost.url
+    _bury(connect, _letters(["good"]))
+    _declare(url, "later")
+    with open_channel(url) as channel:
+        for name, properties in HOSTILE.items():
+            told = pika.BasicProperties(message_id=name, **properties)
+            channel.basic_publish("", DEAD, b"PRIVATE", told)
+    _publish_undecodable(rabbitmq_vhost)
+    names = ["good", *HOSTILE, ""]
+    assert _ids(url) == names
+    for argv in (["list"], *(["show", "--body", name] for name in ("escape", "type"))):
+        shown = subprocess.run(
+            [*COMMAND, "dead-letters", *argv],
+            env=environ_of(url, {}),
+            capture_output=True,
+            check=True,
+        ).stdout.decode()
+        assert all(each.isprintable() or each in "\n\t" for each in shown)
+    result = run("dead-letters", "replay", url=url)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 replayed, 14 stayed")
+    assert "route stays a dead letter: InvalidMessageError: its route leads back" in result.stderr
+    assert "no route stays a dead letter: InvalidMessageError: it does not say" in result.stderr
+    assert Counter(_ids(url)) == Counter(names[1:])
+    redirected = _fine(url, "replay", "no route", "--exchange", "", "--routing-key", "later")
+    assert documents(redirected.stdout)[0]["replayed"]
+    assert drain(url, ["later"]) == {"good": 1, "no route": 1}
+    assert "13 deleted" in _fine(url, "purge", "--yes").stderr
+
+
+def _publish_undecodable(vhost: VirtualHost) -> None:
+    """Publish a header with a date in a year of ten digits, which no Python can read."""
+    with open_channel(vhost.url) as channel:
+        late = {"when": datetime(2030, 1, 31, tzinfo=timezone.utc)}
+        properties = pika.BasicProperties(headers=late)
+        encoded = b"".join(properties.encode())
+        broken = encoded.replace(
+            b"T" + int(late["when"].timestamp()).to_bytes(8, "big"), b"T" + b"\x7f" * 8
+        )
+        assert broken != encoded
+        properties.encode = lambda: [broken]
+        channel.basic_publish("", DEAD, b"PRIVATE", properties)
+
+
+def test_filters(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """By task, reason and age; what a filter leaves out is not touched."""
+    url = rabbitmq_vhost.url
+    tasks = [CeleryTask(name, routing_key="later", task_id=name) for name in ("a.x", "a.y", "b.x")]
+    _bury(connect, tasks)
+    with open_channel(url) as channel:
+        old = {"x-death-reason": "NackError: x", "x-first-failed-at": "2020-01-31T12:00:00+00:00"}
+        channel.basic_publish("", DEAD, b"", pika.BasicProperties(message_id="old", headers=old))
+
+    def ids(*argv: str) -> list[str]:
+        return [each["message_id"] for each in documents(_fine(url, "list", *argv).stdout)]
+
+    assert ids("--task", "a.*") == ["a.x", "a.y"]
+    assert ids("--reason", "nackerror") == ["old"]
+    assert ids("--since", "1h") == ["a.x", "a.y", "b.x"]
+    assert ids("--since", "2020-02-01T00:00:00Z", "--task", "*.x") == ["a.x", "b.x"]
+    assert run("dead-letters", "list", "--since", "soon", url=url).returncode == 2
+    (line, *_) = run("dead-letters", "list", "--task", "b.*", url=url).stdout.splitlines()
+    assert "b.x  attempts 1  UnroutableError: " in line
+    _fine(url, "purge", "--yes", "--task", "a.*")
+    _declare(url, "later")
+    _fine(url, "replay", "--reason", "unroutable")
+    assert ids() == ["old"]
+    assert drain(url, ["later"]) == {"b.x": 1}
+
+
+@pytest.mark.usefixtures("audible_ctrl_c")
+@pytest.mark.parametrize("how", ["silent", "ctrl-c"])
+@pytest.mark.parametrize(
+    "argv", [["list"], ["replay"], ["purge", "--yes"]], ids=lambda argv: argv[0]
+)
+def test_a_broker_that_falls_silent(
+    argv: list[str], how: str, rabbitmq_vhost: VirtualHost, proxy: Proxy, connect: Connect
+) -> None:
+    """Each wait has a limit, whatever the heartbeat; Ctrl-C ends the command at once."""
+    url = rabbitmq_vhost.url
+    names = [str(number) for number in range(300)]
+    _bury(connect, _letters(names))
+    _declare(url, "later")
+    proxy.delay(DELAY, direction="s2c")
+    environ = {
+        "RABBITMQ_PREFETCH": "20",
+        "RABBITMQ_HEARTBEAT": "0",
+        "RABBITMQ_CONNECTION_TIMEOUT": "1000",
+        "ML_PUBLISH_TIMEOUT": "1000",
+    }
+    with subprocess.Popen(
+        [*COMMAND, "dead-letters", *argv, "--json"],
+        env=environ_of(proxy.url(url), environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        proxy.hole()
+        if how == "ctrl-c":
+            process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=3.0 if how == "ctrl-c" else 12.0)
+    assert process.returncode == (130 if how == "ctrl-c" else 1)
+    assert "Traceback" not in stderr
+    if how == "silent":
+        assert "no answer in time" in stderr or "no confirm" in stderr
+    proxy.heal()
+    deadline = time.monotonic() + 10.0
+    while (found := drain(url, ["later", DEAD])).total() < 300 and argv[0] != "purge":
+        assert time.monotonic() < deadline, found.total()
 
 
 PREFETCH, MANY = 20, 2000

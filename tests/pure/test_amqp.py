@@ -314,13 +314,14 @@ def test_refuses_headers_over_the_frame() -> None:
 
 
 def test_the_largest_headers_fit_a_frame_with_any_attempt() -> None:
-    """The limit leaves room for the longest delivery tag, and not a byte is given away."""
+    """The limit leaves room for the longest delivery tag and for the headers of a dead letter."""
     shell = len(raw.encode(with_header(0), exchange="x").properties)
     largest = raw.encode(with_header(amqp.PROPERTIES_MAX - shell), exchange="x")
     whole = FrameWriter(CHANNEL, amqp.FRAME_MAX).publish([(largest, 2**64 - 1)])
-    method = len(whole) - amqp.FRAME_MAX
+    method = len(whole) - (amqp.FRAME_MAX - amqp.DEATH_ROOM)
     assert whole[method : method + 3] == bytes((spec.FRAME_HEADER, 0, CHANNEL))
-    assert FrameWriter(CHANNEL, amqp.FRAME_MAX).longest_properties == len(largest.properties)
+    assert FrameWriter(CHANNEL, amqp.FRAME_MAX).longest_properties == amqp.LETTER_MAX
+    assert len(largest.properties) == amqp.LETTER_MAX - amqp.DEATH_ROOM
     with pytest.raises(MessageTooLargeError):
         raw.encode(with_header(amqp.PROPERTIES_MAX - shell + 1), exchange="x")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika import spec
 
 from mlproducer.message import Message
-from mlproducer.wire import raw
+from mlproducer.wire import amqp, raw
 from mlproducer.wire.dead_letter import dead_letter
 
 SAID: dict[str, str | int] = {"x-death-reason": "NackError: refused", "x-attempts": 4}
@@ -43,3 +45,40 @@ def test_adds_headers_and_changes_nothing_else(**fields: Any) -> None:
     assert before == after
     assert (dead.exchange, dead.routing_key, dead.body) == ("dlx", "q", b"body")
     assert dead.message_id == alive.message_id
+
+
+@pytest.mark.parametrize("free", [0, 1, 30, 200, 1023, 1024])
+def test_a_letter_always_fits(free: int) -> None:
+    """What is ours is cut or left out where the message's own headers leave no room."""
+    longest = 4000
+    shell = len(raw.encode(_filled(0), exchange="x").properties)
+    alive = raw.encode(_filled(longest - shell - free), exchange="x")
+    said = {"x-original-exchange": "x", "x-attempts": 4, "x-death-reason": "é" * 500}
+    dead = dead_letter(alive, "dlx", said, longest)
+    assert len(dead.properties) <= longest
+    headers = spec.BasicProperties().decode(dead.properties + b"\x011").headers
+    assert headers["h"] == "x" * (longest - shell - free)
+    assert ("x-original-exchange" in headers) == (free >= 30)
+    assert set(headers.get("x-death-reason", "")) <= {"é"}
+
+
+def _filled(size: int) -> Message:
+    return Message(body=b"", routing_key="q", headers={"h": "x" * size})
+
+
+def test_the_largest_message_has_a_letter_with_all_its_headers() -> None:
+    """The limit for a message's own headers leaves room for the longest names."""
+    shell = len(raw.encode(_filled(0), exchange="x").properties)
+    alive = raw.encode(_filled(amqp.PROPERTIES_MAX - shell), exchange="x")
+    now = datetime(2030, 1, 31, tzinfo=timezone.utc).isoformat()
+    said: dict[str, str | int] = {
+        "x-original-exchange": "e" * 255,
+        "x-original-routing-key": "k" * 255,
+        "x-attempts": 2**40,
+        "x-first-failed-at": now,
+        "x-death-reason": "r" * 255,
+    }
+    dead = dead_letter(alive, "dlx", said)
+    headers = spec.BasicProperties().decode(dead.properties + b"\x011").headers
+    assert {name: headers[name] for name in said} == said
+    assert len(dead.properties) <= amqp.LETTER_MAX

@@ -60,7 +60,7 @@ def _buried(lab: Lab) -> str:
     expect(dead.get(timeout=BACK).message_id == receipt.message_id, "another message's event")
     expect(lab.copies(DEAD_LETTERS)[receipt.message_id] == 1, "not among the dead letters")
     (letter,) = DeadLetters(Settings(url=lab.url)).list([receipt.message_id])
-    as_before = letter.message.body == message.body and letter.routing_key == message.routing_key
+    as_before = letter.body == message.body and letter.routing_key == message.routing_key
     seen = f"RetriesExhaustedError after {attempts} attempts; the letter says: {letter.reason}"
     return expect(as_before and attempts == letter.attempts == RETRIES + 1, seen)
 
