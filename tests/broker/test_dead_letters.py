@@ -267,7 +267,11 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "death": {
         "headers": {"x-death": [{"routing-keys": [{"a": 1}], "reason": ["q"], "exchange": 1}]}
     },
-    "year": {"headers": {"x-death": [{"time": datetime(9999, 12, 31, tzinfo=timezone.utc), "queue": None}]}},
+    "year": {
+        "headers": {
+            "x-death": [{"time": datetime(9999, 12, 31, tzinfo=timezone.utc), "queue": None}]
+        }
+    },
     "type": {"type": "\x1b[31m", "content_type": "\x1b[31m", "headers": {"\x1b[31m": 1}},
     "deep": {"headers": {"d": reduce(lambda inner, _: {"a": inner}, range(60), 1)}},
     "route": {"headers": {"x-original-exchange": "", "x-original-routing-key": DEAD}},
