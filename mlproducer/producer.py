@@ -1,34 +1,39 @@
 """The producer: what users call. It wires the rooms together and waits on its users' behalf.
 
-A producer is cheap until it is used: its engine, and with it every thread and connection, begins at
-the first publish, and begins afresh in a forked child.
+A producer is cheap until it is used: its running part, and with it every thread and connection,
+begins at the first publish, and begins afresh in a forked child. That part does not hold the
+producer: one that the program has dropped delivers what it has, and is closed then.
 
 Runs on: the users' threads.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import math
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
+from mlproducer import awaiting
+from mlproducer.awaiting import AwaitedAnswer
 from mlproducer.core.delivery import Delivery, Handshake
-from mlproducer.core.states import ConnectionState
-from mlproducer.engine import process
 from mlproducer.engine.lifecycle import Lifecycle
 from mlproducer.errors import (
     BufferFullError,
-    ConfigurationError,
+    InvalidMessageError,
     InvalidTaskError,
     PublishError,
 )
-from mlproducer.fence import write
-from mlproducer.message import Receipt
+from mlproducer.latch import seconds
+from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, EventName
 from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import Settings, redact
@@ -46,8 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_inherited: list[Lifecycle] = []
-"""Engines of parent processes: kept, so that nothing of theirs is collected, closed or flushed."""
+Hook = Callable[[Task, dict[str, Any]], object]
+"""What `MLProducer.before_publish` takes: it may add to the headers of a task."""
 
 
 class MLProducer:
@@ -63,20 +68,25 @@ class MLProducer:
     def __init__(
         self, settings: Settings | None = None, *, registry: Any = None, store: Store | None = None
     ) -> None:
+        if settings is not None and not isinstance(settings, Settings):
+            raise TypeError(
+                f"settings is {type(settings).__name__}: pass MLProducer(Settings(url=...)), or "
+                "nothing where RABBITMQ_URL is set"
+            )
         self.settings = anchored(Settings.from_env() if settings is None else settings)
-        self._registry = registry
-        self._made_meter: Meter | None = None
-        self._store = store
         self._encoder = Encoder(self.settings)
         self._callbacks = Callbacks()
-        self._recorder = Recorder()
-        self._life = Lifecycle(self._make_fleet)
-        process.remember(self)
+        self._hooks: list[Hook] = []
+        self._plan = _Plan(self.settings, store, registry, self._callbacks)
+        holder = weakref.ref(self)
+        self._life = Lifecycle(self._plan, lambda: holder() is not None)
+        self._plan.watched = weakref.ref(self._life)
         if "prometheus_client" in sys.modules or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             self._meter()  # else nothing looks at metrics yet, and the import can wait
 
     def __repr__(self) -> str:
-        return f"<MLProducer {redact(self.settings.url or '') or 'no URL'} {self._state().name}>"
+        state = self.status().connection_state.name
+        return f"<MLProducer {redact(self.settings.url or '') or 'no URL'} {state}>"
 
     # --- publishing ----------------------------------------------------------------------------
 
@@ -92,7 +102,7 @@ class MLProducer:
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
         started = time.monotonic()
-        engine = self._life.running().choose()
+        engine = self._life.started().choose()
         answer = Answer(engine.relay)
         delivery = self._delivery(engine, task, answer, timeout, started, retry=retry)
         try:
@@ -107,23 +117,63 @@ class MLProducer:
             engine.withdraw(delivery)
             raise
 
-    def submit(self, task: Task, *, retry: bool = True) -> DeliveryFuture:
+    async def apublish(
+        self, task: Task, *, timeout: float | None = None, retry: bool = True
+    ) -> Receipt:
+        """Publish, and await the broker's answer: `publish` for an event loop, never blocking it.
+
+        Cancelling it ends the wait and not the message: once it has been handed over it goes on,
+        and its outcome is told to nothing but metrics, logs and callbacks. Cancelled before that,
+        while the in-flight window is full, it is never sent.
+
+        :param task: a task or `Message`
+        :param timeout: seconds for the whole call; ``None`` is ``settings.publish_timeout``
+        :param retry: keep a message that cannot be delivered now; otherwise its error is raised
+        :raises PublishError: as for `publish`
+        """
+        started = time.monotonic()
+        if self._life.fleet is None:
+            await asyncio.to_thread(self._life.started)  # imports and files, once
+        engine = self._life.started().choose()
+        answer = AwaitedAnswer(engine.relay)
+        delivery = self._delivery(engine, task, answer, timeout, started, retry=retry)
+        try:
+            if await awaiting.enter(engine, delivery):
+                engine.post(delivery)
+            else:
+                engine.turn_away(delivery)
+        except PublishError:
+            raise
+        except BaseException:
+            engine.withdraw(delivery)
+            raise
+        return await awaiting.finish(engine, delivery, answer)
+
+    def submit(
+        self, task: Task, *, timeout: float | None = None, retry: bool = True
+    ) -> DeliveryFuture:
         """Publish without waiting for the broker.
 
+        Where messages are written ahead it also waits until this one is in the store, at most
+        ``publish_timeout``; in an event loop use `apublish` there.
+
+        :param timeout: seconds to wait while the in-flight window is full; 0 never waits, ``None``
+            is ``settings.publish_timeout``
         :returns: a future with ``message_id``, resolved once the message's fate is known
-        :raises BufferFullError: the in-flight window was full for ``publish_timeout``
+        :raises BufferFullError: the in-flight window was full for ``timeout``
         :raises StoreError: messages are written ahead, and this one could not be stored in time
         """
         started = time.monotonic()
-        engine = self._life.running().choose()
+        engine = self._life.started().choose()
         future = DeliveryFuture(engine.dispatcher)
+        patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
         delivery = self._delivery(
             engine, task, future, None, started, retry=retry, answer_deferral=False
         )
         future.message_id = delivery.envelope.message_id
         future.delivery = delivery
         try:
-            if not engine.gate.enter(delivery, delivery.deadline):
+            if not engine.gate.enter(delivery, started + patience):
                 raise BufferFullError(
                     f"{self.settings.max_in_flight} messages are in flight",
                     message_id=future.message_id,
@@ -143,7 +193,7 @@ class MLProducer:
         :param timeout: seconds for each message, from when it is taken
         :returns: for each task, in order, its receipt or its error
         """
-        fleet = self._life.running()
+        fleet = self._life.started()
         line = Line()
         try:
             for task in tasks:
@@ -163,19 +213,28 @@ class MLProducer:
             raise
 
     def publish_summarization_task(
-        self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
+        self,
+        share_id: str | int | UUID,
+        content: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
     ) -> Receipt:
         """Build a `SummarizationTask` and `publish` it."""
         return self._publish_new(SummarizationTask, share_id, content, options)
 
     def publish_transcription_task(
-        self, share_id: str, media_url: str, options: Mapping[str, Any] | None = None
+        self,
+        share_id: str | int | UUID,
+        media_url: str,
+        options: Mapping[str, Any] | None = None,
     ) -> Receipt:
         """Build a `TranscriptionTask` and `publish` it."""
         return self._publish_new(TranscriptionTask, share_id, media_url, options)
 
     def publish_embedding_task(
-        self, share_id: str, content: Mapping[str, Any], options: Mapping[str, Any] | None = None
+        self,
+        share_id: str | int | UUID,
+        content: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
     ) -> Receipt:
         """Build an `EmbeddingTask` and `publish` it."""
         return self._publish_new(EmbeddingTask, share_id, content, options)
@@ -203,9 +262,10 @@ class MLProducer:
         retry: bool,
         answer_deferral: bool = True,
     ) -> Delivery:
-        seconds = self.settings.publish_timeout if timeout is None else _checked(timeout)
+        patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
+        encode = self._encode_hooked if self._hooks else self._encoder.encode
         try:
-            envelope, span = engine.spans.encode(self._encoder.encode, task)
+            envelope, span = engine.spans.encode(encode, task)
         except PublishError as error:
             self._meter().refused(task, error)
             raise
@@ -213,7 +273,7 @@ class MLProducer:
             envelope,
             answer,
             started=started,
-            deadline=started + seconds,
+            deadline=started + patience,
             retry=retry,
             answer_deferral=answer_deferral,
         )
@@ -224,13 +284,44 @@ class MLProducer:
             raise refusal
         return delivery
 
+    def _meter(self) -> Meter:
+        return self._plan.meter()
+
+    def before_publish(self, hook: Hook) -> None:
+        """Have ``hook(task, headers)`` called before each message is encoded; on its own thread.
+
+        It may add AMQP headers to the dictionary ``headers``, which holds those that the task has.
+        One that raises, or adds what AMQP cannot carry, is logged and adds nothing.
+
+        :param hook: called as often as there are messages, so it should be quick
+        """
+        self._hooks.append(hook)
+
+    def _encode_hooked(self, task: Task) -> Envelope:
+        """Encode a message with the headers that hooks add to it, if it can be sent with them."""
+        headers = dict(getattr(task, "headers", None) or {})
+        for hook in self._hooks:
+            added = headers.copy()
+            try:
+                hook(task, added)
+            except Exception as error:  # noqa: BLE001 - whatever it raises, the message is sent
+                logger.warning("a before_publish hook raised: %s", type(error).__name__)
+            else:
+                headers = added
+        hooked = copy(task)
+        object.__setattr__(hooked, "headers", headers)
+        try:
+            return self._encoder.encode(hooked)
+        except InvalidMessageError:
+            envelope = self._encoder.encode(task)  # raises where the message itself is to blame
+        logger.warning("headers that before_publish hooks have added cannot be sent")
+        return envelope
+
     # --- state ---------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """Say how things stand, without asking the broker."""
-        if self._life.fleet is not None:
-            return self._life.fleet.status()
-        return Status(connection_state=self._state())
+        return self._life.status()
 
     def is_healthy(self) -> bool:
         """Whether messages get through: connected, breaker not open, not blocked."""
@@ -238,7 +329,7 @@ class MLProducer:
 
     def recent(self) -> Recent:
         """Give rates, errors and dead letters of the last minutes, without asking the broker."""
-        return self._recorder.recent()
+        return self._plan.recorder.recent()
 
     def on(self, event: EventName, callback: Callable[..., object]) -> None:
         """Call ``callback`` at an event, on a thread of its own.
@@ -255,11 +346,6 @@ class MLProducer:
         """
         self._callbacks.add(event, callback)
 
-    def _state(self) -> ConnectionState:
-        if self._life.fleet is not None:
-            return self._life.fleet.status().connection_state
-        return ConnectionState.CLOSED if self._life.closed else ConnectionState.DISCONNECTED
-
     # --- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -268,18 +354,20 @@ class MLProducer:
         :raises ConfigurationError: no broker is named, or a TLS file is unusable
         :raises ProducerClosedError: the producer was closed
         """
-        self._life.running()
+        self._life.started()
 
     def wait_connected(self, timeout: float | None = None) -> bool:
         """Wait until there is a connection that carries messages.
 
         :param timeout: seconds; ``None`` waits without a limit
+        :returns: false at the end of the timeout, and when another thread closes the producer
         """
-        return self._life.running().wait_connected(timeout)
+        patience = None if timeout is None else seconds(timeout)
+        return self._life.started().wait_connected(patience)
 
     def reconnect(self) -> None:
         """Connect now if there is no connection; starts over where the attempts were used up."""
-        self._life.running(blocking=False).reconnect()
+        self._life.started(blocking=False).reconnect()
 
     def flush(self, timeout: float | None = None) -> int:
         """Wait until nothing is in flight or waiting for a retry.
@@ -289,8 +377,8 @@ class MLProducer:
         """
         if self._life.fleet is None or self._life.closed:
             return 0
-        deadline = None if timeout is None else time.monotonic() + timeout
-        return self._life.running().flush(deadline)
+        deadline = None if timeout is None else time.monotonic() + seconds(timeout)
+        return self._life.started().flush(deadline)
 
     def close(self, timeout: float = 10.0) -> CloseReport:
         """Drain, then close; within ``timeout`` + 0.5 s, from any thread, any number of times.
@@ -299,7 +387,7 @@ class MLProducer:
 
         :param timeout: seconds for draining
         """
-        return self._life.close(timeout)
+        return self._life.close(seconds(timeout))
 
     def __enter__(self) -> MLProducer:
         return self
@@ -317,55 +405,59 @@ class MLProducer:
 
     @property
     def registry(self) -> Any:
-        """Where its metrics are; whoever asks for it finds them registered."""
+        """Where its metrics are, which are registered at the latest now."""
         self._meter()
-        return self._registry
+        return self._plan.registry
 
-    def _meter(self) -> Meter:
-        if self._made_meter is None:
+
+class _Plan:
+    """What a producer's running part is made of; it does not hold the producer.
+
+    :ivar watched: what the metrics read, and hold weakly
+    """
+
+    watched: Callable[[], Lifecycle | None]
+
+    def __init__(
+        self, settings: Settings, store: Store | None, registry: Any, callbacks: Callbacks
+    ) -> None:
+        self.registry = registry
+        self.exit_timeout = settings.exit_timeout
+        self.recorder = Recorder()
+        self._settings = settings
+        self._store = store
+        self._callbacks = callbacks
+        self._meter: Meter | None = None
+
+    def prepare(self) -> None:
+        """Import what is needed; on the caller's thread, which may hold locks of the import."""
+        import_module("mlproducer.engine.fleet")  # pika is slow to import
+        self.meter()
+
+    def make(self, tend: Callable[[], None]) -> Fleet:
+        """Make the running part, not started."""
+        from mlproducer.engine.fleet import assemble  # noqa: PLC0415 - see `prepare`
+
+        return assemble(
+            self._settings, self._store, self._callbacks, self.meter(), self.recorder, tend
+        )
+
+    def meter(self) -> Meter:
+        """Give the meter of its registry, with its families registered."""
+        if self._meter is None:
             from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
 
-            meter = metrics.meter(self._registry)
-            meter.watch(self, durable=self._stores_durably())
-            self._made_meter = meter
-        return self._made_meter
+            meter, watched = metrics.meter(self.registry), self.watched()
+            if watched is not None:
+                meter.watch(watched, durable=self._stores_durably())
+            self._meter = meter
+        return self._meter
+
+    def forked(self) -> None:
+        """Begin afresh in a child."""
+        self.recorder = Recorder()
 
     def _stores_durably(self) -> bool:
         if self._store is not None:
             return self._store.durable
-        return not self.settings.store_url.startswith("memory:")
-
-    def _make_fleet(self) -> Fleet:
-        from mlproducer.engine.fleet import assemble  # noqa: PLC0415 - pika is slow to import
-
-        process.finish_in_children()
-        return assemble(self.settings, self._store, self._callbacks, self._meter(), self._recorder)
-
-    # --- what the process tells ----------------------------------------------------------------
-
-    def forked(self) -> None:
-        """Begin afresh in a child process, which must touch nothing of its parent's."""
-        parents = self._life
-        _inherited.append(parents)
-        self._life = Lifecycle(self._make_fleet, closed=parents.closed)
-        self._recorder = Recorder()
-        if parents.fleet is not None:
-            parents.fleet.disown()
-
-    def exiting(self, deadline: float) -> None:
-        """Deliver what is in flight before the process ends, and say what is lost."""
-        if self._life.fleet is not None and not self._life.closed:
-            lost = self.close(max(0.0, deadline - time.monotonic())).abandoned
-            if lost:
-                write(
-                    logger,
-                    logging.ERROR,
-                    "the process ends: messages lost that lived in memory: %d",
-                    len(lost),
-                )
-
-
-def _checked(timeout: float) -> float:
-    if isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout >= 0:
-        return timeout
-    raise ConfigurationError("timeout must be a number of seconds from 0")
+        return not self._settings.store_url.startswith("memory:")

@@ -114,11 +114,11 @@ def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
     if answer.given is None and not answer.wait(delivery.deadline - time.monotonic()):
         engine.expire(delivery)
         if not answer.wait(GRACE):
-            return _unanswered(engine, delivery, answer)
+            return unanswered(engine, delivery, answer)
     return answer.receipt()
 
 
-def _unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
+def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
     """End the wait although the courier is silent: its thread hangs, or has just died."""
     withdrawn = answer.cancel()
     error = ConfirmTimeoutError(

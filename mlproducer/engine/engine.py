@@ -133,7 +133,7 @@ class Engine:
     def join_timers(self, deadline: float) -> None:
         """Wait for the other threads, which have been told to end."""
         threads.join_all(self._threads.values(), deadline)
-        threads.return_ordinal(self._ordinal)
+        threads.return_ordinal(self._ordinal, self)
 
     def descriptors(self) -> list[int]:
         """Give every descriptor that is held here, for a forked child to let go of."""

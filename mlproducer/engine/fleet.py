@@ -28,6 +28,7 @@ from mlproducer.engine.directory import Directory
 from mlproducer.engine.engine import Engine, Shared
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
+from mlproducer.engine.lifecycle import CLOSE_MARGIN, SHELVE_LIMIT
 from mlproducer.engine.quiet import quieten_pika
 from mlproducer.engine.resolver import Resolver
 from mlproducer.errors import ProducerClosedError
@@ -42,12 +43,6 @@ from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Depth, Store
-
-SHELVE_LIMIT = 0.2
-"""Seconds of a close's grace that a durable store has for what could not be delivered."""
-
-CLOSE_MARGIN = 0.4
-"""Seconds of a close's grace that ending the links and the threads may take."""
 
 
 class Fleet:
@@ -64,6 +59,7 @@ class Fleet:
         callbacks: Callbacks,
         meter: Meter,
         recorder: Recorder,
+        tend: Callable[[], None],
     ) -> None:
         self.gate = Gate(settings.max_in_flight)
         self.dispatcher = Dispatcher(self._spawn, self._event_dropped)
@@ -95,12 +91,15 @@ class Fleet:
         ios = [engine.io for engine in self.engines]
         for io in ios:
             io.peers = [each for each in ios if each is not io]
-        self._keeper.serve(ios, self._watch)
+        self._keeper.serve(ios, self._sweep)
+        self._tend = tend
         self._ordinal = 0
         self._threads: list[threading.Thread] = []
-        self._confirmed_before = 0
+        # Noted by each who closes, before the next step; the first counts, the others come late.
+        self._confirmed_before: list[int] = []
+        self._abandoned: list[tuple[str, ...]] = []
         self._shelved: list[Latch] = []
-        self._abandoned: tuple[str, ...] = ()
+        self._ended = False
 
     def _events(self, inside: Callable[[], Sequence[Delivery]]) -> EventSink:
         """Make the sinks of one connection; they count without a lock, each on its own thread.
@@ -153,32 +152,41 @@ class Fleet:
         self.end(deadline + SHELVE_LIMIT)
         return self.join(deadline + CLOSE_MARGIN)
 
-    # The steps of a close. Whoever closes several fleets takes each step with all of them before
-    # the next, so that they share one deadline.
+    # The steps of a close. Each may be cut by an interrupt, taken again, and taken by several
+    # threads at once. One who closes several fleets takes each step with all of them before the
+    # next, so that they share one deadline.
 
     def drain(self, deadline: float) -> None:
         """Deliver what is inside, until a monotonic deadline; then have the store take the rest."""
-        self._confirmed_before = sum(engine.confirmed for engine in self.engines)
+        self._confirmed_before.append(self._confirmed())
         self._watch()
         self._wait_until_quiet(deadline)
-        self._shelved = [engine.shelve() for engine in self.engines]
+        self._shelve()
 
     def end(self, deadline: float) -> None:
         """Have links and threads end, and everybody told how it stands.
 
         :param deadline: monotonic time until which a durable store may take what is left
         """
-        for shelved in self._shelved:
+        self._confirmed_before.append(self._confirmed())
+        for shelved in self._shelved or self._shelve():
             shelved.wait(deadline - time.monotonic())
-        self._abandoned = tuple(each.envelope.message_id for each in self._unsettled())
+        self._abandoned.append(tuple(each.envelope.message_id for each in self._unsettled()))
         for engine in self.engines:
             engine.end()
+        self._ended = True
+        self.gate.emptied.changed()  # for those in flush() and wait_connected()
+        self._connected.changed()
+
+    def _shelve(self) -> list[Latch]:
+        self._shelved = [engine.shelve() for engine in self.engines]
+        return self._shelved
 
     def join(self, deadline: float) -> CloseReport:
         """Wait for the threads, until a monotonic deadline, and give what became of messages."""
         ended = [engine.join(deadline) for engine in self.engines]
         if all(ended):
-            self._settle_rest()
+            self._keeper.thread.order(self._settle_rest)  # by one thread, which no signal cuts
         self._keeper.stop()
         self._resolver.stop()
         self._spans.close()
@@ -187,8 +195,12 @@ class Fleet:
         threads.join_all(every, deadline)
         for engine in self.engines:
             engine.join_timers(deadline)
-        confirmed = sum(engine.confirmed for engine in self.engines) - self._confirmed_before
-        return CloseReport(confirmed, self._depth().stored if self.durable else 0, self._abandoned)
+        stored = self._depth().stored if self.durable else 0
+        confirmed = self._confirmed() - self._confirmed_before[0]
+        return CloseReport(confirmed, stored, self._abandoned[0])
+
+    def _confirmed(self) -> int:
+        return sum(engine.confirmed for engine in self.engines)
 
     def _settle_rest(self) -> None:
         """Tell those whose message no I/O thread had any more, now that all have ended."""
@@ -207,17 +219,29 @@ class Fleet:
         Each number is pointed at ``/dev/null``, so that the objects that still hold it can do no
         harm whenever they are collected.
         """
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for engine in self.engines:
-            for descriptor in engine.descriptors():
+        left = [each for engine in self.engines for each in engine.descriptors()]
+        if not left:
+            return
+        try:
+            nothing = os.open(os.devnull, os.O_RDWR)
+        except OSError:  # no descriptor is to be had: one of these makes room
+            os.close(left[0])
+            nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in left:
+            if descriptor != nothing:
                 os.dup2(nothing, descriptor, inheritable=False)
-        os.close(nothing)
+        if nothing not in left:
+            os.close(nothing)
 
     def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
         return threads.spawn(role, self._ordinal, target, self)
 
     def _event_dropped(self) -> None:
         self._events_of_all.events_dropped()
+
+    def _sweep(self) -> None:
+        self._watch()
+        self._tend()
 
     def _watch(self) -> None:
         """Write the gauges down, and see that the I/O threads are alive."""
@@ -231,8 +255,11 @@ class Fleet:
     def wait_connected(self, timeout: float | None) -> bool:
         """Wait until a link carries messages; one will do, as it does for ``is_healthy``."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        connected = self._connected
-        return connected.wait_for(lambda: any(each.connected for each in self.engines), deadline)
+        self._connected.wait_for(lambda: self._ended or self._is_connected(), deadline)
+        return self._is_connected()
+
+    def _is_connected(self) -> bool:
+        return any(engine.connected for engine in self.engines)
 
     def reconnect(self) -> None:
         """Connect now where there is no connection."""
@@ -240,7 +267,11 @@ class Fleet:
             engine.reconnect()
 
     def flush(self, deadline: float | None) -> int:
-        """Wait until nothing is in flight or waiting, and give how many are left."""
+        """Wait until nothing is in flight or waiting, and give how many are left.
+
+        :raises WouldDeadlockError: it is called by a signal handler amid another call
+        """
+        self.gate.check()
         self._wait_until_quiet(deadline)
         return self._inside() + self._depth().stored
 
@@ -248,10 +279,16 @@ class Fleet:
         for engine in self.engines:
             if engine.idle:
                 engine.reconnect()
-        self.gate.emptied.wait_for(self._quiet, deadline)
+        self.gate.emptied.wait_for(lambda: self._ended or self._is_quiet(), deadline)
 
-    def _quiet(self) -> bool:
+    def _is_quiet(self) -> bool:
         return not self.gate and self._keeper.asked and not self._depth().stored
+
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight, and nothing waits that is lost with this process."""
+        depth = self._depth()
+        left = depth.waiting if self.durable else depth.stored
+        return not self.gate and self._keeper.asked and not left
 
     def _depth(self) -> Depth:
         """Count the messages in the store, whoever wrote them there."""
@@ -290,13 +327,19 @@ class Fleet:
 
 
 def assemble(
-    settings: Settings, store: Store | None, callbacks: Callbacks, meter: Meter, recorder: Recorder
+    settings: Settings,
+    store: Store | None,
+    callbacks: Callbacks,
+    meter: Meter,
+    recorder: Recorder,
+    tend: Callable[[], None],
 ) -> Fleet:
     """Make the running part that the settings ask for, not started.
 
+    :param tend: is called at each sweep, on the retry thread
     :param store: ``None`` is what the settings name
     :raises ConfigurationError: the settings do not fit together
     """
     quieten_pika()
     made = open_store(settings) if store is None else store
-    return Fleet(settings, made, callbacks, meter, recorder)
+    return Fleet(settings, made, callbacks, meter, recorder, tend)

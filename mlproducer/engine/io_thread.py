@@ -118,6 +118,7 @@ class IOThread:
         self.dialer = Dialer(resolver, _patience(settings), self, number)
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
+        self._closes = False
 
     # --- for any thread ------------------------------------------------------------------------
 
@@ -329,13 +330,20 @@ class IOThread:
         self.dialer.dial()
 
     def shelve(self, done: Latch) -> None:
-        """Have a durable store take what is left; the latch is opened once it has."""
-        self._delayed.release()
-        self.courier.farewell.shelve(time.monotonic())
+        """Have a durable store take what is left; the latch is opened once it has.
+
+        A close() that was cut by an interrupt orders it again; it is done once.
+        """
+        if not self.courier.farewell.begun:
+            self._delayed.release()
+            self.courier.farewell.shelve(time.monotonic())
         self._keeper.thread.order(done.open)
 
     def close(self) -> None:
-        """Tell everybody how it stands, and end the link and the thread."""
+        """Tell everybody how it stands, and end the link and the thread; once."""
+        if self._closes:
+            return
+        self._closes = True
         self._delayed.release()
         stored = [each for each in self._keeper.shelf.deliveries() if each.desk is self]
         self.courier.farewell.abandon(stored, time.monotonic())

@@ -1,51 +1,109 @@
-"""When a producer's engines begin and end: at their first use, and once.
+"""When a producer's running part begins and ends: at its first use, and once.
 
-`close` may come from anywhere, also from a signal handler that has interrupted the start, and so
-takes no lock.
+Four things happen to it, each of which an interrupt, or the end of a thread, may cut anywhere, and
+which the next caller finishes:
 
-Runs on: the users' threads.
+- *start* is made on a thread of its own, which no signal interrupts; callers only wait for it;
+- *close* is steps that may be taken again, and by several threads at once: the shortest limit of
+  those who close decides how long is waited, and all have the same report;
+- *exit* takes the same steps for all producers of the process;
+- *fork* makes it new in the child.
+
+No lock is held on the way, so that a signal handler or a finaliser may call in at any moment.
+
+Runs on: the users' threads; the start on a thread ``mlproducer-start``.
 """
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from mlproducer.engine import threads
-from mlproducer.errors import NotConnectedError, ProducerClosedError, WouldDeadlockError
-from mlproducer.status import CloseReport
+from mlproducer import forks
+from mlproducer.core.states import ConnectionState
+from mlproducer.engine import process, threads
+from mlproducer.errors import (
+    ConfigurationError,
+    MLProducerError,
+    NotConnectedError,
+    ProducerClosedError,
+    WouldDeadlockError,
+)
+from mlproducer.latch import Watch
+from mlproducer.status import CloseReport, Status
 
 if TYPE_CHECKING:
     from mlproducer.engine.fleet import Fleet
 
+START_LIMIT = 30.0
+"""Seconds for which a call waits for the start, which takes a few milliseconds."""
+
+CLAIM_LIMIT = 0.1
+"""Seconds after which a thread that was to start it, and has not begun, is taken for lost."""
+
+SHELVE_LIMIT = 0.2
+"""Seconds of a close's grace that a durable store has for what could not be delivered."""
+
+CLOSE_MARGIN = 0.4
+"""Seconds of a close's grace that ending the links and the threads may take."""
+
+ENDED = "the process ends: producers have been closed"
+
+_inherited: list[object] = []
+"""What ran in parent processes: kept, so that nothing of theirs is collected, closed or flushed."""
+
+
+class Plan(Protocol):
+    """What the running part is made of. It must not hold the producer, which may be dropped."""
+
+    exit_timeout: float
+
+    def prepare(self) -> None:
+        """Import what is needed; on the caller's thread, which may hold locks of the import."""
+
+    def make(self, tend: Callable[[], None]) -> Fleet:
+        """Make the running part, not started.
+
+        :param tend: is to be called at each sweep
+        """
+
+    def forked(self) -> None:
+        """Begin afresh in a child."""
+
 
 class Lifecycle:
-    """The life of a producer's engines in one process.
+    """The life of a producer's running part in one process.
 
-    :param make: makes the engines, not started
+    :param is_held: whether something of the program still holds the producer
     :ivar fleet: ``None`` until the first use
+    :ivar closed: nothing is taken any more
     """
 
-    def __init__(self, make: Callable[[], Fleet], *, closed: bool = False) -> None:
-        self._make = make
-        # guards: fleet and _starter while the engines start; never held while waiting for others
-        self._lock = threading.Lock()
-        self._starter: int | None = None
-        self._first_close = [None]
-        self._report: Future[CloseReport] = Future()
-        self.fleet: Fleet | None = None
-        self.closed = closed
+    def __init__(self, plan: Plan, is_held: Callable[[], bool]) -> None:
+        self._plan = plan
+        self._is_held = is_held
+        self.closed = False
+        self._left: Fleet | None = None
+        self._begin()
+        process.remember(self)
 
-    def running(self, *, blocking: bool = True) -> Fleet:
-        """Give the fleet, started.
+    def _begin(self) -> None:
+        self.fleet: Fleet | None = None
+        self._made: Fleet | None = None  # the same, from before it is started, for a fork
+        self._starts: dict[str, _Start] = {}  # the one under way, if there is one
+        self._reports: list[CloseReport] = []  # the first counts
+
+    # --- start ---------------------------------------------------------------------------------
+
+    def started(self, *, blocking: bool = True) -> Fleet:
+        """Give the running part, started.
 
         :param blocking: the caller is going to wait, which it must not on one of our threads
         :raises ProducerClosedError: it is closed
         :raises WouldDeadlockError: the wait would never end
         """
+        forks.notice()
         fleet = self.fleet
         if fleet is None or self.closed:
             fleet = self._start()
@@ -53,53 +111,197 @@ class Lifecycle:
             raise WouldDeadlockError("a blocking call on the producer's own thread")
         return fleet
 
-    def close(self, timeout: float) -> CloseReport:
-        """Drain and close, or wait for whoever is at it."""
-        self.closed = True
-        try:
-            self._first_close.pop()
-        except IndexError:
-            return self._report_of_the_first(timeout)
-        report, fleet = CloseReport(), self.fleet
-        if fleet is not None:
-            report = fleet.close(0.0 if threads.here.owner is fleet else timeout)
-        self._report.set_result(report)
-        return report
-
-    def _report_of_the_first(self, timeout: float) -> CloseReport:
-        try:
-            return self._report.result(timeout)
-        except FutureTimeoutError:
-            return CloseReport()
-
     def _start(self) -> Fleet:
-        me = threading.get_ident()
-        if self._starter == me:
-            raise WouldDeadlockError("called in a signal handler that interrupted the start")
-        made: Fleet | None = None
-        with self._lock:
-            if self.fleet is None and not self.closed:
-                self._starter = me
-                try:
-                    made = self.fleet = self._started()
-                finally:
-                    self._starter = None
-        if made is not None:
-            if self.closed:
-                made.close(0.0)  # close() came while it started, and may not have seen it
-            return made
-        if self.closed or self.fleet is None:
-            raise ProducerClosedError("the producer is closed")
-        return self.fleet
-
-    def _started(self) -> Fleet:
+        self._check_open()
+        if threads.here.owner is self:
+            raise WouldDeadlockError("called by a finaliser while the producer starts")
         try:
-            fleet = self._make()
-        except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
-            why = getattr(error, "strerror", None) or "out of descriptors"
-            raise NotConnectedError(f"the producer cannot be started: {why}") from error
+            self._plan.prepare()
+        except ImportError as error:  # by a signal handler in the middle of the same import
+            raise WouldDeadlockError(f"the library is being imported: {error}") from None
+        start = self._starts.setdefault("now", _Start(self._make_and_start))
+        fleet = start.wait(self)
+        if fleet is None:
+            if self._starts.get("now") is start:
+                del self._starts["now"]
+            raise _fresh(start.error)
+        self._check_open()
+        return fleet
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ProducerClosedError("the producer is closed")
+        if process.is_over():
+            raise ProducerClosedError(ENDED)
+
+    def _make_and_start(self) -> Fleet:
+        """Make and start it; on a thread that no signal interrupts."""
+        process.finish_in_children()
+        fleet = self._made = self._plan.make(self._tend)
+        process.hold(self)
         try:
             fleet.start()
-        except RuntimeError as error:
-            raise NotConnectedError(f"no thread can be started: {error}") from error
+        except BaseException:
+            self._made = None
+            process.release(self)
+            raise
+        self.fleet = fleet
+        if self.closed:  # by one who did not wait for the start, and may not have seen it
+            fleet.close(0.0)
+            process.release(self)
         return fleet
+
+    def _tend(self) -> None:
+        """Close what has delivered everything, and is held by nothing of the program."""
+        fleet = self.fleet
+        if fleet is not None and not self._is_held() and fleet.is_idle():
+            self.close(0.0)
+
+    # --- close ---------------------------------------------------------------------------------
+
+    def close(self, timeout: float) -> CloseReport:
+        """Drain and close, or finish what another caller has begun; give the one report."""
+        forks.notice()
+        deadline = time.monotonic() + timeout
+        self.drain(deadline)
+        self.end(deadline)
+        return self.join(deadline + CLOSE_MARGIN)
+
+    def drain(self, deadline: float) -> None:
+        """Take nothing more, and deliver what is inside until a monotonic deadline."""
+        self.closed = True
+        start = self._starts.get("now")
+        if start is not None and not start.withdraw() and threads.here.owner is not self:
+            start.over.wait_for(start.is_over, deadline)
+        fleet = self.fleet
+        if fleet is not None and not self._reports and threads.here.owner is not fleet:
+            fleet.drain(deadline)
+
+    def end(self, deadline: float) -> None:
+        """Have links and threads end, and every publisher told how it stands."""
+        self.closed = True
+        if self.fleet is not None and not self._reports:
+            self.fleet.end(deadline + SHELVE_LIMIT)
+
+    def join(self, deadline: float) -> CloseReport:
+        """Wait for the threads until a monotonic deadline."""
+        if not self._reports:
+            report = CloseReport() if self.fleet is None else self.fleet.join(deadline)
+            self._reports.append(report)
+        process.release(self)
+        return self._reports[0]
+
+    # --- what the process tells ----------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """It has been started, and is not closed to the end."""
+        return self._made is not None and not self._reports
+
+    @property
+    def exit_timeout(self) -> float:
+        """Seconds for which the end of the process waits for it."""
+        return self._plan.exit_timeout
+
+    def lost(self) -> int:
+        """Count the messages that are lost with this process."""
+        return sum(len(report.abandoned) for report in self._reports[:1])
+
+    def forked(self) -> None:
+        """Begin afresh in a child, which must touch nothing of its parent's."""
+        self._left = self._made
+        _inherited.append((self._left, self._starts))
+        self._begin()
+        self._plan.forked()
+
+    def disown(self) -> None:
+        """Let go, in a child, of the parent's descriptors."""
+        left, self._left = self._left, None
+        if left is not None:
+            left.disown()
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Say how things stand, without asking the broker."""
+        fleet = self.fleet
+        if fleet is not None:
+            return fleet.status()
+        closed = ConnectionState.CLOSED if self.closed else ConnectionState.DISCONNECTED
+        return Status(connection_state=closed)
+
+
+class _Start:
+    """One attempt to start, carried out once by the first of the threads that come to do it."""
+
+    def __init__(self, make: Callable[[], Fleet]) -> None:
+        self._make = make
+        self._unclaimed = [None]
+        self._fleet: Fleet | None = None
+        self.error: Exception | None = None
+        self.over = Watch()
+
+    def is_over(self) -> bool:
+        """Whether it has come to an end, good or bad."""
+        return self._fleet is not None or self.error is not None
+
+    def wait(self, owner: object) -> Fleet | None:
+        """Wait until it is over; ``None`` where it failed.
+
+        A caller may be interrupted before it has a thread do it, or in the middle of having one do
+        it; so each caller sees to it that there is one.
+        """
+        deadline = time.monotonic() + START_LIMIT
+        while not self.is_over() and time.monotonic() < deadline:
+            if self._unclaimed:
+                try:
+                    threads.spawn("start", 1, self._run, owner)
+                except RuntimeError as error:  # Python 3.12 and later at the end of the interpreter
+                    self._fail(NotConnectedError(f"no thread can be started: {error}"))
+                    break
+            self.over.wait_for(self.is_over, time.monotonic() + CLAIM_LIMIT)
+        return self._fleet
+
+    def withdraw(self) -> bool:
+        """Have it not made any more; false if it is under way, or over."""
+        if not self._claim():
+            return False
+        self._fail(ProducerClosedError("the producer is closed"))
+        self.over.changed()
+        return True
+
+    def _claim(self) -> bool:
+        """Decide what becomes of it; true for one thread only."""
+        try:
+            self._unclaimed.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _run(self) -> None:
+        if not self._claim():
+            return
+        try:
+            self._fleet = self._make()
+        except MLProducerError as error:
+            self._fail(error)
+        except RuntimeError as error:
+            self._fail(NotConnectedError(f"no thread can be started: {error}"))
+        except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
+            why = getattr(error, "strerror", None) or "out of descriptors"
+            self._fail(NotConnectedError(f"the producer cannot be started: {why}"))
+        except BaseException as error:  # noqa: BLE001 - the callers have to be told whatever it is
+            self._fail(NotConnectedError(f"the producer cannot be started: {type(error).__name__}"))
+        self.over.changed()
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def _fresh(error: Exception | None) -> Exception:
+    """Give an error of its own to each caller."""
+    if isinstance(error, (ConfigurationError, NotConnectedError, ProducerClosedError)):
+        return type(error)(str(error))
+    if error is not None:
+        return error.with_traceback(None)
+    return NotConnectedError("the start takes too long")

@@ -64,9 +64,10 @@ def take_ordinal(owner: object) -> int:
     return next(free)
 
 
-def return_ordinal(ordinal: int) -> None:
-    """Let another producer have the number."""
-    _ordinals.pop(ordinal, None)
+def return_ordinal(ordinal: int, owner: object) -> None:
+    """Let another producer have the number, unless another has it already."""
+    if _ordinals.get(ordinal) is owner:
+        del _ordinals[ordinal]
 
 
 def spawn(role: str, ordinal: int, target: Callable[[], None], owner: object) -> threading.Thread:

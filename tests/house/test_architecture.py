@@ -23,6 +23,7 @@ FLOORS = [
     {"observe", "stores"},
     {"engine"},
     {"waiting"},
+    {"awaiting"},
     {"producer"},
     {"dead_letters", "outbox"},
     {"__init__"},

@@ -20,6 +20,14 @@ class Silent(Behaviour):
         """Say nothing."""
 
 
+class SlowOpen(Behaviour):
+    """Takes its time to open a connection."""
+
+    def on_open(self, connection: FakeConnection, virtual_host: str) -> None:
+        """Connection.OpenOk, after half a second."""
+        connection.later(0.5, super().on_open, connection, virtual_host)
+
+
 class FirstIsLost(Behaviour):
     """Never confirms what comes on the first connection."""
 

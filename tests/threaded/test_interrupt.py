@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +39,46 @@ def test_interrupted_200_times(way: str, window: int) -> None:
         "connections": 1,
         "abandoned": [],
     }
+
+
+def cut(what: str) -> dict[str, Any]:
+    """Run the program that cuts a call at each of its steps."""
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.threaded.cut", what],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    report: dict[str, Any] = json.loads(ended.stdout)
+    return report
+
+
+@pytest.mark.parametrize("way", ["publish", "submit"])
+def test_publishing_is_cut_at_each_step(way: str) -> None:
+    """No slot of the window leaks, nothing arrives twice, and what was returned is confirmed."""
+    report = cut(way)
+    assert report.pop("steps") > 50
+    assert report == {
+        "leaks": [],
+        "twice": [],
+        "confirmed": True,
+        "abandoned": [],
+        "threads": [],
+    }
+
+
+def test_the_start_is_cut_at_each_step() -> None:
+    """Nothing is left that the next close() does not end, and the next publish() works."""
+    report = cut("start")
+    assert report["steps"] > 20
+    assert report["left"] == []
+
+
+def test_close_is_cut_at_each_step() -> None:
+    """The next close() has the one report, has told every publisher, and leaves no thread."""
+    report = cut("close")
+    assert report["steps"] > 50
+    assert report["wrong"] == []

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
+import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +28,7 @@ from mlproducer.errors import (
 )
 from mlproducer.testing.proxy import Proxy
 from tests.helpers import LIMIT, Background, descriptors, make_message
-from tests.threaded.brokers import Silent, ack
+from tests.threaded.brokers import Silent, SlowOpen, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
 
 
@@ -268,6 +273,235 @@ def test_context_manager(serve: Serve) -> None:
         producer.start()
         raise LookupError
     assert producer.status().connection_state is ConnectionState.CLOSED
+
+
+def test_dropped(serve: Serve) -> None:
+    """A producer that the program has dropped delivers what it has, and is closed then."""
+    broker = serve()
+    before = descriptors(), threading.active_count()
+
+    def use() -> Any:
+        return MLProducer(Settings(url=broker.url, **QUICK)).submit(make_message())
+
+    futures = [use() for _ in range(5)]
+    gc.collect()
+    assert all(future.result(LIMIT).confirmed for future in futures)
+    broker.wait_for_connections(0, LIMIT)
+    wait_until(lambda: (descriptors(), threading.active_count()) == before)
+
+
+def test_dropped_with_a_message_that_waits(serve: Serve) -> None:
+    """It is not closed while it owes something: what was deferred is delivered."""
+    broker = serve()
+    broker.stop_listening()
+    receipt = MLProducer(Settings(url=broker.url, **QUICK)).publish(make_message())
+    gc.collect()
+    assert not receipt.confirmed
+    broker.listen_again()
+    assert receipt.result(LIMIT).confirmed
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_the_process_ends(serve: Serve, held: bool) -> None:
+    """What was submitted is delivered at exit, whether or not the program holds the producer."""
+    broker = serve(SlowOpen())
+    run_script(
+        f"""
+        producers = []
+        def work():
+            producer = MLProducer(settings)
+            {"producers.append(producer)" if held else ""}
+            for number in range(100):
+                producer.submit(Message(body=b"", routing_key="k", message_id=str(number)))
+        work(); gc.collect()
+        """,
+        broker.url,
+    )
+    assert len({each.properties.message_id for each in broker.messages}) == 100
+
+
+def test_the_process_ends_while_a_daemon_closes(serve: Serve) -> None:
+    """The exit finishes the close() of a thread that ends with the process."""
+    broker = serve(SlowOpen())
+    run_script(
+        """
+        producer = MLProducer(settings)
+        for number in range(50):
+            producer.submit(Message(body=b"", routing_key="k"))
+        threading.Thread(target=producer.close, daemon=True).start()
+        while producer.status().connection_state.name != "CONNECTING": time.sleep(0.001)
+        time.sleep(0.1)
+        """,
+        broker.url,
+    )
+    assert len(broker.messages) == 50
+
+
+def test_ctrl_c_in_close(serve: Serve) -> None:
+    """The next close() drains, reports and tells; so does the end of the process."""
+    broker = serve(Silent())
+    said, errors = run_script(
+        """
+        producer, other = MLProducer(settings), MLProducer(settings)
+        futures = [producer.submit(Message(body=b"", routing_key="k")) for _ in range(5)]
+        other.submit(Message(body=b"", routing_key="k"))
+        for each in (producer, other):
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            try:
+                each.close(5)
+            except KeyboardInterrupt:
+                print("interrupted")
+        print(len(producer.close(0.2).abandoned), all(future.done() for future in futures))
+        """,
+        broker.url,
+        exit_timeout=0.5,
+    )
+    assert said == "interrupted\ninterrupted\n5 True\n"
+    assert "messages lost that lived in memory: 1" in errors
+
+
+def test_an_exit_hook_is_the_first_to_use_it(serve: Serve) -> None:
+    """Registered before the import it is called after ours, and is refused with an error."""
+    broker = serve()
+    said, _ = run_script(
+        """
+        def late():
+            for each in (used, fresh):
+                try:
+                    each.submit(Message(body=b"", routing_key="k"))
+                except ProducerClosedError as error:
+                    print(error)
+        used, fresh = MLProducer(settings), MLProducer(settings)
+        used.publish(Message(body=b"", routing_key="k"))
+        """,
+        broker.url,
+        before="import atexit; atexit.register(lambda: late())",
+    )
+    assert said.splitlines() == [
+        "the producer is closed",
+        "the process ends: producers have been closed",
+    ]
+    assert len(broker.messages) == 1
+
+
+def test_twenty_producers_end_within_one_limit(serve: Serve) -> None:
+    """They are drained, ended and joined together, although no broker answers."""
+    broker = serve(Silent())
+    started = time.monotonic()
+    _, errors = run_script(
+        """
+        producers = [MLProducer(settings) for _ in range(20)]
+        for each in producers:
+            each.submit(Message(body=b"", routing_key="k"))
+        assert all(each.wait_connected(5) for each in producers)
+        print(time.monotonic())
+        """,
+        broker.url,
+        exit_timeout=1.0,
+    )
+    assert time.monotonic() - started < 6.0
+    assert "messages lost that lived in memory: 20" in errors
+
+
+def test_one_that_cannot_be_closed_at_exit(serve: Serve) -> None:
+    """An error in the end of one producer keeps the others from nothing."""
+    broker = serve(SlowOpen())
+    _, errors = run_script(
+        """
+        producers = [MLProducer(settings) for _ in range(3)]
+        for each in producers:
+            each.submit(Message(body=b"", routing_key="k"))
+        def fail(deadline):
+            raise OSError("canary")
+        producers[0]._life.drain = fail
+        """,
+        broker.url,
+    )
+    assert "a producer could not be" in errors
+    assert len(broker.messages) >= 2
+
+
+def run_script(text: str, url: str, *, before: str = "", **settings: Any) -> tuple[str, str]:
+    """Run a program of its own that has ``settings``; give its output and its errors."""
+    head = f"""
+import gc, logging, os, signal, sys, threading, time
+{before}
+from mlproducer import Message, MLProducer, Settings
+from mlproducer.errors import ProducerClosedError
+logging.basicConfig(level=logging.ERROR)
+logging.getLogger("pika").setLevel(logging.CRITICAL)
+settings = Settings(url={url!r}, **{ {**QUICK, **settings}!r})
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", head + textwrap.dedent(text)],
+        capture_output=True,
+        text=True,
+        timeout=20.0,
+        check=True,
+    )
+    return ended.stdout, ended.stderr
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds that tells nobody; give up after a limit."""
+    deadline = time.monotonic() + LIMIT
+    while not holds():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.005)
+
+
+@pytest.mark.parametrize("store", ["memory://", "sqlite:///{}/s.db"])
+def test_waits_end_with_close(connect: Connect, store: str, tmp_path: Path) -> None:
+    """flush() and wait_connected() without a limit come back when another thread closes."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        url = f"amqp://u:p@127.0.0.1:{reserved.getsockname()[1]}/"
+        producer = connect(url, store_url=store.format(tmp_path))
+        assert not producer.publish(make_message()).confirmed
+        background = Background()
+        background.call(producer.flush)
+        background.call(producer.wait_connected)
+        threading.Event().wait(0.1)  # until they wait, which tells nobody
+        producer.close(0.1)
+        left, connected = background.gather()
+    assert not connected
+    assert left in ((0, 1) if store == "memory://" else (1,))  # memory forgets it at any moment
+
+
+@pytest.mark.parametrize("timeout", [1e10, float(sys.maxsize), 10**400])
+def test_timeouts_beyond_what_can_be_waited_for(
+    connect: Connect, serve: Serve, timeout: float
+) -> None:
+    """They count as for ever, everywhere a timeout is taken."""
+    producer = connect(serve())
+    assert producer.wait_connected(timeout)
+    assert producer.publish(make_message(), timeout=timeout).confirmed
+    assert producer.publish_many([make_message()], timeout=timeout)[0].confirmed  # type: ignore[union-attr]
+    future = producer.submit(make_message(), timeout=timeout)
+    assert future.result(timeout).result(timeout).confirmed
+    assert future.exception(timeout) is None
+    assert producer.flush(timeout) == 0
+    assert producer.close(timeout).abandoned == ()
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan"), float("inf")])
+def test_timeouts_that_are_none(connect: Connect, serve: Serve, timeout: float) -> None:
+    """What is no number of seconds is refused, and nothing is sent."""
+    broker = serve()
+    producer = connect(broker)
+    calls: list[Callable[[], Any]] = [
+        lambda: producer.publish(make_message(), timeout=timeout),
+        lambda: producer.submit(make_message(), timeout=timeout),
+        lambda: producer.publish_many([make_message()], timeout=timeout),
+        lambda: producer.flush(timeout),
+        lambda: producer.wait_connected(timeout),
+        lambda: producer.close(timeout),
+    ]
+    assert producer.publish(make_message()).confirmed
+    for call in calls:
+        with pytest.raises(ConfigurationError, match="timeout"):
+            call()
+    assert len(broker.messages) == 1
 
 
 # --- what it shows and refuses -----------------------------------------------------------------
