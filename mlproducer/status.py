@@ -22,6 +22,7 @@ class Status:
     :ivar pending_confirms: messages written and not yet confirmed
     :ivar blocked: the broker blocks publishers (memory or disk alarm)
     :ivar dead_letters: dead letters in the store
+    :ivar confirming: the broker confirms; false after three confirm timeouts without a confirm
     :ivar broker: ``host:port`` of the broker in use or tried last
     :ivar store: path or host of the durable store, where messages wait in one and it is in use
     """
@@ -33,6 +34,7 @@ class Status:
     retry_queue_size: int = 0
     pending_confirms: int = 0
     blocked: bool = False
+    confirming: bool = True
     dead_letters: int = 0
     broker: str = ""
     store: str = ""
@@ -44,9 +46,9 @@ class Status:
 
     @property
     def healthy(self) -> bool:
-        """Connected, breaker not open, not blocked."""
+        """Connected, breaker not open, not blocked, and confirming."""
         connected = self.connection_state is ConnectionState.CONNECTED
-        return connected and not self.circuit_breaker_open and not self.blocked
+        return connected and not self.circuit_breaker_open and not self.blocked and self.confirming
 
     def to_json(self) -> dict[str, Any]:
         """Give the form that ``/health`` answers."""

@@ -41,6 +41,9 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Envelope
 
+SILENCE = 3
+"""Confirm timeouts without a confirm between them after which the broker does not confirm."""
+
 
 class Courier:
     """Carries deliveries over the link and answers their publishers.
@@ -49,6 +52,7 @@ class Courier:
     :ivar judge: who decides what is done with failures
     :ivar farewell: what happens when the producer is closed
     :ivar confirmed: messages that the broker has confirmed; anyone may read it
+    :ivar timeouts: confirm timeouts since the last confirm
     """
 
     def __init__(
@@ -68,7 +72,9 @@ class Courier:
         self._lanes = Lanes()
         self.farewell = Farewell(self._lanes, self.judge)
         self._refusal: PublishError | None = None
+        self._attempt_counted = False
         self.confirmed = 0
+        self.timeouts = 0
 
     # --- what others may see -------------------------------------------------------------------
 
@@ -96,6 +102,11 @@ class Courier:
     def refused(self) -> bool:
         """Whether what is handed over now fails at once, since no connection could be made."""
         return self._refusal is not None
+
+    @property
+    def confirming(self) -> bool:
+        """Whether the broker confirms what it is sent, as far as is known; anyone may ask."""
+        return self.timeouts < SILENCE
 
     def overdue(self, now: float, limit: float) -> bool:
         """Whether some message has been in flight, unconfirmed, for ``limit`` seconds."""
@@ -129,7 +140,7 @@ class Courier:
     def turn_away(self, delivery: Delivery, now: float) -> None:
         """Judge a message for which the in-flight window had no room in time."""
         if delivery.claim():
-            self.judge.fail(delivery, self._unsent(delivery), now)
+            self._fail_unsent(delivery, now)
 
     def expire(self, delivery: Delivery, now: float) -> None:
         """End the wait of a publisher whose time is up; its message may live on."""
@@ -141,9 +152,10 @@ class Courier:
             self._store_is_silent(delivery)
         elif delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)
-            self.judge.fail(delivery, self._unsent(delivery), now)
+            self._fail_unsent(delivery, now)
         elif delivery.place is Place.IN_FLIGHT:
             delivery.late = True
+            self.timeouts += 1
             self.judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
 
     def release(self) -> list[Delivery]:
@@ -176,7 +188,7 @@ class Courier:
         delivery.attempts += not delivery.dead
         delivery.sent_at = now
         if self.breaker.state is CircuitState.HALF_OPEN:
-            self.breaker.sent(delivery)
+            self.breaker.sent(delivery, now)
         return self._lanes.confirms.register(delivery)
 
     def _begin_retry(self, delivery: Delivery) -> None:
@@ -198,8 +210,10 @@ class Courier:
         for delivery in settled:
             if delivery.returned is not None:
                 self.judge.fail(delivery, unroutable(delivery), now)
+        if settled:
+            self.timeouts = 0
         if taken:
-            self.breaker.succeeded(taken)
+            self.breaker.succeeded(taken, now)
         for delivery in taken:
             delivery.place = Place.RETIRED
             if delivery.stored or delivery.late or delivery.dead:
@@ -252,6 +266,7 @@ class Courier:
         """Use a new channel; its tags start at 1."""
         self._lanes.carrier = carrier
         self._refusal = None
+        self._attempt_counted = False
 
     def down(self, loss: Loss, now: float) -> None:
         """Decide for all that were in flight on a channel that is gone. Idempotent."""
@@ -268,11 +283,13 @@ class Courier:
         self._lanes.flow(FlowEvent.RECONNECTED)
 
     def refuse(self, error: PublishError, now: float) -> None:
-        """Let nobody wait for a link that does not come: fail what waits, and what follows.
+        """Fail what waits for a link, and what follows: an attempt to connect has failed.
 
         :param error: the template of what they are told
         """
         self._refusal = error
+        self._count_attempt(error, now)
+        self._attempt_counted = False  # the next attempt is another one
         for delivery in self._lanes.clear():
             self._refuse_one(delivery, error, now)
 
@@ -339,8 +356,20 @@ class Courier:
 
     def _circuit_open(self, delivery: Delivery, now: float) -> CircuitOpenError:
         error = failure(CircuitOpenError, delivery, "the circuit breaker is open")
-        error.retry_after = max(0.0, self.breaker.reopens_at - now)
+        error.retry_after = self.breaker.retry_after(now)
         return error
+
+    def _fail_unsent(self, delivery: Delivery, now: float) -> None:
+        error = self._unsent(delivery)
+        if isinstance(error, NotConnectedError):
+            self._count_attempt(error, now)
+        self.judge.fail(delivery, error, now)
+
+    def _count_attempt(self, error: PublishError, now: float) -> None:
+        """Tell the breaker of an attempt to connect, once, however many messages it fails."""
+        if error.counts_for_breaker and not self._attempt_counted:
+            self._attempt_counted = True
+            self.breaker.failed(None, now)
 
     def _unsent(self, delivery: Delivery) -> PublishError:
         """Why a message that waits for the link has not been written (again) in time."""

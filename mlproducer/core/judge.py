@@ -16,7 +16,7 @@ from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.failure import silent_store
 from mlproducer.core.ports import Door, Events, Keeper, Undertaker
 from mlproducer.core.recovery import Verdict, decide
-from mlproducer.errors import PublishError, StoreError
+from mlproducer.errors import NotConnectedError, PublishError, StoreError
 
 
 @frozen
@@ -153,8 +153,8 @@ class Judge:
     # --- what is known of an attempt -----------------------------------------------------------
 
     def _count(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        """Tell the breaker, once for an attempt."""
-        if not error.counts_for_breaker:
+        """Tell the breaker, once for an attempt; the courier tells it where there is no link."""
+        if not error.counts_for_breaker or isinstance(error, NotConnectedError):
             self.breaker.released(delivery)
         elif not delivery.counted:
             delivery.counted = True

@@ -121,8 +121,7 @@ FLOW_MOVES: Moves[FlowState, FlowEvent] = {
 class CircuitState(enum.Enum):
     """Where the circuit breaker stands.
 
-    Illegal, and why: CLOSED to HALF_OPEN (there is nothing to probe); OPEN to CLOSED (only a probe
-    that succeeded closes it).
+    Illegal, and why: CLOSED to HALF_OPEN (there is nothing to probe).
     """
 
     CLOSED = "closed"
@@ -135,15 +134,18 @@ class CircuitEvent(enum.Enum):
 
     TRIPPED = enum.auto()
     COOLED = enum.auto()
-    PROBE_SUCCEEDED = enum.auto()
+    CONFIRMED = enum.auto()
     PROBE_FAILED = enum.auto()
 
 
 CIRCUIT_MOVES: Moves[CircuitState, CircuitEvent] = {
     CircuitState.CLOSED: {CircuitEvent.TRIPPED: CircuitState.OPEN},
-    CircuitState.OPEN: {CircuitEvent.COOLED: CircuitState.HALF_OPEN},
+    CircuitState.OPEN: {
+        CircuitEvent.COOLED: CircuitState.HALF_OPEN,
+        CircuitEvent.CONFIRMED: CircuitState.CLOSED,  # a late confirm
+    },
     CircuitState.HALF_OPEN: {
-        CircuitEvent.PROBE_SUCCEEDED: CircuitState.CLOSED,
+        CircuitEvent.CONFIRMED: CircuitState.CLOSED,
         CircuitEvent.PROBE_FAILED: CircuitState.OPEN,
     },
 }

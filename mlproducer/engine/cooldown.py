@@ -1,4 +1,4 @@
-"""Ends the breaker's cooldown, without any traffic.
+"""Wakes the breaker when its cooldown, or the time of its probe, is over; without any traffic.
 
 Runs on: the breaker thread; `Cooldown.wait_until` on the I/O thread.
 """
@@ -12,7 +12,7 @@ from mlproducer.engine.threads import TimerThread
 
 
 class Cooldown:
-    """Sleeps until a cooldown ends."""
+    """Sleeps until the breaker has something to do."""
 
     def __init__(self, post: Post) -> None:
         self.thread = TimerThread(self._over)

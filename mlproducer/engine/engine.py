@@ -183,9 +183,11 @@ class Engine:
             return None
         if self._io.peer() is not None:
             return None  # the I/O thread hands it over to that one
+        if self._io.dialer.hears_calls:
+            self._io.order(self._io.dialer.called)
         error = CircuitOpenError(
             "the circuit breaker is open",
-            retry_after=max(0.0, breaker.reopens_at - time.monotonic()),
+            retry_after=breaker.retry_after(time.monotonic()),
             message_id=delivery.envelope.message_id,
         )
         self._events.given_back(delivery, error)
@@ -271,5 +273,6 @@ class Engine:
             circuit_state=self._io.courier.breaker.state,
             pending_confirms=self._io.courier.in_flight,
             blocked=self._io.courier.blocked,
+            confirming=self._io.courier.confirming,
             broker=dialer.route.broker.address,
         )

@@ -19,7 +19,7 @@ from typing import Any
 from attrs import evolve
 
 from mlproducer.core.backoff import Backoff
-from mlproducer.core.breaker import Breaker
+from mlproducer.core.breaker import Adaptive, Breaker, Consecutive, Trip
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Carrier, Desk, Loss, LossKind
@@ -100,9 +100,11 @@ class IOThread:
         self._health = Health(self, settings.health_check_interval)
         self._cooldown = Cooldown(self)
         breaker = Breaker(
-            settings.circuit_breaker_threshold,
+            _trip(settings),
             settings.circuit_breaker_cooldown,
+            settings.publish_timeout,
             self._circuit_changed,
+            self._cooldown.wait_until,
         )
         self._delayed = DelayedDelivery(
             Delays.of(self._topology, settings.queue_prefix),
@@ -364,14 +366,20 @@ class IOThread:
             self.dialer.give_up("no answer to the health check")
 
     def cool(self) -> None:
-        """Let a probe through the breaker, and look for one in the store."""
+        """Let a probe through the breaker, and look for one in the store.
+
+        A probe whose time is up says as much as any confirm timeout: the broker is asked whether it
+        is there.
+        """
+        probing = self.courier.breaker.state is CircuitState.HALF_OPEN
         self.courier.breaker.cool(time.monotonic())
+        if probing and self.courier.breaker.state is CircuitState.OPEN:
+            self._health.check_soon()
         self._pump()
         self._keeper.sweep_soon()
 
     def _circuit_changed(self, state: CircuitState) -> None:
         if state is CircuitState.OPEN:
-            self._cooldown.wait_until(self.courier.breaker.reopens_at)
             self.order(self.relieve)  # not at once: the courier is in the middle of something
         self._events.circuit_changed(state)
 
@@ -416,6 +424,8 @@ class IOThread:
         self.courier.up(self._delayed.carrier(channel))
         if first:
             self.courier.breaker.reconnected()
+            if not (self._keeper.depth.stored or len(self._gate)):
+                self.courier.timeouts = 0  # nothing is left that could be confirmed
             self.is_connected = True
             self._connected.changed()
             self._events.connected(self.dialer.route.broker.address)
@@ -484,6 +494,12 @@ class IOThread:
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """Note what has no queue."""
         self.courier.returned(tag, reply_code, reply_text)
+
+
+def _trip(settings: Settings) -> Trip:
+    if settings.circuit_breaker_mode == "adaptive" and settings.circuit_breaker_threshold:
+        return Adaptive()
+    return Consecutive(settings.circuit_breaker_threshold)
 
 
 def _patience(settings: Settings) -> Patience:

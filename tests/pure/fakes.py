@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from attrs import evolve
 
-from mlproducer.core.breaker import Breaker
+from mlproducer.core.breaker import Breaker, Consecutive
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Loss
@@ -19,7 +19,7 @@ from mlproducer.observe.events import EventSink
 from tests.helpers import make_delivery
 
 PLENTY = 1 << 20
-COOLDOWN = 30.0
+COOLDOWN, PATIENCE = 30.0, 5.0
 
 
 class FakeCarrier:
@@ -131,7 +131,14 @@ class World:
     def __init__(self, *, max_retries: int = 1000, threshold: int = 1000) -> None:
         self.now = 0.0
         self.keeper, self.door, self.events = FakeKeeper(), FakeDoor(), Recorder()
-        breaker = Breaker(threshold, COOLDOWN, self.events.circuit_changed)
+        self.wakes: list[float] = []
+        breaker = Breaker(
+            Consecutive(threshold),
+            COOLDOWN,
+            PATIENCE,
+            self.events.circuit_changed,
+            self.wakes.append,
+        )
         self.courier = Courier(
             max_retries, breaker, self.keeper, FakeUndertaker(), self.door, self.events
         )

@@ -7,6 +7,7 @@ import pytest
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.states import CircuitState
 from mlproducer.errors import (
+    AuthenticationError,
     BrokerRejectedError,
     CircuitOpenError,
     NackError,
@@ -15,7 +16,7 @@ from mlproducer.errors import (
     RetriesExhaustedError,
 )
 from tests.helpers import make_delivery
-from tests.pure.fakes import COOLDOWN, FakeCarrier, World, error_of, receipt_of
+from tests.pure.fakes import COOLDOWN, PATIENCE, FakeCarrier, World, error_of, receipt_of
 
 OPEN, HALF_OPEN, CLOSED = CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED
 
@@ -180,15 +181,55 @@ def test_a_probe_among_suspects() -> None:
 
 
 def test_time_runs_out_for_the_probe(world: World) -> None:
-    """Its confirm timeout is a failure; its late ack then closes nothing, but starts the count."""
+    """Its confirm timeout is a failure; its late ack closes the breaker all the same."""
     half_open(world)
     [probe] = world.send("probe")
     world.courier.expire(probe, world.now)
     assert state(world) is OPEN
     settle(world, "probe")
     assert receipt_of(probe).confirmed
-    assert state(world) is OPEN
+    assert state(world) is CLOSED
     assert world.courier.breaker.failures == 0
+
+
+def test_a_probe_that_nobody_waits_for(world: World) -> None:
+    """A submit() that is never confirmed is given up as a probe, and the next message is one."""
+    half_open(world)
+    probe = make_delivery("probe", answer_deferral=False)
+    world.courier.accept([probe], world.now)
+    world.courier.pump(world.now)
+    assert world.wakes[-1] == world.now + PATIENCE
+    world.now += PATIENCE - 0.01
+    world.courier.breaker.cool(world.now)
+    assert state(world) is HALF_OPEN
+    world.now += 0.01
+    world.courier.breaker.cool(world.now)
+    assert state(world) is OPEN
+    world.down()
+    assert world.courier.breaker.failures == 3  # the two that opened it, and the probe, once
+    world.up()
+    world.now += COOLDOWN
+    world.courier.breaker.cool(world.now)
+    world.send("next")
+    settle(world, "next")
+    assert state(world) is CLOSED
+
+
+@pytest.mark.parametrize("mark", [OPEN, HALF_OPEN])
+def test_a_late_confirm_closes_it(mark: CircuitState) -> None:
+    """Messages that were late when it opened are confirmed: the broker is well."""
+    world = World(threshold=2)
+    world.up()
+    late = world.send("a", "b", "c")
+    for delivery in late:
+        world.courier.expire(delivery, world.now)
+    assert state(world) is OPEN
+    if mark is HALF_OPEN:
+        world.now += COOLDOWN
+        world.courier.breaker.cool(world.now)
+        world.send("probe")
+    settle(world, "c")
+    assert state(world) is CLOSED
 
 
 # --- what counts -------------------------------------------------------------------------------
@@ -230,14 +271,44 @@ def test_given_back_is_counted_all_the_same(late: str) -> None:
     assert world.courier.breaker.failures == 1
 
 
-def test_no_attempt_but_a_failure() -> None:
-    """Without a connection each message counts once, not each time that it is looked at."""
+def test_an_attempt_to_connect_counts_once() -> None:
+    """However many messages it fails, those included whose time ran out while it went on."""
     world = World()
-    world.courier.refuse(NotConnectedError("no"), 0.0)
-    [delivery] = world.send("a")
+    waiting = world.send("a", "b", "c")
+    for delivery in waiting[:2]:
+        world.courier.expire(delivery, 5.0)
     assert world.courier.breaker.failures == 1
-    world.retry(delivery)
+    world.courier.refuse(NotConnectedError("no"), 10.0)
     assert world.courier.breaker.failures == 1
+    [later] = world.send("later")
+    world.retry(later)
+    assert world.courier.breaker.failures == 1
+    world.courier.refuse(NotConnectedError("no"), 20.0)
+    assert world.courier.breaker.failures == 2
+
+
+def test_refused_credentials_do_not_count() -> None:
+    """They say nothing of the broker's health."""
+    world = World()
+    world.courier.refuse(AuthenticationError("no"), 0.0)
+    assert world.courier.breaker.failures == 0
+
+
+def test_it_confirms_until_three_timeouts_in_a_row() -> None:
+    """A confirm in between starts over, a late one too; a message that waits for a link is none."""
+    world = World()
+    world.up()
+    sent = world.send("a", "b", "c", "d")
+    for delivery in sent[:2]:
+        world.courier.expire(delivery, 5.0)
+    settle(world, "a")
+    world.courier.expire(sent[2], 5.0)
+    assert world.courier.confirming
+    for delivery in world.send("e", "f"):
+        world.courier.expire(delivery, 5.0)
+    assert not world.courier.confirming
+    settle(world, "b")
+    assert world.courier.confirming
 
 
 # --- dead letters ------------------------------------------------------------------------------

@@ -297,7 +297,8 @@ class CourierMachine(RuleBasedStateMachine):
         """I17: closed below the threshold; counted is what was told."""
         breaker = self.house.breaker
         assert breaker.failures == breaker.in_row
-        assert breaker.state is not CircuitState.CLOSED or breaker.failures < breaker._threshold
+        threshold = self.house.setup.threshold
+        assert breaker.state is not CircuitState.CLOSED or breaker.failures < threshold
 
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""

@@ -96,7 +96,13 @@ EDGES = {
         "CLOSING-CLOSED",
     },
     FlowState: {"FLOWING-BLOCKED", "BLOCKED-BLOCKED", "BLOCKED-FLOWING", "FLOWING-FLOWING"},
-    CircuitState: {"CLOSED-OPEN", "OPEN-HALF_OPEN", "HALF_OPEN-CLOSED", "HALF_OPEN-OPEN"},
+    CircuitState: {
+        "CLOSED-OPEN",
+        "OPEN-HALF_OPEN",
+        "OPEN-CLOSED",
+        "HALF_OPEN-CLOSED",
+        "HALF_OPEN-OPEN",
+    },
 }
 """The moves of the contract's section 2, of the broker's alarms, and of the breaker (I17, I18)."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field, frozen
 
 from mlproducer.core.backoff import Backoff
-from mlproducer.core.breaker import Breaker
+from mlproducer.core.breaker import Breaker, Consecutive
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.states import CircuitState
 from mlproducer.engine.keeper import Keeper
@@ -28,7 +28,7 @@ from mlproducer.stores.protocol import Claim, Entry
 if TYPE_CHECKING:
     from tests.pure.model import House
 
-BASE_DELAY, MAX_DELAY, COOLDOWN, SWEEP = 1.0, 10.0, 30.0, 1.0
+BASE_DELAY, MAX_DELAY, COOLDOWN, PATIENCE, SWEEP = 1.0, 10.0, 30.0, 5.0, 1.0
 PLENTY = 1 << 20
 
 WIDE = b"properties that do not fit a narrow frame"
@@ -174,31 +174,37 @@ class ModelBreaker(Breaker):
     """Checks that each attempt is counted once, and that it moves along its edges (I17)."""
 
     def __init__(self, house: House) -> None:
-        super().__init__(house.setup.threshold, COOLDOWN, self._moved)
+        super().__init__(
+            Consecutive(house.setup.threshold), COOLDOWN, PATIENCE, self._moved, lambda _when: None
+        )
         self._house = house
         self._before = CircuitState.CLOSED
         self._since = -math.inf
         self.in_row = 0
 
-    def failed(self, delivery: Delivery, now: float) -> None:
+    def failed(self, delivery: Delivery | None, now: float) -> None:
         """Count it, too."""
-        record = self._house.record(delivery)
-        assert record.counted != record.writes, "an attempt is counted once"
-        record.counted = record.writes
+        if delivery is not None:
+            record = self._house.record(delivery)
+            assert record.counted != record.writes, "an attempt is counted once"
+            record.counted = record.writes
         self.in_row += 1
         super().failed(delivery, now)
 
-    def succeeded(self, deliveries: Collection[Delivery]) -> None:
+    def succeeded(self, deliveries: Collection[Delivery], now: float) -> None:
         """Start over, too."""
         self.in_row = 0
-        super().succeeded(deliveries)
+        super().succeeded(deliveries, now)
+        assert self.state is CircuitState.CLOSED, "I17: a confirm closes it"
 
     def _moved(self, state: CircuitState) -> None:
         before, self._before = self._before, state
         if before is CircuitState.CLOSED:
             assert (state, self.in_row) == (CircuitState.OPEN, self._house.setup.threshold)
         elif before is CircuitState.OPEN:
-            assert state is CircuitState.HALF_OPEN
+            if state is CircuitState.CLOSED:
+                assert not self.in_row, "I17: closed without a confirm"
+                return
             assert self._house.new_link or self._house.clock.now >= self._since + COOLDOWN
             if self._house.channel is not None:
                 self._house.channel.probes.clear()
