@@ -29,7 +29,7 @@ from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
 from tests.helpers import LIMIT, Background, make_message
 from tests.threaded.brokers import ack
 from tests.threaded.conftest import QUICK, Connect, Serve
-from tests.threaded.moods import Happenings, Moody, circuit_of, events_of, gaps, io_of
+from tests.threaded.moods import Happenings, Moody, circuit_of, events_of, gaps, io_of, told
 
 OPEN, HALF_OPEN, CLOSED = CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED
 THRESHOLD = 10
@@ -71,15 +71,6 @@ def fail_by_loss(producer: MLProducer, broker: FakeBroker, count: int) -> set[ty
     return {type(future.exception(LIMIT)) for future in futures}
 
 
-def fail_by_absence(producer: MLProducer, broker: FakeBroker, count: int) -> set[type]:
-    """Publish while there is no broker."""
-    gone = events_of(producer, "disconnected")
-    broker.stop_listening()
-    broker.connections[0].reset()
-    gone.wait_for("disconnected")
-    return fail(producer, broker, count)
-
-
 def fail(producer: MLProducer, broker: FakeBroker, count: int) -> set[type]:
     """Publish, one by one."""
     kinds = set()
@@ -94,7 +85,6 @@ KINDS: dict[str, tuple[str, Any, type[PublishError]]] = {
     "nack": ("nack", fail, NackError),
     "timeout": ("silent", fail, ConfirmTimeoutError),
     "lost": ("silent", fail_by_loss, ConnectionLostError),
-    "not connected": ("ack", fail_by_absence, NotConnectedError),
 }
 
 
@@ -110,6 +100,64 @@ def test_ten_failures_open_it(connect: Connect, serve: Serve, kind: str, count: 
     assert producer.status().consecutive_failures == count
     assert moves.seen == ([OPEN] if count == THRESHOLD else [])
     assert producer.status().circuit_breaker_open is (count == THRESHOLD)
+
+
+def test_a_failed_attempt_is_one_failure(connect: Connect, serve: Serve) -> None:
+    """However many messages it fails, and those that come until the next attempt."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, **LONG, reconnect_initial_delay=30.0, reconnect_max_delay=30.0)
+    waiting = [producer.submit(make_message(), retry=False) for _ in range(THRESHOLD + 2)]
+    assert {type(each.exception(LIMIT)) for each in waiting} == {NotConnectedError}
+    assert fail(producer, broker, THRESHOLD + 2) == {NotConnectedError}
+    assert producer.status().consecutive_failures == 1
+    assert producer.status().circuit_state is CLOSED
+    errors = told(producer, "connection_error", lambda loss: loss.kind)
+    producer.reconnect()
+    errors.wait_until(lambda: len(errors.seen) == 1)
+    assert fail(producer, broker, 1) == {NotConnectedError}
+    assert producer.status().consecutive_failures == 2
+
+
+def test_ten_failed_attempts_open_it(connect: Connect, serve: Serve) -> None:
+    """A broker that is not there is one that fails, though no message is tried on it."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, **LONG)
+    producer.start()
+    moves = circuit_of(producer)
+    moves.wait_for(OPEN)
+    assert producer.status().reconnect_attempts == THRESHOLD
+    with pytest.raises(CircuitOpenError):
+        producer.publish(make_message())
+    broker.listen_again()
+    moves.wait_for(OPEN, HALF_OPEN)
+    assert producer.publish(make_message()).confirmed
+
+
+def test_switched_off(connect: Connect, serve: Serve) -> None:
+    """With a threshold of 0 no number of failures opens it."""
+    broker = serve(Moody("nack"))
+    producer = connect(broker, **{**LONG, "circuit_breaker_threshold": 0})
+    moves = started(producer)
+    assert fail(producer, broker, 3 * THRESHOLD) == {NackError}
+    assert producer.status().consecutive_failures == 3 * THRESHOLD
+    assert moves.seen == []
+
+
+def test_by_the_share_of_attempts(connect: Connect, serve: Serve) -> None:
+    """Adaptive, it opens where every second message fails, which are never ten in a row."""
+    mood = Moody()
+    broker = serve(mood)
+    producer = connect(broker, **LONG, circuit_breaker_mode="adaptive")
+    moves = started(producer)
+    for _ in range(10):
+        mood.mood = "ack"
+        producer.publish(make_message(), retry=False)
+        assert moves.seen == []
+        mood.mood = "nack"
+        fail(producer, broker, 1)
+    assert moves.seen == [OPEN]
 
 
 class Refusing(Moody):
@@ -323,6 +371,57 @@ def test_a_health_check_is_no_probe(connect: Connect, serve: Serve) -> None:
     assert producer.status().circuit_state is CLOSED
 
 
+def test_a_probe_that_nobody_waits_for(connect: Connect, serve: Serve) -> None:
+    """A submit() that is never confirmed keeps the breaker shut for no longer than a publish()."""
+    mood = Moody("nack")
+    broker = serve(mood)
+    producer = connect(broker, **TOUCHY, publish_timeout=0.3)
+    moves = started(producer)
+    with pytest.raises(NackError):
+        producer.publish(make_message(), retry=False)
+    moves.wait_for(OPEN, HALF_OPEN)
+    mood.mood = "silent"
+    probe = producer.submit(make_message("probe"))
+    broker.wait_for_messages(2, LIMIT)
+    mood.mood = "ack"
+    with pytest.raises(CircuitOpenError) as caught:
+        producer.publish(make_message())
+    assert isinstance(caught.value, CircuitOpenError)
+    assert 0.0 < caught.value.retry_after <= 0.3
+    moves.wait_for(OPEN, HALF_OPEN, OPEN, HALF_OPEN)
+    assert producer.publish(make_message()).confirmed
+    assert not probe.done()
+
+
+def test_late_confirms_close_it(connect: Connect, serve: Serve) -> None:
+    """After a stall in which all time out, nothing is left to send, and the confirms come."""
+    broker = serve(Moody("silent"))
+    producer = connect(broker, **LONG)
+    moves = started(producer)
+    background = Background()
+    for _ in range(12):
+        background.call(producer.publish, make_message(), timeout=0.3)
+    assert {receipt.outcome for receipt in background.gather()} == {Outcome.DEFERRED}
+    moves.wait_for(OPEN)
+    for message in broker.wait_for_messages(12, LIMIT):
+        ack(message)
+    moves.wait_for(OPEN, CLOSED)
+    assert producer.flush(LIMIT) == 0
+
+
+def test_a_timer_that_is_early(connect: Connect, serve: Serve) -> None:
+    """Woken a moment before the end of the cooldown, the breaker is woken again at its end."""
+    mood = Moody("nack")
+    broker = serve(mood)
+    producer = connect(broker, **TOUCHY)
+    moves = started(producer)
+    with pytest.raises(NackError):
+        producer.publish(make_message(), retry=False)
+    cooldown = io_of(producer)._cooldown
+    cooldown.thread.order(cooldown._over)
+    moves.wait_for(OPEN, HALF_OPEN)
+
+
 def test_a_status_moves_nothing(connect: Connect, serve: Serve) -> None:
     """Asked after the end of a cooldown, it leaves the move to the breaker thread."""
     mood = Moody("nack")
@@ -341,7 +440,7 @@ def test_a_status_moves_nothing(connect: Connect, serve: Serve) -> None:
     with pytest.raises(CircuitOpenError) as caught:
         producer.publish(make_message())
     assert isinstance(caught.value, CircuitOpenError)
-    assert caught.value.retry_after == 0.0
+    assert caught.value.retry_after > 0.0
     assert moves.seen == [OPEN]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from mlproducer.testing.fake_broker import FakeConnection
 from mlproducer.testing.proxy import Proxy
 from mlproducer.topology import Topology
 from tests.helpers import LIMIT, make_message
+from tests.threaded.brokers import ack
 from tests.threaded.conftest import Connect, Serve
 from tests.threaded.moods import Happenings, Moody, events_of, io_of, told
 
@@ -164,6 +166,43 @@ def test_reads_the_depth_of_the_queues(connect: Connect, serve: Serve) -> None:
     depths.wait_until(lambda: len(depths.seen) > 2 * len(names))
     first = depths.seen.index((names[0], 7))
     assert depths.seen[first : first + len(names)] == [(name, 7) for name in names]
+
+
+# --- a broker that answers, and does not confirm ----------------------------------------------
+
+
+def test_not_confirming(connect: Connect, serve: Serve) -> None:
+    """Three confirm timeouts without a confirm are not healthy, though the probe is answered."""
+    patient = Patient("silent")
+    broker = serve(patient)
+    producer = connect(broker, health_check_interval=NEVER)
+    assert producer.wait_connected(LIMIT)
+    for number in range(3):
+        assert producer.status().confirming, number
+        assert producer.is_healthy()
+        producer.publish(make_message(), timeout=0.05)
+    assert not producer.status().confirming
+    assert not producer.is_healthy()
+    assert patient.asked.acquire(timeout=LIMIT)
+    confirmed = told(producer, "confirmed", lambda _deliveries, _now: None)
+    ack(broker.messages[0])
+    confirmed.wait_until(lambda: len(confirmed.seen) == 1)
+    assert producer.is_healthy()
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_not_confirming_and_lost(connect: Connect, serve: Serve, retry: bool) -> None:
+    """A new connection alone is no confirm, unless nothing is left to be confirmed on it."""
+    broker = serve(Patient("silent"))
+    producer = connect(broker, health_check_interval=NEVER)
+    for _ in range(3):
+        with contextlib.suppress(ConfirmTimeoutError):
+            producer.publish(make_message(), timeout=0.05, retry=retry)
+    assert not producer.is_healthy()
+    connected = events_of(producer, "connected")
+    broker.connections[0].reset()
+    connected.wait_for("connected")
+    assert producer.status().confirming is not retry
 
 
 # --- when it asks ------------------------------------------------------------------------------
