@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from mlproducer.errors import (
     PublishError,
     RetriesExhaustedError,
 )
-from mlproducer.testing.fake_broker import ReceivedMessage
+from mlproducer.observe.callbacks import MAX_QUEUED
+from mlproducer.observe.spans import Spans
+from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from mlproducer.tracing import trace_context
 from tests.helpers import LIMIT, make_message
 from tests.threaded.brokers import Silent, ack
@@ -29,7 +33,7 @@ from tests.threaded.moods import Moody
 pytest.importorskip("opentelemetry.sdk")
 
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import (
     SimpleSpanProcessor,
     SpanExporter,
@@ -295,6 +299,224 @@ def test_slow_exporter(connect: Connect, serve: Serve, exporter: Exporter) -> No
     assert exporter.spans == []
     exporter.held.set()
     exporter.wait_for(20)
+
+
+def test_no_span_is_dropped(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """More spans than events may wait all end, however long the exporter takes."""
+    producer = connect(serve(), max_in_flight=5000)
+    exporter.held.clear()
+    total = MAX_QUEUED + 500
+    producer.publish_many([make_message()] * total)
+    called = threading.Event()
+    producer.submit(TASK).add_done_callback(lambda _: called.set())
+    assert called.wait(LIMIT)  # beside an exporter that blocks
+    exporter.held.set()
+    exporter.wait_for(total + 1)
+
+
+class Broken(SpanProcessor):
+    """Raises where it is told to, and counts what it sees."""
+
+    def __init__(self, error: BaseException, *, start: bool = False, end: bool = False) -> None:
+        self._error = error
+        self._start = start
+        self._end = end
+        self.ended = 0
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        """Raise, or not."""
+        if self._start:
+            raise self._error
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Raise, or not."""
+        self.ended += 1
+        if self._end:
+            raise self._error
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), SystemExit(3)], ids=repr)
+def test_a_processor_that_fails_at_an_end(
+    connect: Connect, serve: Serve, provider: TracerProvider, exporter: Exporter, error: Any
+) -> None:
+    """Of messages that are confirmed together, the end of one fails, and the others end."""
+    broken = Broken(error, end=True)
+    provider.add_span_processor(broken)
+    producer = connect(serve(InTens()))
+    assert all(not isinstance(each, PublishError) for each in producer.publish_many([TASK] * 100))
+    exporter.wait_for(100)
+    assert producer.publish_many([TASK] * 10)
+    producer.close(LIMIT)
+    assert broken.ended == 110
+
+
+class InTens(Behaviour):
+    """Confirms ten messages at a time."""
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Confirm, or wait."""
+        if tag % 10 == 0:
+            connection.ack(channel, tag, multiple=True)
+
+
+def test_a_processor_that_fails_at_a_start(
+    connect: Connect, serve: Serve, provider: TracerProvider, exporter: Exporter
+) -> None:
+    """Its message is published without a span, and the error is logged some times."""
+    provider.add_span_processor(Broken(RuntimeError("broken"), start=True))
+    broker = serve()
+    producer = connect(broker)
+    assert producer.publish(TASK).confirmed
+    assert producer.submit(TASK).result(LIMIT).confirmed
+    assert all(not isinstance(each, PublishError) for each in producer.publish_many([TASK] * 100))
+    assert exporter.spans == []
+    assert not any("traceparent" in headers(message) for message in broker.messages)
+
+
+def test_a_span_that_cannot_be_described(
+    connect: Connect, serve: Serve, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracer that fails on the way leaves a span that is not complete, and harms nothing."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    for method in ("describe", "event"):
+        monkeypatch.setattr(otel.MessageSpan, method, fail)
+    producer = connect(serve(Moody("nack")), max_message_retries=1)
+    with pytest.raises(RetriesExhaustedError):
+        producer.submit(TASK).result(LIMIT)
+    assert failure(exporter.wait_for_one()) == "RetriesExhaustedError"
+
+
+def test_interrupt_before_the_message_is_handed_over(
+    connect: Connect, serve: Serve, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C between any two steps of the call ends the span, and leaves nothing of it."""
+    producer = connect(serve())
+    follow = Spans.follow
+
+    def interrupted(*args: Any) -> None:
+        follow(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Spans, "follow", interrupted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            producer.publish(TASK)
+    with pytest.raises(KeyboardInterrupt):
+        producer.submit(TASK)
+    gc.collect()
+    assert [failure(span) for span in exporter.wait_for(4)] == ["interrupted"] * 4
+    assert _spans_of(producer) == {}
+
+
+# --- messages in a durable store ---------------------------------------------------------------
+
+
+def links(span: ReadableSpan) -> list[str]:
+    """Give the headers of the spans that a span links to."""
+    contexts = [link.context for link in span.links]
+    return [f"00-{c.trace_id:032x}-{c.span_id:016x}-{c.trace_flags:02x}" for c in contexts]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """Where messages are stored, for all producers of a test."""
+    return f"sqlite:///{tmp_path}/ml.db"
+
+
+def test_stored(connect: Connect, serve: Serve, exporter: Exporter, store: str) -> None:
+    """A span ends when its message is stored; the attempt that delivers it links to that."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, store_url=store)
+    receipt = producer.publish(TASK)
+    first = exporter.wait_for_one()
+    assert (failure(first), happened(first)) == (
+        "",
+        [("deferred", "NotConnectedError"), ("stored", None)],
+    )
+    assert _spans_of(producer) == {}
+    broker.listen_again()
+    assert receipt.result(LIMIT).confirmed
+    _, later = exporter.wait_for(2)
+    assert (later.name, later.kind) == ("publish bookmarkai.ml:ml.summarize", SpanKind.PRODUCER)
+    assert (failure(later), happened(later)) == ("", [])
+    assert (links(later), later.parent) == ([traceparent(first)], None)
+    assert later.attributes == first.attributes
+    assert first.end_time is not None
+    assert later.start_time is not None
+    assert later.start_time >= first.end_time
+    assert headers(broker.messages[0])["traceparent"] == traceparent(first)
+
+
+def test_stored_and_delivered_elsewhere(
+    connect: Connect, serve: Serve, exporter: Exporter, store: str
+) -> None:
+    """A producer that finds a row of another's has a span for it, which links to the first."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, store_url=store)
+    for _ in range(3):
+        producer.submit(TASK)
+    producer.close(0.3)
+    broker.listen_again()
+    first = exporter.wait_for(3)
+    assert all(("stored", None) in happened(span) for span in first)
+    connect(broker, store_url=store).start()
+    later = exporter.wait_for(6)[3:]
+    assert sorted(links(span) for span in later) == sorted([traceparent(span)] for span in first)
+
+
+def test_each_later_attempt_has_a_span(
+    connect: Connect, serve: Serve, exporter: Exporter, store: str
+) -> None:
+    """Attempts that fail end as stored; the last span says that the message is a dead letter."""
+    producer = connect(serve(Moody("nack")), store_url=store, max_message_retries=2)
+    future = producer.submit(TASK)
+    with pytest.raises(RetriesExhaustedError):
+        future.result(LIMIT)
+    first, *later = exporter.wait_for(4)
+    stored = [("deferred", "NackError"), ("stored", None)]
+    assert happened(first) == stored
+    assert [happened(span) for span in later] == [[("retried", "NackError"), *stored]] * 2 + [[]]
+    assert [failure(span) for span in later] == ["", "", "RetriesExhaustedError"]
+    assert all(links(span) == [traceparent(first)] for span in later)
+
+
+def test_stored_without_a_trace(
+    connect: Connect, serve: Serve, exporter: Exporter, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that is not traced, or not sampled, is not traced later either."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, store_url=store)
+    sampled = otel._tracer
+    off = TracerProvider(sampler=ALWAYS_OFF).get_tracer("off")
+    monkeypatch.setattr(otel, "_tracer", off)
+    receipts = [producer.publish(TASK)]
+    monkeypatch.setattr(otel, "begin", lambda _given: None)
+    receipts.append(producer.publish(TASK))
+    monkeypatch.setattr(otel, "_tracer", sampled)
+    broker.listen_again()
+    assert all(receipt.result(LIMIT).confirmed for receipt in receipts)
+    assert exporter.spans == []
+
+
+def test_a_backlog_takes_no_memory(
+    connect: Connect, serve: Serve, exporter: Exporter, store: str
+) -> None:
+    """However many messages wait in a durable store, no span of theirs is kept."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, store_url=store)
+    producer.publish_many([TASK] * 500)
+    exporter.wait_for(500)
+    assert _spans_of(producer) == {}
+    assert producer.status().retry_queue_size == 500
 
 
 # --- without anybody who looks -----------------------------------------------------------------
