@@ -6,32 +6,26 @@ the loopback interface or an inner network, or mount it behind what guards the r
 
 It asks the producer and never the broker; so it answers at once, whatever the network does.
 
-Runs on: the web server's threads; `serve` starts a server of its own on ``mlproducer-http``.
+Runs on: the web server's threads.
 """
 
 from __future__ import annotations
 
 import json
-import socket
-import threading
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
-from socketserver import ThreadingMixIn
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from mlproducer import forks, page
+from mlproducer import page
 from mlproducer.errors import ConfigurationError
 from mlproducer.observe import catalog, metrics
 from mlproducer.observe.catalog import Family
 from mlproducer.producer import MLProducer
+from mlproducer.web import Server
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -40,13 +34,7 @@ __all__ = ["Server", "make_app", "serve"]
 
 JSON = "application/json"
 
-SLOW = 10.0
-"""Seconds that a client may take to send or to read the next piece."""
-
 MAX_PORT = 65_535
-
-CLOSE_LIMIT = 2.0
-"""Seconds that ending a server may take."""
 
 
 def make_app(producer: MLProducer) -> WSGIApplication:
@@ -126,7 +114,9 @@ def _json(
 def _page(producer: MLProducer) -> _Answer:
     text = page.render(page.view(producer))
     policy = {"Content-Security-Policy": page.content_security_policy()}
-    return _Answer(HTTPStatus.OK, "text/html; charset=utf-8", text.encode(), policy)
+    # A path or a broker's word may be no Unicode, and then holds lone surrogates.
+    body = text.encode(errors="backslashreplace")
+    return _Answer(HTTPStatus.OK, "text/html; charset=utf-8", body, policy)
 
 
 def _page_json(producer: MLProducer) -> _Answer:
@@ -200,85 +190,16 @@ def _mean(samples: Iterable[_Sample], family: Family) -> float:
 
 
 def serve(producer: MLProducer, port: int, host: str = "127.0.0.1") -> Server:
-    """Serve the application on a daemon thread.
+    """Serve the application on one daemon thread, until `Server.close`.
 
-    Call it in the process that is to be watched; a forked child does not serve.
+    At most 32 clients at a time, each for at most 10 s. Call it in the process that is to be
+    watched; a forked child does not serve.
 
     :param port: 0 takes a free one
     :param host: an address of this machine; ``0.0.0.0`` shows it to everybody
     :raises ConfigurationError: the port is no number from 0 to 65535
     :raises OSError: the port is taken, or the host is not this machine
     """
-    if not isinstance(port, int) or not 0 <= port <= MAX_PORT:
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
         raise ConfigurationError(f"port must be a whole number from 0 to {MAX_PORT}")
     return Server(make_app(producer), port, host)
-
-
-class Server:
-    """A web server on the thread ``mlproducer-http``; each request has a thread while it lasts.
-
-    :ivar port: where it listens
-    """
-
-    def __init__(self, app: WSGIApplication, port: int, host: str) -> None:
-        self._http = _HTTPServer(port, host)
-        self._http.set_app(app)
-        self.port: int = self._http.server_port
-        self._thread = threading.Thread(
-            target=self._http.serve_forever, name="mlproducer-http", daemon=True
-        )
-        self._thread.start()
-        _servers.add(self)
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop listening; any number of times, also in a forked child, where no thread runs."""
-        if self._thread.is_alive():
-            self._http.shutdown()
-            # Not only closed: a child may hold the port as well, until its own hook has run.
-            with suppress(OSError):
-                self._http.socket.shutdown(socket.SHUT_RDWR)
-        self._http.server_close()
-        self._thread.join(CLOSE_LIMIT)
-
-
-_servers: weakref.WeakSet[Server] = weakref.WeakSet()
-
-
-def _in_child() -> None:
-    """Let go of the ports, which would stay taken as long as a child lives."""
-    for server in list(_servers):
-        server.close()
-
-
-forks.in_child(_in_child)
-
-
-class _HTTPServer(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-    def __init__(self, port: int, host: str) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Handler)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer on a thread that goes by our name."""
-        threading.current_thread().name = "mlproducer-http-request"
-        super().process_request_thread(request, client_address)
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = SLOW
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name is given
-        """Log nothing: one page would be a line a second."""

@@ -27,7 +27,7 @@ FLOORS = [
     {"producer"},
     {"dead_letters", "outbox"},
     {"__init__"},
-    {"monitoring", "page"},
+    {"monitoring", "page", "web"},
     {"wsgi"},
     {"testing"},
     {"cli"},

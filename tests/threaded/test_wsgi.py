@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
+import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 from wsgiref.util import setup_testing_defaults, shift_path_info
 from wsgiref.validate import validator
@@ -20,7 +25,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from mlproducer import CircuitState, ConnectionState, MLProducer, Settings, Status, wsgi
+from mlproducer import CircuitState, ConnectionState, MLProducer, Settings, Status, web, wsgi
 from mlproducer.errors import BrokerRejectedError, CircuitOpenError, ConfigurationError, NackError
 from mlproducer.observe import metrics
 from mlproducer.page import reason
@@ -462,20 +467,193 @@ def test_child_lets_go(connect: Connect, serve: Serve) -> None:
         assert get(server.port, "/health")[0] == 200
 
 
-@pytest.mark.parametrize("port", [-1, 65_536, "8000", None])
+@pytest.mark.parametrize("port", [-1, 65_536, "8000", None, True, 80.0])
 def test_bad_port(connect: Connect, serve: Serve, port: Any) -> None:
     """A port that is none is an error that says what is accepted."""
     with pytest.raises(ConfigurationError, match=r"^port must be .* from 0 to 65535$"):
         wsgi.serve(connect(serve()), port)
 
 
-def test_slow_client(connect: Connect, serve: Serve) -> None:
-    """A client that connects and says nothing holds up nobody else."""
+def test_slow_clients(connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that say nothing, or a byte now and then, hold up nobody, and have one limit each."""
+    monkeypatch.setattr(web, "REQUEST_LIMIT", 0.6)
+    producer = producer_started(connect(serve()))
+    before = set(threading.enumerate())
+    with serve_on_loopback(producer) as server, ExitStack() as clients:
+        slow = [clients.enter_context(reach(server.port)) for _ in range(5)]
+        began = time.monotonic()
+        while time.monotonic() - began < 0.4:
+            assert get(server.port, "/health")[0] == 200
+            for each in slow:
+                each.send(b"G")
+        assert len(set(threading.enumerate()) - before) == 1
+        for each in slow:
+            assert until_the_end(each) == b""
+        assert 0.5 < time.monotonic() - began < LIMIT
+
+
+def reach(port: int) -> socket.socket:
+    """Connect to a server."""
+    return socket.create_connection(("127.0.0.1", port), LIMIT)
+
+
+def until_the_end(client: socket.socket) -> bytes:
+    """Read all that a server sends."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while piece := client.recv(65_536):
+            received += piece
+    return received
+
+
+def ask(port: int, request: bytes) -> bytes:
+    """Send a request as it is, and read the answer."""
+    with reach(port) as client:
+        client.sendall(request)
+        return until_the_end(client)
+
+
+def test_more_clients_than_there_is_room_for(connect: Connect, serve: Serve) -> None:
+    """A hundred clients that stay take 32 descriptors, and the next one is answered."""
+    producer = producer_started(connect(serve()))
+    with serve_on_loopback(producer) as server, ExitStack() as clients:
+        assert get(server.port, "/health")[0] == 200
+        before = len(descriptors())
+        for _ in range(100):
+            clients.enter_context(reach(server.port))
+        assert get(server.port, "/health")[0] == 200
+        assert len(descriptors()) - before <= 100 + web.MAX_CONNECTIONS
+
+
+def test_no_descriptor_left(connect: Connect, serve: Serve) -> None:
+    """Without a descriptor for its next client the server waits, at no cost, and then goes on."""
+    producer = producer_started(connect(serve()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with serve_on_loopback(producer) as server, socket.socket() as waiting:
+        assert get(server.port, "/health")[0] == 200
+        highest = max(map(int, descriptors()))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, highest + 1), hard))
+            with ExitStack() as rest:
+                with suppress(OSError):
+                    while True:
+                        rest.callback(os.close, os.dup(0))
+                waiting.connect(("127.0.0.1", server.port))
+                waiting.settimeout(LIMIT)
+                waiting.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+                spent = time.process_time()
+                threading.Event().wait(0.5)
+                assert time.process_time() - spent < 0.25
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert until_the_end(waiting).startswith(b"HTTP/1.0 200 ")
+
+
+REQUESTS = {
+    b"GET http://example.org/health HTTP/1.1\r\nHost: example.org\r\n\r\n": 200,
+    b"GET http://example.org HTTP/1.1\r\n\r\n": 200,
+    b"GET /health?probe=1 HTTP/1.1\n\n": 200,
+    b"\r\nGET /health HTTP/1.0\r\n\r\n": 200,
+    b"GET /%68ealth HTTP/1.1\r\n\r\n": 200,
+    b"GET /health HTTP/1.1\r\n\r\nGET /health HTTP/1.1\r\n\r\n": 200,
+    b"GET //health HTTP/1.1\r\n\r\n": 200,
+    b"GET /../health HTTP/1.1\r\n\r\n": 404,
+    b"GET /\xff\xfe HTTP/1.1\r\n\r\n": 404,
+    b"POST /health HTTP/1.1\r\nContent-Length: 3000000\r\n\r\n" + b"x" * 3_000_000: 405,
+    b"POST /health HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n": 405,
+    b"TRACE /health HTTP/1.1\r\n\r\n": 405,
+    b"<script>\r\n\r\n": 400,
+    b"GET / <b>x</b> y\r\n\r\n": 400,
+    b"GET / HTTP/2.0\r\n\r\n": 505,
+    b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n": 414,
+    b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n": 431,
+    b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 200 + b"\r\n": 431,
+}
+
+
+def test_requests_of_all_kinds(
+    connect: Connect, serve: Serve, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each is answered with its status, and the answer arrives; nothing is written anywhere."""
     producer = producer_started(connect(serve()))
     with serve_on_loopback(producer) as server:
-        with socket.create_connection(("127.0.0.1", server.port), LIMIT):
-            assert get(server.port, "/health")[0] == 200
-        requests = [each for each in threading.enumerate() if each.name.endswith("-request")]
-        for each in requests:
-            each.join(LIMIT)
-            assert not each.is_alive()
+        for request, status in REQUESTS.items():
+            answer = ask(server.port, request)
+            assert answer.split(b" ", 2)[1:2] == [str(status).encode()], request[:60]
+            assert b"<script>" not in answer.partition(b"\r\n\r\n")[2] or status == 200
+        with reach(server.port) as rude:  # leaves with a reset, in the middle of its request
+            rude.send(b"GET /hea")
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert get(server.port, "/health")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_application_that_fails(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is a 500 and a line of ours, and the server goes on, whatever was raised."""
+    for error in (ValueError("why"), SystemExit(3)):
+
+        def fail(*_: object, error: BaseException = error) -> Iterable[bytes]:
+            raise error
+
+        with Server(fail, 0, "127.0.0.1") as server:
+            for _ in range(2):
+                assert ask(server.port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 500 ")
+    assert [each.name for each in caplog.records] == ["mlproducer.web"] * 4
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_name_is_looked_up(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starting a server asks no name server, which may be silent."""
+
+    def ask_name_server(*_: object) -> str:
+        raise AssertionError
+
+    for name in ("getfqdn", "gethostbyaddr", "gethostbyname"):
+        monkeypatch.setattr(socket, name, ask_name_server)
+    producer = producer_started(connect(serve()))
+    with wsgi.serve(producer, 0, "0.0.0.0") as server:
+        assert get(server.port, "/health")[0] == 200
+
+
+def test_a_burst_of_clients(connect: Connect, serve: Serve) -> None:
+    """Two hundred clients at once are all answered."""
+    producer = producer_started(connect(serve()))
+    with serve_on_loopback(producer) as server, ThreadPoolExecutor(25) as pool:
+        answers = pool.map(lambda _: get(server.port, "/health")[0], range(200))
+        assert set(answers) == {200}
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
+def test_child_of_a_server_that_nothing_holds(connect: Connect, serve: Serve) -> None:
+    """A child lets go of it, and of its clients, so that the port is free once its parent ends."""
+    producer = producer_started(connect(serve()))
+    sockets = {each for each in descriptors().values() if each.startswith("socket:")}
+    port = serve_on_loopback(producer).port
+    gc.collect()
+    with reach(port) as client:
+        client.send(b"GET")
+        assert get(port, "/health")[0] == 200
+        own = f"socket:[{os.fstat(client.fileno()).st_ino}]"
+        child = os.fork()
+        if child == 0:
+            left = {each for each in descriptors().values() if each.startswith("socket:")}
+            os._exit(len(left - sockets - {own}))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        client.send(b" /health HTTP/1.0\r\n\r\n")
+        assert until_the_end(client).startswith(b"HTTP/1.0 200 ")
+    for server in list(web._servers):
+        server.close()
+
+
+def test_surrogates(connect: Connect, serve: Serve) -> None:
+    """What is no Unicode text, such as a path of other bytes, is shown escaped."""
+    producer = connect(serve())
+    producer._recorder.note("the store fails", "no\udcffdir: it is not there")
+    app = make_app(producer)
+    assert b"no\\udcffdir" in Answer(app, "/").body
+    assert "no\udcffdir" in Answer(app, "/page.json").json["lists"]["errors"][0][2]
+    assert Answer(app, "/health").status == 503
