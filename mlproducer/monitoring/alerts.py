@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from attrs import frozen
 
 from mlproducer.core.states import ConnectionState
-from mlproducer.monitoring.queries import gauge
+from mlproducer.monitoring.queries import gauge, grown
 from mlproducer.observe import catalog
 
 GROUP = "mlproducer"
@@ -52,6 +52,8 @@ _KEEP = (
     "sqlite:// and redis:// stores keep it."
 )
 _CHECK = "Run 'mlproducer check' on its machine with its RABBITMQ_URL: it says which step fails."
+
+_SUCCESSES = grown(catalog.TASKS_SENT, "1m", "task_type", "status", status='="success"')
 
 
 ALERTS = (
@@ -136,6 +138,25 @@ ALERTS = (
             f"{_CHECK} Does the broker run, is its address right, are the credentials? After "
             "10 failed attempts (ML_MAX_RECONNECT_ATTEMPTS) the producer has given up until the "
             f"next publish() or MLProducer.reconnect(). {_KEEP}"
+        ),
+    ),
+    Alert(
+        name="MLProducerNotConfirming",
+        # A success ends it within a minute; a message a minute that is not confirmed keeps it up.
+        expr=f"{grown(catalog.CONFIRM_TIMEOUTS, '2m')} > 0 unless {_SUCCESSES} > 0",
+        minutes=2,
+        severity="critical",
+        summary=f"{_WHO}: the broker confirms nothing",
+        description=(
+            f"Publishers of the producer on {_WHO} have waited for confirms in vain for 2 minutes, "
+            "and not one message was confirmed. The broker may be connected and answer health "
+            "checks all the same: a queue whose leader is gone, or a cluster without a majority, "
+            "confirms nothing. /health is 503 and says so."
+        ),
+        action=(
+            "Look at the broker's nodes and at the queues' leaders and members "
+            "(rabbitmqctl cluster_status, rabbitmq-queues quorum_status QUEUE), its disk and its "
+            f"log. {_CHECK} {_KEEP}"
         ),
     ),
 )

@@ -35,6 +35,16 @@ def greatest(family: Family, *by: str) -> str:
     return _or_else(family, UNKNOWN, f"max{_by(by)}({family.name})")
 
 
+def grown(family: Family, within: str, *apart: str, status: str = "") -> str:
+    """Give what a counter has grown by within a time, in each scraped process.
+
+    :param within: such as ``1m``
+    :param apart: all labels of the family, whose series are added up
+    """
+    increase = f"increase({_counted(family, apart, status)}[{within}])"
+    return f"sum without ({', '.join(apart)}) ({increase})" if apart else increase
+
+
 def rate(family: Family, *by: str, status: str = "") -> str:
     """Give what a counter, or a histogram's count, has grown by per second.
 

@@ -10,9 +10,10 @@ and by whoever looks.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 
 from attrs import frozen
@@ -249,11 +250,24 @@ class RecorderSink(EventSink):
         self._note("the I/O loop failed", type(error).__name__)
 
 
-def _rates(samples: Sequence[tuple[float, list[int]]], now: float) -> Iterable[Rates]:
-    for (before, earlier), (at, later) in itertools.pairwise(samples):
+def _rates(samples: Iterable[tuple[float, list[int]]], now: float) -> Iterable[Rates]:
+    for (before, earlier), (at, later) in itertools.pairwise(_apart(samples)):
         if now - at <= HISTORY:
             gains = [max(0, b - a) for a, b in zip(earlier, later, strict=True)]
             yield Rates(now - at, *(gain / (at - before) for gain in gains))
+
+
+def _apart(samples: Iterable[tuple[float, list[int]]]) -> Iterator[tuple[float, list[int]]]:
+    """Put samples in order, and leave out those that are too close to the one before.
+
+    Threads that look at the same moment each take one, and the thread that looked at the clock
+    first may be the last to count.
+    """
+    last = -math.inf
+    for at, counts in sorted(samples):
+        if at - last >= INTERVAL:
+            yield at, counts
+            last = at
 
 
 def _now() -> datetime:

@@ -29,9 +29,16 @@ pytestmark = pytest.mark.broker
 
 UNHEALTHY, DISCONNECTED = "MLProducerConnectionUnhealthy", "MLProducerDisconnected"
 QUEUE_LONG, QUEUE_VERY_LONG = "MLProducerRetryQueueHigh", "MLProducerHighRetryQueueSize"
-BREAKER = "MLProducerCircuitBreakerOpen"
+BREAKER, SILENT = "MLProducerCircuitBreakerOpen", "MLProducerNotConfirming"
 
-SECONDS = {UNHEALTHY: 2, DISCONNECTED: 3, QUEUE_LONG: 5, QUEUE_VERY_LONG: 5, BREAKER: 2}
+SECONDS = {
+    UNHEALTHY: 2,
+    DISCONNECTED: 3,
+    QUEUE_LONG: 5,
+    QUEUE_VERY_LONG: 5,
+    BREAKER: 2,
+    SILENT: 2,
+}
 """How long each fault has to last here; the exported rules say minutes."""
 
 SCRAPES = "count_over_time(ml_producer_connection_state[10s])"
@@ -57,6 +64,10 @@ def shortened(exported: Path) -> str:
     """Give the exported rules with minutes of patience as seconds."""
     text, number = re.subn(r"for: (\d+)m\n", r"for: \1s\n", (exported / ALERTS_FILE).read_text())
     assert number == len(SECONDS)
+    windows = {"total[2m]": "total[10s]", "}[1m]": "}[5s]"}  # of the alert that looks back
+    for minutes, seconds in windows.items():
+        assert minutes in text
+        text = text.replace(minutes, seconds)
     return text
 
 
@@ -101,11 +112,11 @@ def check_patience(prometheus: Prometheus, faults: dict[str, float]) -> None:
 
 def test_promtool_accepts_the_rules(exported: Path) -> None:
     """The file as it is exported passes ``promtool check rules``."""
-    assert "5 rules found" in promtool("check", "rules", ALERTS_FILE, directory=exported)
+    assert "6 rules found" in promtool("check", "rules", ALERTS_FILE, directory=exported)
 
 
 STATE, OPEN = "ml_producer_connection_state", "ml_producer_circuit_breaker_open"
-WAITING = "ml_producer_retry_queue_size"
+WAITING, TIMEOUTS = "ml_producer_retry_queue_size", "ml_producer_confirm_timeouts_total"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,10 @@ WAITING = "ml_producer_retry_queue_size"
         (OPEN, "1 1 0 0x20", {}),
         (OPEN, "1 1 0 1 1 0 1 1 0 1 1 0", {BREAKER: 120}),
         (OPEN, "1x40", {BREAKER: 120}),
+        (TIMEOUTS, "0x40", {}),
+        (TIMEOUTS, "0 1x40", {}),
+        (TIMEOUTS, "0+1x40", {SILENT: 135}),
+        (TIMEOUTS, "0 0 0 0 1x3 2x3 3x3 4x3 5x3", {SILENT: 180}),
     ],
     ids=lambda value: value.replace("ml_producer_", "") if isinstance(value, str) else "",
 )
@@ -143,6 +158,24 @@ def test_patience(
         for at in range(0, 15 * readings, 15)
     }
     (tmp_path / "test.yml").write_text(json.dumps(unit_test(exported, series, values, expected)))
+    assert "SUCCESS" in promtool("test", "rules", "test.yml", directory=tmp_path)
+
+
+def test_successes_beside_timeouts(exported: Path, tmp_path: Path) -> None:
+    """While messages are confirmed beside others that are not, there is no such alert."""
+    test = unit_test(exported, TIMEOUTS, "0+1x60", {at: [] for at in range(0, 600, 15)})
+    [case] = test["tests"]
+    case["input_series"].append(
+        {
+            "series": 'ml_producer_tasks_sent_total{instance="a:1",status="success",task_type="t"}',
+            "values": "5+1x40 45x20",
+        }
+    )
+    fires = {"labels": f'{{alertname="{SILENT}"}}', "value": 1}
+    for each in case["promql_expr_test"]:
+        seconds = int(each["eval_time"].removesuffix("s"))
+        each["exp_samples"] = [fires] if seconds >= 600 + 60 + 120 else []
+    (tmp_path / "test.yml").write_text(json.dumps(test))
     assert "SUCCESS" in promtool("test", "rules", "test.yml", directory=tmp_path)
 
 
@@ -230,6 +263,33 @@ def test_a_broker_that_refuses(exported: Path) -> None:
         prometheus.wait_until(lambda: prometheus.firing() == set(faults))
         check_patience(prometheus, faults)
         check_texts(prometheus)
+
+
+def test_a_broker_that_confirms_nothing(exported: Path) -> None:
+    """The alert fires beside a connection that stands, and ends with the first confirm."""
+    mood = Moody()
+    chosen: dict[str, Any] = {"declare_topology": "off", "publish_timeout": 0.2}
+    with (
+        FakeBroker(mood) as broker,
+        watched(exported, broker.url, **chosen) as (producer, prometheus),
+    ):
+        assert producer.publish(make_message()).confirmed
+        assert prometheus.alerts() == []
+
+        mood.mood = "silence"
+        faults = {SILENT: time.time()}
+
+        def publish_in_vain() -> bool:
+            assert not producer.publish(make_message()).confirmed
+            return prometheus.firing() == set(faults)
+
+        prometheus.wait_until(publish_in_vain)
+        check_patience(prometheus, faults)
+        check_texts(prometheus)
+
+        mood.mood = "ack"
+        assert producer.publish(make_message()).confirmed
+        prometheus.wait_until(lambda: prometheus.alerts() == [])
 
 
 def test_a_producer_that_was_closed(rabbitmq_vhost: VirtualHost, exported: Path) -> None:

@@ -50,6 +50,11 @@ def series_of(query: str) -> Iterator[str]:
 # --- the alerts --------------------------------------------------------------------------------
 
 
+SUCCESSES = (
+    'sum without (task_type, status) (increase(ml_producer_tasks_sent_total{status="success"}[1m]))'
+)
+
+
 def test_alerts_of_the_contract() -> None:
     """Names, queries and patience, by the names of the contract and not of the catalog."""
     assert alerts() == [
@@ -62,6 +67,11 @@ def test_alerts_of_the_contract() -> None:
         ),
         ("MLProducerConnectionUnhealthy", "ml_producer_connection_state != 3", "2m"),
         ("MLProducerDisconnected", "ml_producer_connection_state < 3", "3m"),
+        (
+            "MLProducerNotConfirming",
+            f"increase(ml_producer_confirm_timeouts_total[2m]) > 0 unless {SUCCESSES} > 0",
+            "2m",
+        ),
     ]
 
 
@@ -153,8 +163,10 @@ def asks_for_what_there_is(query: str) -> None:
     family = BY_SERIES[found[0]]
     for labels in re.findall(r"by \(([^)]*)\)", query):
         assert set(labels.split(", ")) <= {*family.labels, "le"}
-    for label, word in re.findall(r'\{(\w+)!?="(\w+)"\}', query):
-        assert word in family.words[label]
+    for labels, name in re.findall(r"without \(([^)]*)\) \(increase\((\w+)", query):
+        assert tuple(labels.split(", ")) == BY_SERIES[name].labels
+    for name, label, word in re.findall(r'(\w+)\{(\w+)!?="(\w+)"\}', query):
+        assert word in BY_SERIES[name].words[label]
 
 
 def test_lines_are_named_by_labels_that_they_have() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import CircuitState
@@ -76,6 +80,26 @@ def test_samples_are_seconds_apart() -> None:
     assert ages[-1] < 1.0
     assert 115 <= ages[0] <= 120
     assert len(ages) <= 121
+
+
+def test_threads_that_look_at_once() -> None:
+    """A thread that is held up between clock and counts makes no rate of no time, or of less."""
+    second = Second()
+    sink: Any = second.sink
+    counts, meanwhile = sink.counts, [second.recorder.sample]
+
+    def held_up() -> tuple[int, int, int]:
+        if meanwhile:
+            second.now += 0.001
+            meanwhile.pop()()  # another thread looks
+            sink.confirmed([make_delivery()] * 100, 0.0)
+        return counts()  # type: ignore[no-any-return]
+
+    sink.counts = held_up
+    rates = [second.rates() for _ in range(3)]
+    assert all(0.0 <= each.published <= 101.0 for each in rates)
+    assert len(second.recorder.recent().rates) == 3
+    assert sum(each.confirmed for each in second.recorder.recent().rates) == pytest.approx(100, 0.1)
 
 
 def test_nothing_in_use() -> None:
