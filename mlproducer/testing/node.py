@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +52,7 @@ class RabbitMQNode(Server):
         tls: certificates for a second, encrypted listener.
         config: further lines of ``rabbitmq.conf``, such as ``{"max_message_size": "1024"}``
             (https://www.rabbitmq.com/docs/configure).
+        plugins: of those that come with RabbitMQ, which to enable.
         port: the AMQP port; a free one by default.
         network: the cookie and port mapper to share with other nodes; its own by default.
 
@@ -65,6 +66,7 @@ class RabbitMQNode(Server):
         directory: str | Path | None = None,
         tls: ServerTLS | None = None,
         config: Mapping[str, str] = MappingProxyType({}),
+        plugins: Sequence[str] = (),
         port: int | None = None,
         network: ErlangNetwork | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class RabbitMQNode(Server):
         self._directory = directory
         self._tls = tls
         self._config = dict(config)
+        self._plugins = tuple(plugins)
         self._network = network
         self._owns_network = network is None
         self._distribution_port = free_port()
@@ -108,7 +111,7 @@ class RabbitMQNode(Server):
         home = self._network.workspace.path / self.name
         if not home.exists():
             home.mkdir()
-            (home / "enabled_plugins").write_text("[].\n")
+            (home / "enabled_plugins").write_text(f"[{','.join(self._plugins)}].\n")
             (home / "rabbitmq.conf").write_text(_configuration(self, self._tls, self._config))
         interface = "{127,0,0,1}"
         self._program = self._network.workspace.spawn(

@@ -303,6 +303,79 @@ def _lock(key: Path, locked: Path) -> None:
     )
 
 
+def test_an_encrypted_key(
+    demanding: Server, certificates: Certificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its password comes from the setting or a file; a wrong one is told and not shown."""
+    locked, file = tmp_path / "locked.key", tmp_path / "password"
+    _lock(certificates.client.key, locked)
+    given: list[tuple[dict[str, str], bool]] = [
+        ({"RABBITMQ_SSL_KEY_PASSWORD": "secret"}, True),
+        ({"RABBITMQ_SSL_KEY_PASSWORD_FILE": str(file)}, True),
+        ({"RABBITMQ_SSL_KEY_PASSWORD": "canary-71c4"}, False),
+        ({"RABBITMQ_SSL_KEY_PASSWORD": "canary-71c4" * 1000}, False),
+        ({"RABBITMQ_SSL_KEY_PASSWORD_FILE": str(tmp_path / "none")}, False),
+    ]
+    file.write_text("secret\n")
+    for variables, right in given:
+        environ = {
+            "RABBITMQ_URL": demanding.url(demanding.port),
+            "RABBITMQ_SSL_CACERT": str(certificates.ca),
+            "RABBITMQ_SSL_CERTFILE": str(certificates.client.cert),
+            "RABBITMQ_SSL_KEYFILE": str(locked),
+            **variables,
+        }
+        with MLProducer(Settings.from_env(environ)) as producer:
+            if right:
+                assert producer.publish(MESSAGE, timeout=10.0).confirmed
+                continue
+            with pytest.raises(ConfigurationError, match="password") as caught:
+                producer.publish(MESSAGE)
+        assert "canary" not in f"{caught.value!r} {producer!r} {caplog.text}"
+
+
+def test_renewed_files_are_used(
+    demanding: Server, certificates: Certificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A certificate that was renewed on disk serves the next attempt; half of it is told once."""
+    mine = Certificate(tmp_path / "client.pem", tmp_path / "client.key")
+    shutil.copy(certificates.client_expired.cert, mine.cert)
+    shutil.copy(certificates.client_expired.key, mine.key)
+    producer = MLProducer(
+        Settings(
+            url=demanding.url(demanding.port),
+            tls=_tls(certificates.ca, mine),
+            reconnect_initial_delay=0.1,
+            reconnect_max_delay=0.1,
+            max_reconnect_attempts=1000,
+        )
+    )
+    with producer, caplog.at_level(logging.WARNING, "mlproducer"):
+        with pytest.raises(NotConnectedError, match="TLS failed"):
+            producer.publish(MESSAGE, retry=False, timeout=10.0)
+        shutil.copy(certificates.client.cert, mine.cert)  # its key comes later
+        for _ in range(3):
+            with pytest.raises(NotConnectedError, match="TLS failed"):
+                producer.publish(MESSAGE, retry=False, timeout=10.0)
+            threading.Event().wait(0.2)
+        shutil.copy(certificates.client.key, mine.key)
+        assert producer.wait_connected(10.0)
+        assert producer.publish(MESSAGE, timeout=10.0).confirmed
+    told = [each for each in caplog.messages if "TLS files" in each]
+    assert [each.partition(":")[0] for each in told] == [
+        "the TLS files have changed and do not load",
+        "the TLS files load again",
+    ]
+
+
+def test_another_server_name(server: Server, certificates: Certificates) -> None:
+    """The name in the certificate may differ from the host's, where that is said."""
+    server.show(certificates.server_wrong_name)
+    tls = TLSSettings(ca_certs=str(certificates.ca), server_name="elsewhere.example")
+    with MLProducer(Settings(url=server.url(server.port), tls=tls)) as producer:
+        assert producer.publish(MESSAGE, timeout=10.0).confirmed
+
+
 @pytest.mark.parametrize("shown", ["server_other_ca", "server_expired", "server_wrong_name"])
 def test_check_switched_off(
     server: Server, certificates: Certificates, caplog: pytest.LogCaptureFixture, shown: str
