@@ -101,7 +101,7 @@ class Link:
     def store(self, work: Work[T], patience: float) -> T:
         """Do work in a transaction that is on the disk afterwards, and has to have room there."""
         self._sure_until = 0.0
-        with self._use() as connections:
+        with self._use(patience) as connections:
             try:
                 return self._store(connections, work, patience)
             except (sqlite3.Error, OSError) as error:
@@ -244,11 +244,11 @@ class Link:
         return self._reserve.give_up()
 
     @contextmanager
-    def _use(self) -> Iterator[Connections]:
+    def _use(self, patience: float = WAIT) -> Iterator[Connections]:
         """Give the connections for one call, and tell what fails in the library's words."""
         with self._alone():
             try:
-                yield self._opened()
+                yield self._opened(patience)
             except sqlite3.Error as error:
                 fault = _fault(error)
                 if fault not in (LOCKED, FULL):
@@ -276,10 +276,10 @@ class Link:
 
     # --- the file ------------------------------------------------------------------------------
 
-    def _opened(self) -> Connections:
+    def _opened(self, patience: float) -> Connections:
         connections = self._connections
         if connections is None:
-            return self._open()
+            return self._open(patience)
         if time.monotonic() < self._sure_until:
             return connections
         if is_there(self._path, connections.inode):
@@ -291,7 +291,7 @@ class Link:
             "is gone, and the next call begins anew"
         )
 
-    def _open(self) -> Connections:
+    def _open(self, patience: float) -> Connections:
         if any(path == self._path for path, _ in _inherited):
             raise StoreError(
                 f"the store {self._path} was in use when this process was forked, so that it can "
@@ -299,7 +299,7 @@ class Link:
             )
         self._opening = True
         try:
-            connections = self._open_even_if_full()
+            connections = self._open_even_if_full(patience)
             self._connections, self._shift = connections, connections.shift
             self._entered, self.fence, self._dead_until = None, Fence(), 0.0
         finally:
@@ -307,13 +307,13 @@ class Link:
         self._checked = True
         return connections
 
-    def _open_even_if_full(self) -> Connections:
+    def _open_even_if_full(self, patience: float) -> Connections:
         try:
-            return _patiently(self._open_now, WAIT)
+            return _patiently(self._open_now, patience)
         except sqlite3.OperationalError:  # without room for its index, SQLite only says I/O error
             if not self._give_up_reserve():
                 raise
-            return _patiently(self._open_now, WAIT)
+            return _patiently(self._open_now, patience)
 
     def _open_now(self) -> Connections:
         return open_file(self._path, self._horizon, self.owner, check=not self._checked)

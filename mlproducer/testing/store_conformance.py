@@ -12,6 +12,8 @@ Runs on: pytest's main thread.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from mlproducer.errors import BufferFullError
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate, Store
 from mlproducer.testing.store_kit import (
+    LIMIT,
     PATIENCE,
     StoreTests,
     all_of,
@@ -29,6 +32,7 @@ from mlproducer.testing.store_kit import (
     entries_of,
     entry_of,
     ids_of,
+    insist,
     known_of,
     pages_of,
     record_of,
@@ -332,6 +336,58 @@ class Fates(StoreTests):
         assert row.record.accepted_at == accepted
 
 
+class Places(StoreTests):
+    """Claims from before the rows' place was emptied, replaced, or put back to an earlier state."""
+
+    never = threading.Event()
+
+    def test_after_the_place_was_emptied_old_claims_touch_nothing(
+        self, store: Store, other: Store
+    ) -> None:
+        """Not the rows that another has put since; and their holder is told that they are lost."""
+        old = self._claims_of(store)
+        self.empty_place()
+        new = insist(lambda: other.put(entries_of("new", "newer", delay=None), PATIENCE))
+        self._touch_nothing(store, old)
+        assert store.trace(old) == [RowFate.MISSING] * 3
+        store.close()
+        assert other.renew(new) == []
+        assert other.depth() == Depth(waiting=2)
+
+    def test_after_an_earlier_state_came_back_old_claims_touch_nothing(
+        self, store: Store, other: Store
+    ) -> None:
+        """Neither what is put nor what is claimed then has a claim that was there before."""
+        store.put([entry_of("kept", 0.0)], PATIENCE)
+        store.close()
+        self.keep_place()
+        (kept,) = store.claim(10)
+        old = [kept.claim, *self._claims_of(store)[1:]]
+        self.restore_place()
+        (back,) = insist(lambda: other.claim(10))
+        new = other.put(entries_of("new", "newer", delay=None), PATIENCE)
+        self._touch_nothing(store, old)
+        assert store.trace(old) == [RowFate.TAKEN, RowFate.MISSING, RowFate.MISSING]
+        store.close()
+        assert other.renew([back.claim, *new]) == []
+        assert other.depth() == Depth(waiting=3)
+
+    def _claims_of(self, store: Store) -> list[Claim]:
+        claims = store.put(entries_of("a", "b", "c", delay=None), PATIENCE)
+        store.release([Change(claims[2], record_of("c"), 100.0)])
+        return claims
+
+    def _touch_nothing(self, store: Store, old: list[Claim]) -> None:
+        """Act on old claims, once the store has seen that its place is another."""
+        deadline = time.monotonic() + LIMIT
+        while insist(lambda: store.renew(old)) != old:
+            assert time.monotonic() < deadline
+            self.never.wait(0.05)
+        changes = [Change(claim, record_of("old", dead=True), 0.0) for claim in old]
+        assert store.release(changes) == old
+        store.done(old)
+
+
 class Ends(StoreTests):
     """What does not fit, and what a closed store leaves."""
 
@@ -404,5 +460,5 @@ class Bytes(StoreTests):
             patient.done([row.claim for row in claim_all(patient)])
 
 
-class StoreConformance(Storing, Changing, Leases, Letters, Counts, Fates, Ends, Bytes):
+class StoreConformance(Storing, Changing, Leases, Letters, Counts, Fates, Places, Ends, Bytes):
     """All of it; see `StoreTests` for what a subclass overrides."""

@@ -5,16 +5,18 @@ Runs on: pytest's main thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from attrs import evolve
 from hypothesis import strategies as st
 
+from mlproducer.errors import StoreError
 from mlproducer.message import Envelope
 from mlproducer.stores.protocol import Entry, Record, Row, Store
 
@@ -23,6 +25,8 @@ PATIENCE = 5.0
 
 LIMIT = 10.0
 """Seconds after which a test stops waiting for what ought to come."""
+
+T = TypeVar("T")
 
 Open = Callable[[], Store]
 
@@ -70,6 +74,18 @@ class StoreTests:
         """Give a store that has room for so many rows, where this kind of store has a limit."""
         pytest.skip("it has no limit")
 
+    def empty_place(self) -> None:
+        """Take away all that the stores have written, as an accident would; they stay in use."""
+        pytest.skip("its rows lie in no place")
+
+    def keep_place(self) -> None:
+        """Keep a copy of all that is written, as a backup does; all stores are closed."""
+        pytest.skip("it is not backed up by a copy")
+
+    def restore_place(self) -> None:
+        """Put the copy back under the stores, which are in use."""
+        raise NotImplementedError
+
     def advance(self, seconds: float) -> None:
         """Let time pass for the stores; with a clock that you can set, set it."""
         threading.Event().wait(seconds)
@@ -103,6 +119,13 @@ class StoreTests:
         if not self.leases:
             pytest.skip("its claims do not end by themselves")
         self.advance(self.lease * 1.25)
+
+
+def insist(call: Callable[[], T]) -> T:
+    """Call once more where a store says that its place was replaced, as it may do once."""
+    with contextlib.suppress(StoreError):
+        return call()
+    return call()
 
 
 def record_of(message_id: str = "m", *, body: bytes = b"body", **known: Any) -> Record:

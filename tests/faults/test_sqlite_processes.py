@@ -5,7 +5,9 @@ Runs on: pytest's main thread; processes of their own.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -15,14 +17,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlproducer.errors import StoreError
-from mlproducer.stores.protocol import Depth, Entry, Record
+from mlproducer.stores import sqlite_file, sqlite_link, sqlite_owners
+from mlproducer.stores.protocol import Depth, Entry, Record, Row
 from mlproducer.stores.sqlite import SQLiteStore
 from tests.helpers import LIMIT, make_envelope
 
@@ -44,9 +47,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def process(role: str, path: Path, lease: float = 30.0) -> Iterator[subprocess.Popen[str]]:
+def process(
+    role: str, path: Path, lease: float = 30.0, before: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """Run another user of the store; it is ended with the block."""
-    script = [sys.executable, "-m", "tests.faults.scripts.sqlite_process"]
+    script = [*before, sys.executable, "-m", "tests.faults.scripts.sqlite_process"]
     with subprocess.Popen(
         [*script, role, str(path), str(lease)],
         stdin=subprocess.PIPE,
@@ -238,3 +243,164 @@ def test_locked_out(path: Path, locked: sqlite3.Connection) -> None:
         assert store.depth() == Depth(waiting=1)  # who only reads is not locked out
         locked.execute("COMMIT")
         assert [row.record.envelope.message_id for row in store.claim(10)] == ["before"]
+
+
+# --- owners that have ended ----------------------------------------------------------------------
+
+HELD = 202
+ALL = Depth(waiting=201, dead=1)
+TAKEN_OVER = 2.0
+"""Seconds within which rows of a process that was killed on this machine are another's."""
+
+
+def held_by(running: subprocess.Popen[str]) -> None:
+    """Wait until another process holds its rows."""
+    assert said(running) == {"held": HELD}
+
+
+def take_over(store: SQLiteStore, begun: float) -> None:
+    """Claim what a dead owner held, in time, with a doubt."""
+    rows: list[Row] = []
+    while len(rows) < HELD and time.monotonic() - begun < LIMIT:
+        rows += store.claim(1000)
+        never.wait(0.05)
+    assert time.monotonic() - begun < TAKEN_OVER
+    assert len(rows) == HELD
+    assert all(row.record.doubtful for row in rows)
+
+
+@pytest.mark.parametrize("role", ["ahead", "ahead-with-child"])
+def test_rows_of_a_killed_process_are_taken_over_at_once(path: Path, role: str) -> None:
+    """What it had stored ahead, claimed, and buried, whatever its lease and its children."""
+    with process(role, path, lease=1000.0) as running, closing(SQLiteStore(path)) as store:
+        held_by(running)
+        assert store.depth() == Depth(waiting=1, dead=1, ahead=200)
+        assert store.claim(1000) == []
+        begun = time.monotonic()
+        running.kill()
+        running.wait(LIMIT)
+        take_over(store, begun)
+
+
+def test_a_fresh_process_counts_what_a_killed_one_held(path: Path) -> None:
+    """Before it has claimed anything, or written; no process id is asked."""
+    with process("ahead", path, lease=1000.0) as running:
+        held_by(running)
+        running.kill()
+        running.wait(LIMIT)
+    with closing(SQLiteStore(path)) as store:
+        assert store.depth() == ALL
+        take_over(store, time.monotonic())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces")
+def test_process_ids_of_another_namespace_mean_nothing(path: Path) -> None:
+    """Two containers share a directory: the living is never taken for dead, the dead is seen."""
+    inside = ("unshare", "--pid", "--fork", "--kill-child", "--uts")
+    if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not let us make namespaces")
+    with (
+        process("ahead", path, lease=1000.0, before=inside) as running,
+        closing(SQLiteStore(path)) as store,
+    ):
+        held_by(running)
+        deadline = time.monotonic() + TAKEN_OVER
+        while time.monotonic() < deadline:
+            assert store.claim(1000) == []
+            never.wait(0.1)
+        begun = time.monotonic()
+        running.kill()
+        take_over(store, begun)
+
+
+def test_a_stopped_process_lives(path: Path) -> None:
+    """It holds its rows until its lease ends, and no longer."""
+    with process("ahead", path, lease=4.0) as running, closing(SQLiteStore(path)) as store:
+        held_by(running)
+        begun = time.monotonic()
+        running.send_signal(signal.SIGSTOP)
+        while time.monotonic() < begun + 2.5:
+            assert store.claim(1000) == []
+            assert store.depth().ahead == 200
+            never.wait(0.1)
+        never.wait(begun + 4.5 - time.monotonic())
+        assert store.depth() == ALL
+        assert len(store.claim(1000)) == HELD
+
+
+def test_of_rows_of_another_machine_nothing_is_known(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its locks are not seen here, so its lease decides."""
+    now = [time.monotonic()]
+    with closing(SQLiteStore(path, lease=10.0, clock=lambda: now[0])) as store:
+        with monkeypatch.context() as there:
+            there.setattr(sqlite_owners, "_machine", lambda: 4711)
+            away = SQLiteStore(path, lease=10.0, clock=lambda: now[0])
+            away.put([entry("away", None)], LIMIT)
+            away._link.owner.leave()
+        never.wait(sqlite_link.LOOK * 1.2)
+        assert store.claim(1) == []
+        now[0] += 10.1
+        assert [row.record.envelope.message_id for row in store.claim(1)] == ["away"]
+        away.close()
+
+
+def test_where_the_locks_were_removed_nothing_is_known(path: Path) -> None:
+    """A file of locks that is another than the owner's says nothing of it."""
+    with process("ahead", path, lease=1000.0) as running, closing(SQLiteStore(path)) as store:
+        held_by(running)
+        Path(f"{path}-owners").unlink()
+        deadline = time.monotonic() + sqlite_link.LOOK * 2
+        while time.monotonic() < deadline:
+            store.put([entry("new", 60.0)], LIMIT)
+            assert store.claim(1000) == []
+            never.wait(0.1)
+        assert Path(f"{path}-owners").exists()
+
+
+def test_a_store_that_was_dropped_lets_its_rows_go(path: Path) -> None:
+    """One that is not closed, only forgotten, is not taken for a living owner."""
+    with closing(SQLiteStore(path)) as store:
+        dropped = SQLiteStore(path, lease=1000.0)
+        dropped.put([entry("a", None)], LIMIT)
+        assert store.claim(1) == []
+        del dropped
+        gc.collect()
+        begun = time.monotonic()
+        while not (rows := store.claim(1)):
+            assert time.monotonic() < begun + TAKEN_OVER
+            never.wait(0.05)
+        assert rows[0].record.envelope.message_id == "a"
+
+
+def test_twenty_processes_on_a_fresh_file(path: Path) -> None:
+    """All come at once, one makes the file, and nobody is refused or loses a row (95)."""
+    with ExitStack() as stack:
+        running = [stack.enter_context(process("create", path)) for _ in range(20)]
+        assert [said(each) for each in running] == [{"ready": True}] * 20
+        for each in running:
+            assert each.stdin is not None
+            each.stdin.write("now\n")
+            each.stdin.flush()
+        assert [all_said(each) for each in running] == [[{"stored": True}]] * 20
+    assert len(names(path)) == 100
+    assert not list(path.parent.glob("*.new*"))
+
+
+def test_a_file_that_is_made_between_two_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log is no log without a file, and nobody is told to remove it."""
+    look = sqlite_file._has_log
+    others: list[SQLiteStore] = []
+
+    def between(name: str) -> bool:
+        monkeypatch.setattr(sqlite_file, "_has_log", look)
+        others.append(SQLiteStore(path))
+        others[0].put([entry("other")], LIMIT)
+        return look(name)
+
+    monkeypatch.setattr(sqlite_file, "_has_log", between)
+    with closing(SQLiteStore(path)) as store:
+        store.put([entry("mine")], LIMIT)
+    others[0].close()
+    assert names(path) == {"other", "mine"}

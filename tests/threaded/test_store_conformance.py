@@ -6,6 +6,7 @@ Runs on: pytest's main thread.
 from __future__ import annotations
 
 import secrets
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,30 @@ class TestSQLite(WithClock):
         """Open the test's file once more."""
         return SQLiteStore(self.path, lease=lease, clock=self.clock)
 
+    def empty_place(self) -> None:
+        """Remove the file, and all that lies beside it."""
+        for each in self.path.parent.glob("store.db*"):
+            each.unlink()
+
+    def keep_place(self) -> None:
+        """Copy the file; it is whole when it is closed."""
+        shutil.copy(self.path, self.path.with_suffix(".copy"))
+
+    def restore_place(self) -> None:
+        """Put the copy in the place of file and log."""
+        for suffix in ("-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink()
+        copy = self.path.with_suffix(".copy")
+        copy.chmod(0o600)
+        copy.replace(self.path)
+
 
 class TestRedis(StoreConformance):
     """The store in Redis, whose clock is its own."""
 
     @pytest.fixture(autouse=True)
     def _begin(self, redis_server: RedisServer) -> None:
-        self.url = redis_server.url
+        self.server, self.url = redis_server, redis_server.url
         self.prefix = f"test-{secrets.token_hex(4)}:"
 
     def make_store(self, lease: float) -> Store:
@@ -79,3 +97,8 @@ class TestRedis(StoreConformance):
         from mlproducer.stores.redis import RedisStore  # an extra
 
         return RedisStore(self.url, lease=lease, prefix=self.prefix)
+
+    def empty_place(self) -> None:
+        """Do to our keys what FLUSHALL does to all."""
+        for key in self.server.call("KEYS", f"{self.prefix}*"):
+            self.server.call("DEL", key)

@@ -2,6 +2,9 @@
 
 - ``finish``: claims and finishes rows until none is left, and names each.
 - ``write``: stores batches for ever; each is named once it is stored, and then mostly deleted.
+- ``ahead``: stores rows ahead, claims others, says so, and waits. ``ahead-with-child``: so does
+  one whose forked child outlives it.
+- ``create``: says that it is there, and stores rows, perhaps in a new file, when a line comes.
 - ``claim``: claims a row, and says so; then, at each line that it reads, tries what it may do.
 - ``fork``: forks while another thread writes; says how the children fared.
 - ``fork-new``: forks while another thread opens, uses and closes one store after another.
@@ -37,6 +40,7 @@ T = TypeVar("T")
 
 PATIENCE = 5.0
 FORKS = 40
+ROWS = 200
 CHILD_LIMIT = 9
 """Seconds; less than what a store waits for another thread."""
 
@@ -84,6 +88,39 @@ def write(store: SQLiteStore) -> None:
         if batch % 3:
             say({"deleting": names})
             store.done(claims)
+
+
+def ahead(store: SQLiteStore) -> None:
+    """Hold rows that were stored ahead, one that is claimed for a retry, and a letter."""
+    rows = [Entry(entry(f"ahead-{number}", None).record, ahead=True) for number in range(ROWS)]
+    store.put(rows, PATIENCE)
+    letter = entry("letter", 0.0)
+    letter.record.dead = True
+    store.put([entry("retried", 0.0), letter], PATIENCE)
+    store.claim(10)
+    say({"held": ROWS + 2})
+    sys.stdin.read()
+
+
+def ahead_with_child(store: SQLiteStore) -> None:
+    """Do the same, with a forked child that lives on."""
+    store.depth()
+    if os.fork() == 0:
+        os.close(1)
+        never.wait(CHILD_LIMIT)
+        os._exit(0)
+    ahead(store)
+
+
+def create(store: SQLiteStore) -> None:
+    """Store a batch as soon as a line comes."""
+    say({"ready": True})
+    sys.stdin.readline()
+    try:
+        store.put([entry(f"{os.getpid()}-{number}", 0.0) for number in range(5)], PATIENCE)
+        say({"stored": True})
+    except StoreError as error:
+        say({"error": str(error)})
 
 
 def claim(store: SQLiteStore) -> None:
@@ -203,6 +240,9 @@ def _in_child(work: Callable[[], None]) -> int:
 ROLES = {
     "finish": finish,
     "write": write,
+    "ahead": ahead,
+    "ahead-with-child": ahead_with_child,
+    "create": create,
     "claim": claim,
     "fork": fork,
     "fork-new": fork_new,
