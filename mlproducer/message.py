@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import datetime
 from typing import Any
 
-from attrs import Attribute, define, field, frozen
+from attrs import define, field, frozen
 
 from mlproducer import shapes
 from mlproducer.errors import PublishError, frameless_init
@@ -32,25 +32,6 @@ class Outcome(enum.Enum):
 
     CONFIRMED = "confirmed"
     DEFERRED = "deferred"
-
-
-def _given(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
-    """Make a validator of a check, for a field that may be None."""
-
-    def validate(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
-        if value is not None:
-            check(attribute.name, value)
-
-    return validate
-
-
-def _always(check: Check) -> Callable[[Any, Attribute[Any], Any], None]:
-    """Make a validator of a check, for a field that may not."""
-
-    def validate(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
-        check(attribute.name, value)
-
-    return validate
 
 
 @frameless_init
@@ -78,30 +59,37 @@ class Message:
     :raises InvalidTaskError: a field has a wrong type; the text names both, and what is accepted
     """
 
-    body: bytes = field(validator=_always(shapes.body), repr=False)
-    routing_key: str = field(validator=_always(shapes.a_str))
-    exchange: str | None = field(default=None, validator=_given(shapes.a_str))
+    body: bytes = field(repr=False)
+    routing_key: str
+    exchange: str | None = None
     headers: Mapping[str, Any] | None = field(default=None, repr=False)
-    content_type: str | None = field(default=None, validator=_given(shapes.a_str))
-    content_encoding: str | None = field(default=None, validator=_given(shapes.a_str))
-    priority: int | None = field(default=None, validator=_given(shapes.an_int))
-    expiration: float | None = field(default=None, validator=_given(shapes.a_number))
-    message_id: str | None = field(default=None, validator=_given(shapes.a_str))
-    correlation_id: str | None = field(default=None, validator=_given(shapes.a_str), repr=False)
-    type: str | None = field(default=None, validator=_given(shapes.a_str))
-    persistent: bool = field(default=True, validator=_always(shapes.boolean))
-    mandatory: bool = field(default=True, validator=_always(shapes.boolean))
-    reply_to: str | None = field(default=None, validator=_given(shapes.a_str))
-    timestamp: datetime | int | None = field(default=None, validator=_given(shapes.timestamp))
-    app_id: str | None = field(default=None, validator=_given(shapes.a_str))
-    user_id: str | None = field(default=None, validator=_given(shapes.a_str))
+    content_type: str | None = None
+    content_encoding: str | None = None
+    priority: int | None = None
+    expiration: float | None = None
+    message_id: str | None = None
+    correlation_id: str | None = field(default=None, repr=False)
+    type: str | None = None
+    persistent: bool = True
+    mandatory: bool = True
+    reply_to: str | None = None
+    timestamp: datetime | int | None = None
+    app_id: str | None = None
+    user_id: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        """Keep copies of what the caller may go on changing."""
+        """Check types, and keep copies of what the caller may go on changing."""
         if type(self.body) is not bytes:
-            object.__setattr__(self, "body", bytes(self.body))
+            object.__setattr__(self, "body", shapes.body("body", self.body))
+        shapes.a_str("routing_key", self.routing_key)
+        shapes.boolean("persistent", self.persistent)
+        shapes.boolean("mandatory", self.mandatory)
         if self.headers is not None:
             object.__setattr__(self, "headers", shapes.headers("headers", self.headers))
+        for name, check in _OPTIONAL:
+            value = getattr(self, name)
+            if value is not None:
+                check(name, value)
 
     @property
     def task_type(self) -> str:
@@ -116,6 +104,16 @@ class Message:
     def payload(self) -> bytes:
         """Give the body, which the consumer gets, for tests."""
         return self.body
+
+
+_OPTIONAL: tuple[tuple[str, Check], ...] = (
+    *((name, shapes.a_str) for name in ("exchange", "content_type", "content_encoding")),
+    *((name, shapes.a_str) for name in ("message_id", "correlation_id", "type", "reply_to")),
+    *((name, shapes.a_str) for name in ("app_id", "user_id")),
+    ("priority", shapes.an_int),
+    ("expiration", shapes.a_number),
+    ("timestamp", shapes.timestamp),
+)
 
 
 @define(eq=False)

@@ -91,6 +91,10 @@ class _Sending:
         )
 
 
+_ORDINARY = dict.fromkeys(("task_id", "headers", "priority", "countdown", "eta", "expires"))
+_NOTHING = (None,) * len(_ORDINARY)
+
+
 def _sending(
     task_id: str | None,
     headers: Mapping[str, Any] | None,
@@ -100,6 +104,9 @@ def _sending(
     expires: float | datetime | None,
 ) -> dict[str, Any]:
     """Check the fields of `_Sending`, all of which are optional."""
+    given = (task_id, headers, priority, countdown, eta, expires)
+    if given == _NOTHING:
+        return {**_ORDINARY, "headers": {}}
     if eta is not None and countdown is not None:
         raise InvalidTaskError("eta and countdown are both given; accepted is one of them")
     optional = shapes.optional

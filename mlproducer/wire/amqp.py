@@ -126,26 +126,47 @@ def properties(
     :raises InvalidMessageError: a value out of its range
     :raises MessageTooLargeError: all together do not fit a frame
     """
-    slots = (
-        (1 << 15, _optional(short_string, "content_type", content_type)),
-        (1 << 14, _optional(short_string, "content_encoding", content_encoding)),
-        (1 << 13, headers),
-        (1 << 12, b"\x02" if persistent else b"\x01"),
-        (1 << 11, _optional(_octet, "priority", priority)),
-        (1 << 10, _optional(short_string, "correlation_id", correlation_id)),
-        (1 << 9, _optional(short_string, "reply_to", reply_to)),
-        (1 << 8, _optional(_milliseconds, "expiration", expiration)),
-        (1 << 7, _optional(short_string, "message_id", message_id)),
-        (1 << 6, None if timestamp is None else _pack_longlong(timestamp)),
-        (1 << 5, _optional(short_string, "type", type)),
-        (1 << 4, _optional(short_string, "user_id", user_id)),
-        (1 << 3, _optional(short_string, "app_id", app_id)),
-    )
-    flags = sum(flag for flag, encoded in slots if encoded is not None) | _FLAG_CLUSTER_ID
-    if not mandatory:
-        flags |= NOT_MANDATORY
-    encoded = b"".join(value for _, value in slots if value is not None)
-    return check_size(_pack_flags(flags) + encoded)
+    flags, pieces = _FLAG_CLUSTER_ID if mandatory else _FLAG_CLUSTER_ID | NOT_MANDATORY, [b""]
+    if content_type is not None:
+        flags |= 1 << 15
+        pieces.append(short_string("content_type", content_type))
+    if content_encoding is not None:
+        flags |= 1 << 14
+        pieces.append(short_string("content_encoding", content_encoding))
+    if headers is not None:
+        flags |= 1 << 13
+        pieces.append(headers)
+    flags |= 1 << 12
+    pieces.append(b"\x02" if persistent else b"\x01")
+    if priority is not None:
+        flags |= 1 << 11
+        pieces.append(_octet("priority", priority))
+    if correlation_id is not None:
+        flags |= 1 << 10
+        pieces.append(short_string("correlation_id", correlation_id))
+    if reply_to is not None:
+        flags |= 1 << 9
+        pieces.append(short_string("reply_to", reply_to))
+    if expiration is not None:
+        flags |= 1 << 8
+        pieces.append(_milliseconds("expiration", expiration))
+    if message_id is not None:
+        flags |= 1 << 7
+        pieces.append(short_string("message_id", message_id))
+    if timestamp is not None:
+        flags |= 1 << 6
+        pieces.append(_pack_longlong(timestamp))
+    if type is not None:
+        flags |= 1 << 5
+        pieces.append(short_string("type", type))
+    if user_id is not None:
+        flags |= 1 << 4
+        pieces.append(short_string("user_id", user_id))
+    if app_id is not None:
+        flags |= 1 << 3
+        pieces.append(short_string("app_id", app_id))
+    pieces[0] = _pack_flags(flags)
+    return check_size(b"".join(pieces))
 
 
 def check_size(encoded: bytes) -> bytes:
@@ -160,10 +181,6 @@ def check_size(encoded: bytes) -> bytes:
             f"headers and properties have {len(encoded)} bytes; accepted are {PROPERTIES_MAX}"
         )
     return encoded
-
-
-def _optional(encode: Callable[[str, Any], bytes], field: str, value: object) -> bytes | None:
-    return None if value is None else encode(field, value)
 
 
 def _octet(field: str, value: int) -> bytes:

@@ -61,8 +61,18 @@ def encode(
         body = b"".join((b"[[],", strict_json.dumps("kwargs", kwargs), _EMBED))
         name, routing_key = route.name, route.routing_key
     check_route(exchange, routing_key)
-    task_id = new_id() if task.task_id is None else task.task_id
-    entries, expiration = _lineage(task_id), None
+    if task.task_id is None:
+        task_id = new_id()
+        short = b"$" + task_id.encode()  # 36 characters
+    else:
+        task_id = task.task_id
+        short = amqp.short_string("task_id", task_id)
+    running = _running() if "celery" in sys.modules else None
+    if not (trace or running or isinstance(task, CeleryTask)) and task.ordinary:
+        before, between, after = _template(name)
+        properties = b"".join((before, short, between, short, after, short, short))
+        return Envelope(task_id, task.task_type, exchange, routing_key, properties, body)
+    entries, expiration = _lineage(task_id, short, running), None
     if isinstance(task, CeleryTask) or not task.ordinary:
         now = now or datetime.now(timezone.utc)
         eta, expires = _moments(task, now)
@@ -80,7 +90,7 @@ def encode(
         task_type=task.task_type,
         exchange=exchange,
         routing_key=routing_key,
-        properties=_properties(task, name, task_id, entries, expiration),
+        properties=_properties(task, name, task_id, short, entries, expiration),
         body=body,
     )
 
@@ -95,12 +105,23 @@ def check_route(exchange: str, routing_key: str) -> None:
     amqp.short_string("routing_key", routing_key)
 
 
-def _lineage(task_id: str) -> bytes:
+@lru_cache(_REMEMBERED)
+def _template(name: str) -> tuple[bytes, bytes, bytes]:
+    """Encode what is around the ids, all of one length, of an ML task with nothing further."""
+    short = b"$" + b"0" * 36
+    entries = _lineage("", short, None)
+    start, middle = _around_headers(None)
+    constant = _constant_entries(name)
+    length = (len(constant) + len(entries)).to_bytes(4, "big")
+    before, between, _ = entries.split(short)
+    return b"".join((start, length, constant, before)), between, middle
+
+
+def _lineage(task_id: str, short: bytes, running: Any) -> bytes:
     """Encode the ids: of the task itself and, inside a Celery task, of what it comes from."""
-    running = _running()
     if running is None:
-        own = _long(task_id)
-        return b"".join((b"\x02id", own, b"\x07root_id", own))
+        # A table's text is a short string with three more octets of length.
+        return b"".join((b"\x02idS\0\0\0", short, b"\x07root_idS\0\0\0", short))
     root = running.root_id or running.id
     ids = {"id": task_id, "root_id": str(root), "parent_id": str(running.id)}
     return amqp.table_entries("headers", ids)
@@ -108,17 +129,11 @@ def _lineage(task_id: str) -> bytes:
 
 def _running() -> Any:
     """Give the request of the Celery task that runs on this thread, if there is one."""
-    celery: Any = sys.modules.get("celery")
-    if celery is None:
-        return None
-    task = getattr(celery, "current_task", None)  # a proxy, false where no task runs
+    task = getattr(
+        sys.modules.get("celery"), "current_task", None
+    )  # a proxy, false where no task runs
     request = task.request if task else None
     return request if request is not None and request.id else None
-
-
-def _long(text: str) -> bytes:
-    """Encode a text of at most 255 bytes as a table's value."""
-    return b"S\0\0\0" + amqp.short_string("task_id", text)
 
 
 def _further(task: MLTask | CeleryTask, eta: datetime | None, expires: datetime | None) -> bytes:
@@ -134,7 +149,12 @@ def _further(task: MLTask | CeleryTask, eta: datetime | None, expires: datetime 
 
 
 def _properties(
-    task: MLTask | CeleryTask, name: str, task_id: str, entries: bytes, expiration: float | None
+    task: MLTask | CeleryTask,
+    name: str,
+    task_id: str,
+    short: bytes,
+    entries: bytes,
+    expiration: float | None,
 ) -> bytes:
     if isinstance(task, CeleryTask):
         constant = _constant_entries(name, task.argsrepr, task.kwargsrepr)
@@ -154,7 +174,6 @@ def _properties(
             message_id=task_id,
         )
     start, middle = _around_headers(task.priority)
-    short = amqp.short_string("task_id", task_id)
     return amqp.check_size(b"".join((start, length, constant, entries, middle, short, short)))
 
 
@@ -209,6 +228,7 @@ def _time_to_live(expires: datetime | None, now: datetime) -> float | None:
 def _forget_origin() -> None:
     """Let a child of a fork name itself."""
     _constant_entries.cache_clear()
+    _template.cache_clear()
 
 
 forks.in_child(_forget_origin)
