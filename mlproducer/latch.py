@@ -74,7 +74,7 @@ class Relay:
         self._running = False
 
     def open(self, latch: Latch) -> None:
-        """Open it now if nobody is on the way, else when its turn has come; by one thread only."""
+        """Open it now if nobody is on the way, else when its turn has come."""
         self._line.append(latch)
         if not self._running:
             self.pass_on()

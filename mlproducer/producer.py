@@ -380,14 +380,15 @@ class MLProducer:
         deadline = None if timeout is None else time.monotonic() + seconds(timeout)
         return self._life.started().flush(deadline)
 
-    def close(self, timeout: float = 10.0) -> CloseReport:
+    def close(self, timeout: float | None = None) -> CloseReport:
         """Drain, then close; within ``timeout`` + 0.5 s, from any thread, any number of times.
 
         In a callback nothing is drained, since that would wait for the callback itself.
 
-        :param timeout: seconds for draining
+        :param timeout: seconds for draining; ``None`` is 10 s, but no more than
+            ``settings.exit_timeout`` where it is known that there is no broker
         """
-        return self._life.close(seconds(timeout))
+        return self._life.close(None if timeout is None else seconds(timeout))
 
     def __enter__(self) -> MLProducer:
         return self

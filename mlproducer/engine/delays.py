@@ -41,7 +41,7 @@ class DelayedDelivery:
         delays: Delays,
         *,
         active: bool,
-        call_later: Callable[[float, Callable[[], None]], None],
+        call_later: Callable[[float, Callable[[], None]], object],
         fault: Callable[[Declaration, Loss], None],
         resume: Callable[[], None],
     ) -> None:

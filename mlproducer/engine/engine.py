@@ -254,6 +254,11 @@ class Engine:
         self._io.order(self._io.dial)
 
     @property
+    def away(self) -> bool:
+        """There is no link, and the last attempt to make one has failed."""
+        return not self._io.is_connected and self._io.dialer.failures > 0
+
+    @property
     def idle(self) -> bool:
         """Nothing is connected, under way or due."""
         return self._io.dialer.idle

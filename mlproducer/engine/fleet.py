@@ -148,7 +148,7 @@ class Fleet:
     def close(self, timeout: float) -> CloseReport:
         """Drain, then end links and threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout
-        self.drain(deadline)
+        self.drain(deadline, deadline)
         self.end(deadline + SHELVE_LIMIT)
         return self.join(deadline + CLOSE_MARGIN)
 
@@ -156,11 +156,16 @@ class Fleet:
     # threads at once. One who closes several fleets takes each step with all of them before the
     # next, so that they share one deadline.
 
-    def drain(self, deadline: float) -> None:
-        """Deliver what is inside, until a monotonic deadline; then have the store take the rest."""
+    def drain(self, deadline: float, in_vain: float) -> None:
+        """Deliver what is inside, until a monotonic deadline; then have the store take the rest.
+
+        :param in_vain: monotonic time after which this ends where there is no broker
+        """
         self._confirmed_before.append(self._confirmed())
         self._watch()
-        self._wait_until_quiet(deadline)
+        self._wait_until_quiet(min(deadline, in_vain))
+        if not self._is_away():
+            self._wait_until_quiet(deadline)
         self._shelve()
 
     def end(self, deadline: float) -> None:
@@ -260,6 +265,10 @@ class Fleet:
 
     def _is_connected(self) -> bool:
         return any(engine.connected for engine in self.engines)
+
+    def _is_away(self) -> bool:
+        """Whether it is known that there is no broker, on any connection."""
+        return all(engine.away for engine in self.engines)
 
     def reconnect(self) -> None:
         """Connect now where there is no connection."""

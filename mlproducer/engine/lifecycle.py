@@ -42,6 +42,9 @@ START_LIMIT = 30.0
 CLAIM_LIMIT = 0.1
 """Seconds after which a thread that was to start it, and has not begun, is taken for lost."""
 
+CLOSE_TIMEOUT = 10.0
+"""Seconds that a close may take to deliver what is inside, unless it is told otherwise."""
+
 SHELVE_LIMIT = 0.2
 """Seconds of a close's grace that a durable store has for what could not be delivered."""
 
@@ -159,23 +162,30 @@ class Lifecycle:
 
     # --- close ---------------------------------------------------------------------------------
 
-    def close(self, timeout: float) -> CloseReport:
-        """Drain and close, or finish what another caller has begun; give the one report."""
+    def close(self, timeout: float | None) -> CloseReport:
+        """Drain and close, or finish what another caller has begun; give the one report.
+
+        :param timeout: ``None`` is `CLOSE_TIMEOUT`, or less where waiting is in vain
+        """
         forks.notice()
-        deadline = time.monotonic() + timeout
-        self.drain(deadline)
+        now = time.monotonic()
+        deadline = now + (CLOSE_TIMEOUT if timeout is None else timeout)
+        self.drain(deadline, deadline if timeout is not None else now + self.exit_timeout)
         self.end(deadline)
         return self.join(deadline + CLOSE_MARGIN)
 
-    def drain(self, deadline: float) -> None:
-        """Take nothing more, and deliver what is inside until a monotonic deadline."""
+    def drain(self, deadline: float, in_vain: float | None = None) -> None:
+        """Take nothing more, and deliver what is inside until a monotonic deadline.
+
+        :param in_vain: monotonic time after which this ends where there is no broker
+        """
         self.closed = True
         start = self._starts.get("now")
         if start is not None and not start.withdraw() and threads.here.owner is not self:
             start.over.wait_for(start.is_over, deadline)
         fleet = self.fleet
         if fleet is not None and not self._reports and threads.here.owner is not fleet:
-            fleet.drain(deadline)
+            fleet.drain(deadline, deadline if in_vain is None else in_vain)
 
     def end(self, deadline: float) -> None:
         """Have links and threads end, and every publisher told how it stands."""

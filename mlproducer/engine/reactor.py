@@ -36,6 +36,9 @@ class ReactorOwner(Protocol):
     def failed(self, error: BaseException) -> None:
         """Leave everything that belonged to a loop that failed."""
 
+    def ended(self) -> None:
+        """No loop runs any more, and no timer fires."""
+
 
 class Reactor:
     """The mailbox, and the loop that empties it."""
@@ -55,10 +58,11 @@ class Reactor:
         """Give every descriptor that is held here, for a forked child to let go of."""
         return [*self._loop.descriptors(), *self.mailbox.descriptors()] if self._open else []
 
-    def call_later(self, delay: float, function: Callable[[], None]) -> None:
-        """Have something done after ``delay`` seconds, unless the loop ends meanwhile."""
+    def call_later(self, delay: float, function: Callable[[], None]) -> bool:
+        """Have something done after ``delay`` seconds, unless the loop ends; false if it has."""
         if self._open:
             self._loop.call_later(delay, function)
+        return self._open
 
     def run(self) -> None:
         """Run until `stop`; survive whatever a callback raises."""
@@ -75,6 +79,7 @@ class Reactor:
             if self._open:
                 self._loop = EventLoop()
         self._handle(self.mailbox.close())
+        self._owner.ended()
 
     def stop(self) -> None:
         """End the loop and the thread."""

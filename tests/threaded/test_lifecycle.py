@@ -26,10 +26,12 @@ from mlproducer.errors import (
     ProducerClosedError,
     PublishError,
 )
+from mlproducer.latch import Latch
 from mlproducer.testing.proxy import Proxy
 from tests.helpers import LIMIT, Background, descriptors, make_message
 from tests.threaded.brokers import Silent, SlowOpen, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
+from tests.threaded.moods import events_of, io_of
 
 
 def threads() -> set[str]:
@@ -537,3 +539,65 @@ def test_no_process_of_ours(connect: Connect, serve: Serve) -> None:
     assert producer.publish(make_message()).confirmed
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
     assert children.split() == []
+
+
+# --- a broker that is away ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("timeout", "least", "most"), [(None, 0.2, 0.8), (1.0, 1.0, 1.5)])
+def test_close_without_a_broker(
+    connect: Connect, serve: Serve, timeout: float | None, least: float, most: float
+) -> None:
+    """It is not waited for longer than at the end of the process, unless one is told to."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, exit_timeout=0.2)
+    receipt = producer.publish(make_message("m"))
+    started = time.monotonic()
+    report = producer.close() if timeout is None else producer.close(timeout)
+    assert least <= time.monotonic() - started < most
+    assert report.abandoned == (receipt.message_id,)
+
+
+def test_close_with_a_slow_broker(connect: Connect, serve: Serve) -> None:
+    """One that is there is given its time."""
+    broker = serve(Silent())
+    producer = connect(broker, exit_timeout=0.1)
+    future = producer.submit(make_message())
+    [message] = broker.wait_for_messages(1, LIMIT)
+    message.connection.later(0.5, lambda: ack(message))
+    assert producer.close().confirmed == 1
+    assert future.result(0).confirmed
+
+
+def test_flush_after_it_gave_up(connect: Connect, serve: Serve) -> None:
+    """It is a call like another, and starts the attempts over."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, max_reconnect_attempts=1, gave_up_interval=0.0)
+    gave_up = events_of(producer, "gave_up")
+    receipt = producer.publish(make_message())
+    gave_up.wait_for("gave_up")
+    broker.listen_again()
+    assert producer.flush(LIMIT) == 0
+    assert receipt.confirmed
+
+
+def test_publishers_come_through_after_the_end(connect: Connect, serve: Serve) -> None:
+    """No timer lets them through any more where the one before them does not pass on."""
+    producer = connect(serve())
+    assert producer.wait_connected(LIMIT)
+    io = io_of(producer)
+    latches = [Latch() for _ in range(4)]
+    finished = io.finished
+
+    def finish() -> None:
+        io.relay.open(latches[0])
+        io.relay.open(latches[1])
+        finished()
+
+    io.finished = finish
+    producer.close(LIMIT)
+    io.relay.open(latches[2])
+    io.relay.open(latches[3])
+    assert all(latch.wait(LIMIT) for latch in latches)
