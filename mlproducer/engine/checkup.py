@@ -1,7 +1,8 @@
 """The health check under way: its questions, on a channel of its own, and who waits for the answer.
 
 Asked is whether the exchange is there, and how much the queues hold. Any answer means that the
-broker is alive, also that something is missing or forbidden, which closes this channel alone.
+broker is alive, also that something is missing or forbidden, which closes this channel alone. The
+broker logs each such answer, so what it has refused is asked for seldom.
 
 Runs on: the I/O thread.
 """
@@ -9,7 +10,7 @@ Runs on: the I/O thread.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -17,6 +18,9 @@ from mlproducer.core.ports import Loss
 from mlproducer.engine.health import settle
 from mlproducer.observe.events import EventSink
 from mlproducer.topology import Topology
+
+SELDOM = 120
+"""Checks that leave out what is missing or forbidden: an hour's, at the interval of 30 s."""
 
 OpenChannel = Callable[[Callable[[Any], None], Callable[[Loss], None]], None]
 
@@ -28,11 +32,12 @@ class Checkup:
         self._topology = topology
         self._events = events
         self._reply: Future[None] | None = None
+        self._left_out: dict[str, int] = {}
 
     def begin(self, open_channel: OpenChannel, reply: Future[None]) -> None:
         """Ask; the reply is resolved at the first answer."""
         self._reply = reply
-        questions = _Questions(self._topology, self._events, self._on_alive)
+        questions = _Questions(self._topology.exchange, self._due(), self)
         open_channel(questions.on_open, questions.on_closed)
 
     def waits_for(self, reply: Future[None]) -> bool:
@@ -46,39 +51,67 @@ class Checkup:
             settle(reply)
         return reply is not None
 
-    def _on_alive(self) -> None:
+    def on_alive(self) -> None:
+        """Take any answer for a sign of life."""
         if self.end():
             self._events.health_checked(alive=True)
+
+    def on_depth(self, queue: str, messages: int) -> None:
+        """Tell how much a queue holds."""
+        self._events.queue_depth(queue, messages)
+
+    def on_refusal(self, target: str, loss: Loss) -> None:
+        """Tell that something is missing or forbidden, and ask for it seldom from now on."""
+        self._left_out[target] = SELDOM
+        self._events.health_fault(target, loss)
+
+    def _due(self) -> Iterable[str]:
+        """Give what is asked for this time; without its exchange, nothing of the topology is."""
+        exchange = self._topology.exchange
+        for target in (exchange, *(queue.name for queue in self._topology.queues)):
+            left = self._left_out.get(target, 0)
+            if not left:
+                yield target
+                continue
+            self._left_out[target] = left - 1
+            if target == exchange:
+                return
 
 
 class _Questions:
     """One channel's questions, one after the other."""
 
-    def __init__(self, topology: Topology, events: EventSink, alive: Callable[[], None]) -> None:
-        self._left = deque([topology.exchange, *(queue.name for queue in topology.queues)])
-        self._exchange = topology.exchange
-        self._events = events
-        self._alive = alive
+    def __init__(self, exchange: str, targets: Iterable[str], checkup: Checkup) -> None:
+        self._exchange = exchange
+        self._left = deque(targets)
+        self._checkup = checkup
         self._channel: Any = None
 
     def on_open(self, channel: Any) -> None:
+        """Ask for the first target; where there is none, that the channel is open will do."""
         self._channel = channel
-        channel.exchange_declare(self._exchange, passive=True, callback=self._on_answer)
+        if not self._left:
+            self._checkup.on_alive()
+        self._ask()
 
     def on_closed(self, loss: Loss) -> None:
         """Take the broker's refusal for an answer; without a reply code it has not said a word."""
         if self._left and loss.reply_code:
-            self._events.health_fault(self._left[0], loss)
-        self._alive()
+            self._checkup.on_refusal(self._left[0], loss)
+        self._checkup.on_alive()
 
     def _on_answer(self, frame: Any) -> None:
-        self._alive()
+        self._checkup.on_alive()
         target = self._left.popleft()
         if target != self._exchange:
-            self._events.queue_depth(target, frame.method.message_count)
-        if not self._channel.is_open:
-            return  # the connection is closing
-        if self._left:
-            self._channel.queue_declare(self._left[0], passive=True, callback=self._on_answer)
-        else:
+            self._checkup.on_depth(target, frame.method.message_count)
+        if self._channel.is_open:  # else the connection is closing
+            self._ask()
+
+    def _ask(self) -> None:
+        if not self._left:
             self._channel.close()
+        elif self._left[0] == self._exchange:
+            self._channel.exchange_declare(self._exchange, passive=True, callback=self._on_answer)
+        else:
+            self._channel.queue_declare(self._left[0], passive=True, callback=self._on_answer)

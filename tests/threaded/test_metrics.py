@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pika import spec
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from mlproducer import ConnectionState, MLProducer, Settings, SummarizationTask
@@ -32,11 +33,12 @@ from mlproducer.errors import (
 from mlproducer.observe import metrics
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.tally import Tally
-from mlproducer.testing.fake_broker import FakeBroker
+from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
+from mlproducer.topology import ROUTING_KEYS
 from tests.helpers import LIMIT, make_delivery, make_message
 from tests.threaded.brokers import Silent, ack
 from tests.threaded.conftest import QUICK, Serve
-from tests.threaded.moods import Moody, events_of
+from tests.threaded.moods import Moody, events_of, told
 
 SHORT = 0.15
 TASK = SummarizationTask("s-1", {"text": "text"})
@@ -239,6 +241,85 @@ def test_reconnect_is_measured(produce: Produce, serve: Serve, registry: Collect
     assert value(registry, moves, state="DISCONNECTED") == 1
 
 
+class Queues(Moody):
+    """Holds messages in its queues, or has none of them.
+
+    :ivar asked_for: the names of queues that were asked for, in order
+    """
+
+    def __init__(self, messages: int, *missing: str) -> None:
+        super().__init__()
+        self._messages = messages
+        self._missing = missing
+        self.asked_for: list[str] = []
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Say how much is in a queue, or that it is not there."""
+        if isinstance(method, spec.Exchange.Declare) and method.exchange in self._missing:
+            self.asked.release()
+            connection.close_channel(channel, 404, "NOT_FOUND - no exchange")
+        elif not isinstance(method, spec.Queue.Declare):
+            super().on_method(connection, channel, method)
+        elif method.queue in self._missing:
+            self.asked_for.append(method.queue)
+            connection.close_channel(channel, 404, "NOT_FOUND - no queue")
+        else:
+            self.asked_for.append(method.queue)
+            depth = spec.Queue.DeclareOk(method.queue, self._messages, 0)
+            connection.send_method(channel, depth)
+
+
+def depths(registry: CollectorRegistry) -> dict[str, float]:
+    """Give what is shown of each queue."""
+    samples = metrics.samples(registry)
+    return {lab["queue_name"]: n for name, lab, n in samples if name == "ml_producer_queue_depth"}
+
+
+def test_queues_of_two_brokers(produce: Produce, serve: Serve, registry: CollectorRegistry) -> None:
+    """Of two connections the greater reading is shown; what one has read is gone with it."""
+    full, empty = serve(Queues(7)), serve(Queues(0))
+    first = produce(full, health_check_interval=0.05)
+    read = told(producer_of(first), "queue_depth", lambda queue, _messages: queue)
+    second = produce(empty, health_check_interval=0.05)
+    read_too = told(producer_of(second), "queue_depth", lambda queue, _messages: queue)
+    for seen in (read, read_too):
+        seen.wait_until(lambda seen=seen: set(ROUTING_KEYS) <= set(seen.seen))
+    assert depths(registry) == dict.fromkeys(ROUTING_KEYS, 7)
+    lost = events_of(first, "disconnected")
+    full.stop_listening()
+    full.connections[0].reset()
+    lost.wait_for("disconnected")
+    assert depths(registry) == dict.fromkeys(ROUTING_KEYS, 0)
+    second.close(SHORT)
+    assert depths(registry) == {}
+
+
+def producer_of(producer: MLProducer) -> MLProducer:
+    """Start a producer."""
+    assert producer.wait_connected(LIMIT)
+    return producer
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_is_missing_is_asked_for_once(
+    produce: Produce, serve: Serve, registry: CollectorRegistry, exchange: bool
+) -> None:
+    """The health check of a broker without our topology leaves no line a time in its log."""
+    missing = ROUTING_KEYS[:2]
+    mood = Queues(3, *missing, *([] if exchange else ["bookmarkai.ml"]))
+    producer = produce(serve(mood), health_check_interval=0.02)
+    checked = told(producer_of(producer), "health_checked", lambda alive: alive)
+    checked.wait_until(lambda: len(checked.seen) > 12)
+    assert all(checked.seen)
+    if exchange:
+        assert [mood.asked_for.count(queue) for queue in missing] == [1, 1]
+        assert depths(registry) == dict.fromkeys(ROUTING_KEYS[2:], 3)
+    else:
+        assert mood.asked_for == []
+        assert sum(mood.asked.acquire(blocking=False) for _ in range(99)) == 1
+        assert depths(registry) == {}
+
+
 def test_two_producers(produce: Produce, serve: Serve, registry: CollectorRegistry) -> None:
     """On one registry counts add up; a closed producer leaves the gauges, not the counters."""
     broker = serve()
@@ -367,7 +448,8 @@ def shown(name):
 
 PUBLISH = """
 from mlproducer import MLProducer, Message, Settings
-from mlproducer.testing.fake_broker import FakeBroker
+from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
+from mlproducer.topology import ROUTING_KEYS
 with FakeBroker() as broker, MLProducer(Settings(url=broker.url)) as producer:
     def publish():
         return producer.publish(Message(body=b"x", routing_key="k")).confirmed
