@@ -24,7 +24,10 @@ from mlproducer.testing.workspace import Workspace
 if TYPE_CHECKING:
     from mlproducer.testing.certificates import ServerTLS
 
-__all__ = ["RedisError", "RedisNotInstalled", "RedisServer"]
+__all__ = ["SERVICE", "RedisError", "RedisNotInstalled", "RedisServer"]
+
+SERVICE = "main"
+"""The name by which a Sentinel knows the master that it watches."""
 
 _HOST = "127.0.0.1"
 _START_LIMIT = 10.0
@@ -60,6 +63,8 @@ class RedisServer(Server):
         config: further lines of ``redis.conf``, such as ``{"maxmemory": "1mb"}``
             (https://redis.io/docs/latest/operate/oss_and_stack/management/config); may be changed
             before the next start.
+        watches: makes it a Sentinel that watches this master under the name `SERVICE`, and
+            promotes a replica half a second after the master has fallen silent.
 
     """
 
@@ -71,6 +76,7 @@ class RedisServer(Server):
         tls: ServerTLS | None = None,
         password: str | None = None,
         config: Mapping[str, str] = MappingProxyType({}),
+        watches: RedisServer | None = None,
     ) -> None:
         super().__init__()
         self.host = _HOST
@@ -79,6 +85,7 @@ class RedisServer(Server):
         self.password = password
         self._tls = tls
         self.config = dict(config)
+        self._watches = watches
         self._workspace: Workspace | None = None
 
     def __repr__(self) -> str:
@@ -109,7 +116,8 @@ class RedisServer(Server):
             self._workspace = Workspace("mlproducer-redis-")
         settings = self._workspace.path / "redis.conf"
         settings.write_text(self._configuration(self._workspace.path))
-        self._program = self._workspace.spawn("redis", [program, str(settings)], os.environ)
+        argv = [program, str(settings), *(["--sentinel"] if self._watches is not None else [])]
+        self._program = self._workspace.spawn("redis", argv, os.environ)
 
     def wait_ready(self, timeout: float = _START_LIMIT) -> None:
         """Wait until the launched server has loaded its data and answers."""
@@ -196,11 +204,16 @@ class RedisServer(Server):
             "bind": self.host,
             "port": str(self.port),
             "dir": str(directory),
-            "save": '""',
-            "appendonly": "yes",
-            "appendfsync": "always",
-            "repl-diskless-sync-delay": "0",
         }
+        if self._watches is None:
+            lines |= {
+                "save": '""',
+                "appendonly": "yes",
+                "appendfsync": "always",
+                "repl-diskless-sync-delay": "0",
+            }
+        else:
+            lines |= self._sentinel(self._watches)
         if self.password is not None:
             lines["requirepass"] = f'"{self.password}"'
         if self._tls is not None:
@@ -211,3 +224,13 @@ class RedisServer(Server):
             lines["tls-auth-clients"] = "yes" if self._tls.fail_if_no_peer_cert else "no"
         lines |= self.config
         return "".join(f"{name} {value}\n" for name, value in lines.items())
+
+    def _sentinel(self, master: RedisServer) -> dict[str, str]:
+        lines = {
+            f"sentinel monitor {SERVICE}": f"{master.host} {master.port} 1",
+            f"sentinel down-after-milliseconds {SERVICE}": "500",
+            f"sentinel failover-timeout {SERVICE}": "3000",
+        }
+        if master.password is not None:
+            lines[f"sentinel auth-pass {SERVICE}"] = master.password
+        return lines
