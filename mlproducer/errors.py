@@ -21,6 +21,9 @@
         ├── ConnectionLostError     connection or channel lost after the write
         └── RetriesExhaustedError   dead-lettered after the last retry
 
+Those about the connection say more in fields: ``kind``, ``address``, ``reply_code`` and
+``reply_text``.
+
 Facts that hold for every instance of a class are class attributes: ``possibly_sent`` (the broker
 may have the message), ``counts_for_breaker`` (it says something about the broker's health),
 ``deferrable`` (with ``retry=True`` the library keeps the message and tries again) and ``permanent``
@@ -207,12 +210,14 @@ class CircuitOpenError(PublishError):
         self.retry_after = retry_after
 
 
-class _UnreachableError(PublishError):
-    """There is no way to the broker.
+class _ConnectionError(PublishError):
+    """Something is wrong with the connection.
 
-    :ivar kind: why, in one word: ``dns``, ``refused``, ``timeout``, ``tls``, ``authentication``;
-        ``""`` where it is not known
+    :ivar kind: what, in one word: ``dns``, ``refused``, ``timeout``, ``tls``, ``authentication``,
+        ``heartbeat``, ``lost`` ...; ``""`` where it is not known
+    :ivar address: ``host:port`` of the broker; ``""`` where it is not known
     :ivar reply_code: what the broker itself said, such as 403 or 530; 0 where it said nothing
+    :ivar reply_text: the broker's words, cut and free of control characters
     """
 
     def __init__(
@@ -220,7 +225,9 @@ class _UnreachableError(PublishError):
         text: str = "",
         *,
         kind: str = "",
+        address: str = "",
         reply_code: int = 0,
+        reply_text: str = "",
         message_id: str | None = None,
         attempts: int = 0,
         possibly_sent: bool | None = None,
@@ -229,14 +236,16 @@ class _UnreachableError(PublishError):
             text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
         )
         self.kind = kind
+        self.address = address
         self.reply_code = reply_code
+        self.reply_text = reply_text
 
 
-class AuthenticationError(_UnreachableError):
+class AuthenticationError(_ConnectionError):
     """The broker refuses the credentials (403) or the virtual host (530)."""
 
 
-class NotConnectedError(_UnreachableError):
+class NotConnectedError(_ConnectionError):
     """There is no connection to a broker; nothing was written."""
 
     counts_for_breaker = True
@@ -277,7 +286,7 @@ class ConfirmTimeoutError(PublishError, TimeoutError):
     deferrable = True
 
 
-class ConnectionLostError(PublishError):
+class ConnectionLostError(_ConnectionError):
     """The connection or channel was lost after the message had been written."""
 
     possibly_sent = True

@@ -196,9 +196,44 @@ class Receipt:
             raise TimeoutError(f"message {self.message_id} is still undecided") from None
         return settled.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
+    def __copy__(self) -> Receipt:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Receipt:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Take along what is known now; a copy in another process does not follow the fate."""
+        fate, end = self._fate, None
+        if fate is not None and not self.confirmed:
+            known = fate.done() and not fate.cancelled()
+            end = (fate.exception(0) if known else None) or "undecided"
+        return _thawed, (
+            self.message_id, self.attempts, self.elapsed, self.durable, self.reason, end
+        )  # fmt: skip
+
     def __repr__(self) -> str:
         reason = f", reason={type(self.reason).__name__}" if self.reason else ""
         return (
             f"Receipt({self.outcome.name}, message_id={self.message_id!r}, "
             f"attempts={self.attempts}, elapsed={self.elapsed:.3f}{reason})"
         )
+
+
+def _thawed(
+    message_id: str,
+    attempts: int,
+    elapsed: float,
+    durable: bool,
+    reason: PublishError | None,
+    end: BaseException | str | None,
+) -> Receipt:
+    """Make a pickled receipt again; one that was undecided stays so."""
+    fate: Future[Receipt] | None = None
+    if isinstance(end, BaseException):
+        fate = Future()
+        fate.set_exception(end)
+    elif end is not None:
+        fate = Future()
+        fate.cancel()
+    return Receipt(message_id, attempts, elapsed, durable, reason, fate)

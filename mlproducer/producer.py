@@ -31,6 +31,7 @@ from mlproducer.errors import (
     InvalidMessageError,
     InvalidTaskError,
     PublishError,
+    frameless,
 )
 from mlproducer.latch import seconds
 from mlproducer.message import Envelope, Receipt
@@ -212,6 +213,7 @@ class MLProducer:
             line.withdraw()
             raise
 
+    @frameless
     def publish_summarization_task(
         self,
         share_id: str | int | UUID,
@@ -221,6 +223,7 @@ class MLProducer:
         """Build a `SummarizationTask` and `publish` it."""
         return self._publish_new(SummarizationTask, share_id, content, options)
 
+    @frameless
     def publish_transcription_task(
         self,
         share_id: str | int | UUID,
@@ -230,6 +233,7 @@ class MLProducer:
         """Build a `TranscriptionTask` and `publish` it."""
         return self._publish_new(TranscriptionTask, share_id, media_url, options)
 
+    @frameless
     def publish_embedding_task(
         self,
         share_id: str | int | UUID,
@@ -239,6 +243,7 @@ class MLProducer:
         """Build an `EmbeddingTask` and `publish` it."""
         return self._publish_new(EmbeddingTask, share_id, content, options)
 
+    @frameless
     def publish_embedding_batch_task(self, items: Sequence[Any]) -> Receipt:
         """Build an `EmbeddingBatchTask` and `publish` it."""
         return self._publish_new(EmbeddingBatchTask, items)

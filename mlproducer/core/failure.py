@@ -57,7 +57,8 @@ def unreachable(delivery: Delivery, why: PublishError) -> PublishError:
     """Make the error of a message for which there is no broker, like the one given."""
     error = failure(type(why), delivery, str(why))
     if isinstance(error, NotConnectedError | AuthenticationError) and isinstance(why, type(error)):
-        error.kind, error.reply_code = why.kind, why.reply_code
+        error.kind, error.address = why.kind, why.address
+        error.reply_code, error.reply_text = why.reply_code, why.reply_text
     return error
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from attrs import frozen
 
@@ -39,11 +39,25 @@ class Loss:
 
     :ivar text: for people; free of secrets and control characters
     :ivar reply_code: the broker's AMQP reply code; 0 where it said nothing
+    :ivar reply_text: the broker's words, likewise free of control characters
+    :ivar address: ``host:port`` of the broker, where it is known
     """
 
     text: str
     reply_code: int = 0
     kind: LossKind = LossKind.LOST
+    reply_text: str = ""
+    address: str = ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What an error about the connection says in fields."""
+        return {
+            "kind": self.kind.value,
+            "address": self.address,
+            "reply_code": self.reply_code,
+            "reply_text": self.reply_text,
+        }
 
 
 class Carrier(Protocol):

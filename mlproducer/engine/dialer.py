@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.ports import Loss, LossKind
@@ -296,6 +296,7 @@ class Dialer:
             self._good.discard(self._address)
 
     def _route_failed(self, loss: Loss) -> None:
+        loss = evolve(loss, address=loss.address or self.route.broker.address)
         self._tried += 1
         self._turn += 1
         self._refused = loss.kind is LossKind.AUTHENTICATION and loss.reply_code != NOT_ALLOWED

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 from attrs import evolve
 
@@ -398,11 +397,10 @@ class IOThread:
     def attempt_failed(self, loss: Loss) -> None:
         """Let nobody wait for a link that does not come."""
         self._events.connection_error(loss)
-        facts: dict[str, Any] = {"kind": loss.kind.value, "reply_code": loss.reply_code}
         if loss.kind is LossKind.AUTHENTICATION:
-            error: PublishError = AuthenticationError(loss.text, **facts)
+            error: PublishError = AuthenticationError(loss.text, **loss.facts)
         else:
-            error = NotConnectedError(f"not connected: {loss.text}", **facts)
+            error = NotConnectedError(f"not connected: {loss.text}", **loss.facts)
         self.relieve(Standing.REFUSES)
         self.courier.refuse(error, time.monotonic())
 

@@ -14,6 +14,7 @@ import socket
 import ssl
 from typing import Any
 
+from attrs import evolve
 from pika import exceptions
 
 from mlproducer.core.ports import Loss, LossKind
@@ -80,7 +81,10 @@ def translate(address: str, error: BaseException | str, hint: str = "") -> Loss:
 
     :param hint: what to look at where the broker does not let us into the virtual host
     """
-    cause = _root(error)
+    return evolve(_translate(address, _root(error), hint), address=address)
+
+
+def _translate(address: str, cause: BaseException, hint: str) -> Loss:
     if isinstance(cause, ClosedInHandshakeError):
         return _closed_in_handshake(address, cause, hint)
     if isinstance(cause, NoMechanismError):
@@ -103,7 +107,7 @@ def closed_by_broker(reason: Any, prefix: str = "") -> Loss:
     """Say why the broker closed a channel or connection, in its own words."""
     text = printable(reason.reply_text)
     shown = f"{prefix}{reason.reply_code} {text}" if prefix else text
-    return Loss(shown, reason.reply_code, LossKind.CLOSED_BY_BROKER)
+    return Loss(shown, reason.reply_code, LossKind.CLOSED_BY_BROKER, text)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -116,10 +120,11 @@ def _closed_in_handshake(address: str, error: ClosedInHandshakeError, hint: str)
     """Tell a refusal from all else that a broker may say during the handshake."""
     if error.reply_code not in REFUSALS:
         return closed_by_broker(error, f"{address}: closed by the broker: ")
-    text = f"{address}: refused by the broker: {error.reply_code} {printable(error.reply_text)}"
+    words = printable(error.reply_text)
+    text = f"{address}: refused by the broker: {error.reply_code} {words}"
     if hint and error.reply_code == NOT_ALLOWED:
         text = f"{text} ({hint})"
-    return Loss(text, error.reply_code, LossKind.AUTHENTICATION)
+    return Loss(text, error.reply_code, LossKind.AUTHENTICATION, words)
 
 
 def _root(error: BaseException | str) -> BaseException:

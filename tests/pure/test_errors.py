@@ -11,6 +11,7 @@ import pytest
 
 import mlproducer
 from mlproducer import errors
+from tests.pure.refusals import CANARY, tells_nothing
 from tests.pure.tables import each_row
 
 LEAVES = [
@@ -84,7 +85,8 @@ def test_picklable(journey: object) -> None:
 def arrives_whole(kind: type[errors.PublishError], journey: object) -> None:
     """Send one error on a journey."""
     error = kind("text", message_id="m", attempts=2, possibly_sent=True)
-    for name, value in (("reply_code", 404), ("reply_text", "gone"), ("retry_after", 1.5)):
+    facts = {"reply_code": 404, "reply_text": "gone", "retry_after": 1.5, "address": "h:1"}
+    for name, value in {**facts, "kind": "lost"}.items():
         if hasattr(error, name):
             setattr(error, name, value)
     if isinstance(error, errors.RetriesExhaustedError):
@@ -108,3 +110,27 @@ def test_what_some_know_besides() -> None:
     assert errors.CircuitOpenError("t", retry_after=2.5).retry_after == 2.5
     reason = errors.NackError("t")
     assert errors.RetriesExhaustedError("t", reason=reason).reason is reason
+
+
+def test_what_is_known_of_a_connection() -> None:
+    """Its broker, and what that said, in fields; no text has to be searched."""
+    facts = {"kind": "refused", "address": "h:5672", "reply_code": 530, "reply_text": "not found"}
+    for kind in (errors.NotConnectedError, errors.AuthenticationError, errors.ConnectionLostError):
+        error = kind("t", **facts)  # type: ignore[arg-type]
+        assert {name: getattr(error, name) for name in facts} == facts
+
+
+def test_frameless() -> None:
+    """An error of ours leaves without the frames in which it arose, and with nothing chained."""
+
+    @errors.frameless
+    def call(secret: str) -> None:
+        try:
+            int(secret)
+        except ValueError:
+            raise errors.ConfigurationError("no number") from None
+
+    with pytest.raises(errors.ConfigurationError, match="no number") as caught:
+        call(CANARY)
+    tells_nothing(caught.value)
+    assert caught.value.__context__ is caught.value.__cause__ is None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
@@ -104,3 +107,46 @@ def test_two_messages_are_never_the_same() -> None:
     assert make_envelope("m") != make_envelope("m")
     assert Receipt("m", 1, 0.0) != Receipt("m", 1, 0.0)
     assert len({Receipt("m", 1, 0.0), Receipt("m", 1, 0.0)}) == 2
+
+
+def test_a_receipt_travels() -> None:
+    """Whatever its outcome, it can be pickled; the copy says what was known, and no more."""
+    fates: list[Future[Receipt]] = [Future() for _ in range(4)]
+    fates[1].set_result(Receipt("m", 2, 3.0))
+    fates[2].set_exception(RetriesExhaustedError("dead", message_id="m"))
+    fates[3].cancel()
+    undecided, confirmed, dead, withdrawn = (
+        pickle.loads(pickle.dumps(deferred(fate))) for fate in fates
+    )
+    for receipt in (undecided, withdrawn):
+        assert receipt.outcome is Outcome.DEFERRED
+        with pytest.raises(TimeoutError):
+            receipt.result()
+    assert confirmed.confirmed
+    assert dead.outcome is Outcome.DEFERRED
+    with pytest.raises(RetriesExhaustedError, match="dead"):
+        dead.result()
+    for receipt in (undecided, confirmed, dead, withdrawn):
+        known = (receipt.message_id, receipt.attempts, receipt.elapsed, receipt.durable)
+        assert known == ("m", 1, 0.5, False)
+        assert type(receipt.reason) is NackError
+    at_once = pickle.loads(pickle.dumps(Receipt("m", 1, 0.25)))
+    assert at_once.result() is at_once
+
+
+def test_a_copy_in_this_process_is_the_receipt_itself() -> None:
+    """It follows the fate, and there is only one to follow."""
+    receipt = deferred(Future())
+    assert copy.copy(receipt) is receipt
+    assert copy.deepcopy([receipt]) == [receipt]
+
+
+@pytest.mark.parametrize("fields", [{"mandatory": False, "timestamp": 5}, {"headers": {"a": [1]}}])
+def test_a_message_is_plain_data(fields: dict[str, Any]) -> None:
+    """It is frozen, compares by value, can be pickled, and keeps a copy of what it was given."""
+    headers: dict[str, Any] = {"a": [1]}
+    message = Message(body=b"b", routing_key="k", **{"headers": headers, **fields})
+    assert pickle.loads(pickle.dumps(message)) == message
+    headers["a"].append(2)
+    assert message.headers == {"a": [1]}
+    assert message.payload() == b"b"
