@@ -1,7 +1,7 @@
 """The commands ``mlproducer`` and ``python -m mlproducer``.
 
 Owns the command line and the exit codes: 0 fine, 1 failed, 2 usage, 130 for Ctrl-C. Each command is
-a module of its own with ``configure`` and ``run``. Commands know the public API only.
+a module of its own with ``configure`` and ``run``.
 
 Runs on: the main thread.
 """
@@ -12,8 +12,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
-from mlproducer.cli import check, dead_letters, demo, monitoring, publish, reliability
+from mlproducer.cli import (
+    check,
+    dead_letters,
+    demo,
+    monitoring,
+    publish,
+    reliability,
+    topology,
+)
 from mlproducer.cli.output import Console, UsageError
 from mlproducer.errors import MLProducerError
 from mlproducer.testing import RabbitMQError, WorkerError
@@ -27,6 +36,7 @@ COMMANDS = {
     "dead-letters": dead_letters,
     "reliability": reliability,
     "monitoring": monitoring,
+    "topology": topology,
 }
 
 
@@ -64,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlproducer",
         description="Publish machine-learning tasks to RabbitMQ without losing one.",
         epilog="The broker is the one in RABBITMQ_URL. Exit codes: 0 fine, 1 failed, 2 usage.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"mlproducer {metadata.version('mlproducer')}"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():

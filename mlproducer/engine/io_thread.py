@@ -120,6 +120,7 @@ class IOThread:
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
         self._closes = False
+        self._faults: set[tuple[str, int]] = set()
 
     # --- for any thread ------------------------------------------------------------------------
 
@@ -474,8 +475,11 @@ class IOThread:
             self._keeper.sweep_soon()
 
     def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
-        """Report what could not be declared."""
-        self._events.topology_fault(declaration.target, loss)
+        """Report what could not be declared, once: it is tried on every connection."""
+        fault = declaration.target, loss.reply_code
+        if fault not in self._faults:
+            self._faults.add(fault)
+            self._events.topology_fault(declaration.target, loss)
 
     def probe_refused(self, loss: Loss) -> None:
         """Ask this broker no more: it is well, and its silence is noticed by heartbeats."""

@@ -45,6 +45,9 @@ SPEAK_OF = {
 }
 """The module that each kind of line speaks of, and by whose logger it goes."""
 
+PRECONDITION_FAILED = 406
+"""The broker has a queue or exchange of this name, with other arguments."""
+
 
 class LogSink(EventSink):
     """Logs what an operator wants to read."""
@@ -105,14 +108,15 @@ class LogSink(EventSink):
 
     def topology_fault(self, target: str, loss: Loss) -> None:
         """Log at ERROR: somebody has to mend it."""
-        self._log_fault("cannot declare", target, loss)
+        hint = ' hint="mlproducer topology"' if loss.reply_code == PRECONDITION_FAILED else ""
+        self._log_fault("cannot declare", target, loss, hint)
 
     def health_fault(self, target: str, loss: Loss) -> None:
         """Log at ERROR: somebody has to mend it."""
         self._log_fault("health check", target, loss)
 
-    def _log_fault(self, kind: str, target: str, loss: Loss) -> None:
-        fields = "target=%s code=%d reason=%s"
+    def _log_fault(self, kind: str, target: str, loss: Loss, hint: str = "") -> None:
+        fields = f"target=%s code=%d reason=%s{hint}"
         self._log(logging.ERROR, kind, fields, target, loss.reply_code, words(loss.text))
 
     def circuit_changed(self, state: CircuitState) -> None:
