@@ -141,7 +141,11 @@ def test_fields(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
         ("WARNING", "circuit breaker state=open"),
         ("INFO", "circuit breaker state=closed"),
         ("WARNING", "no answer to the health check; reconnecting"),
-        ("ERROR", "cannot declare target=ml.embed code=406 reason='PRECONDITION_FAILED'"),
+        (
+            "ERROR",
+            "cannot declare target=ml.embed code=406 reason='PRECONDITION_FAILED' "
+            'hint="mlproducer topology"',
+        ),
         ("ERROR", "dead-lettered message_id='m' attempts=4 reason=NackError"),
     ]
 
