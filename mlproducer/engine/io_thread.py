@@ -120,7 +120,7 @@ class IOThread:
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
         self._closes = False
-        self._faults: set[tuple[str, int]] = set()
+        self._faults: set[tuple[str, str, int]] = set()
 
     # --- for any thread ------------------------------------------------------------------------
 
@@ -476,7 +476,7 @@ class IOThread:
 
     def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
         """Report what could not be declared, once: it is tried on every connection."""
-        fault = declaration.target, loss.reply_code
+        fault = declaration.method, declaration.target, loss.reply_code
         if fault not in self._faults:
             self._faults.add(fault)
             self._events.topology_fault(declaration.target, loss)

@@ -143,8 +143,10 @@ def test_fields(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
         ("WARNING", "no answer to the health check; reconnecting"),
         (
             "ERROR",
-            "cannot declare target=ml.embed code=406 reason='PRECONDITION_FAILED' "
-            'hint="mlproducer topology"',
+            (
+                "cannot declare target=ml.embed code=406 reason='PRECONDITION_FAILED' "
+                'hint="mlproducer topology"'
+            ),
         ),
         ("ERROR", "dead-lettered message_id='m' attempts=4 reason=NackError"),
     ]
