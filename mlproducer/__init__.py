@@ -12,7 +12,7 @@ from mlproducer import errors
 from mlproducer.core.states import CircuitState, ConnectionState
 from mlproducer.message import Message, Outcome, Receipt
 from mlproducer.producer import MLProducer
-from mlproducer.settings import Settings, TLSSettings
+from mlproducer.settings import RetryPolicy, Settings, TLSSettings
 from mlproducer.status import CloseReport, Status
 from mlproducer.tasks import (
     CeleryTask,
@@ -35,6 +35,7 @@ __all__ = [
     "Outcome",
     "Queue",
     "Receipt",
+    "RetryPolicy",
     "Settings",
     "Status",
     "SummarizationTask",

@@ -28,6 +28,7 @@ from mlproducer.core.delivery import Delivery, Handshake
 from mlproducer.engine.lifecycle import Lifecycle
 from mlproducer.errors import (
     BufferFullError,
+    ConfigurationError,
     InvalidMessageError,
     InvalidTaskError,
     PublishError,
@@ -37,7 +38,7 @@ from mlproducer.latch import seconds
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, EventName
 from mlproducer.observe.recent import Recent, Recorder
-from mlproducer.settings import Settings, redact
+from mlproducer.settings import RetryPolicy, Settings, redact
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import anchored
 from mlproducer.stores.protocol import Store
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
     from mlproducer.observe.meter import Meter
 
 logger = logging.getLogger(__name__)
+
+Retry = bool | RetryPolicy
+"""Whether a message that cannot be delivered now is kept, and how it is tried again."""
 
 Hook = Callable[[Task, dict[str, Any]], object]
 """What `MLProducer.before_publish` takes: it may add to the headers of a task."""
@@ -91,7 +95,7 @@ class MLProducer:
 
     # --- publishing ----------------------------------------------------------------------------
 
-    def publish(self, task: Task, *, timeout: float | None = None, retry: bool = True) -> Receipt:
+    def publish(self, task: Task, *, timeout: float | None = None, retry: Retry = True) -> Receipt:
         """Publish, and wait for the broker's answer.
 
         Returning means that the message is ours: confirmed, or kept and tried again. Raising means
@@ -99,7 +103,8 @@ class MLProducer:
 
         :param task: a task or `Message`
         :param timeout: seconds for the whole call; ``None`` is ``settings.publish_timeout``
-        :param retry: keep a message that cannot be delivered now; otherwise its error is raised
+        :param retry: keep a message that cannot be delivered now, and try again as the settings
+            say, or as a `RetryPolicy` says; with False its error is raised
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
         started = time.monotonic()
@@ -119,7 +124,7 @@ class MLProducer:
             raise
 
     async def apublish(
-        self, task: Task, *, timeout: float | None = None, retry: bool = True
+        self, task: Task, *, timeout: float | None = None, retry: Retry = True
     ) -> Receipt:
         """Publish, and await the broker's answer: `publish` for an event loop, never blocking it.
 
@@ -129,7 +134,8 @@ class MLProducer:
 
         :param task: a task or `Message`
         :param timeout: seconds for the whole call; ``None`` is ``settings.publish_timeout``
-        :param retry: keep a message that cannot be delivered now; otherwise its error is raised
+        :param retry: keep a message that cannot be delivered now, and try again as the settings
+            say, or as a `RetryPolicy` says; with False its error is raised
         :raises PublishError: as for `publish`
         """
         started = time.monotonic()
@@ -151,7 +157,7 @@ class MLProducer:
         return await awaiting.finish(engine, delivery, answer)
 
     def submit(
-        self, task: Task, *, timeout: float | None = None, retry: bool = True
+        self, task: Task, *, timeout: float | None = None, retry: Retry = True
     ) -> DeliveryFuture:
         """Publish without waiting for the broker.
 
@@ -186,7 +192,7 @@ class MLProducer:
         return future
 
     def publish_many(
-        self, tasks: Iterable[Task], *, timeout: float | None = None, retry: bool = True
+        self, tasks: Iterable[Task], *, timeout: float | None = None, retry: Retry = True
     ) -> list[Receipt | PublishError]:
         """Publish many, pipelined; one that fails fails alone.
 
@@ -264,10 +270,11 @@ class MLProducer:
         timeout: float | None,
         started: float,
         *,
-        retry: bool,
+        retry: Retry,
         answer_deferral: bool = True,
     ) -> Delivery:
         patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
+        policy = None if retry is True or retry is False else self._checked(retry)
         encode = self._encode_hooked if self._hooks else self._encoder.encode
         try:
             envelope, span = engine.spans.encode(encode, task)
@@ -279,7 +286,8 @@ class MLProducer:
             answer,
             started=started,
             deadline=started + patience,
-            retry=retry,
+            retry=retry is not False,
+            policy=policy,
             answer_deferral=answer_deferral,
         )
         if span is not None:
@@ -288,6 +296,22 @@ class MLProducer:
         if refusal is not None:
             raise refusal
         return delivery
+
+    def _checked(self, retry: object) -> RetryPolicy:
+        """Give a policy that the store can carry out."""
+        if not isinstance(retry, RetryPolicy):
+            raise ConfigurationError(
+                f"retry must be True, False or a RetryPolicy, got {type(retry).__name__}"
+            )
+        longest = max(self.settings.store_lease, self.settings.message_retry_max_delay)
+        durable = not self.settings.store_url.startswith("memory:")
+        if durable and retry.max_delay > longest:
+            # what is due later counts as due: a clock was moved
+            raise ConfigurationError(
+                f"with this store, max_delay of a RetryPolicy can be {longest:g} s at most; a "
+                "longer store_lease (ML_STORE_LEASE) or message_retry_max_delay raises that"
+            )
+        return retry
 
     def _meter(self) -> Meter:
         return self._plan.meter()

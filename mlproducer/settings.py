@@ -108,6 +108,21 @@ _seconds = _number(0, 3600, above=True, unit="seconds")  # more was meant as mil
 _seconds_or_none = _number(0, 3600, unit="seconds")
 
 
+@frozen
+class RetryPolicy:
+    """How often, and how soon, one message is tried again; settings have the same for all others.
+
+    :ivar max_retries: attempts after the first; then it is dead-lettered
+    :ivar base_delay: seconds until the first retry; each later one waits twice as long
+    :ivar max_delay: seconds that a retry waits at most
+    :raises ConfigurationError: a number is out of range
+    """
+
+    max_retries: int = field(default=3, validator=_number(0, 1_000_000, whole=True))
+    base_delay: float = field(default=1.0, validator=_seconds)
+    max_delay: float = field(default=10.0, validator=_seconds)
+
+
 @frameless_init
 @frozen(kw_only=True)
 class Settings:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from mlproducer.errors import PublishError
 from mlproducer.fate import Fate
 from mlproducer.message import Envelope, Receipt
+from mlproducer.settings import RetryPolicy
 
 if TYPE_CHECKING:
     from mlproducer.core.ports import Desk
@@ -73,6 +74,7 @@ class Delivery:
     :ivar answer: what the publisher waits for; for ``submit()`` the message's fate
     :ivar fate: what a receipt waits for, from when the answer was DEFERRED
     :ivar retry: the library may keep the message and try again
+    :ivar policy: how often and how soon it is tried again; ``None``: as the settings say
     :ivar answer_deferral: the publisher waits for an answer, not for the fate
     :ivar deadline: monotonic time until which the publisher waits
     :ivar counted: the breaker has counted the attempt as failed
@@ -108,6 +110,7 @@ class Delivery:
         "leased_until",
         "open",
         "place",
+        "policy",
         "reason",
         "retry",
         "returned",
@@ -125,6 +128,7 @@ class Delivery:
         started: float,
         deadline: float,
         retry: bool = True,
+        policy: RetryPolicy | None = None,
         answer_deferral: bool = True,
     ) -> None:
         self.envelope = envelope
@@ -135,6 +139,7 @@ class Delivery:
         self.started = started
         self.deadline = deadline
         self.retry = retry
+        self.policy = policy
         self.answer_deferral = answer_deferral
         self.attempts = 0
         self.sent_at = 0.0

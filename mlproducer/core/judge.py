@@ -23,7 +23,7 @@ from mlproducer.errors import NotConnectedError, PublishError, StoreError
 class Judge:
     """Carries out what `decide` says, so that nothing is lost and nobody is told twice.
 
-    :ivar max_retries: attempts after the first
+    :ivar max_retries: attempts after the first, for messages without a policy of their own
     :ivar owed: what publishers are told if the store stays silent
     """
 
@@ -162,5 +162,6 @@ class Judge:
 
     def _used_up(self, delivery: Delivery) -> bool:
         """Whether the last retry is over; not while its tag is open."""
-        over = delivery.attempts > self.max_retries
+        policy = delivery.policy
+        over = delivery.attempts > (self.max_retries if policy is None else policy.max_retries)
         return over and delivery.place is not Place.IN_FLIGHT

@@ -75,7 +75,8 @@ class Keeper:
 
         :param done: opened once it is stored, or refused
         """
-        put = Put(delivery, Entry(Record(delivery.envelope), ahead=True), done=done)
+        record = Record(delivery.envelope, retry=delivery.policy)
+        put = Put(delivery, Entry(record, ahead=True), done=done)
         self._scribe.order(put)
         return put
 
@@ -117,7 +118,10 @@ class Keeper:
             return self._backoff.maximum if buried else 0.0
         if delivery.attempts == 0:
             return 0.0
-        return self._backoff.delay(delivery.attempts - 1)
+        policy, backoff = delivery.policy, self._backoff
+        if policy is not None:
+            backoff = Backoff(policy.base_delay, policy.max_delay)
+        return backoff.delay(delivery.attempts - 1)
 
     # --- the thread: sweeps --------------------------------------------------------------------
 

@@ -126,12 +126,14 @@ def record_of(delivery: Delivery, now: float) -> Record:
         dead=delivery.dead,
         reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
         first_failed_at=_epoch() - (now - delivery.first_failed) if delivery.first_failed else 0.0,
+        retry=delivery.policy,
     )
 
 
 def _revived(record: Record, now: float) -> Delivery:
     """Make the delivery of a message that another process, or another life of this one, stored."""
     delivery = Delivery(record.envelope, Nobody(), started=now, deadline=now, answer_deferral=False)
+    delivery.policy = record.retry
     delivery.place = Place.STORED
     delivery.stored = delivery.kept = True
     delivery.dead = delivery.buried = record.dead

@@ -21,7 +21,9 @@ from typing import Protocol
 
 from attrs import define, field, frozen
 
+from mlproducer.errors import ConfigurationError
 from mlproducer.message import Envelope
+from mlproducer.settings import RetryPolicy
 
 
 @frozen
@@ -74,6 +76,8 @@ class Record:
     :ivar first_failed_at: when the first attempt failed, in seconds since the epoch; 0 if none has
     :ivar accepted_at: when the producer accepted the message, in seconds since the epoch; 0 where
         that is not known. It is noted when the row is put, and does not change
+    :ivar retry: how often and how soon it is tried again, if that is its own; `policy_text`
+        is its form in a store
     """
 
     envelope: Envelope = field(repr=False)
@@ -83,6 +87,28 @@ class Record:
     reason: str = field(default="", repr=False)
     first_failed_at: float = 0.0
     accepted_at: float = 0.0
+    retry: RetryPolicy | None = None
+
+
+def policy_text(policy: RetryPolicy | None) -> str:
+    """Give the form that a policy has in a store; nothing where there is none."""
+    if policy is None:
+        return ""
+    return f"{policy.max_retries} {policy.base_delay!r} {policy.max_delay!r}"
+
+
+def read_policy(text: str) -> RetryPolicy | None:
+    """Read what `policy_text` gave.
+
+    :raises ValueError: it is something else
+    """
+    if not text:
+        return None
+    retries, base, longest = text.split(" ")
+    try:
+        return RetryPolicy(int(retries), float(base), float(longest))
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
 
 
 @define

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from mlproducer.message import Envelope
-from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row
+from mlproducer.settings import RetryPolicy
+from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row, policy_text, read_policy
 
 Field = bytes | str | int
 
@@ -62,11 +63,13 @@ def read_row(fields: Sequence[bytes]) -> Row:
             raise UnreadableRowError
         name = message_id.decode(errors="surrogatepass")
         envelope = Envelope(name, *_read_route(route), properties, body)
-        attempts, dead, reason, first_failed_at = _read_state(state)
+        attempts, dead, reason, first_failed_at, retry = _read_state(state)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UnreadableRowError from None
     accepted_at = accepted / MICROSECONDS
-    record = Record(envelope, attempts, doubtful != 0, dead, reason, first_failed_at, accepted_at)
+    record = Record(
+        envelope, attempts, doubtful != 0, dead, reason, first_failed_at, accepted_at, retry
+    )
     return Row(Claim(key, token), record)
 
 
@@ -93,7 +96,8 @@ def _sum(message_id: bytes, route: bytes, properties: bytes, body: bytes) -> int
 
 
 def _state(record: Record) -> bytes:
-    return _write_state(record.attempts, record.dead, record.reason, record.first_failed_at)
+    retry = policy_text(record.retry)
+    return _write_state(record.attempts, record.dead, record.reason, record.first_failed_at, retry)
 
 
 # Most rows have the same few routes, and no failure so far.
@@ -105,13 +109,17 @@ def _route(*texts: str) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _write_state(attempts: int, dead: bool, reason: str, first_failed_at: float) -> bytes:
+def _write_state(
+    attempts: int, dead: bool, reason: str, first_failed_at: float, retry: str
+) -> bytes:
     state = {
         "attempts": attempts,
         "dead": dead,
         "reason": reason,
         "first_failed_at": first_failed_at,
     }
+    if retry:
+        state["retry"] = retry
     return json.dumps(state).encode()
 
 
@@ -124,7 +132,7 @@ def _read_route(route: bytes) -> tuple[str, str, str]:
 
 
 @lru_cache(maxsize=256)
-def _read_state(state: bytes) -> tuple[int, bool, str, float]:
+def _read_state(state: bytes) -> tuple[int, bool, str, float, RetryPolicy | None]:
     known = json.loads(state)
     attempts, dead = known["attempts"], known["dead"]
     reason, since = known["reason"], known["first_failed_at"]
@@ -134,4 +142,7 @@ def _read_state(state: bytes) -> tuple[int, bool, str, float]:
         raise TypeError
     if type(since) not in (int, float) or not 0 <= since < WHOLE / MICROSECONDS:
         raise TypeError
-    return attempts, dead, reason, float(since)
+    retry = known.get("retry", "")
+    if not isinstance(retry, str):
+        raise TypeError
+    return attempts, dead, reason, float(since), read_policy(retry)

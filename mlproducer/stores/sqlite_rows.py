@@ -33,6 +33,8 @@ from mlproducer.stores.protocol import (
     Record,
     Row,
     RowFate,
+    policy_text,
+    read_policy,
 )
 from mlproducer.stores.sqlite_owners import SOMEBODY
 
@@ -74,6 +76,7 @@ CREATE TABLE messages (
     attempts INTEGER NOT NULL,
     doubtful INTEGER NOT NULL,
     reason TEXT NOT NULL,
+    retry TEXT NOT NULL,                    -- the policy of a message that has its own
     first_failed_at INTEGER NOT NULL,       -- microseconds since the epoch
     accepted_at INTEGER NOT NULL,           -- likewise
     origin INTEGER NOT NULL,                -- who put it
@@ -107,7 +110,7 @@ INSERT INTO sqlite_sequence VALUES ('messages', 0);
 """
 
 _OLD = (
-    "key, token * 2, claimed, due, state, attempts, doubtful, reason, first_failed_at, 0,"
+    "key, token * 2, claimed, due, state, attempts, doubtful, reason, '', first_failed_at, 0,"
     f" {SOMEBODY}, message_id, task_type, exchange, routing_key, checksum, properties, body"
 )
 MIGRATION = f"""
@@ -127,7 +130,7 @@ DROP TABLE old_quarantine;
 """From schema 1, whose claims said only 0 or 1."""
 
 _HEAD = (
-    "owner, due, state, attempts, doubtful, reason, first_failed_at, "
+    "owner, due, state, attempts, doubtful, reason, retry, first_failed_at, "
     "message_id, task_type, exchange, routing_key, checksum, properties, body"
 )
 _HEAD_WIDTH = len(_HEAD.split(","))
@@ -171,7 +174,10 @@ LETTER = (
 """Whether a letter can be claimed: for ``key``, ``token`` and ``now``."""
 
 _NUMBERS = ("token", "state", "attempts", "doubtful", "first_failed_at", "accepted_at", "checksum")
-_PIECES = ("reason", "message_id", "task_type", "exchange", "routing_key", "properties", "body")
+_PIECES = (
+    *("reason", "retry", "message_id", "task_type", "exchange", "routing_key", "properties"),
+    "body",
+)
 
 READ = (
     "SELECT json_group_array(json_array(key, "
@@ -348,6 +354,7 @@ def _known(record: Record, owner: int, due: float, state: int) -> tuple[Any, ...
         record.attempts,
         int(record.doubtful),
         record.reason.encode(errors="replace").decode(),
+        policy_text(record.retry),
         round(record.first_failed_at * MICROSECONDS),
     )
 
@@ -397,7 +404,7 @@ def found(numbers: str, content: bytes | None) -> Found:
 
 def _row(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Row | None:
     key, token, state, attempts, doubtful, first_failed_at, accepted_at, checksum, *_ = numbers
-    reason, *route, properties, body = pieces
+    reason, retry, *route, properties, body = pieces
     try:
         times = 0 <= first_failed_at <= LATEST and 0 <= accepted_at <= LATEST
         if not times or not 0 < token <= MOST_TOKEN or not 0 <= attempts <= MOST_ATTEMPTS:
@@ -409,9 +416,16 @@ def _row(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Row | None:
         since = first_failed_at / MICROSECONDS
         accepted = accepted_at / MICROSECONDS
         record = Record(
-            envelope, attempts, doubtful != 0, state == _DEAD, reason.decode(), since, accepted
+            envelope,
+            attempts,
+            doubtful != 0,
+            state == _DEAD,
+            reason.decode(),
+            since,
+            accepted,
+            read_policy(retry.decode()),
         )
-    except (UnicodeDecodeError, TypeError):
+    except (ValueError, TypeError):
         return None
     return Row(Claim(key, token), record)
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from mlproducer.errors import StoreError
 from mlproducer.message import Envelope
+from mlproducer.settings import RetryPolicy
 from mlproducer.stores.protocol import Entry, Record, Row, Store
 
 PATIENCE = 5.0
@@ -51,6 +52,13 @@ records = st.builds(
     reason=_texts,
     first_failed_at=st.floats(0, 4e9),
     accepted_at=st.floats(0, 4e9),
+    retry=st.none()
+    | st.builds(
+        RetryPolicy,
+        st.integers(0, 1_000_000),
+        st.floats(0.001, 3600.0),
+        st.floats(0.001, 3600.0),
+    ),
 )
 
 
@@ -165,7 +173,8 @@ def known_of(record: Record) -> tuple[object, ...]:
     """Give what is known of a message; of a time, no more than microseconds."""
     since = pytest.approx(record.first_failed_at, abs=1e-5)
     accepted = pytest.approx(record.accepted_at, abs=1e-5)
-    return record.attempts, record.doubtful, record.dead, record.reason, since, accepted
+    known = record.attempts, record.doubtful, record.dead, record.reason, record.retry
+    return (*known, since, accepted)
 
 
 def all_of(record: Record) -> tuple[object, ...]:

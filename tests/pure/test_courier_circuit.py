@@ -15,6 +15,7 @@ from mlproducer.errors import (
     PublishError,
     RetriesExhaustedError,
 )
+from mlproducer.settings import RetryPolicy
 from tests.helpers import make_delivery
 from tests.pure.fakes import COOLDOWN, PATIENCE, FakeCarrier, World, error_of, receipt_of
 
@@ -343,6 +344,24 @@ def test_buried_after_the_last_retry() -> None:
     assert world.events.log[-1] == ("dead-lettered", "a")
     assert world.keeper.settled == [delivery]
     assert world.door.left.count(delivery) == 5  # stored four times, then delivered
+
+
+@pytest.mark.parametrize("retries", [0, 1, 5])
+def test_buried_by_its_own_policy(retries: int) -> None:
+    """A message with a policy of its own has as many retries as that says."""
+    world = World(max_retries=3)
+    world.up()
+    delivery = make_delivery("a")
+    delivery.policy = RetryPolicy(retries, 1.0, 10.0)
+    world.courier.accept([delivery], world.now)
+    world.courier.pump(world.now)
+    for _ in range(retries):
+        settle(world, "a", good=False)
+        assert not delivery.dead
+        world.store(delivery)
+        world.retry(delivery)
+    settle(world, "a", good=False)
+    assert delivery.dead
 
 
 @pytest.mark.parametrize("end", ["nack", "return", "loss", "reject", "timeout"])

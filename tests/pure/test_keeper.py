@@ -14,6 +14,7 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
 from mlproducer.errors import PublishError
 from mlproducer.observe.events import EventSink
+from mlproducer.settings import RetryPolicy
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Depth
 from tests.helpers import make_delivery
@@ -98,6 +99,16 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 def test_due(bench: Bench, attempts: int, due: float) -> None:
     """After an attempt 1, 2, 4 ... s, 10 at the most; at once where nothing was sent (I15)."""
     delivery = make_delivery()
+    delivery.place = Place.WAITING
+    bench.keep(delivery, attempts)
+    assert bench.wait_for(delivery) == due
+
+
+@pytest.mark.parametrize(("attempts", "due"), [(0, 0.0), (1, 0.5), (2, 1.0), (4, 3.0), (9, 3.0)])
+def test_due_by_its_own_policy(bench: Bench, attempts: int, due: float) -> None:
+    """A message with a policy of its own waits as that says."""
+    delivery = make_delivery()
+    delivery.policy = RetryPolicy(5, 0.5, 3.0)
     delivery.place = Place.WAITING
     bench.keep(delivery, attempts)
     assert bench.wait_for(delivery) == due

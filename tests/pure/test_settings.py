@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mlproducer import Settings, TLSSettings
+from mlproducer import RetryPolicy, Settings, TLSSettings
 from mlproducer.errors import ConfigurationError
 from mlproducer.settings import redact, redact_one
 from tests.pure.refusals import CANARY, refused, tells_nothing
@@ -581,3 +581,19 @@ def test_bad_store_url(url: str) -> None:
     """What can be seen without opening a store is refused when settings are made."""
     refused(lambda: Settings.from_env({"ML_STORE_URL": url}), ConfigurationError, "ML_STORE_URL")
     refused(lambda: Settings(store_url=url), ConfigurationError, "store_url")
+
+
+def test_retry_policy() -> None:
+    """It has the settings' own numbers where none are given, and their ranges."""
+    settings, policy = Settings(), RetryPolicy()
+    assert policy.max_retries == settings.max_message_retries
+    assert policy.base_delay == settings.message_retry_base_delay
+    assert policy.max_delay == settings.message_retry_max_delay
+    assert RetryPolicy(5, 0.5, 8.0) == RetryPolicy(max_retries=5, base_delay=0.5, max_delay=8.0)
+
+
+@pytest.mark.parametrize("numbers", [(-1,), (1.5,), (True,), (3, 0.0), (3, 1.0, 5000), (3, "1")])
+def test_bad_retry_policy(numbers: Any) -> None:
+    """It is refused when it is made."""
+    with pytest.raises(ConfigurationError):
+        RetryPolicy(*numbers)

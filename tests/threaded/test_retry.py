@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlproducer import MLProducer, Outcome, Settings
+from mlproducer import MLProducer, Outcome, RetryPolicy, Settings
 from mlproducer.core.backoff import Backoff
 from mlproducer.errors import (
     BrokerBlockedError,
+    ConfigurationError,
     NackError,
     NotConnectedError,
     ProducerClosedError,
@@ -20,7 +23,7 @@ from mlproducer.errors import (
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT, make_message
 from tests.threaded.brokers import ack
-from tests.threaded.conftest import Connect, Serve
+from tests.threaded.conftest import QUICK, Connect, Serve
 from tests.threaded.moods import LETTERS, Happenings, Moody, events_of, gaps, io_of
 
 BASE, SWEEP = 0.1, 0.01
@@ -78,6 +81,56 @@ def test_no_retries(connect: Connect, serve: Serve) -> None:
         receipt.result(LIMIT)
     assert caught.value.attempts == 1
     assert [each.exchange == LETTERS for _, each in mood.heard] == [False, True]
+
+
+def ways(producer: MLProducer, policy: Any) -> list[Any]:
+    """Publish in each way that takes a policy; give what has their fates."""
+    return [
+        producer.publish(make_message("a"), retry=policy),
+        producer.submit(make_message("b"), retry=policy),
+        producer.publish_many([make_message("c")], retry=policy)[0],
+        asyncio.run(producer.apublish(make_message("d"), retry=policy)),
+    ]
+
+
+def test_a_policy_of_ones_own(connect: Connect, serve: Serve) -> None:
+    """One message may be tried more often, and sooner, than the settings say."""
+    mood = Moody("nack")
+    producer = connect(serve(mood), **{**RETRIES, "max_message_retries": 0})
+    for fate in ways(producer, RetryPolicy(2, 0.05, 0.05)):
+        with pytest.raises(RetriesExhaustedError) as caught:
+            fate.result(LIMIT)
+        assert caught.value.attempts == 3
+
+
+def test_a_policy_outlives_its_process(serve: Serve, tmp_path: Path) -> None:
+    """It is in the row: whoever takes the message over tries it as often."""
+    broker = serve()
+    broker.stop_listening()
+    store = {"store_url": f"sqlite:///{tmp_path}/store.db", "store_lease": 5.0}
+    settings = Settings(url=broker.url, **{**QUICK, **RETRIES, **store})
+    with MLProducer(settings) as producer:
+        receipt = producer.publish(make_message("m"), timeout=0.1, retry=RetryPolicy(6, 0.01, 0.02))
+        assert receipt.outcome is Outcome.DEFERRED
+        producer.close(0.1)
+    mood = Moody("nack")
+    other = Settings(url=serve(mood).url, **{**QUICK, **RETRIES, **store})
+    with MLProducer(other) as producer:
+        letters = events_of(producer, "dead_lettered")
+        producer.start()
+        letters.wait_for("dead_lettered")
+    assert [each.exchange for _, each in mood.heard].count(LETTERS) == 1
+    assert len(mood.times("m")) == 7 + 1
+
+
+@pytest.mark.parametrize("retry", [None, 3, "yes", RetryPolicy(1, 1.0, 60.0)])
+def test_a_policy_that_cannot_be_kept(serve: Serve, tmp_path: Path, retry: Any) -> None:
+    """What is no policy is refused, and so is one that waits longer than the store can."""
+    url = f"sqlite:///{tmp_path}/store.db"
+    with MLProducer(Settings(url=serve().url, store_url=url)) as producer:
+        with pytest.raises(ConfigurationError):
+            producer.publish(make_message(), retry=retry)
+        assert producer.publish(make_message(), retry=RetryPolicy(1, 1.0, 30.0)).confirmed
 
 
 # --- what counts as an attempt -----------------------------------------------------------------

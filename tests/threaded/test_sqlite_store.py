@@ -162,7 +162,7 @@ def test_messages_are_not_read_to_find_what_is_due(connect: Open) -> None:
         (sqlite_rows.CLAIM, {"step": 1, "me": 1, "due": 1.0, "keys": "[]"}),
         (sqlite_rows.RENEW, claims[0]),
         (sqlite_rows.READ, ("[]",)),
-        (sqlite_rows.change(2), [None] * 30),
+        (sqlite_rows.change(2), [None] * 32),
     ]
     for statement, values in statements:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
