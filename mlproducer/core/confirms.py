@@ -8,7 +8,7 @@ Runs on: the I/O thread, its only owner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mlproducer.core.delivery import Delivery
 
@@ -18,6 +18,7 @@ class Confirms:
 
     def __init__(self) -> None:
         self._open: dict[int, Delivery] = {}
+        self._apart: set[int] = set()
         self._last = 0
 
     def __len__(self) -> int:
@@ -32,6 +33,10 @@ class Confirms:
         self._open[self._last] = delivery
         return self._last
 
+    def set_apart(self, tags: Iterable[int]) -> None:
+        """Have tags settled singly: a confirm of several on this channel does not speak of them."""
+        self._apart.update(tags)
+
     def find(self, tag: int) -> Delivery | None:
         """Give the delivery whose tag is open."""
         return self._open.get(tag)
@@ -40,9 +45,13 @@ class Confirms:
         """Close a tag, or with ``multiple`` all up to it (0: all), and give their deliveries."""
         if not multiple:
             delivery = self._open.pop(tag, None)
+            self._apart.discard(tag)
             return [] if delivery is None else [delivery]
         if tag > self._last:
             return []  # an ack for what was never sent must not settle what was
+        if self._apart:
+            spoken_of = [each for each in self._open if each <= (tag or self._last)]
+            return [self._open.pop(each) for each in spoken_of if each not in self._apart]
         if tag in (0, self._last):
             settled = list(self._open.values())
             self._open.clear()
@@ -58,6 +67,7 @@ class Confirms:
         """Forget all open tags, whose channel is gone, and give their deliveries in order."""
         lost = list(self._open.values())
         self._open.clear()
+        self._apart.clear()
         self._last = 0
         return lost
 

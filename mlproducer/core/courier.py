@@ -178,7 +178,9 @@ class Courier:
                 text = "the headers exceed the frame size"
                 self.judge.fail(delivery, failure(MessageTooLargeError, delivery, text), now)
         if batch:
-            carrier.carry(batch)
+            apart = carrier.carry(batch)
+            if apart:
+                self._lanes.confirms.set_apart(apart)
 
     def _dispatch(self, delivery: Delivery, now: float) -> int:
         """Note an attempt before it is written, and give its tag."""

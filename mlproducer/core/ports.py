@@ -69,8 +69,11 @@ class Carrier(Protocol):
     def room(self) -> int:
         """Bytes that may be written before its buffer is too full."""
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
-        """Write messages, each with its delivery tag."""
+    def carry(self, batch: list[tuple[Envelope, int]]) -> Sequence[int] | None:
+        """Write messages, each with its delivery tag.
+
+        Given are the tags of those that went over another channel, which are settled singly.
+        """
 
 
 class Keeper(Protocol):

@@ -199,6 +199,6 @@ class _DelayCarrier:
         """Bytes that may be written before the channel's buffer is too full."""
         return self._channel.room()
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+    def carry(self, batch: list[tuple[Envelope, int]]) -> Sequence[int] | None:
         """Write messages, each with its delivery tag."""
-        self._channel.carry(self._delayed.address(batch))
+        return self._channel.carry(self._delayed.address(batch))

@@ -59,6 +59,7 @@ class Route:
 
     :ivar credentials: the user's callable; ``None``: the broker's URL or a file has them
     :ivar delayed: exchanges that deliver later, and so return what they have taken
+    :ivar letters: the exchange for dead letters, which go on a channel of their own
     """
 
     broker: Broker
@@ -67,6 +68,7 @@ class Route:
     tls: TLSFiles | None = None
     connection_name: str | None = None
     delayed: frozenset[str] = frozenset()
+    letters: str = ""
 
     def find(self) -> Way:
         """Look up everything that an attempt needs.
@@ -136,6 +138,7 @@ class Directory:
         self._declarations = tuple(topology.declarations(settings.declare_topology))
         delayed = topology.exchange_type == "x-delayed-message"
         self._delayed = frozenset([topology.exchange] if delayed else [])
+        self._letters = topology.dead_letter_exchange
         self._routes = self._read()
 
     @property
@@ -179,6 +182,7 @@ class Directory:
             tls=self._files(broker),
             connection_name=self._settings.connection_name,
             delayed=self._delayed,
+            letters=self._letters,
         )
 
     def _files(self, broker: Broker) -> TLSFiles | None:

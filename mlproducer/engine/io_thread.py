@@ -503,6 +503,14 @@ class IOThread:
         if self.courier.waiting:
             self._pump()
 
+    def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
+        """Keep dead letters for later, as if they had been returned; no other message is hit."""
+        self._events.channel_lost(loss)
+        now = time.monotonic()
+        for tag in tags:
+            self.courier.returned(tag, loss.reply_code, loss.text)
+            self.courier.acked(tag, now, multiple=False)
+
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """Note what has no queue."""
         self.courier.returned(tag, reply_code, reply_text)

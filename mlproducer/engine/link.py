@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from pika.connection import Connection
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.trial import NOT_FOUND
 from mlproducer.engine.directory import Address, Identity, Route, UnreachableError, Way
+from mlproducer.engine.letters import Batch, LetterChannel, Tags
 from mlproducer.engine.losses import (
     CONNECTION_FORCED,
     ClosedInHandshakeError,
@@ -316,11 +317,15 @@ class ConfirmChannel:
     """A channel in confirm mode, on which envelopes are written.
 
     :ivar used: whether anything was written on it
+    :ivar letters: where dead letters go instead; ``None``: nowhere else
+    :ivar tags: which of the courier's tags are here
     """
 
     def __init__(self, channel: Channel, connection: pika.SelectConnection) -> None:
         self._channel = channel
         self.used = False
+        self.letters: LetterChannel | None = None
+        self.tags = Tags()
         self._frames = FrameWriter(int(channel), connection.params.frame_max)
         self.longest_properties = self._frames.longest_properties
         # pika's own encoder takes half of the time of a publish; where its inside has changed,
@@ -332,7 +337,24 @@ class ConfirmChannel:
         """Bytes that may be written before the buffer is too full."""
         return HIGH_WATER - (self._buffered() if self._buffered is not None else 0)
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+    def carry(self, batch: Batch) -> Sequence[int]:
+        """Write messages, each with its delivery tag, and give the tags that went elsewhere."""
+        letters: Batch = ()
+        if self.letters is not None and self.letters.usable:
+            exchange = self.letters.exchange
+            letters = [each for each in batch if each[0].exchange == exchange]
+        if self.letters is None or not letters:
+            self.write(batch)
+            return ()
+        tags = {tag: None for _, tag in letters}
+        for tag in tags:
+            self.tags.skip(tag)
+        if len(letters) < len(batch):
+            self.write([each for each in batch if each[1] not in tags])
+        self.letters.send(letters)
+        return tuple(tags)
+
+    def write(self, batch: Batch) -> None:
         """Write messages, each with its delivery tag, in one piece."""
         self.used = True
         if self._emit is None:
@@ -383,7 +405,7 @@ class Link:
         self._carrier: ConfirmChannel | None = None
         self._setup: Setup | None = None
         self._vain = 0
-        self._asking = False
+        self._asking: set[int] = set()
         self.probes = probes
         self.fatal: Declaration | None = None
         self._timer: Any = None
@@ -464,6 +486,8 @@ class Link:
 
     def _fail(self, loss: Loss) -> None:
         self._stop_timer()
+        if self._carrier is not None and self._carrier.letters is not None:
+            self._carrier.letters.mute()
         owner, self._owner = self._owner, None
         if owner is not None:
             owner.link_failed(loss)
@@ -519,20 +543,26 @@ class Link:
     def _on_ready(self, _frame: object) -> None:
         self._stop_timer()
         if self._owner is not None and self._channel is not None:
-            self._carrier = ConfirmChannel(self._channel, self._connection)
-            self._owner.link_ready(self._carrier)
+            carrier = ConfirmChannel(self._channel, self._connection)
+            if self.probes and self._route.letters:
+                carrier.letters = LetterChannel(
+                    self._route.letters, self._open_letters, self._write_letters, self._owner
+                )
+            self._carrier = carrier
+            self._owner.link_ready(carrier)
 
     # --- what the broker says ------------------------------------------------------------------
 
     def _on_confirm(self, frame: Any) -> None:
-        owner, method = self._owner, frame.method
-        if owner is None:
+        owner, method, carrier = self._owner, frame.method, self._carrier
+        if owner is None or carrier is None:
             return
         self._vain = 0
+        tag = carrier.tags.courier(method.delivery_tag)
         if isinstance(method, spec.Basic.Ack):
-            owner.acked(method.delivery_tag, multiple=method.multiple)
+            owner.acked(tag, multiple=method.multiple)
         else:
-            owner.nacked(method.delivery_tag, multiple=method.multiple)
+            owner.nacked(tag, multiple=method.multiple)
 
     def _on_return(
         self, channel: Channel, method: Any, properties: spec.BasicProperties, _body: bytes
@@ -540,7 +570,9 @@ class Link:
         if method.exchange in self._route.delayed and "x-delay" in (properties.headers or ()):
             return  # the plugin has taken it, and delivers it later; it answers so all the same
         attempt = str(properties.cluster_id)
-        if self._owner is not None and channel is self._channel and attempt.isdecimal():
+        letters = self._carrier.letters if self._carrier is not None else None
+        known = channel is self._channel or (letters is not None and letters.is_of(channel))
+        if self._owner is not None and known and attempt.isdecimal():
             self._owner.returned(int(attempt), method.reply_code, printable(method.reply_text))
 
     def _on_blocked(self, _connection: Connection, frame: Any) -> None:
@@ -558,6 +590,8 @@ class Link:
             return
         loss = closed_by_broker(reason)
         carrier, self._carrier = self._carrier, None
+        if carrier is not None and carrier.letters is not None:
+            carrier.letters.end()
         if self._setup is not None and self._setup.closed(loss):
             self._soon(self._open_channel)
             return
@@ -594,7 +628,7 @@ class Link:
         except exceptions.NoFreeChannels:
             self._without_side_channels(on_closed)
             return
-        self._asking = True
+        self._asking.add(int(channel))
         channel.add_on_close_callback(functools.partial(self._on_side_closed, on_closed))
 
     def _without_side_channels(self, on_closed: Callable[[Loss], None]) -> None:
@@ -605,12 +639,27 @@ class Link:
         on_closed(loss)
 
     def _on_side_closed(
-        self, on_closed: Callable[[Loss], None], _channel: Channel, reason: Exception
+        self, on_closed: Callable[[Loss], None], channel: Channel, reason: Exception
     ) -> None:
         if not isinstance(reason, exceptions.ConnectionClosed):
-            self._asking = False
+            self._asking.discard(int(channel))
         if isinstance(reason, exceptions.ChannelClosedByBroker):
             on_closed(closed_by_broker(reason))
+
+    def _open_letters(
+        self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
+    ) -> None:
+        """Open the channel for dead letters, once pika has let go of one that was closed."""
+
+        def opened(channel: Channel) -> None:
+            self._asking.discard(int(channel))  # it stays open: there was no harm in it
+            channel.add_on_return_callback(self._on_return)
+            on_open(channel)
+
+        self._soon(functools.partial(self.side_channel, opened, on_closed))
+
+    def _write_letters(self, channel: Channel, batch: Batch) -> None:
+        ConfirmChannel(channel, self._connection).write(batch)
 
     def renew(self, password: str) -> None:
         """Tell the broker a new password, or token, on the open connection."""

@@ -7,7 +7,7 @@ Runs on: the I/O thread; `Post.order` on any.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -45,6 +45,9 @@ class LinkOwner(Protocol):
 
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """A message has no queue."""
+
+    def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
+        """The broker does not take dead letters, over which it has closed their own channel."""
 
 
 class DialerOwner(LinkOwner, Protocol):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mlproducer.core.confirms import Confirms
 from mlproducer.core.delivery import Delivery
+from mlproducer.engine.letters import Tags
 from tests.helpers import make_delivery
 
 
@@ -18,6 +19,7 @@ class ConfirmsMachine(RuleBasedStateMachine):
         super().__init__()
         self.confirms = Confirms()
         self.open: dict[int, Delivery] = {}
+        self.apart: set[int] = set()
         self.last = 0
 
     @rule()
@@ -27,6 +29,13 @@ class ConfirmsMachine(RuleBasedStateMachine):
         self.last += 1
         assert self.confirms.register(delivery) == self.last
         self.open[self.last] = delivery
+
+    @rule()
+    def register_apart(self) -> None:
+        """A confirm of several does not speak of what went over another channel."""
+        self.register()
+        self.confirms.set_apart([self.last])
+        self.apart.add(self.last)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data(), multiple=st.booleans())
@@ -43,8 +52,9 @@ class ConfirmsMachine(RuleBasedStateMachine):
     @rule()
     def settle_all(self) -> None:
         """AMQP 0-9-1, basic.ack: tag 0 with multiple is everything outstanding."""
-        assert self.confirms.settle(0, multiple=True) == list(self.open.values())
-        self.open.clear()
+        here = [tag for tag in self.open if tag not in self.apart]
+        expected = [self.open.pop(tag) for tag in here]
+        assert self.confirms.settle(0, multiple=True) == expected
 
     @rule()
     def settle_zero(self) -> None:
@@ -62,14 +72,18 @@ class ConfirmsMachine(RuleBasedStateMachine):
         assert self.confirms.abandon() == list(self.open.values())
         assert self.confirms.abandon() == []
         self.open.clear()
+        self.apart.clear()
         self.last = 0
 
     def _settle(self, tag: int, *, multiple: bool) -> None:
         known = tag <= self.last
-        tags = [t for t in self.open if t == tag or (multiple and known and t < tag)]
+        tags = [t for t in self.open if t == tag and not multiple]
+        if multiple and known:
+            tags = [t for t in self.open if t <= tag and t not in self.apart]
         expected = [self.open.pop(each) for each in tags]
         assert self.confirms.settle(tag, multiple=multiple) == expected
-        assert self.confirms.settle(tag, multiple=False) == []  # never twice
+        if not multiple or tag not in self.apart:
+            assert self.confirms.settle(tag, multiple=False) == []  # never twice
 
     @invariant()
     def agrees(self) -> None:
@@ -82,3 +96,16 @@ class ConfirmsMachine(RuleBasedStateMachine):
 
 TestConfirms = ConfirmsMachine.TestCase
 TestConfirms.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+
+
+@given(st.lists(st.booleans(), max_size=60))
+def test_tags_of_two_channels(elsewhere: list[bool]) -> None:
+    """The broker counts what is on its channel, the courier what is on both."""
+    tags, here = Tags(), []
+    for tag, skipped in enumerate(elsewhere, start=1):
+        if skipped:
+            tags.skip(tag)
+        else:
+            here.append(tag)
+        assert [tags.courier(n) for n in range(1, len(here) + 1)] == here
+    assert tags.courier(0) == 0

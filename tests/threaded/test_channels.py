@@ -12,11 +12,11 @@ import pytest
 from pika import spec
 
 from mlproducer import Message, MLProducer, Topology
-from mlproducer.errors import UnroutableError
+from mlproducer.errors import RetriesExhaustedError, UnroutableError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT, make_message
 from tests.threaded.conftest import Connect, Serve
-from tests.threaded.moods import Happenings, told
+from tests.threaded.moods import LETTERS, Happenings, told
 
 FULL_STEP = 0.3
 """Seconds that a set-up has in these tests; a timer of it that is left over goes off meanwhile."""
@@ -276,3 +276,136 @@ def test_a_return_of_a_delayed_message_is_no_failure(
     elsewhere = Message(body=b"x", routing_key="k", exchange="other", headers={"x-delay": 5000})
     with pytest.raises(UnroutableError):
         producer.publish(elsewhere, retry=False)
+
+
+# --- dead letters that the broker does not take ------------------------------------------------
+
+
+class RefusesLetters(Behaviour):
+    """Nacks what is doomed, and closes the channel over dead letters.
+
+    :ivar code: with which it does; 0: it takes them
+    :ivar poison: the one letter that it refuses; ``None``: all
+    """
+
+    def __init__(self, code: int, poison: bytes | None = None) -> None:
+        self.code = code
+        self.letters: list[bytes] = []
+        self.refused = Happenings()
+        self._poison = poison
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Ack, nack, or close."""
+        letter = message.exchange == LETTERS
+        if letter and self.code and self._poison in (None, message.body):
+            connection.close_channel(channel, self.code, "refused")
+            self.refused.note(message.body)
+        elif message.body.startswith(b"doomed") and not letter:
+            connection.nack(channel, tag)
+        else:
+            self.letters += [message.body] if letter else []
+            connection.later(0.005, connection.ack, channel, tag)  # so that others are in flight
+
+
+LETTERED: dict[str, Any] = {"max_message_retries": 0}
+
+
+@pytest.mark.parametrize("code", [403, 404])
+def test_letters_that_are_refused_hit_no_other_message(
+    connect: Connect, serve: Serve, code: int
+) -> None:
+    """Their exchange is closed to us: others arrive once, whatever becomes of the letters."""
+    behaviour = RefusesLetters(code)
+    broker = serve(behaviour)
+    producer = connect(broker, **LETTERED)
+    assert producer.wait_connected(LIMIT)
+    doomed = [producer.submit(make_message(body=b"doomed")) for _ in range(5)]
+    count = 0
+    while len(behaviour.refused.seen) < 3:
+        futures = [producer.submit(make_message(f"m{count + n}")) for n in range(50)]
+        assert all(future.result(LIMIT).attempts == 1 for future in futures)
+        count += 50
+    arrived = [each.properties.message_id for each in broker.messages if each.body == b"body"]
+    assert len(arrived) == len(set(arrived)) == count
+    assert not any(future.done() for future in doomed)
+    assert producer.status().dead_letters == 5
+    behaviour.code = 0
+    for future in doomed:
+        with pytest.raises(RetriesExhaustedError):
+            future.result(LIMIT)
+    assert len(behaviour.letters) == 5
+    assert broker.accepted == 1
+    assert confirmed(producer)
+
+
+def test_one_letter_that_is_refused_hits_no_other_letter(connect: Connect, serve: Serve) -> None:
+    """It alone stays, and is tried again; the others arrive."""
+    behaviour = RefusesLetters(406, poison=b"doomed 3")
+    broker = serve(behaviour)
+    producer = connect(broker, **LETTERED)
+    futures = [producer.submit(make_message(body=b"doomed %d" % n)) for n in range(10)]
+    for n, future in enumerate(futures):
+        if n != 3:
+            with pytest.raises(RetriesExhaustedError):
+                future.result(LIMIT)
+    behaviour.refused.wait_until(lambda: len(behaviour.refused.seen) >= 3)
+    assert not futures[3].done()
+    assert set(behaviour.letters) == {b"doomed %d" % n for n in range(10) if n != 3}
+    behaviour.code = 0
+    with pytest.raises(RetriesExhaustedError):
+        futures[3].result(LIMIT)
+    assert broker.accepted == 1
+
+
+def test_letters_where_there_is_one_channel(connect: Connect, serve: Serve) -> None:
+    """They go with all others where the broker allows no channel of their own."""
+
+    class One(RefusesLetters):
+        channel_max = 1
+
+    behaviour = One(0)
+    broker = serve(behaviour)
+    producer = connect(broker, **LETTERED, confirm_give_up=0.5)
+    assert producer.wait_connected(LIMIT)
+    for body in (b"doomed 1", b"doomed 2"):
+        future = producer.submit(make_message(body=body))
+        with pytest.raises(RetriesExhaustedError):
+            future.result(LIMIT)
+        assert confirmed(producer)
+    assert behaviour.letters == [b"doomed 1", b"doomed 2"]
+    assert broker.accepted <= 2
+
+
+class AcksInBursts(RefusesLetters):
+    """Acks with ``multiple``, rarely, and letters even later."""
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Ack ten at once, nack what is doomed."""
+        if message.exchange == LETTERS:
+            self.letters.append(message.body)
+            connection.later(0.05, connection.ack, channel, tag)
+        elif message.body.startswith(b"doomed"):
+            connection.nack(channel, tag)
+        else:
+            connection.later(0.01, lambda: connection.ack(channel, tag, multiple=tag % 10 == 0))
+
+
+def test_confirms_of_both_channels_meet_the_right_messages(connect: Connect, serve: Serve) -> None:
+    """Acks of several, nacks and letters' acks, all mixed: each message has its own end."""
+    behaviour = AcksInBursts(0)
+    producer = connect(serve(behaviour), **LETTERED)
+    ends: dict[bytes, Any] = {}
+    for n in range(2000):
+        body = b"doomed %d" % n if n % 7 == 0 else b"good %d" % n
+        ends[body] = producer.submit(make_message(body=body))
+    for body, future in ends.items():
+        if body.startswith(b"good"):
+            assert future.result(LIMIT).attempts == 1
+        else:
+            assert isinstance(future.exception(LIMIT), RetriesExhaustedError)
+    assert set(behaviour.letters) == {body for body in ends if body.startswith(b"doomed")}
+    assert len(behaviour.letters) == len(set(behaviour.letters))
