@@ -137,6 +137,7 @@ class MetricsSink(EventSink):
         self._successes: dict[str, tuple[Series, Series]] = {}
         self._lost_at: float | None = None
         self._depths = meter.depths_of(self)
+        self._unread: set[str] = set()
 
     # --- messages ------------------------------------------------------------------------------
 
@@ -248,17 +249,23 @@ class MetricsSink(EventSink):
             self._count(catalog.CIRCUIT_BREAKER_TRIPS)
 
     def health_checked(self, *, alive: bool) -> None:
-        """Count where there was no answer."""
+        """Count where there was no answer; after one, queues are read."""
+        self._unread = set(self._depths)
         if not alive:
             self._count(catalog.HEALTH_CHECK_FAILURES)
 
     def queue_depth(self, queue: str, messages: int) -> None:
         """Note it."""
+        self._unread.discard(queue)
         self._depths[queue] = messages
 
     def health_fault(self, target: str, loss: Loss) -> None:
-        """Forget what was read of a queue that can be read no longer."""
-        self._depths.pop(target, None)
+        """Forget what was read of a queue that cannot be read, and of those after it.
+
+        A refusal ends the check; the next one goes on with the others.
+        """
+        for queue in {target, *self._unread}:
+            self._depths.pop(queue, None)
 
     def events_dropped(self) -> None:
         """Count it."""

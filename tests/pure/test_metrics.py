@@ -538,9 +538,13 @@ def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: EventSink
     sink.queue_depth("ml.embed", 3)
     sink.queue_depth("ml.summarize", 9)
     sink.queue_depth("ml.embed", 4)
+    sink.queue_depth("ml.transcribe", 1)
     assert (depth(registry), depth(registry, "ml.summarize")) == (4, 9)
-    sink.health_fault("ml.embed", Loss("NOT_FOUND", 404))
-    assert (depth(registry), depth(registry, "ml.summarize")) == (None, 9)
+    sink.health_checked(alive=True)
+    sink.queue_depth("ml.summarize", 9)
+    sink.health_fault("ml.embed", Loss("NOT_FOUND", 404))  # and "ml.transcribe" is not asked for
+    shown = [depth(registry, f"ml.{name}") for name in ("embed", "summarize", "transcribe")]
+    assert shown == [None, 9, None]
     producer.set(connection_state=CLOSED)
     assert depth(registry, "ml.summarize") is None
 
