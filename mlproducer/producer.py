@@ -34,6 +34,7 @@ from mlproducer.errors import (
     PublishError,
     frameless,
 )
+from mlproducer.fence import write
 from mlproducer.latch import seconds
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, EventName
@@ -334,7 +335,8 @@ class MLProducer:
             try:
                 hook(task, added)
             except Exception as error:  # noqa: BLE001 - whatever it raises, the message is sent
-                logger.warning("a before_publish hook raised: %s", type(error).__name__)
+                text = "a before_publish hook raised: %s"
+                write(logger, logging.WARNING, text, type(error).__name__)
             else:
                 headers = added
         hooked = copy(task)
@@ -343,7 +345,8 @@ class MLProducer:
             return self._encoder.encode(hooked)
         except InvalidMessageError:
             envelope = self._encoder.encode(task)  # raises where the message itself is to blame
-        logger.warning("headers that before_publish hooks have added cannot be sent")
+        text = "headers that before_publish hooks have added cannot be sent"
+        write(logger, logging.WARNING, text)
         return envelope
 
     # --- state ---------------------------------------------------------------------------------

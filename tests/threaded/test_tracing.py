@@ -65,7 +65,7 @@ class Exporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Keep them."""
-        assert self.held.wait(LIMIT)
+        assert self.held.wait(10 * LIMIT)
         with self._changed:
             self.spans += spans
             self._changed.notify_all()
@@ -74,7 +74,7 @@ class Exporter(SpanExporter):
     def wait_for(self, count: int) -> list[ReadableSpan]:
         """Wait until there are so many, and give them."""
         with self._changed:
-            assert self._changed.wait_for(lambda: len(self.spans) >= count, LIMIT), self.spans
+            assert self._changed.wait_for(lambda: len(self.spans) >= count, 4 * LIMIT), self.spans
             return list(self.spans)
 
     def wait_for_one(self) -> ReadableSpan:
