@@ -1,9 +1,11 @@
-"""``mlproducer check``: connect, declare, publish, confirm, and advice where a step fails.
+"""``mlproducer check``: the whole way of a message, step by step, with advice where one fails.
 
-The least invasive honest check: probes (see `mlproducer.cli.reach`) that the broker must read,
-route, return and confirm, and that reach no worker. Declaring is done by the library whenever it
-connects, and publishing ends with the confirm, so these pairs of steps share a time. What could not
-be declared is told by the library in its log only, and is read there.
+Probes (see `mlproducer.cli.reach`) that the broker must read, route, return and confirm reach no
+worker. Whether a routing key leads to a queue is known where this command, or the library, has just
+bound it. Where others declare, AMQP has no question for it but a message: a Celery task that
+expired long ago, which workers discard unseen, and which is taken back where there is no worker.
+Whether dead letters may be sent is asked with a message that the broker refuses as invalid, after
+it has looked at the permission and the exchange, so that none comes about.
 
 Runs on: the main thread.
 """
@@ -11,36 +13,47 @@ Runs on: the main thread.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import queue
-import re
 import time
-from ast import literal_eval
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from attrs import evolve, frozen
 
-from mlproducer import MLProducer, Settings
+from mlproducer import MLProducer, Settings, Topology
 from mlproducer.cli import reach
 from mlproducer.cli.output import Console
-from mlproducer.errors import BrokerRejectedError, NotConnectedError, PublishError
+from mlproducer.core.ports import Loss
+from mlproducer.engine.directory import Directory
+from mlproducer.engine.session import Session
+from mlproducer.errors import (
+    BrokerRejectedError,
+    NotConnectedError,
+    PublishError,
+    StoreError,
+)
+from mlproducer.stores import anchored, open_store
+from mlproducer.topology import Declaration
 
-HELP = "connect, declare, publish and confirm, step by step"
+HELP = "go the whole way of a message, step by step"
 DESCRIPTION = (
-    "Check the broker in RABBITMQ_URL: connect, declare, publish, confirm. "
-    "Nothing is left behind for a worker."
+    "Check the broker in RABBITMQ_URL and the store in ML_STORE_URL: connect, declare, publish, "
+    "confirm, that each routing key leads to a queue, that dead letters may be sent, that the "
+    "store opens. Nothing is left behind that a worker would run."
 )
 LOG_LEVEL = logging.CRITICAL  # the steps themselves say what the library would log
 
-STEPS = ("connect", "declare", "publish", "confirm")
+STEPS = ("connect", "declare", "publish", "confirm", "routes", "dead letters", "store")
 MARGIN = 1.0
 """Seconds beyond the connection timeout within which the library must have said how it went."""
 
-NO_PERMISSION = 403
-
-_FAULT = re.compile(r"cannot declare target=(\S+) code=(\d+) reason=(.*)")
+NO_PERMISSION, NOT_FOUND, PRECONDITION_FAILED = 403, 404, 406
 
 
 @frozen
@@ -69,15 +82,6 @@ class Step:
         }
 
 
-@frozen
-class _Fault:
-    """Something that the broker did not let us declare."""
-
-    target: str
-    reply_code: int
-    reason: str
-
-
 def configure(_parser: argparse.ArgumentParser) -> None:
     """There is nothing to choose."""
 
@@ -87,11 +91,12 @@ def run(_arguments: argparse.Namespace, console: Console) -> bool:
 
     :raises ConfigurationError: no broker is named, or a setting does not parse
     """
-    settings = evolve(Settings.from_env(), max_reconnect_attempts=1)  # so that gave_up comes soon
-    producer = MLProducer(settings)
+    settings = Settings.from_env()
+    # One attempt, so that gave_up comes soon; the store has a step of its own.
+    producer = MLProducer(evolve(settings, max_reconnect_attempts=1, store_url="memory://"))
     try:
         steps = []
-        for step in _steps(producer):
+        for step in (*_broker_steps(producer), _store(settings)):
             _show(step, console)
             steps.append(step)
         broker = producer.status().broker
@@ -106,20 +111,36 @@ def run(_arguments: argparse.Namespace, console: Console) -> bool:
 def _show(step: Step, console: Console) -> None:
     word = {True: "ok", False: "failed", None: "skipped"}[step.ok]
     taken = "" if step.seconds is None else f"{step.seconds:.3f} s"
-    console.say(f"  {step.name}  {word:<7}  {taken:>8}  {step.detail}".rstrip())
+    console.say(f"  {step.name:<12}  {word:<7}  {taken:>8}  {step.detail}".rstrip())
     if step.advice:
-        console.say(f"           -> {step.advice}")
+        console.say(f"                -> {step.advice}")
 
 
-def _steps(producer: MLProducer) -> Iterator[Step]:
-    with _declaration_faults() as faults:
-        connect = _connect(producer)
+def _broker_steps(producer: MLProducer) -> Iterator[Step]:
+    connect = _connect(producer)
     yield connect
     if not connect.ok:
-        yield from (Step(name, None) for name in STEPS[1:])
+        yield from (Step(name, None) for name in STEPS[1:-1])
         return
-    yield _declared(producer.settings, faults, connect.seconds)
-    yield from _publish(producer)
+    left = list(STEPS[1:-1])
+    try:
+        for step in _session_steps(producer):
+            left.remove(step.name)
+            yield step
+    except NotConnectedError as error:
+        yield Step(left.pop(0), False, None, str(error), reach.advise(error))
+        yield from (Step(name, None) for name in left)
+
+
+def _session_steps(producer: MLProducer) -> Iterator[Step]:
+    settings = producer.settings
+    topology = Topology.of(settings)
+    with Session(Directory(settings).routes, settings.connection_timeout) as session:
+        declared = _declare(session, topology, settings)
+        yield declared
+        yield from _publish(producer)
+        yield _routes(session, topology, settings, declared)
+        yield _dead_letters(session, topology)
 
 
 def _connect(producer: MLProducer) -> Step:
@@ -141,17 +162,29 @@ def _connect(producer: MLProducer) -> Step:
     return Step("connect", False, seconds, str(error), reach.advise(error))
 
 
-def _declared(settings: Settings, faults: list[_Fault], seconds: float | None) -> Step:
+# --- declare and publish -----------------------------------------------------------------------
+
+
+def _declare(session: Session, topology: Topology, settings: Settings) -> Step:
     if settings.declare_topology == "off":
         return Step("declare", None, None, "ML_DECLARE_TOPOLOGY is off")
+    started = time.monotonic()
+    faults: list[tuple[Declaration, Loss]] = []
+    for each in topology.declarations(settings.declare_topology):
+        loss = session.refusal(each.method, **each.arguments)
+        if loss is not None:
+            faults.append((each, loss))
+            if loss.reply_code == NO_PERMISSION:
+                break  # the rest would be refused likewise
+    seconds = time.monotonic() - started
     if faults:
-        detail = "; ".join(f"{each.target}: {each.reply_code} {each.reason}" for each in faults)
-        advice = reach.advise_code(faults[0].reply_code)
-        if faults[0].reply_code == NO_PERMISSION:
+        detail = "; ".join(f"{each.target}: {loss.reply_code} {loss.text}" for each, loss in faults)
+        advice = reach.advise_code(faults[0][1].reply_code)
+        if faults[0][1].reply_code == NO_PERMISSION:
             advice += "; where somebody else declares, set ML_DECLARE_TOPOLOGY=passive"
         return Step("declare", False, seconds, detail, advice)
     done = "are there" if settings.declare_topology == "passive" else "are declared"
-    return Step("declare", True, seconds, f"exchange {settings.exchange} and the queues {done}")
+    return Step("declare", True, seconds, f"exchange {topology.exchange} and the queues {done}")
 
 
 def _publish(producer: MLProducer) -> Iterator[Step]:
@@ -181,20 +214,121 @@ def _words(error: PublishError) -> str:
     return str(error)
 
 
-@contextmanager
-def _declaration_faults() -> Iterator[list[_Fault]]:
-    """Collect what the library logs about declarations that were refused."""
-    faults: list[_Fault] = []
+# --- routes ------------------------------------------------------------------------------------
 
-    class Reader(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found = _FAULT.match(record.getMessage())
-            if found is not None:
-                faults.append(_Fault(found[1], int(found[2]), literal_eval(found[3])))
 
-    logger, reader = logging.getLogger("mlproducer"), Reader()
-    logger.addHandler(reader)
+def _routes(session: Session, topology: Topology, settings: Settings, declared: Step) -> Step:
+    """Say whether each routing key leads to a queue."""
+    keys = [key for each in topology.queues for key in each.routing_keys]
+    if settings.declare_topology == "active" and declared.ok:
+        return Step("routes", True, None, f"{len(keys)} routing keys are bound")
+    started = time.monotonic()
+    task_id = str(uuid.uuid4())
+    missing = []
+    for key in keys:
+        outcome = session.publish(topology.exchange, key, **_expired_task(task_id))
+        if outcome.reply_code in (NO_PERMISSION, NOT_FOUND):
+            seconds = time.monotonic() - started
+            detail = f"{topology.exchange}: {outcome.reply_code} {outcome.text}"
+            advice = reach.advise_code(outcome.reply_code)
+            return Step("routes", False, seconds, detail, advice)
+        if outcome.returned:
+            missing.append(key)
+    left = sum(_take_back(session, each.name, task_id) for each in topology.queues)
+    seconds = time.monotonic() - started
+    if missing:
+        detail = f"no queue is bound for {', '.join(missing)}"
+        advice = "bind one, or let ML_DECLARE_TOPOLOGY=active do so: mlproducer topology --apply"
+        return Step("routes", False, seconds, detail, advice)
+    detail = f"{len(keys)} routing keys lead to a queue"
+    if left:
+        detail += f"; {left} have a probe in them, which workers discard"
+    return Step("routes", True, seconds, detail)
+
+
+def _expired_task(task_id: str) -> dict[str, Any]:
+    """Give a task of Celery's own that expired long ago: a worker discards it and runs nothing."""
+    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    return {
+        "body": json.dumps([[], {}, embed]).encode(),
+        "content_type": "application/json",
+        "content_encoding": "utf-8",
+        "headers": {
+            "lang": "py",
+            "task": "celery.backend_cleanup",
+            "id": task_id,
+            "root_id": task_id,
+            "expires": datetime(2000, 1, 1, tzinfo=timezone.utc).isoformat(),
+            "ignore_result": True,
+            "origin": "mlproducer check",
+        },
+        "delivery_mode": 1,
+        "correlation_id": task_id,
+        "message_id": task_id,
+    }
+
+
+def _take_back(session: Session, name: str, task_id: str) -> bool:
+    """Take a probe out of a queue that nobody consumes from; say whether it is still there.
+
+    Only an empty queue is touched: looking at a message hands it out, which counts.
+    """
+    found, loss = session.attempt("queue_declare", name, passive=True)
+    if loss is not None or found.method.consumer_count:
+        return False
+    if found.method.message_count > 1:
+        return True
+    answer, loss = session.attempt("basic_get", name)
+    if loss is not None:
+        return True
+    method, properties, _ = answer
+    if method is None:
+        return False
+    if properties.message_id == task_id:
+        session.ask("basic_ack", method.delivery_tag)
+        return False
+    session.ask("basic_nack", method.delivery_tag, requeue=True)
+    return True
+
+
+# --- dead letters and the store ----------------------------------------------------------------
+
+
+def _dead_letters(session: Session, topology: Topology) -> Step:
+    """Say whether dead letters may be sent to their exchange."""
+    started = time.monotonic()
+    exchange = topology.dead_letter_exchange
+    loss = session.publish_invalid(exchange)
+    seconds = time.monotonic() - started
+    if loss.reply_code == PRECONDITION_FAILED:
+        return Step("dead letters", True, seconds, f"exchange {exchange} may be written to")
+    detail = f"{exchange}: {loss.reply_code} {loss.text}"
+    advice = reach.advise_code(loss.reply_code)
+    return Step("dead letters", False, seconds, detail, advice)
+
+
+def _store(settings: Settings) -> Step:
+    """Open the store and count what is in it; a file that is not there yet is not made."""
+    settings = anchored(settings)
+    if settings.store_url.startswith("memory:"):
+        return Step("store", None, None, "memory:// needs none")
+    started = time.monotonic()
     try:
-        yield faults
-    finally:
-        logger.removeHandler(reader)
+        store = open_store(settings)
+        if settings.store_url.startswith("sqlite:") and not Path(store.name).exists():
+            return _future_store(Path(store.name))
+        with closing(store):
+            depth = store.depth()
+    except StoreError as error:
+        advice = "mend the store or ML_STORE_URL; run this as the producers' user"
+        return Step("store", False, time.monotonic() - started, str(error), advice)
+    seconds = time.monotonic() - started
+    detail = f"{store.name}: {depth.stored} messages stored, {depth.dead} of them dead letters"
+    return Step("store", True, seconds, detail)
+
+
+def _future_store(path: Path) -> Step:
+    if path.parent.is_dir() and reach.may_write(path.parent):
+        return Step("store", True, None, f"{path} is not there yet; its directory can be written")
+    advice = "make the directory, and let the producers' user write to it"
+    return Step("store", False, None, f"{path.parent} cannot be written to", advice)

@@ -11,8 +11,10 @@ Runs on: the main thread.
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
+from pathlib import Path
 
 from mlproducer import Message, MLProducer
 from mlproducer.errors import (
@@ -69,22 +71,28 @@ def wait(producer: MLProducer, patience: float) -> PublishError | None:
     return error if isinstance(error, AuthenticationError) else None
 
 
+def may_write(directory: Path) -> bool:
+    """Whether this user may make files in a directory."""
+    return os.access(directory, os.W_OK | os.X_OK)
+
+
 def advise(error: PublishError, *, blocked: bool = False) -> str:
     """Say what an operator can do about a failure.
 
     :param blocked: the broker is known to block publishers
     """
     if blocked:
-        return _BY_KIND[BrokerBlockedError]
+        return _BY_CLASS[BrokerBlockedError]
     if isinstance(error, BrokerRejectedError):
         return advise_code(error.reply_code)
-    text = str(error)
-    if isinstance(error, AuthenticationError) or "refused by the broker" in text:
-        return _VIRTUAL_HOST if ": 530 " in text or "vhost" in text else _CREDENTIALS
-    for words, advice in _BY_WORDS.items():
-        if words in text:
-            return advice
-    return _BY_KIND.get(type(error), "look into the broker's log")
+    if isinstance(error, AuthenticationError | NotConnectedError):
+        if error.kind == "authentication" or isinstance(error, AuthenticationError):
+            return _VIRTUAL_HOST if error.reply_code == NOT_ALLOWED else _CREDENTIALS
+        if error.reply_code == NOT_FOUND:
+            return _NO_QUEUE
+        if error.kind in _BY_KIND:
+            return _BY_KIND[error.kind]
+    return _BY_CLASS.get(type(error), "look into the broker's log")
 
 
 def advise_code(reply_code: int) -> str:
@@ -92,45 +100,44 @@ def advise_code(reply_code: int) -> str:
     return _BY_CODE.get(reply_code, "look into the broker's log")
 
 
+NOT_FOUND, NOT_ALLOWED = 404, 530
+
 _CREDENTIALS = (
     "mend user and password in RABBITMQ_URL, with special characters percent-encoded; "
     "the user guest is let in from the broker's own machine only"
 )
 _VIRTUAL_HOST = (
-    "mend the path of RABBITMQ_URL, which names the virtual host ('/' itself is '/' or '/%2F'); "
-    "or let the user in: rabbitmqctl add_vhost, rabbitmqctl set_permissions -p VHOST USER ..."
+    "mend the path of RABBITMQ_URL, which names the virtual host ('/' itself is '/' or '/%2F', and "
+    "'/prod/' is not '/prod'); or let the user in: rabbitmqctl add_vhost, rabbitmqctl "
+    "set_permissions -p VHOST USER ..."
 )
-_BY_WORDS = {
-    "connection refused": (
+_NO_QUEUE = (
+    "the library declares it when it first connects with ML_DECLARE_TOPOLOGY=active: "
+    "is this the virtual host that it uses?"
+)
+_BY_KIND = {
+    "refused": (
         "nothing listens there: is the broker running, and the port right (5672, with TLS 5671)?"
     ),
-    "does not resolve": "mend the host name in RABBITMQ_URL, or the name service",
-    "without speaking AMQP": (
-        "something else listens there, or the port wants TLS: then use amqps://"
+    "dns": "mend the host name in RABBITMQ_URL, or the name service",
+    "protocol": "something else listens there, or the port wants TLS: then use amqps://",
+    "tls": (
+        "does the port speak TLS (5671)? Name the authority in RABBITMQ_SSL_CACERT, and the broker "
+        "as its certificate does; an expired certificate has to be renewed. A broker that wants a "
+        "client's certificate gets it by RABBITMQ_SSL_CERTFILE and RABBITMQ_SSL_KEYFILE"
     ),
-    "certificate verification failed": (
-        "name the authority in RABBITMQ_SSL_CACERT, and the broker as its certificate does; "
-        "an expired certificate has to be renewed"
-    ),
-    "TLS failed": (
-        "does the port speak TLS (5671)? A broker that wants a client's certificate gets it by "
-        "RABBITMQ_SSL_CERTFILE and RABBITMQ_SSL_KEYFILE"
-    ),
-    "NOT_FOUND - no queue": (
-        "the library declares it when it first connects with ML_DECLARE_TOPOLOGY=active: "
-        "is this the virtual host that it uses?"
-    ),
-    "no answer in time": (
+    "timeout": (
         "something accepts and stays silent: a wrong port, a firewall, a port that wants TLS "
         "(amqps://), or a broker that hangs"
     ),
+    "credentials": "mend the file or callable that gives user and password",
 }
 _BY_CODE = {
     403: "grant the permission: rabbitmqctl set_permissions -p VHOST USER CONFIGURE WRITE READ",
     404: "declare it, let ML_DECLARE_TOPOLOGY=active do so, or mend ML_EXCHANGE",
-    406: "it exists with other arguments: delete it, or set ML_DECLARE_TOPOLOGY=passive",
+    406: "it is there with other arguments: mlproducer topology says how to go on without a loss",
 }
-_BY_KIND: dict[type[PublishError], str] = {
+_BY_CLASS: dict[type[PublishError], str] = {
     BrokerBlockedError: (
         "the broker is short of memory or disk: rabbitmq-diagnostics alarms tells which; "
         "it goes on by itself once there is room"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
+from attrs import frozen
 from pika import exceptions, frame, spec
 
 from mlproducer.core.ports import Loss, LossKind
@@ -38,6 +39,19 @@ class Unreadable:
 
 class _LateError(Exception):
     """The broker has not answered in time."""
+
+
+@frozen
+class Outcome:
+    """What came of a message.
+
+    :ivar reply_code: with which the broker refused it; 0 where it did not
+    """
+
+    returned: bool = False
+    nacked: bool = False
+    reply_code: int = 0
+    text: str = ""
 
 
 class Session:
@@ -81,23 +95,56 @@ class Session:
         with self._translated(), self._limited(self._limit):
             return getattr(self._channel, method)(*arguments, **options)
 
-    def refusal(self, method: str, *arguments: Any, **options: Any) -> Loss | None:
-        """Call a method of pika's channel, and give the broker's refusal, if it refuses.
+    def attempt(self, method: str, *arguments: Any, **options: Any) -> tuple[Any, Loss | None]:
+        """Call a method of pika's channel; give what it gives, or the broker's refusal.
 
-        The broker closes a channel over it; another is opened.
+        The broker closes a channel over a refusal; another is opened.
         """
         try:
             with self._limited(self._limit):
-                getattr(self._channel, method)(*arguments, **options)
+                return getattr(self._channel, method)(*arguments, **options), None
+        except exceptions.ChannelClosedByBroker as error:
+            loss = closed_by_broker(error)
+        except (exceptions.AMQPError, OSError, _LateError) as error:
+            raise self._explained(error) from None
+        with self._translated(), self._limited(self._limit):
+            self._channel = self._connection.channel()
+        return None, loss
+
+    def refusal(self, method: str, *arguments: Any, **options: Any) -> Loss | None:
+        """Call a method of pika's channel, and give the broker's refusal, if it refuses."""
+        return self.attempt(method, *arguments, **options)[1]
+
+    def publish(
+        self, exchange: str, routing_key: str, body: bytes = b"", **properties: Any
+    ) -> Outcome:
+        """Publish a mandatory message in confirm mode, and say what came of it."""
+        told = spec.BasicProperties(**properties)
+        with self._translated(), self._limited(self._limit):
+            self._channel.confirm_delivery()
+        try:
+            with self._limited(self._limit):
+                self._channel.basic_publish(exchange, routing_key, body, told, mandatory=True)
+        except exceptions.UnroutableError:
+            return Outcome(returned=True)
+        except exceptions.NackError:
+            return Outcome(nacked=True)
         except exceptions.ChannelClosedByBroker as error:
             loss = closed_by_broker(error)
         except (exceptions.AMQPError, OSError, _LateError) as error:
             raise self._explained(error) from None
         else:
-            return None
+            return Outcome()
         with self._translated(), self._limited(self._limit):
             self._channel = self._connection.channel()
-        return loss
+        return Outcome(reply_code=loss.reply_code, text=loss.text)
+
+    def publish_invalid(self, exchange: str) -> Outcome:
+        """Publish what the broker refuses with 406, once it has found that it may be published.
+
+        RabbitMQ looks at the permission and at the exchange before it does at the expiration.
+        """
+        return self.publish(exchange, "", expiration="none")
 
     def wait(self, ready: Callable[[], bool], limit: float) -> None:
         """Let deliveries come in until there are enough, at most ``limit`` seconds."""

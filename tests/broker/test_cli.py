@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlproducer.testing import Certificates, RabbitMQNode
+from mlproducer.cli.check import STEPS
+from mlproducer.testing import CeleryWorker, Certificates, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import drain, open_channel
@@ -33,14 +34,91 @@ def _check(url: str, **environ: str) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def test_check_of_a_good_broker(rabbitmq_vhost: VirtualHost) -> None:
-    """All four steps are fine, and no queue holds anything afterwards."""
+    """All steps are fine, and no queue holds anything afterwards."""
     result = run("check", url=rabbitmq_vhost.url)
     assert result.returncode == 0, result.stderr
     node = rabbitmq_vhost.node
     assert result.stdout.splitlines()[-1] == f"{node.host}:{node.port}: all is well"
-    steps = [line.split()[:2] for line in result.stdout.splitlines()[:-1]]
-    assert steps == [[name, "ok"] for name in ("connect", "declare", "publish", "confirm")]
+    steps = [line[2:14].strip() for line in result.stdout.splitlines()[:-1]]
+    assert steps == list(STEPS)
+    assert [line[16:24].strip() for line in result.stdout.splitlines()[:-2]] == ["ok"] * 6
     assert drain(rabbitmq_vhost.url, (*ROUTING_KEYS, "ml.dead_letter")).total() == 0
+
+
+def test_check_names_a_routing_key_without_a_queue(rabbitmq_vhost: VirtualHost) -> None:
+    """Where others declare, a key that leads nowhere fails; probes are taken back."""
+    url = rabbitmq_vhost.url
+    run("check", url=url)
+    everything = (*ROUTING_KEYS, "ml.dead_letter")
+    for mode in ("passive", "off"):
+        code, steps = _check(url, ML_DECLARE_TOPOLOGY=mode)
+        assert (code, steps["routes"]["ok"]) == (0, True)
+        assert steps["routes"]["detail"] == "5 routing keys lead to a queue"
+    with open_channel(url) as channel:
+        channel.queue_unbind("ml.embed", "bookmarkai.ml", "ml.embed")
+    for mode in ("passive", "off"):
+        code, steps = _check(url, ML_DECLARE_TOPOLOGY=mode)
+        assert (code, steps["routes"]["ok"], steps["confirm"]["ok"]) == (1, False, True)
+        assert steps["routes"]["detail"] == "no queue is bound for ml.embed"
+        assert "ML_DECLARE_TOPOLOGY=active" in steps["routes"]["advice"]
+    assert drain(url, everything).total() == 0
+    assert _check(url)[0] == 0  # which binds it again
+
+
+def test_a_worker_discards_what_check_sends(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
+    """A stock worker takes the probes and runs nothing."""
+    url = rabbitmq_vhost.url
+    run("check", url=url)
+    with CeleryWorker(url, ROUTING_KEYS, directory=tmp_path) as worker:
+        code, _ = _check(url, ML_DECLARE_TOPOLOGY="off")
+        assert code == 0
+        task = {**EMBEDDING, "share_id": "after"}
+        run("publish", "-", url=url, stdin=_lines(task))
+        (only,) = worker.wait_for(lambda runs: len(runs) >= 1, 10.0)
+        assert only.kwargs["share_id"] == "after"
+        assert worker.running
+
+
+def test_check_names_dead_letters_that_may_not_be_sent(rabbitmq_vhost: VirtualHost) -> None:
+    """A user who may write to the exchange alone cannot dead-letter; a missing one is named too."""
+    node, vhost = rabbitmq_vhost.node, rabbitmq_vhost.name
+    run("check", url=rabbitmq_vhost.url)
+    user = f"user-{vhost}"
+    url = node.url_for(vhost, user, "a-password")
+    node.add_user(user, "a-password")
+    node.set_permissions(vhost, user, "^$", "^bookmarkai\\.ml$", "^$")
+    code, steps = _check(url, ML_DECLARE_TOPOLOGY="off")
+    assert (code, steps["confirm"]["ok"], steps["dead letters"]["ok"]) == (1, True, False)
+    assert "bookmarkai.ml.dlx: 403" in steps["dead letters"]["detail"]
+    assert "set_permissions" in steps["dead letters"]["advice"]
+    with open_channel(rabbitmq_vhost.url) as channel:
+        channel.exchange_delete("bookmarkai.ml.dlx")
+    code, steps = _check(rabbitmq_vhost.url, ML_DECLARE_TOPOLOGY="off")
+    assert (code, steps["dead letters"]["ok"]) == (1, False)
+    assert "404" in steps["dead letters"]["detail"]
+
+
+def test_check_opens_the_store(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
+    """One that is not there yet is not made; one that cannot be used fails."""
+    path = tmp_path / "store.db"
+    url = rabbitmq_vhost.url
+    code, steps = _check(url, ML_STORE_URL=f"sqlite:///{path}")
+    assert (code, steps["store"]["ok"], path.exists()) == (0, True, False)
+    run("publish", "-", url=url, stdin="", ML_STORE_URL=f"sqlite:///{path}")
+    path.write_text("no database")
+    code, steps = _check(url, ML_STORE_URL=f"sqlite:///{path}")
+    assert (code, steps["store"]["ok"], steps["connect"]["ok"]) == (1, False, True)
+    assert str(path) in steps["store"]["detail"]
+    code, steps = _check(url, ML_STORE_URL=f"sqlite:///{tmp_path / 'none' / 'store.db'}")
+    assert (code, steps["store"]["ok"]) == (1, False)
+
+
+def test_check_names_a_slash_too_many(rabbitmq_vhost: VirtualHost) -> None:
+    """A virtual host with a slash behind its name is another virtual host."""
+    code, steps = _check(f"{rabbitmq_vhost.url}/")
+    assert code == 1
+    assert "530" in steps["connect"]["detail"]
+    assert "'/prod/' is not '/prod'" in steps["connect"]["advice"]
 
 
 def test_check_names_wrong_credentials_and_virtual_hosts(rabbitmq_vhost: VirtualHost) -> None:
@@ -49,12 +127,7 @@ def test_check_names_wrong_credentials_and_virtual_hosts(rabbitmq_vhost: Virtual
     code, steps = _check(node.url_for(rabbitmq_vhost.name, password="wrong-password"))
     assert code == 1
     assert "user and password" in steps["connect"]["advice"]
-    assert [steps[name]["ok"] for name in ("connect", "declare", "publish", "confirm")] == [
-        False,
-        None,
-        None,
-        None,
-    ]
+    assert [steps[name]["ok"] for name in STEPS[:-1]] == [False, *[None] * 5]
     code, steps = _check(node.url_for("nosuch"))
     assert code == 1
     assert "virtual host" in steps["connect"]["advice"]
