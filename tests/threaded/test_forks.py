@@ -1,0 +1,210 @@
+"""Forks, also those that Python does not notice, and those for which nothing is left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mlproducer.testing.fake_broker import FakeBroker
+from tests.threaded.conftest import QUICK, Serve
+
+HEAD = """
+import ctypes, logging, os, resource, sys, threading, time
+from mlproducer import Message, MLProducer, Settings
+from mlproducer.errors import StoreError
+logging.basicConfig(level=logging.ERROR)
+settings = Settings(url={url!r}, **{settings!r})
+
+def message(name):
+    return Message(body=b"", routing_key="k", message_id=name)
+
+def wait_for(child):
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def run_script(text: str, broker: FakeBroker, **settings: Any) -> str:
+    """Run a program of its own that forks, and give its output."""
+    head = HEAD.format(url=broker.url, settings={**QUICK, **settings})
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", head + textwrap.dedent(text)],
+        capture_output=True,
+        text=True,
+        timeout=30.0,
+        check=False,
+    )
+    print(ended.stderr)  # whole, where the assertion cuts it
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+def names(broker: FakeBroker) -> Counter[str]:
+    """Count the messages that have come, by their ids."""
+    return Counter(str(message.properties.message_id) for message in broker.messages)
+
+
+def test_a_fork_that_runs_no_hooks(serve: Serve) -> None:
+    """A child of C code makes its own connection at its first call; its parent's is not touched."""
+    broker = serve()
+    run_script(
+        """
+        producer, other = MLProducer(settings), MLProducer(settings)
+        producer.publish(message("parent"))
+        assert other.wait_connected(5)
+        time.sleep(0.3)  # until its threads sleep: a thread that waits for the interpreter's lock
+        child = ctypes.PyDLL(None).fork()
+        if child == 0:
+            started = time.monotonic()
+            ids = {producer.publish(Message(body=b"", routing_key="k")).message_id}
+            assert producer.publish(message("child")).confirmed
+            assert other.submit(message("other")).result(5).confirmed
+            assert time.monotonic() - started < 2.5
+            producer.close(1)
+            other.close(1)
+            os._exit(0)
+        wait_for(child)
+        assert producer.publish(message("parent again")).confirmed
+        producer.close()
+        """,
+        broker,
+        retry_sweep_interval=60.0,  # would leave that lock unusable in the child of such a fork
+    )
+    seen = names(broker)
+    assert set(seen.values()) == {1}
+    assert seen.keys() >= {"parent", "child", "other", "parent again"}
+    assert broker.accepted == 4
+
+
+def test_a_fork_that_runs_no_hooks_and_a_file_that_is_open(serve: Serve, tmp_path: Path) -> None:
+    """SQLite may not be used on from its parent's file; that is said at once, and what to do."""
+    said = run_script(
+        """
+        logging.disable()
+        producer = MLProducer(settings)
+        producer.publish(message("parent"))
+        assert producer.flush(5) == 0
+        time.sleep(0.3)
+        child = ctypes.PyDLL(None).fork()
+        if child == 0:
+            started = time.monotonic()
+            try:
+                producer.publish(message("child"))
+            except StoreError as error:
+                print(error, flush=True)
+            assert time.monotonic() - started < 1.0
+            producer.close(1)
+            os._exit(0)
+        wait_for(child)
+        assert producer.publish(message("parent again")).confirmed
+        """,
+        serve(),
+        retry_sweep_interval=60.0,
+        store_url=f"sqlite:///{tmp_path}/s.db?write_ahead=1",
+    )
+    assert "fork before it is first used" in said
+
+
+def test_a_fork_with_no_descriptor_left(serve: Serve) -> None:
+    """Each producer of the child begins afresh, and lets go of what is its parent's."""
+    broker = serve()
+    run_script(
+        """
+        producers = [MLProducer(settings) for _ in range(3)]
+        for each in producers:
+            assert each.wait_connected(5)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        files = []
+        try:
+            while True:
+                files.append(open(os.devnull))
+        except OSError:
+            pass
+        child = os.fork()
+        if child == 0:
+            for file in files:
+                file.close()
+            for number, each in enumerate(producers):
+                assert each.publish(message(f"child {number}")).confirmed
+                each.close(1)
+            os._exit(0)
+        for file in files:
+            file.close()
+        wait_for(child)
+        for number, each in enumerate(producers):
+            assert each.publish(message(f"parent {number}")).confirmed
+        """,
+        broker,
+    )
+    assert len(names(broker)) == 6
+    assert broker.accepted == 6
+
+
+def test_threads_of_a_child_have_no_number(serve: Serve) -> None:
+    """The only producer of a child is its first one."""
+    said = run_script(
+        """
+        producer = MLProducer(settings)
+        producer.publish(message("parent"))
+        child = os.fork()
+        if child == 0:
+            producer.publish(message("child"))
+            print(sorted(t.name for t in threading.enumerate() if t.name.startswith("mlproducer")))
+            sys.stdout.flush()
+            producer.close(1)
+            os._exit(0)
+        wait_for(child)
+        """,
+        serve(),
+    )
+    assert "mlproducer-io" in said
+    assert "-2" not in said
+
+
+def test_a_fork_lets_go_of_dropped_producers(serve: Serve) -> None:
+    """A child holds no descriptor of a producer that its parent has dropped and that still runs."""
+    broker = serve()
+    run_script(
+        """
+        MLProducer(settings).submit(message("dropped")).result(5)
+        ready, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            held = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+                    if os.path.exists(f"/proc/self/fd/{name}")]
+            assert not any("socket" in each or "eventpoll" in each for each in held), held
+            os._exit(0)
+        wait_for(child)
+        """,
+        broker,
+        retry_sweep_interval=60.0,  # until which it is not closed
+    )
+    assert names(broker) == {"dropped": 1}
+
+
+def test_a_fork_in_the_middle_of_the_start(serve: Serve) -> None:
+    """A child that is forked while another thread starts the producer makes its own."""
+    broker = serve()
+    run_script(
+        """
+        MLProducer(settings).start()  # imports: Python cannot mend a fork in the middle of one
+        for number in range(20):
+            producer = MLProducer(settings)
+            thread = threading.Thread(target=producer.start)
+            thread.start()
+            child = os.fork()
+            if child == 0:
+                assert producer.publish(message(f"child {number}")).confirmed
+                producer.close(1)
+                os._exit(0)
+            thread.join()
+            wait_for(child)
+            assert producer.publish(message(f"parent {number}")).confirmed
+            producer.close()
+        """,
+        broker,
+    )
+    assert len(names(broker)) == 40
