@@ -1,4 +1,4 @@
-"""Publishers with a store in SQLite, killed with -9 at any instant: what they took over arrives.
+"""Publishers with a durable store, killed with -9 at any instant: what they took over arrives.
 
 The check is that of a total queue, over all processes: what a call had taken over is found, what it
 had refused is not, and copies are no more than what was in the store when its process was killed.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import signal
 import sqlite3
 import subprocess
@@ -24,8 +25,11 @@ from pathlib import Path
 import pytest
 from attrs import define, field
 
+from mlproducer import Settings
+from mlproducer.stores import open_store
 from mlproducer.testing import Proxy, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
+from mlproducer.testing.redis_server import RedisServer
 from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import drain
 from tests.broker.conftest import Connect
@@ -37,8 +41,10 @@ LEASE = 2.0
 LETTERS = "ml.dead_letter"
 FAULTS = ("none", "none", "none", "none", "freeze", "kill")
 INSTANTS = [
-    pytest.param(12, 1, id="12"),
-    pytest.param(200, 2, id="200", marks=pytest.mark.slow),
+    pytest.param("sqlite", 12, 1, id="sqlite-12"),
+    pytest.param("sqlite", 200, 2, id="sqlite-200", marks=pytest.mark.slow),
+    pytest.param("redis", 6, 3, id="redis-6"),
+    pytest.param("redis", 60, 4, id="redis-60", marks=pytest.mark.slow),
 ]
 
 
@@ -46,18 +52,22 @@ INSTANTS = [
 class Scene:
     """A store, the journal of those who use it, and the broker's virtual host.
 
+    :ivar redis: the store's URL in Redis; SQLite without
     :ivar rows: how many rows each process left in the store when it was killed, together
     """
 
     url: str = field(repr=False)
     folder: Path
     write_ahead: bool = True
+    redis: str | None = None
     rows: int = 0
     _names: Iterator[int] = field(factory=lambda: iter(range(1_000_000)))
 
     @property
     def store_url(self) -> str:
         """The store as settings name it."""
+        if self.redis is not None:
+            return f"{self.redis}&write_ahead={self.write_ahead:d}"
         return f"sqlite:///{self.folder / 'store.db'}?write_ahead={self.write_ahead:d}"
 
     @contextmanager
@@ -84,7 +94,10 @@ class Scene:
         self.rows += self.left()
 
     def left(self) -> int:
-        """Count the rows in the store, whose file has to be whole."""
+        """Count the rows in the store; a file has to be whole."""
+        if self.redis is not None:
+            with closing(open_store(Settings(store_url=self.store_url))) as store:
+                return store.depth().total
         with closing(sqlite3.connect(self.folder / "store.db")) as connection:
             assert connection.execute("PRAGMA quick_check").fetchall() == [("ok",)]
             count: int = connection.execute("SELECT count(*) FROM messages").fetchone()[0]
@@ -145,11 +158,19 @@ def fault(kind: str, node: RabbitMQNode) -> Iterator[None]:
             node.start()
 
 
-@pytest.mark.parametrize(("instants", "seed"), INSTANTS)
+@pytest.mark.parametrize(("kind_of_store", "instants", "seed"), INSTANTS)
 def test_killed_at_any_instant(
-    scene: Scene, mortal_node: RabbitMQNode, connect: Connect, instants: int, seed: int
+    scene: Scene,
+    mortal_node: RabbitMQNode,
+    connect: Connect,
+    redis_server: RedisServer,
+    kind_of_store: str,
+    instants: int,
+    seed: int,
 ) -> None:
     """No message is lost whose call had returned, with the broker there, frozen or killed (97)."""
+    if kind_of_store == "redis":
+        scene.redis = f"{redis_server.url}?prefix=kill9-{secrets.token_hex(4)}:"
     chance = random.Random(seed)
     never = threading.Event()
     kinds = [FAULTS[number % len(FAULTS)] for number in range(instants)]
@@ -164,7 +185,7 @@ def test_killed_at_any_instant(
                 running.kill()
     found = scene.balance(connect)
     said = scene.journal()
-    FIGURES[f"killed at {instants} instants"] = (
+    FIGURES[f"{kind_of_store}: killed at {instants} instants"] = (
         f"{len(said['taken'])} taken over, 0 lost, {found.total() - len(found)} duplicates, "
         f"{scene.rows} rows in flight at the kills, "
         f"{len(said['begun'] - said['taken'] - said['refused'])} unanswered"
