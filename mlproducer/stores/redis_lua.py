@@ -15,6 +15,7 @@ share one hash tag, so that in a cluster they lie on one node:
   ``floor:OWNER``: calls up to this number were given up, and do nothing any more.
 - ``fates``: a sorted set, rows that another than their origin deleted, by twice the time of their
   end, and one more if they were dead letters.
+- ``clock``: the time of a claim, a second ago at most, by which a clock that was put back is seen.
 - ``last``: the last key. ``quarantine``: a set, the keys of rows that could not be read; such a row
   stays where it is, for whoever wants to look at it.
 

@@ -191,6 +191,27 @@ def test_a_jump_of_the_servers_clock_holds_no_row_back(
     assert ids(store.claim(1)) == ["a"]
 
 
+def test_a_clock_that_was_put_back_takes_the_times_of_rows_along(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """A row waits no longer than its delay, and a claim holds for its lease."""
+    store, other = connect(lease=30.0), connect()
+    free, held = store.put(
+        [Entry(Record(make_envelope("free")), 0.6), Entry(Record(make_envelope("held")))], 1.0
+    )
+    assert store.claim(1) == []
+    back = 20_000_000  # as if all this had been done by a clock that was 20 s ahead
+    redis_server.call("INCRBY", f"{prefix}{{store}}:clock", back)
+    for claim in (free, held):
+        redis_server.call("ZINCRBY", f"{prefix}{{store}}:due", back, str(claim.key))
+    started = time.monotonic()
+    while not (rows := other.claim(10)):
+        assert time.monotonic() - started < 3.0
+        threading.Event().wait(0.05)
+    assert ids(rows) == ["free"]
+    assert store.renew([held]) == []
+
+
 def test_what_was_given_up_does_nothing_when_it_comes_late(
     redis_server: RedisServer, prefix: str, connect: Open
 ) -> None:
