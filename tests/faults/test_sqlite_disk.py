@@ -5,6 +5,7 @@ Runs on: pytest's main thread; a process under strace.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -18,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from mlproducer.errors import StoreError
-from mlproducer.stores.protocol import Change, Depth, Entry, Record
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate
 from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite_reserve import SIZE
 from tests.helpers import LIMIT, make_envelope
 
 Disk = Callable[[str], Path]
@@ -120,6 +122,47 @@ def test_a_disk_that_others_have_filled(disk: Disk, size: str) -> None:
         filler.unlink()
         store.put([entry("after")], LIMIT)
         assert finish(store)[-1:] == ["after"]
+
+
+@pytest.mark.parametrize("size", ["1m", "16m"])
+def test_another_process_delivers_from_a_full_disk(disk: Disk, size: str) -> None:
+    """The fates that it leaves for who stored the rows find room too (93)."""
+    path = disk(size) / "store.db"
+    with closing(SQLiteStore(path)) as store, closing(SQLiteStore(path)) as other:
+        names = store_until_full(store, 50)
+        claims: list[Claim] = []
+        found: list[str] = []
+        while rows := other.claim(1000):
+            claims += [row.claim for row in rows]
+            found += [row.record.envelope.message_id for row in rows]
+            other.done([row.claim for row in rows])
+        assert found == names
+        assert set(store.trace(claims)) == {RowFate.CONFIRMED}
+        store.put([entry("after")], LIMIT)
+
+
+def test_a_disk_that_does_not_tell_its_size(disk: Disk) -> None:
+    """Some file systems say 0; the store is used all the same, with its reserve."""
+    folder = disk("0")
+    assert os.statvfs(folder).f_blocks == 0
+    with closing(SQLiteStore(folder / "store.db")) as store:
+        store.put([entry("a")], LIMIT)
+        assert finish(store) == ["a"]
+        assert (folder / "store.db-reserve").stat().st_size == SIZE
+
+
+def test_what_cannot_be_allocated_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that knows no allocation has a reserve too."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with closing(SQLiteStore(tmp_path / "store.db")) as store:
+        store.put([entry("a")], LIMIT)
+    assert (tmp_path / "store.db-reserve").stat().st_blocks * 512 >= SIZE
 
 
 def test_opened_on_a_full_disk(disk: Disk) -> None:
