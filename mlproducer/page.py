@@ -51,7 +51,9 @@ def reason(status: Status, max_attempts: int, said: str = "") -> str:
         return _why_not_connected(status, max_attempts, said)
     if status.blocked:
         return f"{status.broker} blocks publishers: a memory or disk alarm"
-    return f"the circuit breaker is open after {status.consecutive_failures} failures in a row"
+    if status.circuit_breaker_open:
+        return f"the circuit breaker is open after {status.consecutive_failures} failures in a row"
+    return f"{status.broker} is connected and confirms nothing"
 
 
 def last_error(errors: Iterable[Incident]) -> str:

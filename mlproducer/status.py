@@ -62,6 +62,7 @@ class Status:
                 "retryQueueSize": self.retry_queue_size,
                 "pendingConfirms": self.pending_confirms,
                 "blocked": self.blocked,
+                "confirming": self.confirming,
             },
         }
 

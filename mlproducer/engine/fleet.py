@@ -42,6 +42,7 @@ from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
+from mlproducer.stores.foreign import foreign
 from mlproducer.stores.protocol import Depth, Store
 
 
@@ -350,5 +351,5 @@ def assemble(
     :raises ConfigurationError: the settings do not fit together
     """
     quieten_pika()
-    made = open_store(settings) if store is None else store
+    made = open_store(settings) if store is None else foreign(store)
     return Fleet(settings, made, callbacks, meter, recorder, tend)

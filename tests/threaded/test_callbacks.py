@@ -13,17 +13,19 @@ import queue
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from mlproducer import ConnectionState, MLProducer, Settings
-from mlproducer.errors import WouldDeadlockError
+from mlproducer.errors import NackError, StoreError, WouldDeadlockError
 from mlproducer.observe.callbacks import MAX_QUEUED
+from mlproducer.stores.memory import MemoryStore
 from tests.helpers import LIMIT, make_message
-from tests.threaded.conftest import FAKE_BROKER, Connect, Serve
-from tests.threaded.moods import events_of
+from tests.threaded.conftest import FAKE_BROKER, QUICK, Connect, Serve
+from tests.threaded.moods import Moody, events_of
 
 
 @pytest.mark.parametrize("how", ["event", "done"])
@@ -370,3 +372,46 @@ def test_logging_handlers(connect: Connect, serve: Serve, error: BaseException |
     assert handler.lines > 2
     assert set(handler.refused) <= {"mlproducer-io", "mlproducer-resolver"}
     assert bool(handler.refused) == (error is None)
+
+
+# --- a store of the user's own -----------------------------------------------------------------
+
+
+class Failing(MemoryStore):
+    """Fails as a store should not, at one of its methods, while it is told to."""
+
+    def __init__(self, method: str, error: BaseException) -> None:
+        super().__init__()
+        self._method = method
+        self._error = error
+        self.failing = True
+        self.failed = threading.Semaphore(0)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_") or name != self._method or not self.failing:
+            return super().__getattribute__(name)
+        return self._fail
+
+    def _fail(self, *_: object) -> None:
+        self.failed.release()
+        raise self._error
+
+
+@pytest.mark.parametrize("method", ["put", "claim", "release", "done", "renew", "depth"])
+@pytest.mark.parametrize("error", [ValueError(), SystemExit(3)], ids=repr)
+def test_no_store_ends_a_thread(serve: Serve, method: str, error: BaseException) -> None:
+    """Whatever a store raises, the retry thread goes on, and the next message is stored."""
+    store, mood = Failing(method, error), Moody("nack")
+    quick: dict[str, Any] = {**QUICK, "publish_timeout": 0.5}
+    with MLProducer(Settings(url=serve(mood).url, **quick), store=store) as producer:
+        with suppress(StoreError):
+            producer.publish(make_message())
+        threads = {thread.ident for thread in threading.enumerate()}
+        if method not in ("renew", "done"):
+            assert store.failed.acquire(timeout=LIMIT)
+        store.failing = False
+        receipt = producer.publish(make_message())
+        assert isinstance(receipt.reason, NackError)
+        mood.mood = "ack"
+        assert receipt.result(LIMIT).confirmed
+        assert {thread.ident for thread in threading.enumerate()} == threads

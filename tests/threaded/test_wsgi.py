@@ -128,8 +128,25 @@ def test_healthy(produce: Connect, serve: Serve) -> None:
             "retryQueueSize": 0,
             "pendingConfirms": 0,
             "blocked": False,
+            "confirming": True,
         },
     }
+
+
+def test_not_confirming(produce: Connect, serve: Serve) -> None:
+    """A broker that confirms nothing is 503 after three confirms that did not come, till one."""
+    mood = Moody("")
+    producer = producer_started(produce(serve(mood)))
+    app = make_app(producer)
+    for _ in range(3):
+        producer.publish(make_message(), timeout=0.05)
+    answer = Answer(app, "/health")
+    assert (answer.status, answer.json["rabbitmq"]["confirming"]) == (503, False)
+    assert answer.json["rabbitmq"]["connectionState"] == "CONNECTED"
+    assert answer.json["reason"] == f"{producer.status().broker} is connected and confirms nothing"
+    mood.mood = "ack"
+    assert producer.publish(make_message()).confirmed
+    assert Answer(app, "/health").status == 200
 
 
 def test_not_started(produce: Connect, serve: Serve) -> None:
@@ -194,6 +211,7 @@ STATE = ConnectionState
         (Status(connection_state=STATE.CONNECTED, circuit_state=CircuitState.HALF_OPEN), ""),
         (Status(connection_state=STATE.CONNECTED, blocked=True, broker="b:1"), "b:1 blocks"),
         (Status(connection_state=STATE.CONNECTED, circuit_state=CircuitState.OPEN), "the circuit"),
+        (Status(connection_state=STATE.CONNECTED, confirming=False, broker="b:1"), "b:1 is conn"),
         (Status(connection_state=STATE.CONNECTING, broker="b:1"), "connecting to b:1"),
         (Status(connection_state=STATE.DISCONNECTED, broker="b:1"), "not connected to b:1"),
         (
