@@ -36,6 +36,7 @@ _TABLE_DEPTH = 32
 _INT_END = 10**4300  # CPython refuses to read an int of more than 4,300 digits
 _PLAIN = frozenset({bool, type(None)})
 _EXTRA_ROUTES = frozenset({"CC", "BCC"})
+_MARKS = {"__type__", "__value__"}
 _AS_KOMBU = (datetime, date, time, Decimal, UUID, bytes)
 
 
@@ -290,6 +291,7 @@ class _Grammar:
         self._key = key
         self._kinds = kinds
         self._depth = depth
+        self._marks = tuple in kinds  # for JSON, not for AMQP
 
     def copy(self, name: str, value: Any) -> tuple[Any, bool]:
         """Check a value, and copy its containers, so that the caller may go on changing them.
@@ -340,6 +342,11 @@ class _Grammar:
             copy: Any = dict(item)
             for key in copy:
                 self._key(key)
+            if self._marks and copy.keys() == _MARKS:
+                raise _WrongError(
+                    "is a mapping with __type__ and __value__, which kombu takes for a value of "
+                    "another type; give the value itself"
+                )
             return copy, iter(copy.items())
         copy = list(item)
         return copy, iter(enumerate(copy))

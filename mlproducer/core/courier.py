@@ -11,6 +11,7 @@ Runs on: the I/O thread, its only owner.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
@@ -274,7 +275,7 @@ class Courier:
         """Decide for all that were in flight on a channel that is gone. Idempotent."""
         lost = self._lanes.lose_channel()
         if not accuses(loss.reply_code):
-            self._fail_all(lost, ConnectionLostError, loss.text, now)
+            self._fail_all(lost, ConnectionLostError, loss.text, now, **loss.facts)
         elif len(lost) == 1:
             self._convict(lost[0], loss, now)
         else:
@@ -299,13 +300,19 @@ class Courier:
         self.judge.fail(delivery, unreachable(delivery, error), now)
 
     def _fail_all(
-        self, deliveries: list[Delivery], kind: type[PublishError], text: str, now: float
+        self,
+        deliveries: list[Delivery],
+        kind: type[PublishError],
+        text: str,
+        now: float,
+        /,
+        **facts: Any,
     ) -> None:
         """Fail attempts whose message may be in a queue, but for those that were returned."""
         for delivery in deliveries:
             if delivery.returned is None:
                 delivery.doubtful = True
-                self.judge.fail(delivery, failure(kind, delivery, text), now)
+                self.judge.fail(delivery, failure(kind, delivery, text, **facts), now)
             else:
                 self.judge.fail(delivery, unroutable(delivery), now)
 

@@ -5,7 +5,7 @@ Runs on: the I/O thread, and publishers' where the store is silent; pure.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.errors import (
@@ -21,10 +21,11 @@ from mlproducer.errors import (
 E = TypeVar("E", bound=PublishError)
 
 
-def failure(kind: type[E], delivery: Delivery, text: str) -> E:
+def failure(kind: type[E], delivery: Delivery, text: str, /, **facts: Any) -> E:
     """Make an error; whether the broker may have the message is read off the delivery."""
     return kind(
         text,
+        **facts,
         message_id=delivery.envelope.message_id,
         attempts=delivery.attempts,
         possibly_sent=delivery.doubtful or delivery.place is Place.IN_FLIGHT,

@@ -20,8 +20,9 @@ from functools import lru_cache
 from typing import Any
 
 from mlproducer import forks
+from mlproducer.errors import InvalidMessageError
 from mlproducer.message import Envelope
-from mlproducer.tasks import CeleryTask, MLTask, PreferredBackends
+from mlproducer.tasks import WORKERS_NAMES, CeleryTask, MLTask, PreferredBackends
 from mlproducer.wire import amqp, strict_json
 from mlproducer.wire.delay import Delays
 from mlproducer.wire.ids import new_id
@@ -139,6 +140,8 @@ def _running() -> Any:
 def _further(task: MLTask | CeleryTask, eta: datetime | None, expires: datetime | None) -> bytes:
     """Encode the headers that were asked for; what the protocol takes for granted is left out."""
     given: dict[str, Any] = {}
+    if not WORKERS_NAMES.isdisjoint(task.headers):  # added by a hook: the task would refuse them
+        raise InvalidMessageError("headers has names that Celery's workers use themselves")
     if eta is not None:
         given["eta"] = eta.isoformat()
     if expires is not None:

@@ -156,6 +156,8 @@ def test_connection_lost(
         error, receipt = failure(producer, message("m"), retry=retry, timeout=HEALED)
         resetting.result(HEALED)
     assert_error(error, ConnectionLostError, "m", attempts=1, possibly_sent=True)
+    assert isinstance(error, ConnectionLostError)
+    assert error.address == f"127.0.0.1:{proxy.port}"
     if receipt is not None:
         assert_healed(receipt, attempts=2)
     assert producer.flush(HEALED) == 0
@@ -263,6 +265,16 @@ def test_a_full_window(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
     assert [each.result(HEALED).attempts for each in inside] == [1, 1]
     expected = dict.fromkeys(["before", "inside 0", "inside 1", "waits"], 1)
     assert drain(rabbitmq_vhost.url) == expected
+
+
+def test_not_mandatory(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """A message that asks for no return is confirmed although no queue gets it."""
+    producer = connect()
+    many = [message(f"m{n}", routing_key="nowhere", mandatory=n % 2 == 0) for n in range(4)]
+    many.append(message("routed", mandatory=False))
+    answers = producer.publish_many(many, retry=False)
+    assert [type(each) for each in answers] == [UnroutableError, Receipt] * 2 + [Receipt]
+    assert drain(rabbitmq_vhost.url) == {"routed": 1}
 
 
 def test_publish_many_answers_each_in_its_place(

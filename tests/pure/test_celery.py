@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from kombu.message import Message as KombuMessage
 from kombu.utils import json as kombu_json
 from pika.spec import BasicProperties
 
-from mlproducer.errors import InvalidTaskError, MessageTooLargeError
+from mlproducer.errors import InvalidMessageError, InvalidTaskError, MessageTooLargeError
 from mlproducer.message import Envelope
 from mlproducer.tasks import (
     PROTOCOL_HEADERS,
@@ -355,3 +356,10 @@ def test_names_of_the_request_cannot_be_headers() -> None:
     assert {name for name in names if not name.startswith("_")} <= WORKERS_NAMES
     for name in names | {"compression", "task", "lang"}:
         refused(lambda name=name: simple(headers={name: CANARY}), InvalidTaskError, name)  # type: ignore[misc]
+
+
+def test_what_a_hook_adds_harms_no_worker() -> None:
+    """Headers that came past the task's own check are looked at once more."""
+    task = copy.copy(simple(headers={"tenant": "t"}))
+    object.__setattr__(task, "headers", {"stamps": CANARY})
+    refused(lambda: encode(task), InvalidMessageError, "headers", inside=True)

@@ -82,3 +82,11 @@ def test_the_largest_message_has_a_letter_with_all_its_headers() -> None:
     headers = spec.BasicProperties().decode(dead.properties + b"\x011").headers
     assert {name: headers[name] for name in said} == said
     assert len(dead.properties) <= amqp.LETTER_MAX
+
+
+def test_a_letter_asks_for_a_return() -> None:
+    """A message that nobody needs to get is, as a letter, one that somebody must."""
+    message = Message(body=b"", routing_key="k", mandatory=False)
+    envelope = raw.encode(message, exchange="x")
+    assert envelope.properties[1] & amqp.NOT_MANDATORY
+    assert not dead_letter(envelope, "dlx", {"a": 1}).properties[1] & amqp.NOT_MANDATORY

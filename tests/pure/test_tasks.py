@@ -271,6 +271,8 @@ BAD = [
     (lambda: celery(time_limit="5"), "time_limit", "str"),
     (lambda: celery(time_limit=5, soft_time_limit=6), "soft_time_limit", "above time_limit"),
     (lambda: celery(kwargs={"a": {"b": [1, Fraction(1)]}}), "kwargs.a.b[1]", "Fraction"),
+    (lambda: celery(args=[{"__type__": "x", "__value__": 1}]), "args[0]", "__type__", "itself"),
+    (lambda: embed({**TEXT, "metadata": {"a": {"__type__": "x", "__value__": 1}}}), "metadata.a"),
     (lambda: celery(args=[LOOP]), "args", "holds itself"),
     (lambda: celery(args=[DEEP]), "args", "200 levels"),
 ]
