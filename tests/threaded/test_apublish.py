@@ -1,0 +1,203 @@
+"""Publishing in an event loop: the loop is never blocked, whatever the broker does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from mlproducer import MLProducer, Outcome, Receipt
+from mlproducer.errors import (
+    BufferFullError,
+    ConfirmTimeoutError,
+    InvalidMessageError,
+    NackError,
+    ProducerClosedError,
+    PublishError,
+)
+from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
+from tests.helpers import LIMIT, make_message
+from tests.threaded.brokers import Silent, SlowOpen, ack
+from tests.threaded.conftest import Connect, Serve
+
+LONGEST_TURN = 0.3
+"""Seconds for which another task may have to wait for its turn, on a busy machine."""
+
+
+class Refusing(Behaviour):
+    """Nacks everything."""
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Nack it."""
+        connection.nack(channel, tag)
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run it in an event loop whose other tasks have to have their turns meanwhile."""
+
+    async def main() -> Any:
+        longest = [0.0]
+        ticking = asyncio.create_task(tick(longest))
+        try:
+            return await asyncio.wait_for(work, 4 * LIMIT)
+        finally:
+            ticking.cancel()
+            assert longest[0] < LONGEST_TURN
+
+    return asyncio.run(main())
+
+
+async def tick(longest: list[float]) -> None:
+    """Note for how long the loop did not come round."""
+    while True:
+        before = time.monotonic()
+        await asyncio.sleep(0.005)
+        longest[0] = max(longest[0], time.monotonic() - before)
+
+
+def test_many_at_once(connect: Connect, serve: Serve) -> None:
+    """A thousand tasks publish through a window of ten; no thread is made for one of them."""
+    broker = serve()
+    producer = connect(broker, max_in_flight=10)
+    producer.start()
+    threads = threading.active_count()
+
+    async def work() -> list[Receipt]:
+        return await asyncio.gather(*(producer.apublish(make_message()) for _ in range(1000)))
+
+    receipts = run(work())
+    assert all(receipt.confirmed for receipt in receipts)
+    assert len(broker.messages) == 1000
+    assert threading.active_count() <= threads + 1  # the broker's, or the loop's own
+
+
+def test_the_first_use(connect: Connect, serve: Serve) -> None:
+    """It starts the producer, and waits for a slow broker, without blocking the loop."""
+    producer = connect(serve(SlowOpen()))
+    assert run(producer.apublish(make_message())).confirmed
+
+
+def test_outcomes(connect: Connect, serve: Serve) -> None:
+    """They are those of publish()."""
+    silent = connect(serve(Silent()))
+    started = time.monotonic()
+    receipt = run(silent.apublish(make_message(), timeout=0.2))
+    assert receipt.outcome is Outcome.DEFERRED
+    assert isinstance(receipt.reason, ConfirmTimeoutError)
+    with pytest.raises(ConfirmTimeoutError):
+        run(silent.apublish(make_message(), timeout=0.2, retry=False))
+    assert time.monotonic() - started < 1.5
+    with pytest.raises(NackError):
+        run(connect(serve(Refusing())).apublish(make_message(), retry=False))
+    with pytest.raises(InvalidMessageError):
+        run(silent.apublish("no task"))  # type: ignore[arg-type]
+    silent.close(0.0)
+    with pytest.raises(ProducerClosedError):
+        run(silent.apublish(make_message()))
+
+
+def test_a_full_window(connect: Connect, serve: Serve) -> None:
+    """It waits for its slot, at most its timeout, and leaves the queue then."""
+    broker = serve(Silent())
+    producer = connect(broker, max_in_flight=1)
+    producer.submit(make_message("first"))
+    [first] = broker.wait_for_messages(1, LIMIT)
+
+    async def work() -> Any:
+        late = await asyncio.gather(
+            producer.apublish(make_message("late"), timeout=0.1, retry=False),
+            return_exceptions=True,
+        )
+        waiting = asyncio.create_task(producer.apublish(make_message("next")))
+        await asyncio.sleep(0.1)
+        ack(first)
+        await asyncio.to_thread(broker.wait_for_messages, 2, LIMIT)
+        ack(broker.messages[1])
+        return late[0], await waiting
+
+    late, receipt = run(work())
+    assert isinstance(late, PublishError)
+    assert not late.possibly_sent
+    assert receipt.confirmed
+    assert [each.properties.message_id for each in broker.messages] == ["first", "next"]
+
+
+def test_cancelled(connect: Connect, serve: Serve) -> None:
+    """What was handed over goes on; what still waited for its slot is never sent."""
+    broker = serve(Silent())
+    producer = connect(broker, max_in_flight=1)
+
+    async def work() -> None:
+        tasks = []
+        for name in ("handed over", "in the queue"):
+            tasks.append(asyncio.create_task(producer.apublish(make_message(name))))
+            await asyncio.sleep(0.2)
+        for task in tasks:
+            task.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in answers)
+
+    run(work())
+    broker.connections[0].reset()  # it is sent again, although nothing waits for it
+    messages = broker.wait_for_messages(2, LIMIT)
+    ack(messages[1])
+    assert producer.flush(LIMIT) == 0
+    names = [each.properties.message_id for each in broker.messages]
+    assert names == ["handed over", "handed over"]
+
+
+def test_the_loop_ends_first(connect: Connect, serve: Serve) -> None:
+    """An answer that comes when the event loop is closed goes nowhere, and harms nothing."""
+    broker = serve(Silent())
+    producer = connect(broker)
+
+    async def work() -> None:
+        task = asyncio.create_task(producer.apublish(make_message("m")))
+        await asyncio.sleep(0.2)
+        task.cancel()
+
+    asyncio.run(work())
+    ack(broker.wait_for_messages(1, LIMIT)[0])
+    assert producer.flush(LIMIT) == 0
+
+
+def test_submit_in_a_loop(connect: Connect, serve: Serve) -> None:
+    """With a timeout of 0 it never waits, and its future can be awaited."""
+    broker = serve(Silent())
+    producer = connect(broker, max_in_flight=1)
+    assert producer.wait_connected(LIMIT)
+
+    async def work() -> Receipt:
+        future = producer.submit(make_message("m"), timeout=0)
+        started = time.monotonic()
+        with pytest.raises(BufferFullError) as caught:
+            producer.submit(make_message(), timeout=0)
+        assert time.monotonic() - started < 0.1
+        assert not caught.value.possibly_sent
+        await asyncio.to_thread(broker.wait_for_messages, 1, LIMIT)
+        ack(broker.messages[0])
+        return await asyncio.wrap_future(future)
+
+    assert run(work()).confirmed
+    started = time.monotonic()
+    producer.submit(make_message())
+    with pytest.raises(BufferFullError):
+        producer.submit(make_message(), timeout=0.2)
+    assert 0.2 <= time.monotonic() - started < 1.0
+
+
+def test_written_ahead(connect: Connect, serve: Serve, tmp_path: Any) -> None:
+    """The loop is not blocked by a store either."""
+    broker = serve()
+    producer: MLProducer = connect(broker, store_url=f"sqlite:///{tmp_path}/s.db?write_ahead=1")
+
+    async def work() -> list[Receipt]:
+        return await asyncio.gather(*(producer.apublish(make_message()) for _ in range(50)))
+
+    assert all(receipt.confirmed for receipt in run(work()))
