@@ -22,7 +22,7 @@ from mlproducer.core.farewell import CLOSED
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import threads
 from mlproducer.engine.gate import Gate
-from mlproducer.engine.io_thread import IOThread, Standing
+from mlproducer.engine.io_thread import IOThread
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.resolver import Resolver
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
@@ -71,6 +71,7 @@ class Engine:
         )
         self.io = self._io
         self.relay = self._io.relay
+        self.rank = self._io.rank
         self._patience = settings.publish_timeout
         self._probing_until = 0.0
         self._ordinal = 0
@@ -224,22 +225,14 @@ class Engine:
 
     # --- the connection ------------------------------------------------------------------------
 
-    def standing(self) -> Standing:
-        """What would become of a message handed over now."""
-        return self._io.standing()
-
-    def rank(self) -> tuple[Standing, int]:
-        """Say how well it would carry the next message; the lowest does best."""
-        return self._io.rank()
-
     def takes_probe(self) -> bool:
-        """Whether the next message should come here as the breaker's probe.
+        """Whether the next message is the one that probes the half-open breaker.
 
         This is true for one of the threads that ask, and again once its message should have had its
         end. Where two threads hear it at the same moment, the second's message is handed over.
         """
         now = time.monotonic()
-        if self.standing() is not Standing.PROBES or now < self._probing_until:
+        if now < self._probing_until:
             return False
         self._probing_until = now + self._patience
         return True

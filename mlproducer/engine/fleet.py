@@ -27,6 +27,7 @@ from mlproducer.engine import threads
 from mlproducer.engine.directory import Directory
 from mlproducer.engine.engine import Engine, Shared
 from mlproducer.engine.gate import Gate
+from mlproducer.engine.io_thread import Standing
 from mlproducer.engine.keeper import Keeper
 from mlproducer.engine.lifecycle import CLOSE_MARGIN, SHELVE_LIMIT
 from mlproducer.engine.quiet import quieten_pika
@@ -125,8 +126,11 @@ class Fleet:
         engines = self.engines
         if len(engines) == 1:
             return engines[0]
-        probing = (engine for engine in engines if engine.takes_probe())
-        return next(probing, None) or min(engines, key=Engine.rank)
+        ranks = [engine.rank() for engine in engines]
+        for engine, (standing, _) in zip(engines, ranks, strict=True):
+            if standing is Standing.PROBES and engine.takes_probe():
+                return engine
+        return engines[ranks.index(min(ranks))]
 
     # --- life ----------------------------------------------------------------------------------
 

@@ -132,17 +132,18 @@ class IOThread:
 
     def standing(self) -> Standing:
         """What would become of a message handed over now."""
-        shut = self.courier.breaker.refuses()
-        if self.courier.able:
-            closed = self.courier.breaker.state is CircuitState.CLOSED
+        courier = self.courier
+        if courier.able:
+            closed = courier.breaker.state is CircuitState.CLOSED
             return Standing.CARRIES if closed else Standing.PROBES
-        if shut:
+        if courier.breaker.refuses():
             return Standing.SHUT
-        return Standing.REFUSES if self.courier.refused else Standing.WAITS
+        return Standing.REFUSES if courier.refused else Standing.WAITS
 
     def burden(self) -> int:
         """How many messages are here; some may be counted twice, or not, on their way through."""
-        return len(self.reactor.mailbox) + self.courier.waiting + self.courier.in_flight
+        courier = self.courier
+        return len(self.reactor.mailbox) + courier.waiting + courier.in_flight
 
     def peer(self, mine: Standing | None = None) -> IOThread | None:
         """Give another connection for what this one cannot carry, unless none is better off.
