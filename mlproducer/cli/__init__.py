@@ -1,6 +1,7 @@
 """The commands ``mlproducer`` and ``python -m mlproducer``.
 
-Owns the command line and the exit codes: 0 fine, 1 failed, 2 usage, 130 for Ctrl-C. Each command is
+Owns the command line and the exit codes: 0 fine, 1 failed, 2 usage, 130 for
+Ctrl-C, 143 for SIGTERM. Each command is
 a module of its own with ``configure`` and ``run``.
 
 Runs on: the main thread.
@@ -9,6 +10,7 @@ Runs on: the main thread.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -23,11 +25,12 @@ from mlproducer.cli import (
     reliability,
     topology,
 )
-from mlproducer.cli.output import Console, UsageError
+from mlproducer.cli.output import Console, Terminated, UsageError
 from mlproducer.errors import MLProducerError
 from mlproducer.testing import RabbitMQError, WorkerError
 
-FINE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+FINE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+STANDARD_STREAMS = 3
 
 COMMANDS = {
     "demo": demo,
@@ -49,24 +52,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as ended:  # argparse has printed the help, or what is wrong
         return int(ended.code or FINE)
+    if not _has_output():
+        return FAILED
     console = Console(as_json=arguments.json)
     try:
-        with console.showing_log(arguments.log_level):
+        with console.showing_log(arguments.log_level), console.heeding_sigterm():
             well = arguments.run(arguments, console)
         sys.stdout.flush()
+    except Terminated:
+        console.complain("terminated")
+        return TERMINATED
     except KeyboardInterrupt:
         console.complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads any more; Python itself would complain again when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.complain("the output is read no further")
         return FAILED
     except (MLProducerError, RabbitMQError, WorkerError, UsageError, OSError) as error:
         text = _text(error)
-        console.emit({"error": text})
+        with contextlib.suppress(OSError):  # which may be what went wrong
+            console.emit({"error": text})
         console.complain(text)
         return USAGE if isinstance(error, UsageError) else FAILED
+    finally:
+        _flush_or_drop()
+    if console.terminated:
+        return TERMINATED
     return FINE if well else FAILED
+
+
+def _has_output() -> bool:
+    """Give each standard stream a descriptor, and say whether there is an output to write to.
+
+    Without one the next file or socket would get its number, and what is meant for the terminal.
+    """
+    missing = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    while missing and os.open(os.devnull, os.O_RDWR) < STANDARD_STREAMS:
+        pass
+    if "stderr" in missing:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open for good
+    if "stdout" in missing:
+        sys.stderr.write("mlproducer: standard output is closed\n")
+        return False
+    return True
+
+
+def _flush_or_drop() -> None:
+    """Write what is left; what cannot be written would be complained of again by Python's end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -241,7 +241,7 @@ def _agreed(arguments: argparse.Namespace) -> bool:
 
     :raises UsageError: standard input is no terminal
     """
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("purge deletes for good: say so with --yes")
     ids = arguments.ids
     what = "ALL dead letters" if not ids else f"the dead letters {', '.join(map(plain, ids))}"

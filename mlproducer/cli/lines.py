@@ -8,6 +8,7 @@ Runs on: the main thread; no I/O but the reading of the stream.
 
 from __future__ import annotations
 
+import codecs
 import inspect
 import json
 from collections.abc import Iterator
@@ -49,12 +50,17 @@ _MOMENTS = ("eta", "expires")
 
 
 def read_lines(stream: IO[bytes], limit: int = MAX_LINE) -> Iterator[bytes]:
-    """Give the lines of a stream; of one that is too long, ``limit`` + 1 bytes."""
+    """Give the lines of a stream; of one that is too long, ``limit`` + 1 bytes.
+
+    A byte-order mark, with which some programs begin a file in UTF-8, belongs to no line.
+    """
+    first = True
     while line := stream.readline(limit + 1):
         rest = line
         while len(rest) > limit and not rest.endswith(b"\n"):
             rest = stream.readline(limit + 1)
-        yield line
+        yield line.removeprefix(codecs.BOM_UTF8) if first else line
+        first = False
 
 
 def parse(line: bytes, limit: int = MAX_LINE) -> Task:
@@ -71,11 +77,21 @@ def parse(line: bytes, limit: int = MAX_LINE) -> Task:
     return _build(TASKS[kind], fields)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, of which JSON leaves it open what a key means that stands in it twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise InvalidTaskError("a key stands twice in an object")
+    return made
+
+
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError:
         raise InvalidTaskError("not UTF-8") from None
+    except InvalidTaskError:
+        raise
     except json.JSONDecodeError as error:
         raise InvalidTaskError(f"not JSON (column {error.colno})") from None
     except (ValueError, RecursionError):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 BAR_WIDTH = 24
 BAR_INTERVAL = 0.1
@@ -22,6 +23,10 @@ LINE_INTERVAL = 5.0
 """Seconds between two redrawings of the bar on a terminal, or two lines in a file."""
 
 _CLEAR = "\r\x1b[K"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: what was begun is cleared away, as after Ctrl-C."""
 
 
 class UsageError(Exception):
@@ -39,6 +44,48 @@ class Console:
         self._terminal = sys.stderr.isatty()
         self._next_drawing = 0.0 if self._terminal else time.monotonic() + LINE_INTERVAL
         self._bar = ""
+        self.terminated = False
+        self._defers = False
+
+    @contextmanager
+    def heeding_sigterm(self) -> Iterator[None]:
+        """Have SIGTERM raise `Terminated`, once; Python itself would end without clearing away."""
+
+        def on_sigterm(_number: int, _frame: object) -> None:
+            if not self.terminated:
+                self.terminated = True
+                if not self._defers:
+                    raise Terminated
+
+        try:
+            before = signal.signal(signal.SIGTERM, on_sigterm)
+        except ValueError:  # not on the main thread, where nobody sends us a signal
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextmanager
+    def deferring_sigterm(self) -> Iterator[None]:
+        """Only note SIGTERM, in `terminated`, but within `interruptible`."""
+        self._defers = True
+        try:
+            yield
+        finally:
+            self._defers = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let SIGTERM raise `Terminated` here: something is waited for."""
+        defers, self._defers = self._defers, False
+        try:
+            if self.terminated and defers:
+                raise Terminated
+            yield
+        finally:
+            self._defers = defers
 
     def say(self, text: str = "") -> None:
         """Tell people how it goes, or how it went."""
@@ -46,7 +93,8 @@ class Console:
 
     def complain(self, text: str) -> None:
         """Tell people what went wrong."""
-        self._print(f"mlproducer: {text}", sys.stderr)
+        with suppress(OSError):  # there is nobody else to tell
+            self._print(f"mlproducer: {text}", sys.stderr)
 
     def detail(self, text: str) -> None:
         """Tell people what programs are told by `emit`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import itertools
 import logging
 import math
@@ -27,7 +28,7 @@ from attrs import asdict, define, field, frozen
 from mlproducer import ConnectionState, MLProducer, Receipt
 from mlproducer.cli import reach
 from mlproducer.cli.lines import TASKS, Task, parse, read_lines
-from mlproducer.cli.output import Console
+from mlproducer.cli.output import Console, Terminated
 from mlproducer.errors import (
     CircuitOpenError,
     InvalidMessageError,
@@ -142,6 +143,7 @@ class Publication:
         self._taken: list[_Line] = []
         self._given_back: list[_Line] = []
         self._deferred: list[_Deferred] = []
+        self._number = 0
         self._stopped = ""
         self._retry_after = 0.0
         self._hope = threading.Event()
@@ -153,16 +155,12 @@ class Publication:
         """Publish every line, and wait for those that were deferred."""
         lines = self._lines()
         try:
-            while self._publish(self._chunk(lines)):
-                self._publish_again()
-                self._collect()
-            if self._deferred:
-                waiting = f"waiting for {len(self._deferred)} deferred messages"
-                self._console.say(f"{waiting}, at most {self._patience:g} s")
-                self._producer.flush(self._patience)
-                self._collect()
-                self._give_up()
-        except KeyboardInterrupt:
+            with self._console.deferring_sigterm():
+                while self._publish(self._chunk(lines)):
+                    self._publish_again()
+                    self._collect()
+                self._wait_for_deferred()
+        except (KeyboardInterrupt, OSError):
             self._console.complain(
                 f"{self.counts.confirmed} confirmed; "
                 f"of the {len(self._taken) + len(self._deferred)} read last it is not known"
@@ -170,6 +168,25 @@ class Publication:
             raise
         finally:
             self._console.end_progress()
+
+    def _wait_for_deferred(self) -> None:
+        if not self._deferred:
+            return
+        waiting = f"waiting for {len(self._deferred)} deferred messages"
+        self._console.say(f"{waiting}, at most {self._patience:g} s")
+        try:
+            with self._console.interruptible():
+                self._producer.flush(self._patience)
+        except Terminated:
+            self._stop("SIGTERM")
+            self._producer.flush(self._producer.settings.exit_timeout)
+        self._collect()
+        self._give_up()
+
+    def _stop(self, why: str) -> None:
+        """Read no further, and wait no longer than a process may at its end."""
+        self._stopped = self._stopped or f"stopped by {why} after line {self._number}"
+        self._patience = min(self._patience, self._producer.settings.exit_timeout)
 
     def report(self) -> bool:
         """Print the counts, and say whether every line was delivered."""
@@ -211,9 +228,11 @@ class Publication:
         deadline = time.monotonic() + self._patience
         while self._given_back and time.monotonic() < deadline:
             left = max(0.0, deadline - time.monotonic())
-            if not self._producer.wait_connected(left):
+            if not self._wait_connected(left):
                 break
             self._hope.wait(min(left, max(self._retry_after, MIN_PAUSE)))
+            if self._console.terminated:
+                break
             again, self._given_back = self._given_back, []
             self._publish(again)
             if len(self._given_back) < len(again):
@@ -221,6 +240,13 @@ class Publication:
         for line in self._given_back:
             self._fail("refused", line.number, CircuitOpenError("the circuit breaker is open"))
         self._given_back = []
+
+    def _wait_connected(self, limit: float) -> bool:
+        try:
+            with self._console.interruptible():
+                return self._producer.wait_connected(limit)
+        except Terminated:
+            return False
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -232,12 +258,14 @@ class Publication:
                 return
 
     def _lines(self) -> Iterator[_Line]:
-        for number, line in enumerate(read_lines(self._stream), 1):
+        for number, line in enumerate(self._raw_lines(), 1):
+            self._number = number
             self._read += len(line)
             if not line.strip():
                 continue
-            self._stopped = self._obstacle(number)
-            if self._stopped:
+            obstacle = self._obstacle(number)
+            if obstacle:
+                self._stopped = obstacle
                 return
             self.counts.lines += 1
             self._show_progress()
@@ -248,15 +276,40 @@ class Publication:
             else:
                 yield _Line(number, task)
 
+    def _raw_lines(self) -> Iterator[bytes]:
+        """Give lines until there are no more, or until SIGTERM."""
+        lines = read_lines(self._stream)
+        try:
+            while True:
+                with self._console.interruptible():
+                    line = next(lines, None)
+                if line is None:
+                    return
+                yield line
+        except Terminated:
+            self._stop("SIGTERM")
+
     def _obstacle(self, number: int) -> str:
         """Wait until a message can go out; say why not, if it still cannot."""
         status = self._producer.status()
         if status.connection_state is not ConnectionState.CONNECTED:
-            error = reach.wait(self._producer, self._patience)
+            try:
+                with self._console.interruptible():
+                    error = reach.wait(self._producer, self._patience)
+            except Terminated:
+                self._number = number - 1
+                self._stop("SIGTERM")
+                return self._stopped
             if error is not None:
                 return f"stopped before line {number}: {error}; {reach.advise(error)}"
         if status.retry_queue_size >= MAX_WAITING:
-            left = self._producer.flush(self._patience)
+            try:
+                with self._console.interruptible():
+                    left = self._producer.flush(self._patience)
+            except Terminated:
+                self._number = number - 1
+                self._stop("SIGTERM")
+                return self._stopped
             if left >= MAX_WAITING:
                 return f"stopped before line {number}: {left} messages wait for a retry"
         return ""
@@ -320,6 +373,8 @@ class Publication:
 
 def _open(name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     if name == "-":
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, "is closed", "standard input")
         return contextlib.nullcontext(sys.stdin.buffer)
     return Path(name).open("rb")
 

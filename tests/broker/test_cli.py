@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +348,100 @@ def test_publish_outlives_a_broker_that_is_killed(
     assert last["summary"]["confirmed"] == 4000, stderr
     found = drain(rabbitmq_vhost.url)
     assert found.keys() == {record["message_id"] for record in records if record["message_id"]}
+
+
+def _start(path: str, url: str, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "publish", path, "--json"],
+        env=environ_of(url, environ),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_sigterm_while_it_reads(rabbitmq_vhost: VirtualHost) -> None:
+    """What was read is published and accounted for; nothing more is read."""
+    with _start("-", rabbitmq_vhost.url) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write("PRIVATE\n" + _lines(EMBEDDING) * 3)
+        process.stdin.flush()
+        assert "line 1: bad" in process.stderr.readline()
+        deadline = time.monotonic() + 10.0
+        while rabbitmq_vhost.node.queue_depth(rabbitmq_vhost.name, "ml.embed") < 3:
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=10.0)
+    assert process.returncode == 143
+    last = documents(stdout)[-1]
+    assert last["summary"]["stopped"] == "stopped by SIGTERM after line 4"
+    assert (last["summary"]["lines"], last["summary"]["confirmed"]) == (4, 3)
+    assert drain(rabbitmq_vhost.url).total() == 3
+    assert "Traceback" not in stderr
+
+
+def test_sigterm_while_it_waits(rabbitmq_vhost: VirtualHost) -> None:
+    """What was deferred has as long as at a process's end, and is accounted for."""
+    with _start("-", rabbitmq_vhost.url, ML_EXIT_TIMEOUT="500") as process:
+        assert process.stderr is not None
+        assert process.stdin is not None
+        process.stdin.write(_lines({**CELERY, "routing_key": "nowhere"}))
+        process.stdin.close()
+        process.stdin = None
+        assert "waiting for 1 deferred" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=3.0)
+    assert process.returncode == 143
+    assert documents(stdout)[-1]["summary"]["undelivered"] == 1
+
+
+@pytest.mark.parametrize(
+    ("redirection", "words"),
+    [
+        ("| head -1", "the output is read no further"),
+        ("> /dev/full", "No space left on device"),
+        (">&-", "standard output is closed"),
+    ],
+)
+def test_output_that_cannot_be_written(
+    redirection: str, words: str, rabbitmq_vhost: VirtualHost, tmp_path: Path
+) -> None:
+    """It is said in one line, with what is known of the lines, and the exit code is 1."""
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(_lines(EMBEDDING) * 20_000)
+    command = " ".join(map(shlex.quote, [*COMMAND, "publish", str(path), "--json"]))
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} {redirection}"],
+        env=environ_of(rabbitmq_vhost.url, {}),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+    if redirection != ">&-":
+        assert "confirmed; of the" in result.stderr
+        assert len(result.stderr.splitlines()) == 2
+
+
+def test_standard_input_that_is_closed(rabbitmq_vhost: VirtualHost) -> None:
+    """It is said in one line."""
+    command = " ".join(map(shlex.quote, [*COMMAND, "publish", "-"]))
+    result = subprocess.run(
+        ["bash", "-c", f"{command} <&-"],
+        env=environ_of(rabbitmq_vhost.url, {}),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr == "mlproducer: standard input: is closed\n"
 
 
 def test_nobody_reads_the_output(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:

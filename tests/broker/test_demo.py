@@ -51,9 +51,17 @@ def test_demo_on_a_broker_of_yours(rabbitmq_vhost: VirtualHost, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("audible_ctrl_c")
-@pytest.mark.parametrize("moment", ["starting a private RabbitMQ", "freezing the broker"])
-def test_demo_ends_at_ctrl_c(moment: str, tmp_path: Path) -> None:
-    """Ctrl-C gives exit code 130, no traceback, and leaves no program and no file behind."""
+@pytest.mark.parametrize(
+    ("how", "code", "moment"),
+    [
+        (signal.SIGINT, 130, "starting a private RabbitMQ"),
+        (signal.SIGINT, 130, "freezing the broker"),
+        (signal.SIGTERM, 143, "starting a private RabbitMQ"),
+        (signal.SIGTERM, 143, "freezing the broker"),
+    ],
+)
+def test_demo_ends_at_a_signal(how: signal.Signals, code: int, moment: str, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM give their codes, no traceback, and leave no program and file behind."""
     process = subprocess.Popen(
         [*COMMAND, "demo"],
         env=environ_of(None, {"TMPDIR": str(tmp_path)}),
@@ -66,9 +74,9 @@ def test_demo_ends_at_ctrl_c(moment: str, tmp_path: Path) -> None:
         for line in process.stdout:
             if moment in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         _stdout, stderr = process.communicate(timeout=15.0)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in stderr
     assert left_in_the_end(tmp_path) == []
 

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,8 @@ BAD_LINES = [
     (_line({**CELERY, "PRIVATE": 1}), "a field is unknown; accepted are task, name, args"),
     (_line({**CELERY, "eta": "PRIVATE"}), "eta is a str that does not parse"),
     (_line({**CELERY, "eta": "2030-01-31T12:00:00"}), "eta is of type datetime but without"),
+    (b'{"task": "celery", "name": "a", "name": "b"}', "a key stands twice"),
+    (b'{"task": "celery", "kwargs": {"a": 1, "a": 2}}', "a key stands twice"),
     (_line({**CELERY, "eta": 5}), "eta is of type int"),
     (_line({**CELERY, "priority": 300}), "priority is of type int but out of range"),
 ]
@@ -211,6 +214,18 @@ def test_a_line_that_is_too_long_costs_no_memory_and_no_neighbour() -> None:
     stream = io.BytesIO(b"ab\n" + b"x" * 1000 + b"\n" + b"y" * 10 + b"\ncd")
     lines = list(read_lines(stream, limit=10))
     assert lines == [b"ab\n", b"x" * 11, b"y" * 10 + b"\n", b"cd"]
+
+
+def test_a_byte_order_mark_belongs_to_no_line() -> None:
+    """It is dropped at the beginning, and there alone."""
+    mark = b"\xef\xbb\xbf"
+    assert list(read_lines(io.BytesIO(mark + b"ab\n" + mark + b"c"))) == [b"ab\n", mark + b"c"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the installed package's."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mlproducer {metadata.version('mlproducer')}\n"
 
 
 # --- output ----------------------------------------------------------------------------------
@@ -249,10 +264,14 @@ def test_in_a_file_the_progress_is_a_line_now_and_then(
     assert capsys.readouterr().err == ""
 
 
-def test_what_a_terminal_would_obey_is_escaped() -> None:
+def test_what_a_terminal_would_obey_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     """Control characters of others' texts are shown, not sent; line ends stay where they may."""
     assert output.plain("a\x1b[2J\n\u202eb é") == "a\\x1b[2J\\n\\u202eb é"
     assert output.plain("a\tb\n\x07", lines=True) == "a\tb\n\\x07"
+    console = output.Console(as_json=False)
+    console.say("\x1b[31mred")
+    console.complain("\x9b2J")
+    assert capsys.readouterr() == ("\\x1b[31mred\n", "mlproducer: \\x9b2J\n")
 
 
 # --- advice ----------------------------------------------------------------------------------
