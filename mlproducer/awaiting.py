@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from typing import TYPE_CHECKING
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery
 from mlproducer.errors import PublishError
 from mlproducer.latch import Relay

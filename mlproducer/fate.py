@@ -10,9 +10,9 @@ Runs on: any thread; it is settled on the I/O thread.
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future
 
+from mlproducer import clock as time
 from mlproducer.latch import Watch, seconds
 from mlproducer.message import Receipt
 

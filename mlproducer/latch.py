@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
+from mlproducer import clock as time
 from mlproducer.errors import ConfigurationError
 
 LONGEST = min(threading.TIMEOUT_MAX, 366 * 86400.0)

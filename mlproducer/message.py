@@ -10,7 +10,6 @@ Runs on: any thread; nothing here is changed once it is made.
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -19,6 +18,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
+from mlproducer import clock as time
 from mlproducer import shapes
 from mlproducer.errors import PublishError, frameless_init
 from mlproducer.latch import seconds

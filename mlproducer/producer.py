@@ -13,7 +13,6 @@ import asyncio
 import logging
 import os
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from mlproducer import awaiting
+from mlproducer import clock as time
 from mlproducer.awaiting import AwaitedAnswer
 from mlproducer.core.delivery import Delivery, Handshake
 from mlproducer.engine.lifecycle import Lifecycle

@@ -9,10 +9,10 @@ Runs on: the users' threads; an `Answer` is given on the I/O thread.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery
 from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.fate import Fate

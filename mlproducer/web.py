@@ -17,7 +17,6 @@ import os
 import selectors
 import socket
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -29,6 +28,7 @@ from wsgiref.simple_server import ServerHandler, WSGIRequestHandler
 
 from attrs import define, field
 
+from mlproducer import clock as time
 from mlproducer import forks
 from mlproducer.fence import fenced, write
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
+from mlproducer import clock as time
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import LINK_MOVES, ConnectionState, LinkEvent, Machine

@@ -12,12 +12,12 @@ from __future__ import annotations
 import logging
 import random
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
 from attrs import field, frozen
 
+from mlproducer import clock as time
 from mlproducer.brokers import Broker, TLSSettings
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.engine.tls import TLSFiles

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from functools import partial
 from typing import NoReturn
 
 from attrs import frozen
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.failure import silent_store
 from mlproducer.core.farewell import CLOSED

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 from attrs import evolve
 
+from mlproducer import clock as time
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.farewell import CLOSED

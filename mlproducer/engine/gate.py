@@ -13,12 +13,12 @@ Runs on: publishers enter, the I/O thread lets them leave.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Protocol
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery
 from mlproducer.errors import WouldDeadlockError
 from mlproducer.latch import Latch, Watch

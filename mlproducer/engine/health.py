@@ -9,11 +9,11 @@ Runs on: the health thread; `Health.check_soon` on any.
 from __future__ import annotations
 
 import contextlib
-import time
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
+from mlproducer import clock as time
 from mlproducer.engine.roles import Post
 from mlproducer.engine.threads import TimerThread
 

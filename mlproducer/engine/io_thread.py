@@ -10,13 +10,13 @@ Runs on: the I/O thread, except where a method says otherwise.
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
 from attrs import evolve
 
+from mlproducer import clock as time
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.breaker import Adaptive, Breaker, Consecutive, Trip
 from mlproducer.core.courier import Courier

@@ -12,10 +12,10 @@ Runs on: the retry thread; orders come from the I/O thread, `Keeper.write_ahead`
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from mlproducer import clock as time
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Desk

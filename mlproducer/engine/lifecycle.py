@@ -16,10 +16,10 @@ Runs on: the users' threads; the start on a thread ``mlproducer-start``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from mlproducer import clock as time
 from mlproducer import forks
 from mlproducer.core.states import ConnectionState
 from mlproducer.engine import process, threads

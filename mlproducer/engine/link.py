@@ -44,6 +44,7 @@ from mlproducer.engine.losses import (
 )
 from mlproducer.engine.roles import LinkOwner
 from mlproducer.engine.setup import Setup
+from mlproducer.engine.timers import Timers
 from mlproducer.errors import NotConnectedError
 from mlproducer.message import Envelope
 from mlproducer.topology import Declaration
@@ -60,10 +61,11 @@ _FRAME_HEADER = struct.Struct(">BHL")
 
 
 class EventLoop(IOLoop):
-    """pika's loop, which knows its descriptors."""
+    """pika's loop, which knows its descriptors, and has timers that no test library can stop."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._timer = Timers()
         self._watched: dict[int, None] = {}
 
     def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from typing import Protocol
 
+from mlproducer import clock as time
 from mlproducer import forks
 from mlproducer.fence import write
 

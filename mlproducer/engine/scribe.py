@@ -8,7 +8,6 @@ Runs on: the retry thread; `Scribe.order` and `Scribe.depth` on any.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 from attrs import define, field
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.farewell import CLOSED
 from mlproducer.core.ports import Desk

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from attrs import frozen
 from pika import exceptions, frame, spec
 
+from mlproducer import clock as time
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.engine.directory import Route
 from mlproducer.engine.link import blocking_channel

@@ -9,9 +9,9 @@ import itertools
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable
 
+from mlproducer import clock as time
 from mlproducer import forks
 from mlproducer.fence import write
 

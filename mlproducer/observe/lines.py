@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from mlproducer import clock as time
 from mlproducer.fence import write
 from mlproducer.observe.limiter import Limiter
 

@@ -9,9 +9,9 @@ Runs on: the thread on which the event happens.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState

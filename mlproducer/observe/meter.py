@@ -8,11 +8,11 @@ Runs on: events arrive on the thread on which they happen; readings are taken on
 from __future__ import annotations
 
 import itertools
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState

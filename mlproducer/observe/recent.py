@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 
 from attrs import frozen
 
+from mlproducer import clock as time
 from mlproducer.core.delivery import Delivery
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import CircuitState

@@ -6,11 +6,11 @@ Runs on: the retry thread, its only owner; anyone may read its depth.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 from attrs import define, evolve
 
+from mlproducer import clock as time
 from mlproducer.errors import BufferFullError
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row, RowFate
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from attrs import frozen
 
+from mlproducer import clock as time
 from mlproducer.errors import StoreError, frameless
 from mlproducer.fence import write
 from mlproducer.store_url import check_prefix

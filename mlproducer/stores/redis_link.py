@@ -12,10 +12,10 @@ import functools
 import hashlib
 import re
 import ssl
-import time
 from collections.abc import Sequence
 from typing import Any
 
+from mlproducer import clock as time
 from mlproducer.errors import StoreError
 from mlproducer.store_url import RedisAddress
 from mlproducer.stores.redis_dial import TIMEOUT, connect, exceptions, warn_of_eviction

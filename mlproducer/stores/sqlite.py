@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from mlproducer import clock as time
 from mlproducer.fence import write
 from mlproducer.stores import sqlite_rows as rows_of
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate

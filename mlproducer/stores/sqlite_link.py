@@ -14,12 +14,12 @@ import json
 import os
 import sqlite3
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from mlproducer import clock as time
 from mlproducer import forks
 from mlproducer.errors import StoreError
 from mlproducer.latch import Token

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mlproducer"
 
 FLOORS = [
-    {"errors", "fence"},
+    {"errors", "fence", "clock"},
     {"latch", "forks"},
     {"topology", "brokers", "shapes", "store_url"},
     {"settings", "message", "tracing"},
@@ -203,6 +203,17 @@ def test_every_wait_has_a_limit_and_nothing_sleeps() -> None:
                 if waits or called in {"time.sleep", "time.time"}:
                     endless.append(f"{_name(path)}:{node.lineno} calls {ast.unparse(node.func)}")
     assert not endless, "\n".join(endless)
+
+
+def test_one_monotonic_clock() -> None:
+    """The library's clock is `mlproducer.clock`, which libraries for tests cannot stop."""
+    others = [
+        f"{_name(path)} uses time.monotonic: write 'from mlproducer import clock as time'"
+        for path in LIBRARY
+        if "cli" not in path.parts and _name(path) != "clock.py"
+        if "time.monotonic" in _text(path) and "import clock as time" not in _text(path)
+    ]
+    assert not others, "\n".join(others)
 
 
 def test_one_logger_per_module() -> None:
