@@ -8,12 +8,12 @@ Runs on: the users' threads; an `Answer` is given on the I/O thread.
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from typing import TYPE_CHECKING
 
 from mlproducer import clock as time
-from mlproducer.core.delivery import Delivery
+from mlproducer.core.delivery import NOBODY, Delivery
+from mlproducer.core.failure import failure
 from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.fate import Fate
 from mlproducer.latch import Latch, Relay
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 GRACE = 0.15
 """Seconds beyond a publisher's deadline within which the courier is expected to have spoken."""
+
+MOMENT = 0.05
+"""Seconds for an answer that the courier has begun to give."""
 
 
 class Answer:
@@ -36,14 +39,13 @@ class Answer:
     :ivar given: the answer, once it is there
     """
 
-    __slots__ = ("_heirs", "_latch", "_relay", "_token", "given")
+    __slots__ = ("_latch", "_relay", "_token", "given")
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self._latch: Latch | None = None
         self._token = None
         self.given: Receipt | PublishError | None = None
-        self._heirs: list[Fate] | None = None
 
     def set_running_or_notify_cancel(self) -> bool:
         """Take the message over; false if it was withdrawn, or taken over before."""
@@ -61,8 +63,6 @@ class Answer:
         self.given = given
         if self._latch is not None:
             self._relay.open(self._latch)
-        if self._heirs is not None:
-            _settle(self._heirs, given)
 
     set_exception = set_result
     """Answer that it is the publisher's."""
@@ -86,24 +86,6 @@ class Answer:
             raise self.given
         return self.given
 
-    def bequeath(self) -> Fate:
-        """Give a future that has the answer once it comes, for one who waits no longer."""
-        heir = Fate()
-        heirs = self._heirs = [heir]
-        if self.given is not None:
-            _settle(heirs, self.given)
-        return heir
-
-
-def _settle(heirs: list[Fate], given: Receipt | PublishError) -> None:
-    """Pass an answer on, once: whoever takes the heir out of the list does it."""
-    with contextlib.suppress(IndexError):
-        heir = heirs.pop()
-        if isinstance(given, Receipt):
-            heir.set_result(given)
-        else:
-            heir.set_exception(given)
-
 
 def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
     """Wait until the courier has spoken; at the deadline ask it to.
@@ -119,21 +101,29 @@ def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
 
 
 def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
-    """End the wait although the courier is silent: its thread hangs, or has just died."""
-    withdrawn = answer.cancel()
-    error = ConfirmTimeoutError(
-        "the I/O thread does not answer",
-        message_id=delivery.envelope.message_id,
-        attempts=delivery.attempts,
-        possibly_sent=not withdrawn,
-    )
-    if withdrawn or not delivery.retry:
-        engine.withdraw(delivery)
+    """End the wait although the courier is silent: its thread hangs, or has just died.
+
+    What has not been written is withdrawn. What has may be confirmed, or sent again, for all that
+    is known here: the library goes on with it, or, if it is not to be retried, leaves it.
+    """
+    text = "the I/O thread does not answer"
+    if engine.take_back(delivery, error := failure(ConfirmTimeoutError, delivery, text)):
+        error.possibly_sent = False
         raise error
-    elapsed = time.monotonic() - delivery.started
-    message_id = delivery.envelope.message_id
-    heir = answer.bequeath()
-    return Receipt(message_id, delivery.attempts, elapsed, False, error, heir)
+    error.possibly_sent = True
+    if delivery.retry:
+        heir = Fate()
+        if delivery.leave(heir):
+            elapsed = time.monotonic() - delivery.started
+            message_id = delivery.envelope.message_id
+            return Receipt(message_id, delivery.attempts, elapsed, False, error, heir)
+    else:
+        delivery.recalled = True
+        if delivery.leave(NOBODY):
+            raise error
+    if answer.wait(MOMENT):
+        return answer.receipt()
+    raise error  # the courier gives it back, and is held up while it notes that
 
 
 class Line:

@@ -27,7 +27,7 @@ from mlproducer.core.farewell import CLOSED, Farewell
 from mlproducer.core.judge import Judge
 from mlproducer.core.lanes import Lanes
 from mlproducer.core.ports import Carrier, Door, Events, Keeper, Loss, Undertaker
-from mlproducer.core.recovery import accuses
+from mlproducer.core.recovery import SOFT_ACCUSATIONS, accuses
 from mlproducer.core.states import CircuitState, FlowEvent
 from mlproducer.errors import (
     BrokerBlockedError,
@@ -39,6 +39,7 @@ from mlproducer.errors import (
     NotConnectedError,
     ProducerClosedError,
     PublishError,
+    StoreError,
 )
 from mlproducer.message import Envelope
 
@@ -117,15 +118,23 @@ class Courier:
     # --- publishers ----------------------------------------------------------------------------
 
     def accept(self, deliveries: Iterable[Delivery], now: float) -> None:
-        """Take messages from their publishers, unless they were withdrawn meanwhile."""
+        """Take messages from their publishers, unless they were withdrawn meanwhile.
+
+        What a publisher waits for, it may withdraw until it is written; a future, until now.
+        """
         for delivery in deliveries:
-            if delivery.claim():
+            if delivery.answer_deferral or delivery.claim():
                 self.readmit(delivery, now)
             else:
                 self.judge.leave(delivery, Place.RETIRED)
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
+        if delivery.place is Place.IN_FLIGHT:
+            return  # its row came back to this process while its tag is open, which decides
+        if delivery.open and delivery.place is Place.RETIRED:
+            self.judge.leave(delivery, Place.RETIRED)  # it goes back once its row is deleted
+            return
         delivery.place = Place.WAITING
         if not delivery.open:
             self.judge.drop(delivery)
@@ -140,8 +149,7 @@ class Courier:
 
     def turn_away(self, delivery: Delivery, now: float) -> None:
         """Judge a message for which the in-flight window had no room in time."""
-        if delivery.claim():
-            self._fail_unsent(delivery, now)
+        self._fail_unsent(delivery, now)
 
     def expire(self, delivery: Delivery, now: float) -> None:
         """End the wait of a publisher whose time is up; its message may live on."""
@@ -150,7 +158,7 @@ class Courier:
         if self.judge.owes(delivery):
             return  # the store has a moment more, then it is paid
         if delivery.place is Place.MAILBOX:
-            self._store_is_silent(delivery)
+            self._store_is_silent(delivery, now)
         elif delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)
             self._fail_unsent(delivery, now)
@@ -168,11 +176,14 @@ class Courier:
         carrier = self._lanes.carrier
         if carrier is None or not self._lanes.waiting or not self.able:
             return
+        waited = self._lanes.waiting
         room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
         for delivery in self._lanes.next(room):
-            if delivery.leased_until < now:
-                self.judge.keep(delivery, now)  # frozen meanwhile: it may be another's by now
+            if not (delivery.open and delivery.is_ours):
+                self.judge.leave(delivery, Place.RETIRED)  # withdrawn while it waited
+            elif delivery.recalled or delivery.leased_until < now:
+                self._hold_back(delivery, now)
             elif len(delivery.envelope.properties) <= carrier.longest_properties:
                 batch.append((delivery.envelope, self._dispatch(delivery, now)))
             else:
@@ -182,6 +193,24 @@ class Courier:
             apart = carrier.carry(batch)
             if apart:
                 self._lanes.confirms.set_apart(apart)
+        elif self._lanes.waiting < waited:
+            self.pump(now)  # there is room for those behind what has not been written
+
+    def _hold_back(self, delivery: Delivery, now: float) -> None:
+        """Do not write what has been raised to its publisher, or may be another process's by now.
+
+        Its lease ended while this process, or the store, was frozen: what is right is known once
+        the store has been asked.
+        """
+        if delivery.recalled:
+            self.judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "taken back"), now)
+            return
+        delivery.doubtful, delivery.suspected = True, False
+        if delivery.retry or delivery.kept or delivery.promised:
+            self.judge.keep(delivery, now)
+        else:
+            text = f"the message may have been taken over from the store: {self._keeper.name}"
+            self.judge.fail(delivery, failure(StoreError, delivery, text), now)
 
     def _dispatch(self, delivery: Delivery, now: float) -> int:
         """Note an attempt before it is written, and give its tag."""
@@ -279,7 +308,8 @@ class Courier:
         elif len(lost) == 1:
             self._convict(lost[0], loss, now)
         else:
-            self._lanes.trial.summon(self._still_wanted(lost))
+            linked = loss.reply_code in SOFT_ACCUSATIONS
+            self._lanes.trial.summon(self._still_wanted(lost, linked=linked))
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""
@@ -311,14 +341,18 @@ class Courier:
         """Fail attempts whose message may be in a queue, but for those that were returned."""
         for delivery in deliveries:
             if delivery.returned is None:
-                delivery.doubtful = True
+                delivery.doubtful, delivery.suspected = True, False
                 self.judge.fail(delivery, failure(kind, delivery, text, **facts), now)
             else:
                 self.judge.fail(delivery, unroutable(delivery), now)
 
-    def _still_wanted(self, lost: list[Delivery]) -> list[Delivery]:
-        """Give those whose publishers have not got them back, to be sent again."""
+    def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:
+        """Give those whose publishers have not got them back, to be sent again.
+
+        :param linked: the connection is still there: the guilty one was not routed by it either
+        """
         for delivery in lost:
+            delivery.suspected = linked and (delivery.suspected or not delivery.doubtful)
             delivery.doubtful = True
             self.breaker.released(delivery)
             if not delivery.open:
@@ -336,23 +370,48 @@ class Courier:
     def kept(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Messages are stored: now their publishers may be told so."""
         for delivery in deliveries:
-            self.judge.promise(delivery, now)
+            if self.judge.owes(delivery) or not delivery.open:
+                self.judge.promise(delivery, now)
 
-    def not_kept(self, delivery: Delivery, error: PublishError) -> None:
+    def not_kept(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
         if delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)
-        self.judge.refused(delivery, error)
+        self.judge.refused(delivery, error, now)
 
-    def withdrawn(self, deliveries: Iterable[Delivery]) -> None:
+    def withdrawn(self, deliveries: Iterable[Delivery], now: float) -> None:
         """The rows of messages that go back to their publishers are deleted."""
         for delivery in deliveries:
-            self.judge.pay(delivery)
+            self.judge.pay(delivery, now)
 
-    def _store_is_silent(self, delivery: Delivery) -> None:
-        """Give back a message that was to be stored before it is sent, unless it is under way."""
+    def taken_over(self, deliveries: Iterable[Delivery], now: float) -> None:
+        """Another process has claimed their rows: it sends them, and they are not sent here.
+
+        What is in flight stays there, since its confirm would be the first to come.
+        """
+        for delivery in deliveries:
+            delivery.doubtful, delivery.suspected = True, False
+            if delivery.place is Place.WAITING:
+                self._lanes.withdraw(delivery)
+                self._hold_back(delivery, now)
+
+    def ended(self, deliveries: Iterable[Delivery], now: float, *, dead: bool) -> None:
+        """Another process has delivered or dead-lettered them, and counted that: tell it here."""
+        for delivery in deliveries:
+            if delivery.place is Place.WAITING:
+                self._lanes.withdraw(delivery)
+            self.judge.learn(delivery, now, dead=dead)
+
+    def vanished(self, deliveries: Iterable[Delivery]) -> None:
+        """Their rows are gone, and no copy of them is here: they are their publishers' again."""
+        for delivery in deliveries:
+            text = f"the message is gone from the store, by no doing of ours: {self._keeper.name}"
+            self.judge.lose(delivery, failure(StoreError, delivery, text))
+
+    def _store_is_silent(self, delivery: Delivery, now: float) -> None:
+        """Give back a message that was to be stored before it is sent, unless its row is there."""
         if delivery.claim():
-            self.judge.refused(delivery, silent_store(delivery, self._keeper.name))
+            self.judge.refused(delivery, silent_store(delivery, self._keeper.name), now)
 
     # --- why a message was not sent ------------------------------------------------------------
 
@@ -369,7 +428,7 @@ class Courier:
         return error
 
     def _fail_unsent(self, delivery: Delivery, now: float) -> None:
-        error = self._unsent(delivery)
+        error = self._unsent(delivery, now)
         if isinstance(error, NotConnectedError):
             self._count_attempt(error, now)
         self.judge.fail(delivery, error, now)
@@ -380,10 +439,12 @@ class Courier:
             self._attempt_counted = True
             self.breaker.failed(None, now)
 
-    def _unsent(self, delivery: Delivery) -> PublishError:
+    def _unsent(self, delivery: Delivery, now: float) -> PublishError:
         """Why a message that waits for the link has not been written (again) in time."""
         if self.farewell.begun:
             return failure(ProducerClosedError, delivery, CLOSED)
+        if self.breaker.refuses():
+            return self._circuit_open(delivery, now)
         if self.blocked:
             return failure(BrokerBlockedError, delivery, "the broker blocks publishers")
         if self._lanes.carrier is None:

@@ -72,7 +72,11 @@ class Delivery:
     :ivar desk: the connection that it belongs to; only that one's I/O thread gives it to another
     :ivar size: bytes, as the gate and the link count them
     :ivar answer: what the publisher waits for; for ``submit()`` the message's fate
-    :ivar fate: what a receipt waits for, from when the answer was DEFERRED
+    :ivar fate: what is told next, once something was or is about to be: mostly what a receipt
+        waits for, from when the answer was DEFERRED
+    :ivar taken: the library has the message: its publisher cannot withdraw it any more
+    :ivar heir: what gets the answer where the publisher has ended its wait without one
+    :ivar recalled: its publisher was told that the message is its own: it is not written again
     :ivar retry: the library may keep the message and try again
     :ivar policy: how often and how soon it is tried again; ``None``: as the settings say
     :ivar answer_deferral: the publisher waits for an answer, not for the fate
@@ -81,7 +85,9 @@ class Delivery:
     :ivar dead: retries are used up; what is sent now is the dead letter
     :ivar first_failed: monotonic time of the first failure, 0 before it
     :ivar open: somebody is still to be told
-    :ivar doubtful: an earlier attempt may have reached a queue
+    :ivar doubtful: an earlier attempt, or another process, may have brought it to a queue
+    :ivar suspected: the only doubt is of an attempt on a channel that was closed over a message
+    :ivar routeless: it was returned although its route is known, and waits for that
     :ivar stored: the keeper has a row for it, or was told to make one
     :ivar kept: the message is ours: it goes on without its publisher
     :ivar buried: its letter has been handed to the keeper before
@@ -105,6 +111,7 @@ class Delivery:
         "envelope",
         "fate",
         "first_failed",
+        "heir",
         "kept",
         "late",
         "leased_until",
@@ -112,12 +119,17 @@ class Delivery:
         "place",
         "policy",
         "reason",
+        "recalled",
         "retry",
         "returned",
+        "routeless",
         "sent_at",
         "size",
         "started",
         "stored",
+        "suspected",
+        "taken",
+        "word",
     )
 
     def __init__(
@@ -135,7 +147,11 @@ class Delivery:
         self.desk: Desk | None = None
         self.size = envelope.size
         self.answer = answer
-        self.fate: Fate | None = None
+        self.fate: Handshake | None = None
+        self.heir: Handshake | None = None
+        self.word = None
+        self.taken = False
+        self.recalled = False
         self.started = started
         self.deadline = deadline
         self.retry = retry
@@ -148,6 +164,8 @@ class Delivery:
         self.dead = False
         self.open = True
         self.doubtful = False
+        self.suspected = False
+        self.routeless = False
         self.stored = False
         self.kept = False
         self.buried = False
@@ -157,33 +175,73 @@ class Delivery:
         self.reason: PublishError | None = None
         self.returned: tuple[int, str] | None = None
 
+    # --- who has the message -------------------------------------------------------------------
+
     def claim(self) -> bool:
-        """Take the message over from its publisher; false if it was withdrawn before that."""
-        return self.answer.set_running_or_notify_cancel()
+        """Take the message over from its publisher; false if it was withdrawn, or taken before.
+
+        The sender does so before the first write, the judge before it decides what becomes of a
+        message that was not written, and the store's writer once its row is committed. A publisher
+        that withdraws its message takes the same token, so only one of them goes on with it.
+        """
+        claimed = self.answer.set_running_or_notify_cancel()
+        if claimed:
+            self.taken = True
+        return claimed
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the library has the message, or gets it now."""
+        return self.taken or self.claim()
+
+    # --- who speaks first ----------------------------------------------------------------------
+
+    def leave(self, heir: Handshake) -> bool:
+        """End a publisher's wait although the I/O thread has not answered; on its own thread.
+
+        :param heir: gets the answer if it comes
+        :returns: false if the I/O thread is about to answer; then that is the answer
+        """
+        self.heir = heir
+        return self._take_word()
+
+    @property
+    def promised(self) -> bool:
+        """Whether its publisher has been told, or has told itself, that the message is ours."""
+        told = self.fate or self.heir
+        return told is not self.answer and isinstance(told, Fate)
+
+    def may_fail(self) -> bool:
+        """Take the right to say that it is the publisher's; false where it was promised."""
+        listener = self._listener()
+        return listener is self.answer or not isinstance(listener, Fate)
 
     def confirm(self, now: float) -> None:
         """Tell that the broker has confirmed it."""
         self.open = False
         receipt = Receipt(self.envelope.message_id, self.attempts, now - self.started)
-        (self.fate or self.answer).set_result(receipt)
+        self._listener().set_result(receipt)
 
     def defer(self, now: float, *, durable: bool) -> None:
         """Tell a publisher that waits for an answer that the library goes on without it."""
         if not (self.open and self.answer_deferral):
             return
-        self.fate = Fate()
-        if durable:
-            self.fate.delivery = self
-        self.fate.set_running_or_notify_cancel()
         self.answer_deferral = False
-        self.answer.set_result(self._deferral(now, self.fate, durable=durable))
+        listener = self._listener()
+        left = listener if isinstance(listener, Fate) and listener is not self.answer else None
+        self.fate = fate = left or Fate()
+        if durable:
+            fate.delivery = self
+        if left is None:
+            fate.set_running_or_notify_cancel()
+            listener.set_result(self._deferral(now, fate, durable=durable))
 
     def entrust(self, now: float) -> None:
         """Tell that the message is in a durable store, and its fate not to be learned here."""
         self.open, self.kept = False, True
         unknown: Future[Receipt] = Future()
         unknown.cancel()
-        (self.fate or self.answer).set_result(self._deferral(now, unknown, durable=True))
+        self._listener().set_result(self._deferral(now, unknown, durable=True))
 
     def _deferral(self, now: float, fate: Future[Receipt], *, durable: bool) -> Receipt:
         message_id, elapsed = self.envelope.message_id, now - self.started
@@ -192,4 +250,22 @@ class Delivery:
     def give_back(self, error: PublishError) -> None:
         """Tell that the library does not own it, or gives up on it."""
         self.open = False
-        (self.fate or self.answer).set_exception(error)
+        self._listener().set_exception(error)
+
+    def _listener(self) -> Handshake:
+        """Give what is to be told: the publisher's answer, or what came in its place."""
+        fate = self.fate
+        if fate is None:
+            fate = self.fate = self.answer if self._take_word() else self.heir or NOBODY
+        return fate
+
+    def _take_word(self) -> bool:
+        """Take the right to speak first, which only one thread can: it deletes the attribute."""
+        try:
+            del self.word
+        except AttributeError:
+            return False
+        return True
+
+
+NOBODY = Nobody()

@@ -48,8 +48,13 @@ def unroutable(delivery: Delivery) -> UnroutableError:
 
 
 def rejected(delivery: Delivery, reply_code: int, reply_text: str) -> BrokerRejectedError:
-    """Make the error of a message over which the broker closed the channel."""
+    """Make the error of a message over which the broker closed the channel.
+
+    It was never routed, also where an earlier attempt went down with a channel that another message
+    had closed.
+    """
     error = failure(BrokerRejectedError, delivery, reply_text)
+    error.possibly_sent = delivery.doubtful and not delivery.suspected
     error.reply_code, error.reply_text = reply_code, reply_text
     return error
 

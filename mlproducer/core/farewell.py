@@ -8,6 +8,8 @@ Runs on: the I/O thread, its only owner.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.failure import failure
 from mlproducer.core.judge import Judge
@@ -36,18 +38,22 @@ class Farewell:
         for delivery in [*self._lanes.confirms, *self._lanes.clear()]:
             self.see_off(delivery, now)
 
-    def abandon(self, stored: list[Delivery], now: float) -> None:
-        """Tell everybody, also those whose message is in the store."""
+    def abandon(self, stored: list[Delivery], rowless: Collection[Delivery], now: float) -> None:
+        """Tell everybody, also those whose message is in the store.
+
+        :param rowless: those of ``stored`` that the store has lost, or never had
+        """
         self.begun = True
         self._heard = False
         lost = self._lanes.lose_channel()
         for delivery in lost:
             delivery.doubtful = True
         owed = self._judge.owed
+        unsafe = owed.keys() | rowless
         for delivery in dict.fromkeys([*lost, *self._lanes.clear(), *stored, *owed]):
-            if not delivery.open:
+            if not (delivery.open and delivery.is_ours):
                 self._judge.leave(delivery, Place.RETIRED)
-            elif delivery.kept and self._durable and delivery not in owed:
+            elif delivery.kept and self._durable and delivery not in unsafe:
                 delivery.entrust(now)
             else:
                 self._judge.part(delivery, failure(ProducerClosedError, delivery, CLOSED))
@@ -55,9 +61,11 @@ class Farewell:
     def see_off(self, delivery: Delivery, now: float) -> None:
         """Part with a message: have it stored, or give it back; what is in flight stays there."""
         error = failure(ProducerClosedError, delivery, CLOSED)
-        if not delivery.open:
+        if not (delivery.open and delivery.is_ours):
             self._judge.leave(delivery, Place.RETIRED)
-        elif delivery.retry and self._durable and (delivery.stored or self._heard):
+            return
+        ours = delivery.retry or delivery.promised
+        if ours and self._durable and (delivery.stored or self._heard):
             delivery.reason = delivery.reason or error
             self._judge.keep(delivery, now)
         elif delivery.place is not Place.IN_FLIGHT:

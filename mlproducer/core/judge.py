@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from mlproducer.core.breaker import Breaker
 from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.failure import silent_store
+from mlproducer.core.failure import exhausted, failure, silent_store
 from mlproducer.core.ports import Door, Events, Keeper, Undertaker
 from mlproducer.core.recovery import Verdict, decide
 from mlproducer.errors import NotConnectedError, PublishError, StoreError
@@ -39,6 +39,9 @@ class Judge:
 
     def fail(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Judge an attempt that failed, or a wait that was in vain."""
+        if not delivery.is_ours:
+            self.leave(delivery, Place.RETIRED)  # its publisher has withdrawn it
+            return
         self._count(delivery, error, now)
         if not delivery.open:
             self.leave(delivery, Place.RETIRED)
@@ -51,22 +54,26 @@ class Judge:
         self.events.failed(delivery, error)
         verdict = decide(
             error,
-            retry=delivery.retry,
-            owned=delivery.kept,
+            retry=delivery.retry or delivery.promised,
+            owned=delivery.kept or delivery.promised,
             exhausted=self._used_up(delivery),
             durable=self.keeper.durable,
         )
         if verdict is Verdict.GIVE_BACK:
-            self.give_back(delivery, error)
+            self.give_back(delivery, error, now)
             return
         if verdict is Verdict.BURY:
-            delivery.dead = True
-            delivery.envelope = self.undertaker.dead_letter(delivery, error, now)
+            self._bury(delivery, error, now)
         self.keep(delivery, now)
+
+    def _bury(self, delivery: Delivery, error: PublishError, now: float) -> None:
+        delivery.dead = True
+        delivery.envelope = self.undertaker.dead_letter(delivery, error, now)
 
     def keep(self, delivery: Delivery, now: float) -> None:
         """Have it stored, or have its row say what came of the last attempt."""
         known, was_ours = delivery.stored, delivery.kept
+        sure = known and delivery.leased_until >= now
         delivery.stored = True
         if known:
             self.leave(delivery, Place.STORED)
@@ -74,13 +81,19 @@ class Judge:
             delivery.place = Place.STORED  # its slot is free once it is stored
         self.keeper.keep(delivery, now, known=known)
         delivery.kept = True
-        if not known:
+        if not (sure or (known and was_ours)):
             self.owed[delivery] = silent_store(delivery, self.keeper.name)
         elif not was_ours:
             self.promise(delivery, now)  # it was stored before it was sent
 
-    def give_back(self, delivery: Delivery, error: PublishError) -> None:
+    def give_back(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Let the publisher have it; what has its tag open stays there, and is not sent again."""
+        if not delivery.may_fail():  # its publisher has left a moment ago, and relies on us
+            delivery.kept = True
+            if error.permanent or self._used_up(delivery):
+                self._bury(delivery, error, now)
+            self.keep(delivery, now)
+            return
         self.leave(delivery, Place.RETIRED)
         if delivery.stored and self.keeper.durable:
             self.owed[delivery] = error
@@ -98,10 +111,28 @@ class Judge:
             self.keeper.settle(delivery)
         self._tell(delivery, error)
 
+    def learn(self, delivery: Delivery, now: float, *, dead: bool) -> None:
+        """Tell how a message ended in another process."""
+        self.owed.pop(delivery, None)
+        self.leave(delivery, Place.RETIRED)
+        if not delivery.open:
+            return
+        if dead:
+            delivery.give_back(exhausted(delivery))
+        else:
+            delivery.confirm(now)
+
+    def lose(self, delivery: Delivery, error: PublishError) -> None:
+        """Tell that the store has lost a message."""
+        self.owed.pop(delivery, None)
+        self.leave(delivery, Place.RETIRED)
+        if delivery.open:
+            self._tell(delivery, error)
+
     def drop(self, delivery: Delivery) -> None:
         """Let go of what nobody waits for: it is the store's, or was withdrawn on its way there."""
         self.leave(delivery, Place.RETIRED)
-        if not delivery.kept:
+        if delivery.stored and not delivery.kept:
             self.keeper.settle(delivery)
 
     def leave(self, delivery: Delivery, place: Place) -> None:
@@ -117,32 +148,38 @@ class Judge:
         if not isinstance(self.owed.get(delivery), StoreError | None):
             return  # it was given back meanwhile, and that is told once its row is gone
         self.owed.pop(delivery, None)
-        if delivery.open:
+        if not delivery.open:
+            self.keeper.settle(delivery)  # its publisher has got it back meanwhile
+        elif delivery.retry or delivery.promised:
             self.events.deferred(delivery)
             delivery.defer(now, durable=self.keeper.durable)
         else:
-            self.keeper.settle(delivery)  # its publisher has got it back meanwhile
+            reason = delivery.reason or failure(PublishError, delivery, "taken back")
+            self.give_back(delivery, reason, now)  # its publisher was interrupted meanwhile
 
-    def refused(self, delivery: Delivery, error: PublishError) -> None:
+    def refused(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Give back what the store cannot take, or not in time; what is in flight stays there."""
         self.owed.pop(delivery, None)
-        delivery.stored = delivery.kept = delivery.retry = False
-        if delivery.open:
+        delivery.stored = delivery.kept = False
+        if delivery.open and delivery.is_ours:
             error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
             error.attempts = delivery.attempts
-            self.give_back(delivery, error)
+            self.give_back(delivery, error, now)
 
     def owes(self, delivery: Delivery) -> bool:
         """Whether its publisher's answer waits for the store."""
         return delivery in self.owed
 
-    def pay(self, delivery: Delivery) -> None:
+    def pay(self, delivery: Delivery, now: float) -> None:
         """Tell what is owed, since its row is gone, or the store is silent."""
-        error = self.owed.pop(delivery, None)
-        if error is None or not delivery.open:
+        error = self.owed.get(delivery)
+        if error is None or (isinstance(error, StoreError) and delivery.promised):
+            return
+        del self.owed[delivery]
+        if not delivery.open:
             return
         if isinstance(error, StoreError):
-            self.refused(delivery, error)
+            self.refused(delivery, error, now)
         else:
             self._tell(delivery, error)
 

@@ -122,6 +122,15 @@ class Desk(Protocol):
     def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
         """Their rows are gone."""
 
+    def taken_over(self, deliveries: Sequence[Delivery]) -> None:
+        """Another process has claimed their rows, and sends them."""
+
+    def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+        """Another process has delivered them, or dead-lettered them."""
+
+    def vanished(self, deliveries: Sequence[Delivery]) -> None:
+        """Their rows are gone from the store, and there is no copy of them."""
+
     def expire(self, delivery: Delivery) -> None:
         """A publisher's time is up."""
 

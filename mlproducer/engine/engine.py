@@ -170,9 +170,10 @@ class Engine:
                 raise put.refusal
             return
         error = silent_store(delivery, self._keeper.name)
-        self.withdraw(delivery, error)
-        delivery.open = False  # it may be in the middle of being stored, and is then deleted
-        raise error
+        if self.take_back(delivery, error):
+            raise error  # a row that is committed after this is deleted
+        if put.refusal is not None:
+            raise put.refusal  # it came at this very moment, as its row would have
 
     def refuse(self, delivery: Delivery) -> CircuitOpenError | None:
         """Give the error with which an open breaker fails a message on the spot.
@@ -216,12 +217,19 @@ class Engine:
     def withdraw(self, delivery: Delivery, error: BaseException | None = None) -> None:
         """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""
         delivery.retry = False
-        if delivery.open and delivery.answer.cancel():
+        told = error if isinstance(error, PublishError) else PublishError("interrupted")
+        if not self.take_back(delivery, told):
+            delivery.recalled = True
+        self._io.reactor.mailbox.ring()
+
+    def take_back(self, delivery: Delivery, error: PublishError) -> bool:
+        """Take back a delivery, with an error, unless the library has it already."""
+        taken = delivery.open and delivery.answer.cancel()
+        if taken:
             delivery.open = False
             self.gate.leave((delivery,))
-            told = error if isinstance(error, PublishError) else PublishError("interrupted")
-            self._events.given_back(delivery, told)
-        self._io.reactor.mailbox.ring()
+            self._events.given_back(delivery, error)
+        return taken
 
     # --- the connection ------------------------------------------------------------------------
 

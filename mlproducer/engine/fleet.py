@@ -283,19 +283,30 @@ class Fleet:
     def flush(self, deadline: float | None) -> int:
         """Wait until nothing is in flight or waiting, and give how many are left.
 
+        This is about the whole store, whatever process wrote a row or has claimed it; while it
+        cannot be read, at least one is left.
+
         :raises WouldDeadlockError: it is called by a signal handler amid another call
         """
         self.gate.check()
-        self._wait_until_quiet(deadline)
-        return self._inside() + self._depth().stored
+        self._wait_until(self._quiet, deadline)
+        left = self._inside() + self._depth().total
+        return left if self._keeper.known else max(1, left)
 
     def _wait_until_quiet(self, deadline: float | None) -> None:
+        self._wait_until(self._quiet_here, deadline)
+
+    def _wait_until(self, quiet: Callable[[], bool], deadline: float | None) -> None:
         for engine in self.engines:
             if engine.idle:
                 engine.reconnect()
-        self.gate.emptied.wait_for(lambda: self._ended or self._is_quiet(), deadline)
+        self.gate.emptied.wait_for(lambda: self._ended or quiet(), deadline)
 
-    def _is_quiet(self) -> bool:
+    def _quiet(self) -> bool:
+        return not self.gate and self._keeper.known and not self._depth().total
+
+    def _quiet_here(self) -> bool:
+        """Whether there is nothing to close for: no wait for other processes, or a broken store."""
         return not self.gate and self._keeper.asked and not self._depth().stored
 
     def is_idle(self) -> bool:
@@ -311,8 +322,9 @@ class Fleet:
     def _inside(self) -> int:
         """Count the messages inside that the store does not count."""
         has_row = self._keeper.shelf.has_row
+        ahead = self._keeper.shelf.ahead
         inside = [each for each in self.gate.inside() if each.open]
-        return sum(not (each.kept and has_row(each)) for each in inside)
+        return sum(each in ahead or not (each.kept and has_row(each)) for each in inside)
 
     def _still_open(self) -> list[Delivery]:
         """Give those whose publishers have not been told their fate, or may still learn it."""
@@ -323,8 +335,10 @@ class Fleet:
         """Give those that would be lost with this process."""
         if not self.durable:
             return self._still_open()
-        has_row = self._keeper.shelf.has_row
-        return [each for each in self.gate.inside() if each.open and not has_row(each)]
+        shelf = self._keeper.shelf
+        held = dict.fromkeys([*self.gate.inside(), *shelf.rowless])
+        stored = shelf.has_row, shelf.astray.__contains__
+        return [each for each in held if each.open and not any(has(each) for has in stored)]
 
     def status(self) -> Status:
         """Say how things stand: with the link that is best off, and with the sizes of all."""

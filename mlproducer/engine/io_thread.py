@@ -295,7 +295,10 @@ class IOThread:
         if delivery.place is Place.IN_FLIGHT:
             self._health.check_soon()
         if self.courier.judge.owes(delivery):
-            self.reactor.call_later(STORE_LIMIT, partial(self.courier.judge.pay, delivery))
+            self.reactor.call_later(STORE_LIMIT, partial(self._pay, delivery))
+
+    def _pay(self, delivery: Delivery) -> None:
+        self.courier.judge.pay(delivery, time.monotonic())
 
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that the keeper held."""
@@ -332,11 +335,23 @@ class IOThread:
     def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Tell publishers that the store cannot take their messages."""
         for delivery, error in refusals:
-            self.courier.not_kept(delivery, error)
+            self.courier.not_kept(delivery, error, time.monotonic())
 
     def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
         """Tell publishers that their messages are their own again."""
-        self.courier.withdrawn(deliveries)
+        self.courier.withdrawn(deliveries, time.monotonic())
+
+    def taken_over(self, deliveries: Sequence[Delivery]) -> None:
+        """Send no more what another process has claimed."""
+        self.courier.taken_over(deliveries, time.monotonic())
+
+    def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+        """Tell what became of messages in another process."""
+        self.courier.ended(deliveries, time.monotonic(), dead=dead)
+
+    def vanished(self, deliveries: Sequence[Delivery]) -> None:
+        """Give back what the store has lost."""
+        self.courier.vanished(deliveries)
 
     def dial(self) -> None:
         """Connect, now, unless the broker is there and merely blocks."""
@@ -350,6 +365,7 @@ class IOThread:
         if not self.courier.farewell.begun:
             self._delayed.release()
             self.courier.farewell.shelve(time.monotonic())
+            self._keeper.verify()
         self._keeper.thread.order(done.open)
 
     def close(self) -> None:
@@ -359,7 +375,8 @@ class IOThread:
         self._closes = True
         self._delayed.release()
         stored = [each for each in self._keeper.shelf.deliveries() if each.desk is self]
-        self.courier.farewell.abandon(stored, time.monotonic())
+        rowless = frozenset(self._keeper.shelf.rowless)
+        self.courier.farewell.abandon(stored, rowless, time.monotonic())
         self.dialer.close()
 
     def probe(self, reply: Future[None]) -> None:

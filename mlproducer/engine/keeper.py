@@ -12,6 +12,7 @@ Runs on: the retry thread; orders come from the I/O thread, `Keeper.write_ahead`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -26,7 +27,7 @@ from mlproducer.engine.threads import TimerThread
 from mlproducer.errors import StoreError
 from mlproducer.latch import Latch
 from mlproducer.observe.events import EventSink
-from mlproducer.stores.protocol import Change, Depth, Entry, Record, Store
+from mlproducer.stores.protocol import Depth, Entry, Store
 
 MIN_PAUSE = 0.5
 """Seconds between two sweeps at least, where leases have to begin anew."""
@@ -62,6 +63,11 @@ class Keeper:
         """Count the rows, whoever wrote them; anyone may ask."""
         return self._scribe.depth
 
+    @property
+    def known(self) -> bool:
+        """Whether the store has said how much it holds, and has not failed since."""
+        return self._scribe.known
+
     def serve(self, desks: Sequence[Desk], watch: Callable[[], None]) -> None:
         """Say whom to answer, and what to look after at each sweep."""
         self._scribe.desks = desks
@@ -75,7 +81,7 @@ class Keeper:
 
         :param done: opened once it is stored, or refused
         """
-        record = Record(delivery.envelope, retry=delivery.policy)
+        record = record_of(delivery, delivery.started)
         put = Put(delivery, Entry(record, ahead=True), done=done)
         self._scribe.order(put)
         return put
@@ -84,17 +90,23 @@ class Keeper:
         """Store a message, or note in its row what came of the last attempt."""
         record, delay = record_of(delivery, now), self._delay(delivery)
         if known:
-            self._scribe.order(Note(delivery, record, delay, first=not delivery.kept))
+            new = not delivery.kept
+            told = new and delivery.leased_until < now
+            self._scribe.order(Note(delivery, record, delay, first=new, told=told))
         else:
             self._scribe.order(Put(delivery, Entry(record, delay)))
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
-        self._scribe.order(End(delivery, delivery.dead, counted=delivery.kept))
+        self._scribe.order(End(delivery, delivery.dead, kept=delivery.kept))
 
     def withdraw(self, delivery: Delivery) -> None:
         """Delete the row of a message, and say so."""
-        self._scribe.order(End(delivery, delivery.dead, counted=False, told=True))
+        self._scribe.order(End(delivery, delivery.dead, kept=delivery.kept, told=True))
+
+    def verify(self) -> None:
+        """See soon that the rows are still there, and store what has none although it should."""
+        self.thread.order(self._verify)
 
     def sweep_soon(self) -> None:
         """Send out what is due without waiting for the next sweep."""
@@ -133,10 +145,13 @@ class Keeper:
             self._watch()
         try:
             self._renew(now)
+            self._scribe.put_again()
             if self._scribe.carry_out():
+                self._scribe.trace()
                 self._scribe.count()
                 self._send_out()
         except StoreError as error:
+            self._scribe.known = False
             self._scribe.failed(error)
         if not self.asked:
             self.asked = True
@@ -154,19 +169,18 @@ class Keeper:
         rows = self._store.claim(room)
         self.hurries = bool(rows)
         self._gate.share(backlog=self.hurries)
-        taken, left = [], []
+        taken = []
         for row in rows:
             delivery = self.shelf.take(row, now)
-            if delivery is None:
-                self._store.done([row.claim])
+            if not delivery.open:
+                self.settle(delivery)  # it was given back, and its row left to whoever held it
+            elif delivery.place is Place.IN_FLIGHT:
+                continue  # its row was another process's for a while; its tag decides
             elif self._gate.try_enter(delivery):
                 taken.append(delivery)
             else:
-                left.append(Change(row.claim, row.record, 0.0))
-                self.shelf.park(delivery, row.claim)
-        if left:
-            self.hurries = True
-            self._store.release(left)
+                self.hurries = True
+                self._scribe.order(Note(delivery, row.record, 0.0, first=False))
         self._hand_out(taken, ready)
 
     def _hand_out(self, deliveries: Sequence[Delivery], ready: dict[Desk, int]) -> None:
@@ -189,14 +203,24 @@ class Keeper:
             else:
                 home.order(partial(home.pass_on, batch, desk))
 
-    def _renew(self, now: float) -> None:
+    def _renew(self, when: float) -> None:
         """Let the leases of what is on its way begin anew, and see which have been lost."""
-        if now >= self.shelf.renew_at:
+        if when >= self.shelf.renew_at:
+            now = time.monotonic()
             claims = list(self.shelf.claims.values())
             lost = self._store.renew(claims) if claims else []
             self.shelf.renewed(lost, now)
 
+    def _verify(self) -> None:
+        try:
+            self._renew(math.inf)
+            self._scribe.trace()
+        except StoreError as error:
+            self._scribe.failed(error)
+        self._scribe.put_again()
+
     def _close(self) -> None:
+        self._scribe.put_again()
         self._scribe.carry_out()
         try:
             self._store.close()

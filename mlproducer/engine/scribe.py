@@ -8,6 +8,7 @@ Runs on: the retry thread; `Scribe.order` and `Scribe.depth` on any.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,11 +21,11 @@ from mlproducer.core.delivery import Delivery
 from mlproducer.core.farewell import CLOSED
 from mlproducer.core.ports import Desk
 from mlproducer.engine.gate import Gate
-from mlproducer.engine.shelf import Shelf
+from mlproducer.engine.shelf import Shelf, record_of
 from mlproducer.errors import BufferFullError, ProducerClosedError, PublishError, StoreError
 from mlproducer.latch import Latch
 from mlproducer.observe.events import EventSink
-from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Store
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate, Store
 
 MIN_PATIENCE, MAX_PATIENCE = 0.05, 5.0
 """Seconds for which messages wait for a store that somebody else is writing to."""
@@ -34,22 +35,23 @@ MIN_PATIENCE, MAX_PATIENCE = 0.05, 5.0
 class Put:
     """Store a message.
 
-    :ivar begun: it was claimed from its publisher
     :ivar done: opened once it is stored, or refused
+    :ivar restores: its row is gone from the store, or could not be written although it was promised
     :ivar refusal: why it is not
     """
 
     delivery: Delivery
     entry: Entry
-    begun: bool = False
     done: Latch | None = None
+    restores: bool = False
     refusal: PublishError | None = None
 
-    def begin(self) -> bool:
-        """Whether it is still wanted; what is stored ahead is claimed from its publisher here."""
-        if self.entry.ahead and not self.begun:
-            return self.delivery.claim()
-        return self.delivery.stored or self.begun
+    @property
+    def wanted(self) -> bool:
+        """Whether it is still to be stored; not what has gone back to its publisher."""
+        if self.entry.ahead or self.restores:
+            return self.delivery.open
+        return self.delivery.stored
 
 
 @define(eq=False)
@@ -57,12 +59,14 @@ class Note:
     """Note in a message's row what came of the last attempt.
 
     :ivar first: the row did not count among those that wait before
+    :ivar told: its publisher waits for the store's word that the row is still there
     """
 
     delivery: Delivery
     record: Record = field(repr=False)
     delay: float | None
     first: bool
+    told: bool = False
 
     @property
     def dead(self) -> bool:
@@ -79,14 +83,16 @@ class Note:
 class End:
     """Delete the row of a message that has found its end, or goes back to its publisher.
 
-    :ivar counted: the row counts among those that wait or are dead
+    :ivar kept: the message waited for a retry, or is dead
     :ivar told: its publisher waits for the deletion
+    :ivar counted: the row was counted among those that wait or are dead when this was ordered
     """
 
     delivery: Delivery
     dead: bool
-    counted: bool
+    kept: bool
     told: bool = False
+    counted: bool = False
 
     @property
     def change(self) -> int:
@@ -94,7 +100,25 @@ class End:
         return -self.counted
 
 
+@define(eq=False)
+class _Count:
+    """What the store held when it was last asked.
+
+    :ivar waiting: by how much orders that were carried out by then had changed that number
+    :ivar dead: by how much that of the dead
+    :ivar new: what has been stored since, and whether it is dead
+    """
+
+    depth: Depth
+    waiting: int = 0
+    dead: int = 0
+    new: dict[Delivery, bool] = field(factory=dict)
+
+
 Order = TypeVar("Order", Put, Note, End)
+
+TRACED = 500
+"""Rows whose fate is asked for in one call."""
 
 
 class Scribe:
@@ -102,6 +126,7 @@ class Scribe:
 
     :param ring: has `carry_out` called soon, on the retry thread
     :ivar desks: the connections; each is answered for the messages that belong to it
+    :ivar known: the latest count has not failed
     """
 
     def __init__(
@@ -118,19 +143,28 @@ class Scribe:
         # By how much rows become more or fewer, by whether they are dead.
         self._ordered = Counter[bool]()
         self._carried = Counter[bool]()
-        self._counted = (Depth(), 0, 0)
+        self._counted = _Count(Depth())
+        self.known = not store.durable
 
     @property
     def depth(self) -> Depth:
-        """Count the rows, whoever wrote them, as they will be after all orders; anyone may ask."""
-        depth, waiting, dead = self._counted
+        """Count the rows, whoever wrote them, as they will be after all orders; anyone may ask.
+
+        Of those stored ahead these are other processes' alone; this one's are inside the window.
+        """
+        count = self._counted
+        new = list(count.new.values())
         return Depth(
-            max(0, depth.waiting + self._ordered[False] - waiting),
-            max(0, depth.dead + self._ordered[True] - dead),
+            max(0, count.depth.waiting + new.count(False) + self._ordered[False] - count.waiting),
+            max(0, count.depth.dead + new.count(True) + self._ordered[True] - count.dead),
+            count.depth.ahead,
         )
 
     def order(self, order: Put | Note | End) -> None:
         """Have something written."""
+        if isinstance(order, End):
+            # A row that is not there yet is not counted, and must not be subtracted from others.
+            order.counted = order.kept and self._shelf.claim_of(order.delivery) is not None
         if not isinstance(order, Put):
             self._ordered[order.dead] += order.change
         self._orders.append(order)
@@ -140,8 +174,13 @@ class Scribe:
 
     def count(self) -> None:
         """Ask the store how much it holds."""
-        self._counted = (self._store.depth(), self._carried[False], self._carried[True])
-        if not self.depth.stored:
+        self.known = False
+        depth = self._store.depth()
+        others = max(0, depth.ahead - len(self._shelf.ahead))
+        counted = Depth(depth.waiting, depth.dead, others)
+        self._counted = _Count(counted, self._carried[False], self._carried[True])
+        self.known = True
+        if not self.depth.total:
             self._gate.emptied.changed()
 
     def carry_out(self) -> bool:
@@ -177,6 +216,12 @@ class Scribe:
             return False
         return True
 
+    def put_again(self) -> None:
+        """Store what was promised, and what the store has lost, as far as it can be done now."""
+        puts = list(self._shelf.rowless.values())
+        self._shelf.rowless.clear()
+        self._attempt(self._put, puts, again=False)
+
     def _put(self, puts: Sequence[Put]) -> None:
         """Store messages, but for those whose publishers have given up waiting for it."""
         taken: list[Put] = []
@@ -187,12 +232,11 @@ class Scribe:
         except BufferFullError as error:
             if len(taken) == 1:
                 self._refuse(taken, error)
-            else:
-                for put in taken:  # for some of them there may be room
-                    put.begun = True
-                    self._put([put])
+            else:  # for some of them there may be room
+                for put in taken:
+                    self._attempt(self._put, [put], again=False)
         except Exception as error:
-            taken += [put for put in puts if put not in taken and put.begin()]
+            taken += [put for put in puts if put not in taken and put.wanted]
             self._refuse(taken, self._as_store_error(error))
             raise
         else:
@@ -200,25 +244,40 @@ class Scribe:
 
     def _wanted(self, puts: Sequence[Put], taken: list[Put]) -> Iterator[Entry]:
         for put in puts:
-            if put.begin():
+            if put.wanted:
                 taken.append(put)
                 yield put.entry
 
     def _stored(self, puts: Sequence[Put], claims: Sequence[Claim], now: float) -> None:
+        """Tell that messages are stored; what can fail, as counting can, comes after that."""
+        ahead, kept = [], []
         for put, claim in zip(puts, claims, strict=True):
-            put.delivery.stored = put.delivery.stored or put.entry.ahead
-            if put.entry.delay is None:
-                self._shelf.hold(put.delivery, claim, now)
+            delivery = put.delivery
+            if put.entry.ahead:
+                self._shelf.ahead.add(delivery)
             else:
-                self._shelf.park(put.delivery, claim)
+                self._counted.new[delivery] = put.entry.record.dead
+            if put.entry.delay is None:
+                self._shelf.hold(delivery, claim, now)
+            else:
+                self._shelf.park(delivery, claim)
+            if not put.entry.ahead:
+                kept.append(delivery)
+            elif put.restores:
+                continue
+            elif delivery.claim():
+                delivery.stored = True
+                ahead.append(delivery)
+            else:  # its publisher has given up while it was being stored
+                self.order(End(delivery, dead=False, kept=False))
         _open(puts)
-        ahead = [put.delivery for put in puts if put.entry.ahead]
-        kept = [put.delivery for put in puts if not put.entry.ahead]
-        if kept:
-            self.count()
-            self._gate.leave([put.delivery for put in puts if put.entry.delay is not None])
-            self._tell(kept, lambda desk, some: desk.kept(some))
+        self._gate.leave([put.delivery for put in puts if put.entry.delay is not None])
+        for delivery in self._tell(kept, lambda desk, some: desk.kept(some)):
+            if not delivery.open:
+                self.order(End(delivery, delivery.dead, kept=True))
         self._part(self._tell(ahead, lambda desk, some: desk.stored_ahead(some)), now)
+        if kept:
+            self._count_again()
 
     def _part(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Answer those whose message was stored when the producer had been closed already."""
@@ -226,21 +285,25 @@ class Scribe:
             if delivery.retry:
                 delivery.entrust(now)
             else:
-                self.order(End(delivery, delivery.dead, counted=delivery.kept))
+                self.order(End(delivery, delivery.dead, kept=delivery.kept))
                 message_id = delivery.envelope.message_id
                 error = ProducerClosedError(CLOSED, message_id=message_id)
                 self._events.given_back(delivery, error)
                 delivery.give_back(error)
 
     def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
+        """Tell that messages are not stored; but what was promised is put again at each sweep."""
+        refusals: dict[Delivery, PublishError] = {}
         for put in puts:
-            put.refusal = _copy(error, put.delivery)
-        refusals = {put.delivery: put.refusal for put in puts if put.refusal is not None}
+            if put.restores or put.delivery.promised:
+                self._shelf.rowless[put.delivery] = put
+            else:
+                put.refusal = refusals[put.delivery] = _copy(error, put.delivery)
         for delivery in self._tell(
             list(refusals),
             lambda desk, some: desk.not_kept([(each, refusals[each]) for each in some]),
         ):
-            if delivery.open:
+            if delivery.open and delivery.is_ours:
                 self._events.given_back(delivery, refusals[delivery])
                 delivery.give_back(refusals[delivery])
         _open(puts)
@@ -256,31 +319,93 @@ class Scribe:
         lost = set(
             self._store.release([Change(claim, note.record, note.delay) for note, claim in known])
         )
-        for note, claim in known:
-            if claim in lost:
-                self._shelf.lose(note.delivery)
-            elif note.delay is not None:
-                self._shelf.park(note.delivery, claim)
+        sure = []
+        for note, claim in held:
+            delivery = note.delivery
+            if claim is None or claim in lost:
+                self._miss(note)
+                continue
+            self._shelf.ahead.discard(delivery)
+            if note.delay is not None:
+                self._shelf.park(delivery, claim)
+            if note.told:
+                sure.append(delivery)
         self._done(notes)
+        self._tell(sure, lambda desk, some: desk.kept(some))
+
+    def _miss(self, note: Note) -> None:
+        """Remember what is to be stored of a message, should its row turn out to be gone."""
+        delivery = note.delivery
+        self._shelf.lose(delivery)
+        put = Put(delivery, Entry(note.record, note.delay), restores=True)
+        if delivery in self._shelf.astray:
+            self._shelf.astray[delivery].put = put
+        elif delivery in self._shelf.rowless or (
+            delivery.promised and not self._shelf.claim_of(delivery)
+        ):
+            self._shelf.rowless[delivery] = put  # it could not be written so far
+
+    def trace(self) -> None:
+        """Learn what became of rows that are not this process's any more, or may not be.
+
+        These are rows whose claim was lost, and those that wait, and that another process may have
+        delivered, as far as somebody can be told.
+        """
+        asked = self._shelf.astray_and_waiting()
+        for begin in range(0, len(asked), TRACED):
+            piece = asked[begin : begin + TRACED]
+            fates = self._store.trace([claim for _, claim in piece])
+            self._learn([delivery for delivery, _ in piece], fates)
+
+    def _learn(self, deliveries: Sequence[Delivery], fates: Sequence[RowFate]) -> None:
+        by_fate: dict[RowFate, list[Delivery]] = {fate: [] for fate in RowFate}
+        for delivery, fate in zip(deliveries, fates, strict=True):
+            by_fate[fate].append(delivery)
+        taken = [each for each in by_fate[RowFate.TAKEN] if self._shelf.first_seen_taken(each)]
+        self._tell(taken, lambda desk, some: desk.taken_over(some))
+        vanished = []
+        for delivery in by_fate[RowFate.MISSING]:
+            astray = self._shelf.astray.get(delivery)
+            self._shelf.drop(delivery)
+            if astray is None:
+                vanished.append(delivery)
+            elif delivery.open:
+                delivery.leased_until = math.inf  # there is nothing that another could have
+                self._shelf.rowless[delivery] = astray.put or self._restoring(delivery)
+        self._tell(vanished, lambda desk, some: desk.vanished(some))
+        for fate in (RowFate.CONFIRMED, RowFate.DEAD_LETTERED):
+            dead = fate is RowFate.DEAD_LETTERED
+            for delivery in by_fate[fate]:
+                self._shelf.drop(delivery)
+            self._tell(by_fate[fate], lambda desk, some, dead=dead: desk.learned(some, dead=dead))  # type: ignore[misc]
+
+    def _restoring(self, delivery: Delivery) -> Put:
+        record = record_of(delivery, time.monotonic())
+        return Put(delivery, Entry(record, ahead=not delivery.kept), restores=True)
 
     def _end(self, ends: Sequence[End]) -> None:
         claims = [self._shelf.claim_of(end.delivery) for end in ends]
         self._store.done([claim for claim in claims if claim is not None])
         for end in ends:
             self._shelf.drop(end.delivery)
-        self._done(ends)
+            self._shelf.rowless.pop(end.delivery, None)
         told = [end.delivery for end in ends if end.told]
         self._tell(told, lambda desk, some: desk.withdrawn(some))
+        self._done(ends)
 
     def _done(self, orders: Sequence[Note] | Sequence[End]) -> None:
         """Count anew, if it can be done, where the orders have made a difference."""
         for order in orders:
             self._carried[order.dead] += order.change
-        if any(isinstance(order, Note) or order.counted for order in orders):
-            try:
-                self.count()
-            except StoreError as error:
-                self.failed(error)
+        if any(isinstance(order, Note) or order.kept for order in orders):
+            self._count_again()
+
+    def _count_again(self) -> None:
+        """Count, if it can be done; a store that cannot is told of, and harms nothing."""
+        try:
+            self.count()
+        except Exception as error:  # noqa: BLE001 - also where a user's store fails in its own way
+            self.failed(self._as_store_error(error))
 
     def failed(self, error: StoreError) -> None:
         """Tell that the store cannot be used."""

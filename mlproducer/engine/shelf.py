@@ -13,14 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping, Sequence
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from attrs import evolve
+from attrs import define, evolve
 
 from mlproducer import errors
 from mlproducer.core.delivery import Delivery, Nobody, Place
 from mlproducer.errors import PublishError
 from mlproducer.stores.protocol import Claim, Record, Row
+
+if TYPE_CHECKING:
+    from mlproducer.engine.scribe import Put
 
 _REASON_MAX = 255
 
@@ -29,11 +33,27 @@ SAFETY = 0.9
 """The part of a lease in which its holder relies on it."""
 
 
+@define(eq=False)
+class Astray:
+    """A row whose claim was lost: it is gone, or another process's.
+
+    :ivar put: what is to be stored should it be gone; ``None``: the message as it is then
+    :ivar told: its connection has been told that another process has it
+    """
+
+    claim: Claim
+    put: Put | None = None
+    told: bool = False
+
+
 class Shelf:
     """Deliveries whose message is in the store.
 
     :param lease: seconds for which a claim holds
     :ivar claims: the claim of each row that is this process's now
+    :ivar ahead: those stored ahead of their first attempt, which is under way
+    :ivar astray: those whose claim was lost, until their fate is known
+    :ivar rowless: those that are ours and have no row, though they should
     :ivar renew_at: monotonic time at which leases have to begin anew
     """
 
@@ -44,6 +64,9 @@ class Shelf:
         self._parked: MutableMapping[int, Delivery] = WeakValueDictionary() if durable else {}
         self._last: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
         self.claims: dict[Delivery, Claim] = {}
+        self.ahead: set[Delivery] = set()
+        self.astray: dict[Delivery, Astray] = {}
+        self.rowless: dict[Delivery, Put] = {}
 
     def has_row(self, delivery: Delivery) -> bool:
         """Whether its row is there, and this process's."""
@@ -52,9 +75,27 @@ class Shelf:
     def deliveries(self) -> list[Delivery]:
         """Give all that are remembered."""
         if not isinstance(self._parked, WeakValueDictionary):
-            return [*self.claims, *self._parked.values()]
+            kept = [*self.claims, *self.astray, *self.rowless, *self._parked.values()]
+            return list(dict.fromkeys(kept))
         alive = [reference() for reference in self._parked.valuerefs()]
-        return [*self.claims, *(delivery for delivery in alive if delivery is not None)]
+        waiting = (delivery for delivery in alive if delivery is not None)
+        return list(dict.fromkeys([*self.claims, *self.astray, *self.rowless, *waiting]))
+
+    def astray_and_waiting(self) -> list[tuple[Delivery, Claim]]:
+        """Give the last claims of rows that another process may have, or have ended."""
+        astray = [(delivery, row.claim) for delivery, row in self.astray.items()]
+        if not self._durable:
+            return astray
+        waiting = [(each, claim) for each, claim in self._last.items() if each.open]
+        return astray + waiting
+
+    def first_seen_taken(self, delivery: Delivery) -> bool:
+        """Note that another process has a row; false where that is no news, or harms nobody."""
+        row = self.astray.get(delivery)
+        if row is None or row.told:
+            return False
+        row.told = True
+        return True
 
     def hold(self, delivery: Delivery, claim: Claim, now: float) -> None:
         """Remember a claim, whose lease began at ``now`` or later."""
@@ -72,11 +113,16 @@ class Shelf:
                 self._begin_lease(delivery, now)
 
     def lose(self, delivery: Delivery) -> None:
-        """Leave a message to whoever has taken it over; its own publisher may never hear of it."""
-        delivery.leased_until = -math.inf
-        claim = self.drop(delivery)
-        if claim is not None and delivery.place is Place.STORED:
-            self.park(delivery, claim)
+        """Note that a claim does not hold any more; what is the matter is seen by `Scribe.trace`.
+
+        Should the row come back to this process, its delivery is found by the row's key.
+        """
+        claim = self.claims.pop(delivery, None)
+        if claim is not None:
+            delivery.leased_until = -math.inf
+            self.ahead.discard(delivery)
+            self.astray[delivery] = Astray(claim)
+            self._parked[claim.key] = delivery
 
     def _begin_lease(self, delivery: Delivery, now: float) -> None:
         self.renew_at = min(self.renew_at, now + self._lease / 3)
@@ -92,17 +138,21 @@ class Shelf:
 
     def claim_of(self, delivery: Delivery) -> Claim | None:
         """Give the last claim of its row, which still holds if nobody has claimed it since."""
-        return self.claims.get(delivery) or self._last.get(delivery)
+        astray = self.astray.get(delivery)
+        claim = self.claims.get(delivery) or self._last.get(delivery)
+        return claim or (None if astray is None else astray.claim)
 
-    def take(self, row: Row, now: float) -> Delivery | None:
-        """Give the delivery of a row that was claimed; ``None`` where it was given back."""
+    def take(self, row: Row, now: float) -> Delivery:
+        """Give the delivery of a row that was claimed; it is not open where it was given back."""
         delivery = self._parked.pop(row.claim.key, None)
-        if delivery is None and not self._durable:
-            return None
         if delivery is None:
             delivery = _revived(row.record, now)
+            delivery.open = self._durable  # memory forgets only what has found its end
         self._last.pop(delivery, None)
+        self.astray.pop(delivery, None)
         delivery.envelope = row.record.envelope
+        delivery.attempts = max(delivery.attempts, row.record.attempts)
+        delivery.dead = delivery.dead or row.record.dead
         delivery.doubtful = delivery.doubtful or row.record.doubtful
         self.hold(delivery, row.claim, now)
         return delivery
@@ -111,7 +161,9 @@ class Shelf:
         """Forget a delivery that has found its end, and give the last claim of its row."""
         claim = self.claim_of(delivery)
         self.claims.pop(delivery, None)
-        if self._last.pop(delivery, None) is not None and claim is not None:
+        self.ahead.discard(delivery)
+        waited = self._last.pop(delivery, None) or self.astray.pop(delivery, None)
+        if waited is not None and claim is not None:
             self._parked.pop(claim.key, None)
         return claim
 
@@ -127,6 +179,7 @@ def record_of(delivery: Delivery, now: float) -> Record:
         reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
         first_failed_at=_epoch() - (now - delivery.first_failed) if delivery.first_failed else 0.0,
         retry=delivery.policy,
+        accepted_at=_epoch() - (now - delivery.started),
     )
 
 
@@ -141,6 +194,8 @@ def _revived(record: Record, now: float) -> Delivery:
     delivery.doubtful = record.doubtful
     if record.reason:
         delivery.reason = _error(record)
+    if record.accepted_at:
+        delivery.started = now - max(0.0, _epoch() - record.accepted_at)
     if record.first_failed_at:
         delivery.first_failed = now - max(0.0, _epoch() - record.first_failed_at)
     return delivery

@@ -14,19 +14,24 @@ from functools import partial
 
 from attrs import evolve
 
+from mlproducer import waiting
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.failure import silent_store
 from mlproducer.core.ports import Loss
-from mlproducer.core.recovery import accuses
+from mlproducer.core.recovery import SOFT_ACCUSATIONS, accuses
 from mlproducer.core.states import CircuitState
 from mlproducer.engine.gate import Gate
+from mlproducer.engine.scribe import Put
 from mlproducer.errors import PublishError, RetriesExhaustedError
+from mlproducer.latch import Latch
 from mlproducer.message import Envelope
 from tests.helpers import make_delivery
 from tests.pure.witnesses import (
     PLENTY,
     Channel,
     Clock,
+    Handed,
     ModelBreaker,
     ModelKeeper,
     ModelStore,
@@ -36,6 +41,7 @@ from tests.pure.witnesses import (
 )
 
 MANY = 1000
+TIMEOUT = 5.0
 WINDOW_BYTES = 40
 """Bytes inside at once: six messages of the tests' size, fewer of the larger ones."""
 
@@ -51,7 +57,10 @@ class House:
         self.last_first = 0
         self.channel: Channel | None = None
         self.new_link = False
-        self.blocked = self.closed = False
+        self.blocked = self.closing = self.closed = False
+        self.owing: list[Delivery] = []
+        self.submits: dict[Delivery, tuple[Put, Latch]] = {}
+        self.taken: dict[int, Record] = {}  # rows that another process has claimed
         self.mailbox: deque[Delivery | Callable[[], None]] = deque()
         self.gate = Gate(setup.window, WINDOW_BYTES)
         self.store = ModelStore(setup, clock)
@@ -64,7 +73,7 @@ class House:
 
     def record(self, delivery: Delivery) -> Record:
         """Give what is known of a message."""
-        return self.records[delivery]
+        return self.by_id[delivery.envelope.message_id]
 
     # --- the undertaker ---
 
@@ -94,16 +103,22 @@ class House:
         """Send again what was stored, and not before its time."""
         for delivery in deliveries:
             if delivery.open:
-                assert delivery.place is Place.STORED
+                given_back = self.courier.judge.owes(delivery)
+                assert delivery.place is Place.STORED or given_back, delivery.place
                 assert self.clock.now >= self.record(delivery).not_before, "I15: early"
-                assert delivery in self.gate._inside, "I6: inside without a slot"
+                inside = delivery in self.gate._inside or given_back
+                assert inside, "I6: inside without a slot"
             self.courier.readmit(delivery, self.clock.now)
 
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """Send for the first time what is stored."""
         for delivery in deliveries:
-            assert self.keeper.shelf.has_row(delivery), "I20: sent before it was stored"
+            shelf = self.keeper.shelf
+            stored = shelf.has_row(delivery) or shelf.claim_of(delivery) or self.store.robbed
+            assert stored, "I20: sent before it was stored"
             self.courier.readmit(delivery, self.clock.now)
+            if delivery.deadline <= self.clock.now and self.record(delivery).asked:
+                self._expire(delivery)  # its publisher has asked while it was being stored
 
     def kept(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on."""
@@ -112,63 +127,178 @@ class House:
     def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Pass it on."""
         for delivery, error in refusals:
-            self.courier.not_kept(delivery, error)
+            self.courier.not_kept(delivery, error, self.clock.now)
 
     def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on."""
-        self.courier.withdrawn(deliveries)
+        self.courier.withdrawn(deliveries, self.clock.now)
+
+    def taken_over(self, deliveries: Sequence[Delivery]) -> None:
+        """Pass it on."""
+        self.courier.taken_over(deliveries, self.clock.now)
+
+    def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+        """Pass it on; it is an end of which the other process has told."""
+        for delivery in deliveries:
+            record = self.record(delivery)
+            assert record.elsewhere == ("buries" if dead else "delivers")
+            if delivery.open:
+                record.ends.append("elsewhere")
+        self.courier.ended(deliveries, self.clock.now, dead=dead)
+
+    def vanished(self, deliveries: Sequence[Delivery]) -> None:
+        """Pass it on; it is only true of what was in the store alone."""
+        for delivery in deliveries:
+            assert self.record(delivery).robbed, "the row was there, or a copy was here"
+        self.courier.vanished(deliveries)
 
     # --- publishers ---
 
     def publish(
-        self, *, exchange: str, retry: bool, waits: bool, properties: bytes
+        self,
+        *,
+        exchange: str,
+        retry: bool,
+        waits: bool,
+        properties: bytes,
+        cut: str = "",
     ) -> Delivery | None:
-        """Hand a message in, as `MLProducer` does; nothing is made where the breaker refuses."""
+        """Hand a message in, as `MLProducer` does; nothing is made where the breaker refuses.
+
+        :param cut: the step after which the call is interrupted
+        """
         if self.breaker.refuses() and not (self.store.durable and retry):
             return None
         delivery = make_delivery(
             exchange=exchange,
             properties=properties,
             started=self.clock.now,
+            deadline=self.clock.now + TIMEOUT,
             retry=retry,
             answer_deferral=waits,
         )
-        record = Record(delivery, len(self.records) + 1)
+        if waits:
+            delivery.answer = Handed()
+        record = Record(delivery, len(self.records) + 1, retry)
         self.records[delivery] = self.by_id[delivery.envelope.message_id] = record
         if self.gate.try_enter(delivery):
-            if self.store.write_ahead:
-                self.keeper.write_ahead(delivery)
+            if cut == "entered":
+                self.withdraw(delivery)
+            elif self.store.write_ahead:
+                self._write_ahead(delivery, waits=waits)
             else:
                 self.mailbox.append(delivery)
         elif waits:
             self.mailbox.append(partial(self._turn_away, delivery))
         else:
             self.withdraw(delivery)
+        if cut == "posted":
+            self.submits.pop(delivery, None)
+            self.withdraw(delivery)
         return delivery
 
-    def withdraw(self, delivery: Delivery) -> None:
+    def _write_ahead(self, delivery: Delivery, *, waits: bool) -> None:
+        if waits:
+            self.keeper.write_ahead(delivery)
+        else:
+            done = Latch()
+            self.submits[delivery] = self.keeper.write_ahead(delivery, done), done
+
+    def look(self) -> None:
+        """Let those who submit see whether their messages are stored."""
+        for delivery, (put, done) in list(self.submits.items()):
+            record = self.record(delivery)
+            if done.wait(0):
+                del self.submits[delivery]
+                record.told = put.refusal
+            elif self.clock.now >= delivery.deadline:
+                del self.submits[delivery]
+                error = silent_store(delivery, "store")
+                record.told = error if self.take_back(delivery, error) else put.refusal
+
+    def give_up(self, delivery: Delivery) -> None:
+        """End the wait of a publisher to whom the I/O thread does not speak."""
+        record = self.record(delivery)
+        assert isinstance(delivery.answer, Handed)
+        try:
+            record.told = waiting.unanswered(self, delivery, delivery.answer)  # type: ignore[arg-type]
+        except PublishError as error:
+            record.told = error
+
+    def withdraw(self, delivery: Delivery, _error: BaseException | None = None) -> None:
         """Take a message back, as an interrupted publisher does."""
         delivery.retry = False
-        if delivery.answer.cancel():
+        if not self.take_back(delivery, PublishError("interrupted")):
+            delivery.recalled = True
+
+    def take_back(self, delivery: Delivery, _error: PublishError) -> bool:
+        """Take a message back, as a publisher does that gives up, unless it is ours already."""
+        taken = delivery.open and delivery.answer.cancel()
+        if taken:
+            delivery.open = False
             self.record(delivery).ends.append("withdrawn")
             self.gate.leave((delivery,))
+        return taken
 
     def expire(self, delivery: Delivery) -> None:
         """Say that a publisher's time is up."""
+        self.record(delivery).asked = True
         self.mailbox.append(partial(self._expire, delivery))
 
     def _expire(self, delivery: Delivery) -> None:
         self.courier.expire(delivery, self.clock.now)
+        owes = self.courier.judge.owes(delivery)
+        if owes:
+            self.owing.append(delivery)
         done = delivery.answer.done() or not delivery.answer_deferral
-        assert done or self.courier.judge.owes(delivery) or self.store.write_ahead, "I4, I5"
+        assert done or owes or self.store.write_ahead or self.record(delivery).told, "I4, I5"
+
+    def pay(self) -> None:
+        """Let the time be over that the store has beyond a publisher's."""
+        owing, self.owing = self.owing, []
+        for delivery in owing:
+            self.courier.judge.pay(delivery, self.clock.now)
 
     def _turn_away(self, delivery: Delivery) -> None:
         self.courier.turn_away(delivery, self.clock.now)
+
+    # --- the store, and another process that shares it ---
+
+    def rob(self, key: int) -> None:
+        """Lose a row; its message is lost with it where this process holds no copy."""
+        record = self.by_id[self.store._slots[key].record.envelope.message_id]
+        record.robbed = record.delivery not in self.keeper.shelf.claims
+        self.taken.pop(key, None)
+        self.store.robbed = True
+        self.store.remove(key)
+
+    def take_over(self, key: int) -> None:
+        """Let another process have a row."""
+        self.taken[key] = self.by_id[self.store._slots[key].record.envelope.message_id]
+        self.taken[key].shared = True
+        self.store.take_over(key)
+
+    def elsewhere(self, what: str) -> None:
+        """Let the other process deliver or bury all that it holds, or die."""
+        for key, record in self.taken.items():
+            if what == "dies":
+                self.store.give_up(key)
+                continue
+            record.elsewhere = what
+            record.acked = True
+            self.store.end(key, what)
+        self.taken.clear()
+
+    def note_lapsed(self) -> None:
+        """Remember whose lease is over, whether another process takes it or not."""
+        for record in self.by_id.values():
+            record.lapsed = record.lapsed or record.delivery.leased_until < self.clock.now
 
     # --- the threads ---
 
     def drain(self, limit: int) -> None:
         """Let the I/O thread see what others have handed in."""
+        self.note_lapsed()
         for _ in range(min(limit, len(self.mailbox))):
             item = self.mailbox.popleft()
             if isinstance(item, Delivery):
@@ -179,6 +309,7 @@ class House:
 
     def pump(self) -> None:
         """Let it write."""
+        self.note_lapsed()
         self.courier.pump(self.clock.now)
 
     def keep_house(self) -> None:
@@ -195,6 +326,7 @@ class House:
         yield
         self.clock.now += seconds
         self.cool()
+        self.pay()
         yield
         while not self.keeper.thread._orders.empty():
             self.keep_house()
@@ -251,7 +383,8 @@ class House:
         for tag, record in self.channel.open.items():
             record.hits += 1
             if tag not in self.channel.returned and not alone:
-                record.hidden = True
+                record.suspected = True
+                record.hidden = record.hidden or code not in SOFT_ACCUSATIONS
                 failed.append(record)
         self.channel = None
         for _ in range(2):

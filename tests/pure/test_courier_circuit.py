@@ -264,7 +264,7 @@ def test_given_back_is_counted_all_the_same(late: str) -> None:
     world = World()
     world.up()
     [delivery] = world.send("a", retry=False)
-    world.courier.not_kept(delivery, PublishError("taken back", message_id="a"))
+    world.courier.not_kept(delivery, PublishError("taken back", message_id="a"), 0.0)
     if late == "nack":
         world.nack(1)
     else:

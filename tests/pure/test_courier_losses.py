@@ -173,7 +173,7 @@ def test_store_fails(world: World, error: Exception) -> None:
     """What could not be stored is its publisher's again, and is not sent later."""
     [delivery] = world.send("a")
     world.nack(1)
-    world.courier.not_kept(delivery, error)  # type: ignore[arg-type]
+    world.courier.not_kept(delivery, error, 0.0)  # type: ignore[arg-type]
     assert error_of(delivery) is error
     assert error_of(delivery).possibly_sent
     assert delivery.place is Place.RETIRED
@@ -190,7 +190,7 @@ def test_given_back_while_it_is_being_stored(world: World) -> None:
     assert world.keeper.withdrawn == [delivery]
     world.courier.kept([delivery], 5.0)
     assert not delivery.answer.done()
-    world.courier.withdrawn([delivery])
+    world.courier.withdrawn([delivery], 5.0)
     assert isinstance(error_of(delivery), BrokerRejectedError)
 
 
@@ -198,7 +198,7 @@ def test_store_fails_for_what_is_in_flight(world: World) -> None:
     """The tag stays open, but the message is not ours any more."""
     [delivery] = world.send("a")
     world.courier.expire(delivery, 5.0)
-    world.courier.not_kept(delivery, StoreError("locked"))
+    world.courier.not_kept(delivery, StoreError("locked"), 5.0)
     assert error_of(delivery).possibly_sent
     world.down()
     assert delivery.place is Place.RETIRED
@@ -217,7 +217,7 @@ def test_abandon_at_close(world: World) -> None:
     world.store(stored)
     world.store(waiting)
     receipt = receipt_of(stored)
-    world.courier.farewell.abandon(list(world.keeper.rows), 0.0)
+    world.courier.farewell.abandon(list(world.keeper.rows), (), 0.0)
     assert isinstance(error_of(in_flight), ProducerClosedError)
     assert error_of(in_flight).possibly_sent
     with pytest.raises(ProducerClosedError) as caught:

@@ -164,7 +164,7 @@ def test_not_kept_is_no_suspect(world: World) -> None:
     [given, other] = world.send("a", "b")
     world.courier.expire(given, 5.0)
     world.down(406)
-    world.courier.not_kept(given, BufferFullError("full"))
+    world.courier.not_kept(given, BufferFullError("full"), 5.0)
     assert error_of(given).possibly_sent
     assert world.up().written == [("b", 1)]
     world.ack(1)

@@ -9,26 +9,28 @@ Runs on: the test's thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from mlproducer.core.backoff import Backoff
 from mlproducer.core.breaker import Breaker, Consecutive
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.states import CircuitState
 from mlproducer.engine.keeper import Keeper
-from mlproducer.errors import PublishError, StoreError
-from mlproducer.message import Envelope
+from mlproducer.errors import BrokerRejectedError, PublishError, StoreError
+from mlproducer.latch import Relay
+from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.events import EventSink
-from mlproducer.stores.memory import MemoryStore
-from mlproducer.stores.protocol import Claim, Entry
+from mlproducer.stores.memory import MemoryStore, _Slot
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
+from mlproducer.waiting import Answer
 
 if TYPE_CHECKING:
     from tests.pure.model import House
 
-BASE_DELAY, MAX_DELAY, COOLDOWN, PATIENCE, SWEEP = 1.0, 10.0, 30.0, 5.0, 1.0
+BASE_DELAY, MAX_DELAY, COOLDOWN, PATIENCE, SWEEP, LEASE = 1.0, 10.0, 30.0, 5.0, 1.0, 20.0
 PLENTY = 1 << 20
 
 WIDE = b"properties that do not fit a narrow frame"
@@ -63,20 +65,52 @@ class Record:
 
     delivery: Delivery
     serial: int
+    retry: bool = True
     sends: int = 0
     letters: int = 0
     hits: int = 0
     acked: bool = False
     hidden: bool = False  # written, its fate unknown: a queue may hold it
+    suspected: bool = False  # the same, unless it turns out that it was this one that was rejected
+    lapsed: bool = False  # its lease was over: another process may have written it
     counted: int = -1  # the write whose failure the breaker has counted last
     not_before: float = 0.0
     ends: list[str] = field(factory=list)
     answer: object = None
+    asked: bool = False  # its publisher's time is up, and the I/O thread has been asked
+    told: PublishError | Receipt | None = None  # what a call has raised or returned on its own
+    elsewhere: str = ""  # how it ended in another process
+    shared: bool = False  # another process has had its row for a while
+    robbed: bool = False  # the store has lost it, and this process has no copy
 
     @property
     def writes(self) -> int:
         """How often it was on the wire, as itself or as a dead letter."""
         return self.sends + self.letters
+
+
+class Handed(Answer):
+    """What a publisher waits for, which a test can look at as at a future."""
+
+    def __init__(self) -> None:
+        super().__init__(Relay(lambda: None))
+
+    def done(self) -> bool:
+        """Whether the courier has spoken."""
+        return self.given is not None
+
+    def cancelled(self) -> bool:
+        """What was withdrawn has no answer."""
+        return False
+
+    def exception(self, timeout: float) -> PublishError | None:
+        """Give the error, if it is one."""
+        return self.given if isinstance(self.given, PublishError) else None
+
+    def result(self, timeout: float) -> Receipt:
+        """Give the receipt."""
+        assert isinstance(self.given, Receipt)
+        return self.given
 
 
 class Channel:
@@ -112,7 +146,8 @@ class Channel:
         self.last += 1
         assert tag == self.last, "I7: tags count from 1 in the order of writing"
         assert record not in self.open.values(), "I11: twice at once on one channel"
-        assert not record.ends, "I2, I4: sent after its end"
+        assert not record.ends or record.shared, "I2, I4: sent after its end"
+        assert not isinstance(record.told, PublishError), "I2: sent after the call has raised"
         if not (record.sends or delivery.kept):
             assert record.serial > self._house.last_first, "I24: first attempts in order"
             self._house.last_first = record.serial
@@ -152,16 +187,26 @@ class Sink(EventSink):
         self._end(delivery, "dead-lettered")
 
     def deferred(self, delivery: Delivery) -> None:
-        """Only what the store holds."""
-        assert self._house.keeper.shelf.claim_of(delivery), "I20: deferred before it was stored"
+        """Only what the store holds, and what its publisher did not want back."""
+        record = self._house.record(delivery)
+        stored = self._house.keeper.shelf.claim_of(delivery) or self._house.store.robbed
+        assert stored, "I20: deferred before it was stored"
+        assert record.retry, "I2: retry=False, and deferred"
+        assert not isinstance(record.told, PublishError), "I4: deferred after the call has raised"
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
         """What is said of it is true."""
         record = self._house.record(delivery)
         assert error.message_id == delivery.envelope.message_id
         assert error.attempts == record.sends, "I14: attempts are writes"
-        assert error.possibly_sent or not record.hidden, "I13: it may be there"
-        assert record.writes or not error.possibly_sent, "I13: it was never written"
+        rejected = isinstance(error, BrokerRejectedError)
+        hidden = record.hidden or (record.suspected and not rejected)
+        assert error.possibly_sent or not hidden, "I13: it may be there"
+        written = record.writes or record.lapsed
+        assert written or not error.possibly_sent, "I13: it was never written"
+        promised = isinstance(record.told or record.answer, Receipt)
+        kept = self._house.closing or record.robbed or not promised
+        assert kept, "I2: the call has returned, and it is dropped"
         self._end(delivery, "given back")
 
     def _end(self, delivery: Delivery, end: str) -> None:
@@ -213,19 +258,142 @@ class ModelBreaker(Breaker):
 
 
 class ModelStore(MemoryStore):
-    """A memory store that fails when it is told to, and may pass for a durable one."""
+    """A memory store that fails when it is told to, and may pass for a durable one.
+
+    :ivar broken: nothing can be stored
+    :ivar stumbles: calls that fail, once each; a put may do so after it has stored everything
+    :ivar meanwhile: what others do while a put is under way, before or after it is committed
+    """
 
     def __init__(self, setup: Setup, clock: Clock) -> None:
         super().__init__(setup.rows, clock=clock.monotonic)
         self.durable = setup.durable
         self.write_ahead = setup.durable and setup.ahead
+        self.lease = LEASE if setup.durable else math.inf
         self.broken = False
+        self.stumbles: set[str] = set()
+        self.meanwhile: dict[str, list[Callable[[], None]]] = {}
+        self.fates: dict[int, str] = {}
+        self.robbed = False
+        self._unanswered: list[Claim] = []
+        self._leases: dict[int, float] = {}
 
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
         """Store messages, or not."""
+        self._undo()
         if self.broken:
             raise StoreError("locked")
-        return super().put(entries, patience)
+        new = list(entries)
+        if new:
+            self._pass("before")
+        self._may_stumble("put")
+        if self.broken:
+            raise StoreError("locked")
+        claims = super().put(new, patience)
+        self._lease(claims)
+        if new:
+            self._pass("after")
+        if claims and "put's answer" in self.stumbles:
+            self._unanswered += claims
+            self._may_stumble("put's answer")
+        return claims
+
+    def release(self, changes: Sequence[Change]) -> list[Claim]:
+        """Note what became of rows, or fail."""
+        self._undo()
+        self._may_stumble("release")
+        return super().release(changes)
+
+    def renew(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Let leases begin anew, or fail."""
+        self._undo()
+        self._may_stumble("renew")
+        lost = super().renew(claims)
+        self._lease(claim for claim in claims if claim not in lost)
+        return lost
+
+    def done(self, claims: Sequence[Claim]) -> None:
+        """Delete rows, or fail."""
+        self._undo()
+        self._may_stumble("done")
+        super().done(claims)
+
+    def claim(self, limit: int) -> list[Row]:
+        """Claim what is due, or fail."""
+        self._undo()
+        self._may_stumble("claim")
+        rows = super().claim(limit)
+        self._lease(row.claim for row in rows)
+        return rows
+
+    def depth(self) -> Depth:
+        """Count the rows, or fail."""
+        self._may_stumble("depth")
+        return super().depth()
+
+    def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
+        """Say what became of rows, or fail."""
+        self._undo()
+        self._may_stumble("trace")
+        fates = {"delivers": RowFate.CONFIRMED, "buries": RowFate.DEAD_LETTERED}
+        told = super().trace(claims)
+        return [
+            fates.get(self.fates.get(claim.key, ""), fate)
+            for claim, fate in zip(claims, told, strict=True)
+        ]
+
+    def slots(self) -> list[_Slot]:
+        """Give the rows that are there to stay: not what was stored without an answer."""
+        undone = {claim.key for claim in self._unanswered}
+        return [slot for key, slot in self._slots.items() if key not in undone]
+
+    def lapsed(self) -> list[int]:
+        """Give the keys of claimed rows whose lease is over."""
+        return [
+            key
+            for key, slot in self._slots.items()
+            if slot.due is None and self._clock() - self._leases[key] > self.lease
+        ]
+
+    def remove(self, key: int) -> None:
+        """Lose a row, as a store does that starts over empty."""
+        self._count(self._slots.pop(key), -1)
+
+    def take_over(self, key: int) -> None:
+        """Let another process claim a row."""
+        slot = self._slots[key]
+        slot.token += 1
+        self._leases[key] = math.inf
+
+    def end(self, key: int, what: str) -> None:
+        """Let the other process deliver or bury a message."""
+        self.fates[key] = what
+        self.remove(key)
+
+    def give_up(self, key: int) -> None:
+        """Let the other process die."""
+        slot = self._slots[key]
+        self._count(slot, -1)
+        slot.due, slot.record, slot.ahead = self._clock(), evolve(slot.record, doubtful=True), False
+        self._count(slot, 1)
+
+    def _lease(self, claims: Iterable[Claim]) -> None:
+        for claim in claims:
+            self._leases[claim.key] = self._clock()
+
+    def _pass(self, when: str) -> None:
+        for step in self.meanwhile.pop(when, ()):
+            step()
+
+    def _may_stumble(self, call: str) -> None:
+        if call in self.stumbles:
+            self.stumbles.remove(call)
+            raise StoreError(f"{call} failed")
+
+    def _undo(self) -> None:
+        """Delete what was stored without an answer, as a store has to before anything else."""
+        unanswered, self._unanswered = self._unanswered, []
+        super().done(unanswered)
 
 
 class ModelKeeper(Keeper):
@@ -239,7 +407,7 @@ class ModelKeeper(Keeper):
     def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
         """Store it, as soon as the thread gets to it."""
         record = self._house.record(delivery)
-        assert not record.ends, "kept after its end"
+        assert not record.ends or record.shared, "kept after its end"
         assert now == self._house.clock.now
         record.not_before = now + self._earliest(delivery)
         super().keep(delivery, now, known=known)

@@ -163,7 +163,10 @@ def test_no_broker_and_a_durable_store(serve: Serve) -> None:
     store = Lasting(write_ahead=False)
     with produce("amqp://guest:guest@127.0.0.1:1/", store, circuit_breaker_threshold=3) as producer:
         reasons = set()
+        opened = threading.Event()
+        producer.on("circuit_opened", opened.set)
         for number in range(8):
+            assert number < 4 or opened.wait(LIMIT)
             receipt = producer.publish(make_message(f"{number}"))
             assert (receipt.outcome, receipt.durable) == (Outcome.DEFERRED, True)
             reasons.add(type(receipt.reason))
