@@ -169,6 +169,8 @@ def _read(url: object, name: str) -> LocalAddress | RedisAddress | None:
         raise ConfigurationError(f"{name} must be a URL that starts with {accepted}")
     if _CONTROL.search(rest):
         raise ConfigurationError(f"{name} must hold no control character")
+    if not _can_be_encoded(rest, "surrogateescape" if scheme == "sqlite" else "strict"):
+        raise ConfigurationError(f"{name} must be text that UTF-8 can encode")
     rest, _, query = rest.partition("?")
     authority, _, path = rest.partition("/")
     local = scheme in ("memory", "sqlite")
@@ -182,6 +184,14 @@ def _read(url: object, name: str) -> LocalAddress | RedisAddress | None:
     if scheme == "postgresql":
         return None  # whose own grammar the store knows
     return _redis(scheme, authority, path, options)
+
+
+def _can_be_encoded(text: str, errors: str) -> bool:
+    try:
+        text.encode(errors=errors)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Options:

@@ -90,25 +90,12 @@ def open_file(path: str, horizon: float, owner: Owner, *, check: bool) -> Connec
             f"{sqlite3.sqlite_version}: use a later Python"
         )
     try:
-        place.check_directory(path)
-        place.check_mounts(path)
-        made = _is_ours(path)
-        place.check_companions(path)
-        owner.enter()
-        if not made:
-            _create(path, owner)
-        place.check_one_name(path, owner)
-        if check:
-            place.remove_drafts(path, owner)
-        inode = _inode(path)
+        version, inode = _prepare(path, owner, check=check)
     except OSError as error:
         raise StoreError(
             f"the store {path} cannot be opened or made: {error.strerror}; "
             "it needs a directory in which this user may write"
         ) from None
-    version = _check_header(path)
-    if check:
-        _check_content(path)
     if version != VERSION:
         _migrate(path)
     with ExitStack() as undo:
@@ -117,6 +104,29 @@ def open_file(path: str, horizon: float, owner: Owner, *, check: bool) -> Connec
         connections = Connections(safe, quick, _clock(safe, horizon), inode)
         undo.pop_all()
     return connections
+
+
+def _prepare(path: str, owner: Owner, *, check: bool) -> tuple[int, tuple[int, int]]:
+    """See that a file is there and right, and only then leave something beside it.
+
+    :returns: its version, and which file it is
+    """
+    place.check_directory(path)
+    place.check_mounts(path)
+    made = _is_ours(path)
+    place.check_companions(path)
+    if not made:
+        owner.enter()
+        _create(path, owner)
+    place.check_one_name(path, owner)
+    inode = _inode(path)
+    version = _check_header(path)
+    if check:
+        _check_content(path)
+    owner.enter()
+    if check:
+        place.remove_drafts(path, owner)
+    return version, inode
 
 
 def is_there(path: str, inode: tuple[int, int]) -> bool:

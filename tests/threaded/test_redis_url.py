@@ -35,6 +35,14 @@ def test_everything_in_the_url_is_read() -> None:
     assert (address.write_ahead, address.prefix) == (True, "a:b:")
 
 
+@pytest.mark.parametrize("url", ["redis://h\udc80", "redis://:\ud800@h", "sqlite:///\ud800.db"])
+def test_what_cannot_be_encoded_is_refused(url: str) -> None:
+    """A lone surrogate is no name of a host, a user or a file."""
+    with pytest.raises(ConfigurationError, match="that UTF-8 can encode"):
+        Settings(store_url=url)
+    assert Settings(store_url="sqlite:///\udcff.db").store_url  # a name that is not UTF-8
+
+
 def test_what_the_url_does_not_say_has_a_default() -> None:
     """Port 6379, database 0, nobody's name, no TLS; the store's own arguments stand."""
     address = parse("redis://[::1]")
