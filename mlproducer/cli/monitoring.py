@@ -13,6 +13,8 @@ import argparse
 import errno
 import logging
 import os
+import secrets
+import stat
 from pathlib import Path
 
 from mlproducer.cli.output import Console
@@ -73,21 +75,58 @@ def _directory(text: str) -> Path:
 
 
 def _compare(path: Path, text: str) -> str:
-    """Say what writing a text to a path comes to: written, unchanged or replaced."""
+    """Say what writing a text to a path comes to: written, unchanged or replaced.
+
+    :raises OSError: something else than a file is there, such as a link that leads elsewhere
+    """
     try:
-        return "unchanged" if path.read_bytes() == text.encode() else "replaced"
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return "written"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a symbolic link, which is not followed", path) from None
+        raise
+    with os.fdopen(descriptor, "rb") as there:
+        if not stat.S_ISREG(os.fstat(there.fileno()).st_mode):
+            raise OSError(errno.EEXIST, "is there, and is no file", path)
+        return "unchanged" if there.read() == text.encode() else "replaced"
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file beside its place, and then put it there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file beside its place, and then put it there, with the mode and owner of the old.
+
+    Others may be able to write to the directory: a name that cannot be guessed, and that must be
+    new, leads to no file of theirs.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(beside, flags, 0o666)
     try:
-        beside.write_bytes(text.encode())
+        with os.fdopen(descriptor, "wb") as new:
+            new.write(text.encode())
+            _take_after(path, new.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _take_after(path: Path, descriptor: int) -> None:
+    try:
+        old = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(old.st_mode):
+        return
+    made = os.fstat(descriptor)
+    if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+        try:
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+        except PermissionError:
+            raise PermissionError(
+                errno.EPERM, "belongs to another user or group; nothing was written", path
+            ) from None
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
 
 def _told(path: Path, result: str) -> dict[str, str]:

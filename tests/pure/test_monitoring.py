@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,6 +260,48 @@ def test_export_keeps_what_was_edited(tmp_path: Path, capsys: pytest.CaptureFixt
     assert export(tmp_path, "--json", "--force") == 0
     assert results(capsys) == {DASHBOARD_FILE: "written", ALERTS_FILE: "replaced"}
     assert (tmp_path / ALERTS_FILE).read_text() == files()[ALERTS_FILE]
+
+
+def test_export_writes_through_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither one under its temporary name, if that was guessed, nor one under the file's own."""
+    victim = tmp_path / "victim"
+    victim.write_text("root's")
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    monkeypatch.setattr("secrets.token_hex", lambda _count: "guessed")
+    (directory / f".{DASHBOARD_FILE}.guessed").symlink_to(victim)
+    assert export(directory) == 1
+    assert "File exists" in capsys.readouterr().err
+    monkeypatch.undo()
+    (directory / ALERTS_FILE).unlink(missing_ok=True)
+    (directory / ALERTS_FILE).symlink_to(victim)
+    assert export(directory, "--force") == 1
+    assert "is a symbolic link" in capsys.readouterr().err
+    (directory / ALERTS_FILE).unlink()
+    os.mkfifo(directory / ALERTS_FILE)
+    assert export(directory, "--force") == 1
+    assert "is no file" in capsys.readouterr().err
+    assert victim.read_text() == "root's"
+
+
+def test_export_keeps_mode_and_owner(tmp_path: Path) -> None:
+    """What is replaced stays readable for those who could read it, and for no others."""
+    path = tmp_path / ALERTS_FILE
+    path.write_text("edited")
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 12, 34)
+    before = path.stat()
+    assert export(tmp_path, "--force") == 0
+    after = path.stat()
+    assert path.read_text() != "edited"
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
 
 
 @pytest.mark.parametrize("name", ["", ALERTS_FILE, f"{ALERTS_FILE}/below"])
