@@ -242,7 +242,12 @@ class _ConnectionError(PublishError):
 
 
 class AuthenticationError(_ConnectionError):
-    """The broker refuses the credentials (403) or the virtual host (530)."""
+    """The broker refuses the credentials (403) or the virtual host (530).
+
+    With ``retry=True`` a durable store keeps the message until they are right.
+    """
+
+    deferrable = True
 
 
 class NotConnectedError(_ConnectionError):

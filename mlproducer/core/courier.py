@@ -47,6 +47,10 @@ SILENCE = 3
 """Confirm timeouts without a confirm between them after which the broker does not confirm."""
 
 
+MAX_ROUTES = 10_000
+"""Routes that are remembered; with more of them, those that come later are as if never seen."""
+
+
 class Courier:
     """Carries deliveries over the link and answers their publishers.
 
@@ -76,6 +80,7 @@ class Courier:
         self._refusal: PublishError | None = None
         self._attempt_counted = False
         self.confirmed = 0
+        self._exchange = self._key = ""
         self.timeouts = 0
 
     # --- what others may see -------------------------------------------------------------------
@@ -250,6 +255,9 @@ class Courier:
             delivery.place = Place.RETIRED
             if delivery.stored or delivery.late or delivery.dead:
                 self._conclude(delivery)
+            envelope = delivery.envelope
+            if envelope.routing_key is not self._key or envelope.exchange is not self._exchange:
+                self._note_route(envelope)
         delivered = [delivery for delivery in taken if delivery.open]
         if delivered:
             self.confirmed += len(delivered)
@@ -257,6 +265,12 @@ class Courier:
             for delivery in delivered:
                 delivery.confirm(now)
         self._door.leave(taken)
+
+    def _note_route(self, envelope: Envelope) -> None:
+        """Remember that a route was there; most messages have that of the one before them."""
+        self._exchange, self._key = envelope.exchange, envelope.routing_key
+        if len(self.judge.routes) < MAX_ROUTES:
+            self.judge.routes.add((self._exchange, self._key))
 
     def nacked(self, tag: int, now: float, *, multiple: bool) -> None:
         """Settle what the broker has refused; another queue it was routed to may hold it."""

@@ -87,7 +87,7 @@ class Delivery:
     :ivar open: somebody is still to be told
     :ivar doubtful: an earlier attempt, or another process, may have brought it to a queue
     :ivar suspected: the only doubt is of an attempt on a channel that was closed over a message
-    :ivar routeless: it was returned although its route is known, and waits for that
+    :ivar unrouted: how often it was returned although its route had been confirmed before
     :ivar stored: the keeper has a row for it, or was told to make one
     :ivar kept: the message is ours: it goes on without its publisher
     :ivar buried: its letter has been handed to the keeper before
@@ -122,13 +122,13 @@ class Delivery:
         "recalled",
         "retry",
         "returned",
-        "routeless",
         "sent_at",
         "size",
         "started",
         "stored",
         "suspected",
         "taken",
+        "unrouted",
         "word",
     )
 
@@ -165,7 +165,7 @@ class Delivery:
         self.open = True
         self.doubtful = False
         self.suspected = False
-        self.routeless = False
+        self.unrouted = 0
         self.stored = False
         self.kept = False
         self.buried = False

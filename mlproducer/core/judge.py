@@ -16,7 +16,7 @@ from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.failure import exhausted, failure, silent_store
 from mlproducer.core.ports import Door, Events, Keeper, Undertaker
 from mlproducer.core.recovery import Verdict, decide
-from mlproducer.errors import NotConnectedError, PublishError, StoreError
+from mlproducer.errors import NotConnectedError, PublishError, StoreError, UnroutableError
 
 
 @frozen
@@ -25,6 +25,7 @@ class Judge:
 
     :ivar max_retries: attempts after the first, for messages without a policy of their own
     :ivar owed: what publishers are told if the store stays silent
+    :ivar routes: exchanges and routing keys that the broker has confirmed messages for
     """
 
     max_retries: int
@@ -34,6 +35,7 @@ class Judge:
     door: Door
     events: Events
     owed: dict[Delivery, PublishError] = field(factory=dict, init=False)
+    routes: set[tuple[str, str]] = field(factory=set, init=False)
 
     # --- failures ------------------------------------------------------------------------------
 
@@ -52,11 +54,12 @@ class Judge:
         delivery.reason = error
         delivery.first_failed = delivery.first_failed or now
         self.events.failed(delivery, error)
+        waits = isinstance(error, UnroutableError) and self._route_comes_back(delivery)
         verdict = decide(
             error,
             retry=delivery.retry or delivery.promised,
             owned=delivery.kept or delivery.promised,
-            exhausted=self._used_up(delivery),
+            exhausted=not waits and self._used_up(delivery),
             durable=self.keeper.durable,
         )
         if verdict is Verdict.GIVE_BACK:
@@ -199,6 +202,25 @@ class Judge:
 
     def _used_up(self, delivery: Delivery) -> bool:
         """Whether the last retry is over; not while its tag is open."""
+        over = self._retries_over(delivery)
+        return over >= 0 and delivery.place is not Place.IN_FLIGHT
+
+    def _retries_over(self, delivery: Delivery) -> int:
+        """Say how many attempts it has had beyond those that it may; 0: it was the last."""
         policy = delivery.policy
-        over = delivery.attempts > (self.max_retries if policy is None else policy.max_retries)
-        return over and delivery.place is not Place.IN_FLIGHT
+        retries = self.max_retries if policy is None else policy.max_retries
+        return delivery.attempts - delivery.unrouted - 1 - retries
+
+    def _route_comes_back(self, delivery: Delivery) -> bool:
+        """Whether a returned message waits for its route, which has been there before.
+
+        A classic queue whose node is down is answered like one that never was. What comes out of
+        the store with more attempts than it may have waited for its route in its former process.
+        """
+        route = (delivery.envelope.exchange, delivery.envelope.routing_key)
+        if self._retries_over(delivery) > 0:
+            self.routes.add(route)
+        if route not in self.routes:
+            return False
+        delivery.unrouted = max(delivery.unrouted + 1, self._retries_over(delivery))
+        return True

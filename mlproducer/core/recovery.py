@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import enum
 
-from mlproducer.errors import CircuitOpenError, PublishError
+from mlproducer.errors import AuthenticationError, CircuitOpenError, PublishError
 
 SOFT_ACCUSATIONS = frozenset({403, 404, 406})
 """Channel errors (AMQP 0-9-1, section 1.5.2.5) by which a broker answers one bad message."""
 
 HARD_ACCUSATIONS = frozenset({501, 502, 503, 505, 540, 541})
 """Connection errors that a message may have caused; CONNECTION_FORCED and the like are not."""
+
+
+UNBOUNDED = (CircuitOpenError, AuthenticationError)
+"""States that may last so long that the memory should not fill with what waits for their end."""
 
 
 class Verdict(enum.Enum):
@@ -34,13 +38,13 @@ def decide(
         where no later attempt can succeed
     :param exhausted: the last retry was used up
     :param durable: the store survives the process; only such a one takes messages while the
-        breaker is open, since nobody knows for how long
+        breaker is open or the credentials are wrong, since that may last
     """
     if not retry:
         return Verdict.GIVE_BACK
     if owned:
         return Verdict.BURY if exhausted or error.permanent else Verdict.KEEP
-    if not error.deferrable or (isinstance(error, CircuitOpenError) and not durable):
+    if not error.deferrable or (isinstance(error, UNBOUNDED) and not durable):
         return Verdict.GIVE_BACK
     return Verdict.BURY if exhausted else Verdict.KEEP
 

@@ -24,7 +24,7 @@ from mlproducer.engine.gate import Gate
 from mlproducer.engine.scribe import End, Note, Put, Scribe
 from mlproducer.engine.shelf import Shelf, record_of
 from mlproducer.engine.threads import TimerThread
-from mlproducer.errors import StoreError
+from mlproducer.errors import StoreError, UnroutableError
 from mlproducer.latch import Latch
 from mlproducer.observe.events import EventSink
 from mlproducer.stores.protocol import Depth, Entry, Store
@@ -133,6 +133,8 @@ class Keeper:
         policy, backoff = delivery.policy, self._backoff
         if policy is not None:
             backoff = Backoff(policy.base_delay, policy.max_delay)
+        if delivery.unrouted and isinstance(delivery.reason, UnroutableError):
+            return backoff.maximum
         return backoff.delay(delivery.attempts - 1)
 
     # --- the thread: sweeps --------------------------------------------------------------------

@@ -108,6 +108,64 @@ def test_refused_credentials() -> None:
     assert receipt_of(owned).confirmed
 
 
+def test_refused_credentials_and_a_durable_store() -> None:
+    """They may be wrong for long: what such a store holds waits until they are right."""
+    world = World()
+    world.keeper.durable = True
+    world.courier.refuse(AuthenticationError("refused by the broker: 403"), 1.0)
+    [kept] = world.send("a")
+    [given] = world.send("b", retry=False)
+    assert isinstance(error_of(given), AuthenticationError)
+    world.store(kept)
+    assert isinstance(receipt_of(kept).reason, AuthenticationError)
+
+
+def return_(world: World, tag: int) -> None:
+    """Send a message back, as a broker does: a return, then the ack."""
+    world.courier.returned(tag, 312, "NO_ROUTE")
+    world.ack(tag)
+
+
+def test_a_route_that_was_there_comes_back() -> None:
+    """A message that is returned from it waits, however often; another one is buried (312)."""
+    world = World(max_retries=1)
+    world.up()
+    world.send("known")
+    world.ack(1)
+    [waits] = world.send("waits")
+    [lost] = world.send("lost", exchange="y")
+    for tag in (2, 3):
+        return_(world, tag)
+    for delivery in (waits, lost):
+        world.store(delivery)
+    for attempt in range(2, 6):
+        carrier = world.up()
+        world.retry(waits)
+        if not lost.dead:
+            world.retry(lost)
+        for _, tag in list(carrier.written):
+            return_(world, tag)
+        assert (waits.dead, lost.dead) == (False, True)
+        assert waits.attempts == attempt
+    world.up()
+    world.retry(waits)
+    world.nack(world.carrier.written[-1][1])
+    assert not waits.dead, "what was returned used up none of its retries"
+    assert waits.place is Place.STORED
+
+
+def test_returned_in_another_life() -> None:
+    """What has more attempts than it may have was waiting for a route: it goes on waiting."""
+    world = World(max_retries=1)
+    world.up()
+    [delivery] = world.send("a")
+    delivery.attempts, delivery.stored, delivery.kept = 7, True, True
+    world.keeper.rows[delivery] = 7
+    return_(world, 1)
+    assert not delivery.dead
+    assert delivery.place is Place.STORED
+
+
 def test_blocked_then_unblocked(world: World) -> None:
     """While the broker blocks nothing is written; then all goes out in order."""
     [first] = world.send("a")

@@ -68,6 +68,20 @@ def test_only_the_guilty_is_rejected(world: World, code: int) -> None:
     assert duplicates == ["g0", "g1", "bad", "g2", "g3", "g4"]
 
 
+@pytest.mark.parametrize(("first", "possibly_sent"), [(406, False), (501, True)])
+def test_a_guilty_suspect_was_never_routed(world: World, first: int, possibly_sent: bool) -> None:
+    """Also where its first attempt went down with a channel that another closed.
+
+    Where a connection was lost under it, that attempt may have been routed.
+    """
+    [other, bad] = world.send("other", "bad", retry=False)
+    close_over(world, first)
+    world.ack(1)
+    assert receipt_of(other).confirmed
+    close_over(world, 404)
+    assert (error_of(bad).attempts, error_of(bad).possibly_sent) == (2, possibly_sent)
+
+
 def test_later_messages_wait_for_the_trial(world: World) -> None:
     """While suspects are tried nobody else is written, or they would be suspects too."""
     world.send("a", "b")

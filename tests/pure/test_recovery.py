@@ -9,6 +9,7 @@ from mlproducer.core.recovery import Verdict, accuses, decide
 from tests.pure.tables import each_row
 
 DEFERRABLE = {
+    errors.AuthenticationError,
     errors.BrokerBlockedError,
     errors.CircuitOpenError,
     errors.ConfirmTimeoutError,
@@ -18,6 +19,9 @@ DEFERRABLE = {
     errors.UnroutableError,
 }
 """The rows of the contract's section 3 that say DEFERRED."""
+
+DURABLY = {errors.AuthenticationError, errors.CircuitOpenError}
+"""Those that only a durable store waits for."""
 
 HOPELESS = {
     errors.BrokerRejectedError,
@@ -46,7 +50,7 @@ def decides(
 ) -> None:
     """Compare the verdict on one error, in one situation, with the contract's."""
     verdict = decide(kind(), retry=retry, owned=owned, exhausted=exhausted, durable=durable)
-    ours = owned or (kind in DEFERRABLE and (durable or kind is not errors.CircuitOpenError))
+    ours = owned or (kind in DEFERRABLE and (durable or kind not in DURABLY))
     if not (retry and ours):
         assert verdict is Verdict.GIVE_BACK
     elif exhausted or (owned and kind in HOPELESS):
