@@ -8,15 +8,18 @@ import socket
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import mlproducer
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
 from tests.broker.scripts import drain, run, script
 
 pytestmark = pytest.mark.broker
 
+PACKAGE = Path(mlproducer.__file__).parent
 QUEUE = "ml.embed"
 EXIT_LIMIT = 5.0
 STARTING = 1.5  # for the interpreter, on a machine with others
@@ -38,7 +41,7 @@ def test_end_delivers(
         assert ended.stderr.startswith("Traceback (most recent call last):\n")
         assert ended.stderr.endswith("RuntimeError: unhandled\n")
         assert ended.stderr.count("Traceback") == 1
-        assert "mlproducer/" not in ended.stderr
+        assert f"{PACKAGE}/" not in ended.stderr
     else:
         assert ended.stderr == ""
     assert drain(rabbitmq_vhost.url, QUEUE) == Counter(_numbered(how, count))

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import mlproducer
 from mlproducer import CeleryTask, MLProducer, Settings
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
@@ -215,6 +216,54 @@ def test_gunicorn_with_preload(rabbitmq_vhost: VirtualHost) -> None:
     assert all(answer["confirmed"] for answer in answers)
     expected = _once(*(each for answer in answers for each in answer["ids"]))
     assert drain(rabbitmq_vhost.url, QUEUE) == expected
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gunicorn") is None or importlib.util.find_spec("gevent") is None,
+    reason="needs gunicorn and gevent",
+)
+@pytest.mark.parametrize("used", [False, True])
+def test_gunicorn_with_gevent_and_preload(rabbitmq_vhost: VirtualHost, used: bool) -> None:
+    """What is made, or used, before gevent patches in the workers works in them, and at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        argv = [sys.executable, "-m", "gunicorn", "--worker-class", "gevent", "--preload"]
+        argv += ["--workers", "2", "--bind", f"fd://{listener.fileno()}", "wsgi_app:app"]
+        _serve(rabbitmq_vhost, argv, listener, used=used)
+
+
+UWSGI = importlib.util.find_spec("uwsgidecorators")  # it comes with the program
+
+
+@pytest.mark.skipif(UWSGI is None, reason="needs uWSGI")
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("threads", [[], ["--enable-threads"], ["--threads", "4"]])
+def test_uwsgi(rabbitmq_vhost: VirtualHost, threads: list[str], used: bool) -> None:
+    """Its workers are forked without Python's hooks, and make connections of their own."""
+    assert UWSGI is not None
+    assert UWSGI.origin is not None
+    prefix = Path(UWSGI.origin).parents[3]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        argv = [str(prefix / "bin" / "uwsgi"), "--virtualenv", str(prefix)]
+        argv += ["--pythonpath", str(Path(mlproducer.__file__).parents[1])]
+        argv += ["--http-socket", f"fd://{listener.fileno()}", "--module", "wsgi_app:app"]
+        argv += ["--master", "--processes", "2", "--need-app", "--die-on-term", *threads]
+        _serve(rabbitmq_vhost, argv, listener, used=used)
+
+
+def _serve(host: VirtualHost, argv: list[str], listener: socket.socket, *, used: bool) -> None:
+    """Have two workers publish, and see that each message came once."""
+    environ = {"PUBLISH_AT_IMPORT": "1"} if used else {}
+    with Program(argv, host.url, environ, descriptors=[listener.fileno()]) as program:
+        started = time.monotonic()
+        answers = _ask_until_two_have_answered(listener.getsockname()[1])
+        assert time.monotonic() - started < 15.0
+        program.signal(signal.SIGTERM)
+        program.end(15.0)
+    assert all(answer["confirmed"] for answer in answers)
+    names = [each for answer in answers for each in answer["ids"]]
+    seen = drain(host.url, QUEUE)
+    assert set(seen.values()) == {1}
+    assert seen.keys() >= {*names[::2], *(["master"] if used else [])}  # what was published
 
 
 @pytest.mark.skipif(importlib.util.find_spec("celery") is None, reason="needs celery")

@@ -1,4 +1,4 @@
-"""Under gevent's monkey patches a publish works, and lets the other greenlets run (91)."""
+"""Under the patches of gevent and eventlet a publish works, and lets other greenlets run (91)."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def test_greenlets_go_on_during_a_publish(rabbitmq_vhost: VirtualHost, proxy: Pr
     assert 1.0 <= late["took"] < 1.25
     assert late["ticks"] >= 0.7 * late["expected"]
     assert drain(rabbitmq_vhost.url) == {f"m{n}": 1 for n in range(50)} | {"late": 1}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("eventlet") is None, reason="needs eventlet")
+@pytest.mark.parametrize("order", ["early", "late"])
+def test_eventlet(rabbitmq_vhost: VirtualHost, order: str) -> None:
+    """Fifty green threads publish, whether eventlet patches before the import or after it."""
+    argv = [sys.executable, str(SCRIPTS / "green_eventlet.py"), order]
+    with Program(argv, rabbitmq_vhost.url) as program:
+        report = program.next()
+        ended = program.end()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert report["outcomes"] == ["CONFIRMED"] * 50
+    assert report["ticks"] > 0
+    assert report["left"] == 0
+    assert drain(rabbitmq_vhost.url) == {f"m{n}": 1 for n in range(50)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,10 @@ from mlproducer import MLProducer
 
 producer = MLProducer()
 numbers = itertools.count()
+
+if "PUBLISH_AT_IMPORT" in os.environ:
+    producer.publish(message("master"))
+    time.sleep(0.3)  # until the threads sleep: uWSGI forks without the interpreter's lock
 
 
 def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
