@@ -197,6 +197,9 @@ class MLProducer:
     ) -> list[Receipt | PublishError]:
         """Publish many, pipelined; one that fails fails alone.
 
+        Where ``tasks`` itself raises, what was taken from it is finished first, and the exception
+        goes on with an attribute ``results``: what would have been returned for those.
+
         :param tasks: taken one by one, at most the in-flight window ahead of the confirms
         :param timeout: seconds for each message, from when it is taken
         :returns: for each task, in order, its receipt or its error
@@ -204,7 +207,7 @@ class MLProducer:
         fleet = self._life.started()
         line = Line()
         try:
-            for task in tasks:
+            for task in line.taken_from(tasks):
                 engine = fleet.choose()
                 answer = Answer(engine.relay)
                 try:

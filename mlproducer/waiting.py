@@ -9,7 +9,8 @@ Runs on: the users' threads; an `Answer` is given on the I/O thread.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from mlproducer import clock as time
 from mlproducer.core.delivery import NOBODY, Delivery
@@ -21,6 +22,8 @@ from mlproducer.message import Receipt
 
 if TYPE_CHECKING:
     from mlproducer.engine.engine import Engine
+
+T = TypeVar("T")
 
 GRACE = 0.15
 """Seconds beyond a publisher's deadline within which the courier is expected to have spoken."""
@@ -132,6 +135,14 @@ class Line:
     def __init__(self) -> None:
         self._waits: deque[tuple[int, Engine, Delivery, Answer]] = deque()
         self._results: list[Receipt | PublishError] = []
+
+    def taken_from(self, tasks: Iterable[T]) -> Iterator[T]:
+        """Take tasks one by one; where that raises, ``results`` is what came of those before."""
+        try:
+            yield from tasks
+        except Exception as error:
+            vars(error)["results"] = self.finish()
+            raise
 
     def skip(self, error: PublishError) -> None:
         """Note that a task could not be handed in."""

@@ -208,7 +208,7 @@ class Courier:
         the store has been asked.
         """
         if delivery.recalled:
-            self.judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "taken back"), now)
+            self.judge.fail(delivery, failure(PublishError, delivery, "taken back"), now)
             return
         delivery.doubtful, delivery.suspected = True, False
         if delivery.retry or delivery.kept or delivery.promised:

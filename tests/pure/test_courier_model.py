@@ -292,10 +292,10 @@ class CourierMachine(RuleBasedStateMachine):
     @rule(
         before=st.lists(st.sampled_from(MOMENTS), max_size=4),
         after=st.lists(st.sampled_from(MOMENTS), max_size=4),
+        claimed=st.lists(st.sampled_from(["many_submit", *MOMENTS]), max_size=3),
     )
-    def the_store_is_slow(self, before: list[str], after: list[str]) -> None:
-        """While the next put is under way, time passes and others go on."""
-        steps = {"before": before, "after": after}
+    def the_store_is_slow(self, **steps: list[str]) -> None:
+        """While the next put or claim is under way, time passes and others go on."""
         self.house.store.meanwhile = {
             when: [getattr(self, name) for name in names] for when, names in steps.items()
         }
@@ -321,7 +321,12 @@ class CourierMachine(RuleBasedStateMachine):
         """It brings the message to its end, or comes to its own."""
         self.house.elsewhere(what)
 
-    # What may happen while a put is under way.
+    # What may happen while a put or claim is under way.
+
+    def many_submit(self) -> None:
+        """The window is filled."""
+        for _ in range(self.house.setup.window):
+            self.publish_one(exchange="x", retry=True, waits=False, properties=NO_PROPERTIES)
 
     def a_second_passes(self) -> None:
         """Time passes."""

@@ -262,7 +262,8 @@ class ModelStore(MemoryStore):
 
     :ivar broken: nothing can be stored
     :ivar stumbles: calls that fail, once each; a put may do so after it has stored everything
-    :ivar meanwhile: what others do while a put is under way, before or after it is committed
+    :ivar meanwhile: what others do while a put is under way, before or after it is committed, and
+        while rows are claimed
     """
 
     def __init__(self, setup: Setup, clock: Clock) -> None:
@@ -324,6 +325,8 @@ class ModelStore(MemoryStore):
         self._may_stumble("claim")
         rows = super().claim(limit)
         self._lease(row.claim for row in rows)
+        if rows:
+            self._pass("claimed")
         return rows
 
     def depth(self) -> Depth:
