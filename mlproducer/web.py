@@ -2,7 +2,7 @@
 
 It takes the stdlib's HTTP and WSGI, and not its server, in which each connection holds a thread and
 a descriptor for as long as its client likes. Here connections are limited, of which the oldest has
-to go when another one comes; a client has one limit for all that it sends and reads; and what
+to go when others wait; a client has one limit for all that it sends and reads; and what
 clients do wrong is not logged. A request ends its connection, as in HTTP/1.0.
 
 Runs on: the thread ``mlproducer-http``; `Server` itself on any.
@@ -46,8 +46,11 @@ REQUEST_LIMIT = 10.0
 MAX_HEAD = 65_536
 """Bytes of a request's line and headers."""
 
-BACKLOG = 128
+BACKLOG = 512
 """Clients that the kernel holds until the thread comes to them."""
+
+GRACE = 0.5
+"""Seconds that each client has, however many wait for its place."""
 
 PAUSE = 0.2
 """Seconds for which no connection is taken where the process has no descriptor for it."""
@@ -66,7 +69,7 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 class _Client:
     """A connection.
 
-    :ivar ends: monotonic time at which it is dropped
+    :ivar began: monotonic time at which it was taken
     :ivar received: the request, as far as it has come
     :ivar unsent: what is left of the answer, once there is one
     :ivar lingers: the client may still send, which has to be read: a connection that is closed over
@@ -75,10 +78,15 @@ class _Client:
 
     socket: socket.socket
     address: Any
-    ends: float
+    began: float
     received: bytearray = field(factory=bytearray)
     unsent: memoryview | None = None
     lingers: bool = False
+
+    @property
+    def ends(self) -> float:
+        """Monotonic time at which it is dropped."""
+        return self.began + REQUEST_LIMIT
 
 
 class Server:
@@ -184,19 +192,28 @@ class Server:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self) -> None:
+        now = time.monotonic()
+        if len(self._clients) >= MAX_CONNECTIONS:
+            oldest = next(iter(self._clients))
+            if now - oldest.began < GRACE:
+                self._be_deaf(oldest.began + GRACE)
+                return
+            self._drop(oldest)
         try:
             accepted, address = self._listener.accept()
         except OSError as error:
             if error.errno in _EXHAUSTED and not self._drop_oldest():
-                self._selector.unregister(self._listener)
-                self._deaf_until = time.monotonic() + PAUSE
+                self._be_deaf(now + PAUSE)
             return
-        if len(self._clients) >= MAX_CONNECTIONS:
-            self._drop_oldest()
         accepted.setblocking(False)
-        client = _Client(accepted, address, time.monotonic() + REQUEST_LIMIT)
+        client = _Client(accepted, address, now)
         self._clients[client] = None
         self._await(client, selectors.EVENT_READ, self._receive)
+
+    def _be_deaf(self, until: float) -> None:
+        """Leave those who come to the kernel, until then or until a client is gone."""
+        self._selector.unregister(self._listener)
+        self._deaf_until = until
 
     def _await(self, client: _Client, event: int, then: Callable[[_Client], None]) -> None:
         step = partial(self._step, client, then)
@@ -250,6 +267,8 @@ class Server:
         with suppress(OSError):
             client.socket.shutdown(socket.SHUT_RDWR)
         client.socket.close()
+        if self._deaf_until is not None:
+            self._deaf_until = 0.0
 
     def _drop_oldest(self) -> bool:
         """Drop the client that has been here for longest; false where there is none."""

@@ -640,7 +640,7 @@ def test_no_name_is_looked_up(
 def test_a_burst_of_clients(connect: Connect, serve: Serve) -> None:
     """Two hundred clients at once are all answered."""
     producer = producer_started(connect(serve()))
-    with serve_on_loopback(producer) as server, ThreadPoolExecutor(25) as pool:
+    with serve_on_loopback(producer) as server, ThreadPoolExecutor(100) as pool:
         answers = pool.map(lambda _: get(server.port, "/health")[0], range(200))
         assert set(answers) == {200}
 
