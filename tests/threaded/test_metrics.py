@@ -417,6 +417,41 @@ def test_child_forked_while_a_thread_scrapes(chosen: CollectorRegistry | None) -
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize(
+    "store", ["memory://", "sqlite:///{}/ml.db", "sqlite:///{}/ml.db?write_ahead=1"]
+)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_duration_counts_from_the_call(
+    produce: Produce,
+    serve: Serve,
+    registry: CollectorRegistry,
+    tmp_path: Path,
+    store: str,
+    elsewhere: bool,
+) -> None:
+    """What waited in a store took as long as its publisher has waited, whoever delivers it."""
+    broker = serve()
+    broker.stop_listening()
+    url = store.format(tmp_path)
+    producer = produce(broker, store_url=url)
+    messages = 1 if elsewhere else 3
+    for _ in range(messages):
+        producer.submit(make_message())
+    threading.Event().wait(0.6)
+    labels = {"task_type": "raw", "status": "success"}
+    if elsewhere:
+        if not producer.status().store:
+            pytest.skip("a memory store ends with its producer")
+        producer.close(SHORT)
+        producer = produce(broker, store_url=url)
+    broker.listen_again()
+    producer.start()
+    assert producer.flush(LIMIT) == 0
+    assert value(registry, "task_publish_duration_seconds_count", **labels) == messages
+    assert value(registry, "task_publish_duration_seconds_bucket", le="0.5", **labels) == 0
+    assert 0.6 * messages <= value(registry, "task_publish_duration_seconds_sum", **labels) < LIMIT
+
+
 # --- multiprocess mode -------------------------------------------------------------------------
 
 
