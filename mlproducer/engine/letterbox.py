@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from types import TracebackType
 from typing import Any
 
-from attrs import evolve, field, fields_dict, frozen
+from attrs import evolve, field, frozen
 
 from mlproducer.engine.link import decode_properties
 from mlproducer.engine.session import Session, Unreadable
@@ -46,12 +46,7 @@ BROKERS_HEADERS = (
     "x-last-death-exchange",
     "x-delivery-count",
 )
-FURTHER_PROPERTIES = tuple(
-    name for name in ("reply_to", "app_id", "user_id") if name in fields_dict(Message)
-)
-LOST_PROPERTIES = tuple(
-    name for name in ("reply_to", "app_id", "user_id") if name not in FURTHER_PROPERTIES
-)
+FURTHER_PROPERTIES = ("reply_to", "timestamp", "app_id", "user_id")
 
 
 @frozen
@@ -202,9 +197,6 @@ def read(own_key: str, properties: Any, body: bytes, where: str) -> Letter:
     )
     if isinstance(properties, Unreadable):
         return evolve(letter, problem="its properties cannot be read")
-    lost = [name for name in LOST_PROPERTIES if getattr(properties, name) is not None]
-    if lost:
-        return evolve(letter, problem=f"cannot be sent again with its {', '.join(lost)}")
     try:
         message = _message(letter, headers, properties, own[EXPIRATION_HEADER])
     except (InvalidTaskError, PublishError) as error:

@@ -18,7 +18,7 @@ EXPIRATION_HEADER = "x-original-expiration"
 _MAY_BE_CUT = {"x-death-reason"}
 
 _HEADERS, _EXPIRATION, _CLUSTER_ID = 13, 8, 2
-_OCTETS = {12, 11}  # delivery mode and priority; the headers are a table, all else short strings
+_SIZES = {12: 1, 11: 1, 6: 8}  # delivery mode, priority, timestamp; all else are short strings
 
 
 def dead_letter(
@@ -87,8 +87,8 @@ def _split(properties: bytes) -> dict[int, bytes]:
 
 
 def _size(bit: int, properties: bytes, at: int) -> int:
-    if bit in _OCTETS:
-        return 1
+    if bit in _SIZES:
+        return _SIZES[bit]
     if bit == _HEADERS:
         return 4 + int.from_bytes(properties[at : at + 4], "big")
     return 1 + properties[at]

@@ -27,6 +27,10 @@ TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20)
     correlation_id=st.none() | TEXT,
     type=st.none() | TEXT,
     expiration=st.none() | st.integers(0, 99),
+    reply_to=st.none() | TEXT,
+    timestamp=st.none() | st.integers(0, 2**40),
+    app_id=st.none() | TEXT,
+    user_id=st.none() | TEXT,
 )
 def test_adds_headers_and_changes_nothing_else(**fields: Any) -> None:
     """Whatever properties a message had, its dead letter has them too, and the headers of death."""
