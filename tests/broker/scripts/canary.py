@@ -142,8 +142,11 @@ def bad_tasks(producer: MLProducer) -> None:
     ):
         attempt(lambda fields=fields: producer.publish(raw(**fields)))
     for headers in ({"h": 1.5, "t": TEXT}, {TEXT * 30: 1}, {"h": TEXT * 30_000}, {"h": {TEXT}}):
-        message = Message(body=b"", routing_key=QUEUE, headers=headers)
-        attempt(lambda message=message: producer.publish(message))
+        attempt(
+            lambda headers=headers: producer.publish(
+                Message(body=b"", routing_key=QUEUE, headers=headers)
+            )
+        )
     attempt(lambda: producer.publish(raw(QUEUE, type=TEXT), timeout=TEXT))  # type: ignore[arg-type]
     show(producer.publish_many([raw("nowhere"), raw(TEXT * 30), raw(QUEUE)], retry=False))
 
