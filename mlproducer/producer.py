@@ -407,10 +407,13 @@ class MLProducer:
     def flush(self, timeout: float | None = None) -> int:
         """Wait until nothing is in flight or waiting for a retry.
 
+        With a durable store it starts the producer, since others may have left rows there.
+
         :param timeout: seconds; ``None`` waits without a limit
         :returns: how many messages are left
         """
-        if self._life.fleet is None or self._life.closed:
+        unused = self._life.fleet is None
+        if self._life.closed or (unused and not self._plan.stores_durably()):
             return 0
         deadline = None if timeout is None else time.monotonic() + seconds(timeout)
         return self._life.started().flush(deadline)
@@ -485,7 +488,7 @@ class _Plan:
 
             meter, watched = metrics.meter(self.registry), self.watched()
             if watched is not None:
-                meter.watch(watched, durable=self._stores_durably())
+                meter.watch(watched, durable=self.stores_durably())
             self._meter = meter
         return self._meter
 
@@ -493,7 +496,8 @@ class _Plan:
         """Begin afresh in a child."""
         self.recorder = Recorder()
 
-    def _stores_durably(self) -> bool:
+    def stores_durably(self) -> bool:
+        """Whether rows may be there that another process left."""
         if self._store is not None:
             return self._store.durable
         return not self._settings.store_url.startswith("memory:")

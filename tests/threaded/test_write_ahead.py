@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +19,11 @@ from mlproducer.errors import (
     ProducerClosedError,
     StoreError,
 )
+from mlproducer.stores import open_store
 from mlproducer.stores.memory import MemoryStore
-from mlproducer.stores.protocol import Change, Claim, Entry
+from mlproducer.stores.protocol import Change, Claim, Entry, Record
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker
-from tests.helpers import LIMIT, Background, make_message
+from tests.helpers import LIMIT, Background, make_envelope, make_message
 from tests.threaded.brokers import Silent, ack, nack
 from tests.threaded.conftest import CLOSE_TIMEOUT, QUICK, Serve
 
@@ -226,3 +229,19 @@ def test_deletions_wait_for_the_store(serve: Serve) -> None:
         assert producer.flush(LIMIT) == 0
     assert rows(store) == 0
     assert len(broker.messages) == 1
+
+
+def test_flush_alone_delivers_what_another_process_left(serve: Serve, tmp_path: Path) -> None:
+    """In a process that has published nothing, it starts the producer and waits for all rows."""
+    broker = serve(ack)
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    with closing(open_store(Settings(store_url=url))) as store:
+        names = [f"m{number}" for number in range(20)]
+        store.put([Entry(Record(make_envelope(name)), 0.0) for name in names], LIMIT)
+    producer = MLProducer(Settings(url=broker.url, store_url=url, **QUICK))
+    assert producer.flush(LIMIT) == 0
+    assert [message.properties.message_id for message in broker.messages] == names
+    producer.close(CLOSE_TIMEOUT)
+    with closing(open_store(Settings(store_url=url))) as store:
+        assert store.depth().total == 0
+    assert MLProducer(Settings(url=broker.url)).flush(LIMIT) == 0  # nothing to start for
