@@ -423,15 +423,16 @@ def test_a_mechanism_that_is_not_ours(connect: Connect, serve: Serve) -> None:
 # --- when the attempts are used up -------------------------------------------------------------
 
 
+SLOW: dict[str, float] = {"reconnect_initial_delay": 0.5, "reconnect_max_delay": 0.5}
+
+
 def test_after_gave_up_an_attempt_now_and_then(connect: Connect, serve: Serve) -> None:
     """What waits is delivered although nobody calls: a readiness probe keeps callers away."""
     broker = serve()
     broker.stop_listening()
-    producer = connect(
-        broker, max_reconnect_attempts=2, reconnect_initial_delay=0.01, gave_up_interval=0.2
-    )
+    producer = connect(broker, max_reconnect_attempts=2, gave_up_interval=0.2, **SLOW)
     happened = events_of(producer, "gave_up", "connected", "confirmed")
-    future = producer.submit(make_message())
+    future = producer.submit(make_message())  # accepted before the second attempt
     happened.wait_for("gave_up")
     refused = producer.status().reconnect_attempts
     assert refused >= 2
