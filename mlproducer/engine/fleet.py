@@ -201,8 +201,8 @@ class Fleet:
         self._resolver.stop()
         self._spans.close()
         self.dispatcher.stop()
-        every = [*self._threads, *self._resolver.threads, *self.dispatcher.threads]
-        threads.join_all(every, deadline)
+        self._resolver.join(deadline)
+        threads.join_all([*self._threads, *self.dispatcher.threads], deadline)
         for engine in self.engines:
             engine.join_timers(deadline)
         stored = self._depth().stored if self.durable else 0

@@ -10,6 +10,7 @@ Runs on: the I/O thread, except `Reactor.order` and `Reactor.descriptors`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -19,6 +20,9 @@ from mlproducer.engine.mailbox import Item, Mailbox, Order
 from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
+
+BREAK = 0.5
+"""Seconds between tries to make a loop in a process that has no descriptor left."""
 
 
 class ReactorOwner(Protocol):
@@ -48,6 +52,7 @@ class Reactor:
         self._loop = EventLoop()
         self._in_hand: list[Delivery] = []
         self._open = True
+        self._never = threading.Event()
         self.mailbox = Mailbox()
 
     def order(self, order: Order) -> bool:
@@ -77,9 +82,21 @@ class Reactor:
                 self._put_back()
             self._clear_away()
             if self._open:
-                self._loop = EventLoop()
+                self._loop = self._next_loop()
         self._handle(self.mailbox.close())
         self._owner.ended()
+
+    def _next_loop(self) -> EventLoop:
+        """Make another loop, once there are descriptors for one."""
+        told = False
+        while True:
+            try:
+                return EventLoop()
+            except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
+                if not told:
+                    write(logger, logging.CRITICAL, "no descriptor for an I/O loop", error=error)
+                told = True
+            self._never.wait(BREAK)
 
     def stop(self) -> None:
         """End the loop and the thread."""

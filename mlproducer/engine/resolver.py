@@ -13,15 +13,19 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from mlproducer import clock as time
 from mlproducer.core.ports import Loss
 from mlproducer.engine.directory import Directory, Identity, Route, UnreachableError, Way
-from mlproducer.engine.threads import TimerThread
+from mlproducer.engine.threads import TimerThread, join_all
 from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
 
 STUCK_LIMIT = 4
 """Threads that may wait for a name server, or for the user's callable, that does not answer."""
+
+STUCK_AT_THE_END = 0.1
+"""Seconds that a look-up under way may hold up the producer's end; it is of no use any more."""
 
 
 class Resolver:
@@ -49,6 +53,10 @@ class Resolver:
     def stop(self) -> None:
         """End the thread, once it has done what it was told so far."""
         self._worker.stop()
+
+    def join(self, deadline: float) -> None:
+        """Wait for the thread, but hardly for one that is stuck in a look-up."""
+        join_all(self.threads, min(deadline, time.monotonic() + STUCK_AT_THE_END))
 
     def find(self, turn: int, done: Callable[[Way | Loss], object]) -> None:
         """Look up the route whose turn it is, and say what was found."""
