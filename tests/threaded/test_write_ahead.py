@@ -233,15 +233,14 @@ def test_deletions_wait_for_the_store(serve: Serve) -> None:
 
 def test_flush_alone_delivers_what_another_process_left(serve: Serve, tmp_path: Path) -> None:
     """In a process that has published nothing, it starts the producer and waits for all rows."""
-    broker = serve(ack)
+    broker = serve()
     url = f"sqlite:///{tmp_path / 'store.db'}"
     with closing(open_store(Settings(store_url=url))) as store:
         names = [f"m{number}" for number in range(20)]
         store.put([Entry(Record(make_envelope(name)), 0.0) for name in names], LIMIT)
-    producer = MLProducer(Settings(url=broker.url, store_url=url, **QUICK))
-    assert producer.flush(LIMIT) == 0
-    assert [message.properties.message_id for message in broker.messages] == names
-    producer.close(CLOSE_TIMEOUT)
+    with closing(MLProducer(Settings(url=broker.url, store_url=url, **QUICK))) as producer:
+        assert producer.flush(LIMIT) == 0
+        assert [message.properties.message_id for message in broker.messages] == names
     with closing(open_store(Settings(store_url=url))) as store:
         assert store.depth().total == 0
     assert MLProducer(Settings(url=broker.url)).flush(LIMIT) == 0  # nothing to start for
