@@ -2,14 +2,14 @@
 
 The stdlib's own wait is Python code that holds a lock; a Ctrl-C in it can come out as a
 RuntimeError, or leave the lock taken for ever. Here waiters stand on latches. A lock that is lost
-all the same, since `done` and callbacks need it, is given up after a moment, so that nobody else
-waits for it.
+all the same, since `done` and callbacks need it, is replaced after a moment.
 
 Runs on: any thread; it is settled on the I/O thread.
 """
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 
 from mlproducer import clock as time
@@ -17,7 +17,7 @@ from mlproducer.latch import Watch, seconds
 from mlproducer.message import Receipt
 
 ORPHANED = 0.05
-"""Seconds after which a future's lock, which is held for microseconds, is nobody's any more."""
+"""Seconds after which a future's lock, which is held for microseconds, is taken for lost."""
 
 
 class Fate(Future[Receipt]):
@@ -54,19 +54,20 @@ class Fate(Future[Receipt]):
 
     def set_running_or_notify_cancel(self) -> bool:
         """Take the message over; false if it was withdrawn."""
-        return self._usable() and super().set_running_or_notify_cancel()
+        self._see_to_the_lock()
+        return super().set_running_or_notify_cancel()
 
     def set_result(self, result: Receipt) -> None:
         """Tell that it is delivered."""
-        if self._usable():
-            super().set_result(result)
-            self._conclude()
+        self._see_to_the_lock()
+        super().set_result(result)
+        self._conclude()
 
     def set_exception(self, exception: BaseException | None) -> None:
         """Tell that it is not."""
-        if self._usable():
-            super().set_exception(exception)
-            self._conclude()
+        self._see_to_the_lock()
+        super().set_exception(exception)
+        self._conclude()
 
     def _conclude(self) -> None:
         """Let go of the delivery, which holds this, and let those who wait look."""
@@ -79,8 +80,14 @@ class Fate(Future[Receipt]):
         deadline = None if timeout is None else time.monotonic() + timeout
         self._settled.wait_for(self.done, deadline)
 
-    def _usable(self) -> bool:
-        taken = self._condition.acquire(timeout=ORPHANED)
-        if taken:
+    def _see_to_the_lock(self) -> None:
+        """Put another lock in the place of one that an interrupt has left taken.
+
+        A thread that holds it after all, in a long signal handler, goes on with the old one; that
+        one guards nothing by then, and no wait of ours is made on it.
+        """
+        if self._condition.acquire(timeout=ORPHANED):
             self._condition.release()
-        return taken
+        else:
+            # guards: the stdlib's own state of this future
+            self._condition = threading.Condition()

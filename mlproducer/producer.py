@@ -421,7 +421,9 @@ class MLProducer:
     def close(self, timeout: float | None = None) -> CloseReport:
         """Drain, then close; within ``timeout`` + 0.5 s, from any thread, any number of times.
 
-        In a callback nothing is drained, since that would wait for the callback itself.
+        In a callback nothing is drained, since that would wait for the callback itself. Ctrl-C ends
+        the wait and not the closing: the next call, or the end of the process, finishes it. Where
+        several threads close, the shortest timeout counts, and all have the same report.
 
         :param timeout: seconds for draining; ``None`` is 10 s, but no more than
             ``settings.exit_timeout`` where it is known that there is no broker

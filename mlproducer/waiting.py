@@ -182,11 +182,12 @@ class Line:
             engine.withdraw(delivery)
 
     def _finish_next(self) -> None:
-        place, engine, delivery, answer = self._waits.popleft()
+        place, engine, delivery, answer = self._waits[0]
         try:
             self._results[place] = finish(engine, delivery, answer)
         except PublishError as error:
             self._results[place] = error
+        self._waits.popleft()  # not before: an interrupt has to find it, to withdraw it
 
 
 _UNANSWERED = PublishError("not answered yet")

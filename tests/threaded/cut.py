@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 import mlproducer
-from mlproducer import MLProducer, Settings
+from mlproducer import Message, MLProducer, Settings
 from mlproducer.errors import ProducerClosedError
 from mlproducer.testing.fake_broker import FakeBroker
 from tests.helpers import LIMIT, make_message
@@ -100,7 +100,13 @@ def cut_publishing(way: str) -> dict[str, Any]:
     with FakeBroker() as broker:
         producer = MLProducer(Settings(url=broker.url, max_in_flight=2, **QUICK))
         assert producer.wait_connected(LIMIT)
-        call = producer.publish if way == "publish" else producer.submit
+
+        def publish_three(message: Message) -> Any:
+            others = [make_message(f"{message.message_id}-{each}") for each in "ab"]
+            return producer.publish_many([message, *others])
+
+        calls = {"publish": producer.publish, "submit": producer.submit}
+        call: Callable[[Message], Any] = calls.get(way, publish_three)
         fleet: Any = producer._life.fleet
         steps, leaks, futures = 0, [], []
         while True:
@@ -108,7 +114,7 @@ def cut_publishing(way: str) -> dict[str, Any]:
             message = make_message(f"m{steps}")
             answer = cut.run(lambda message=message: call(message))
             if not isinstance(answer, KeyboardInterrupt):
-                futures.append(answer)
+                futures += answer if isinstance(answer, list) else [answer]
             if not wait_until(lambda: not len(fleet.gate)):
                 leaks.append(cut.where)
                 break

@@ -56,7 +56,7 @@ def cut(what: str) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("way", ["publish", "submit"])
+@pytest.mark.parametrize("way", ["publish", "submit", "publish_many"])
 def test_publishing_is_cut_at_each_step(way: str) -> None:
     """No slot of the window leaks, nothing arrives twice, and what was returned is confirmed."""
     report = cut(way)

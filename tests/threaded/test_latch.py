@@ -13,6 +13,7 @@ from typing import NoReturn
 import pytest
 
 from mlproducer.engine.io_thread import SLOW
+from mlproducer.fate import Fate
 from mlproducer.latch import Latch, Relay, Token
 from mlproducer.message import Receipt
 from mlproducer.waiting import Answer
@@ -117,6 +118,21 @@ def test_nobody_starves() -> None:
         assert token.take(soon(1.0))
         token.give()
     stop.set()
+    background.gather()
+
+
+def test_a_future_whose_lock_is_lost() -> None:
+    """It is settled all the same, and those who wait for it are let through."""
+    fate, background = Fate(), Background()
+    waiting = background.call(fate.result, LIMIT)
+    background.call(fate._condition.acquire)  # by a thread that ends, and never gives it back
+    receipt = Receipt("m", 1, 0.0)
+    started = time.monotonic()
+    assert fate.set_running_or_notify_cancel()
+    fate.set_result(receipt)
+    assert waiting.result(LIMIT) is receipt
+    assert fate.done()
+    assert time.monotonic() - started < 1.0
     background.gather()
 
 
