@@ -54,6 +54,7 @@ class DelayedDelivery:
         self._wanted = False
         self._usable: bool | None = None  # None: not known on this connection
         self._round: _Round | None = None
+        self._cut_off = 0  # connections in a row that were lost while we asked
         self._held: list[tuple[Take, Delivery]] = []
         self._then: Callable[[], None] | None = None
 
@@ -116,12 +117,19 @@ class DelayedDelivery:
 
     def forget(self) -> None:
         """Know nothing any more of what is declared: the connection is gone, or an exchange is."""
+        if self._round is not None:
+            self._cut_off += 1
         self._usable = self._round = self._then = None
         self.release()
 
     def _begin(self, open_channel: OpenChannel) -> None:
-        declarations = self._delays.declarations() if self._active else self._delays.passive()
-        self._start(open_channel, declarations, last=not self._active)
+        # Some brokers answer what they do not know by ending the connection: ask for less then.
+        if self._active and not self._cut_off:
+            self._start(open_channel, self._delays.declarations(), last=False)
+        elif self._cut_off < (2 if self._active else 1):
+            self._start(open_channel, self._delays.passive(), last=True)
+        else:
+            self._give_up(next(self._delays.passive()), Loss("it costs the connection"))
 
     def _start(
         self, open_channel: OpenChannel, declarations: Iterable[Declaration], *, last: bool
@@ -136,8 +144,7 @@ class DelayedDelivery:
             if self._round is not attempt:
                 return
             if last:
-                self._fault(attempt.declarations[0], loss)
-                self._conclude(usable=False)
+                self._give_up(attempt.declarations[0], loss)
             else:  # a worker may have declared them otherwise, or may declare and we may not
                 self._start(open_channel, self._delays.passive(), last=True)
 
@@ -148,7 +155,13 @@ class DelayedDelivery:
         self._call_later(PATIENCE, late)
         attempt.run(open_channel, done, failed)
 
+    def _give_up(self, declaration: Declaration, loss: Loss) -> None:
+        self._fault(declaration, loss)
+        self._conclude(usable=False)
+
     def _conclude(self, *, usable: bool) -> None:
+        if usable:
+            self._cut_off = 0
         self._usable, self._round = usable, None
         then, self._then = self._then, None
         if then is not None:
