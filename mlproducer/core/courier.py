@@ -137,6 +137,8 @@ class Courier:
         """Take a message that is to be sent, maybe from the store."""
         if delivery.place is Place.IN_FLIGHT:
             return  # its row came back to this process while its tag is open, which decides
+        if self.judge.owes(delivery):
+            self.judge.promise(delivery, now)  # its row is there after all
         if delivery.open and delivery.place is Place.RETIRED:
             self.judge.leave(delivery, Place.RETIRED)  # it goes back once its row is deleted
             return
@@ -408,6 +410,8 @@ class Courier:
             if delivery.place is Place.WAITING:
                 self._lanes.withdraw(delivery)
                 self._hold_back(delivery, now)
+            if delivery.place is Place.STORED and self.judge.owes(delivery):
+                self.judge.promise(delivery, now)
 
     def ended(self, deliveries: Iterable[Delivery], now: float, *, dead: bool) -> None:
         """Another process has delivered or dead-lettered them, and counted that: tell it here."""

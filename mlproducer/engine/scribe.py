@@ -324,11 +324,14 @@ class Scribe:
             delivery = note.delivery
             if claim is None or claim in lost:
                 self._miss(note)
-                continue
-            self._shelf.ahead.discard(delivery)
-            if note.delay is not None:
-                self._shelf.park(delivery, claim)
-            if note.told:
+                astray = self._shelf.astray.get(delivery)
+                safe = astray is not None and astray.told
+            else:
+                safe = True
+                self._shelf.ahead.discard(delivery)
+                if note.delay is not None:
+                    self._shelf.park(delivery, claim)
+            if note.told and safe:
                 sure.append(delivery)
         self._done(notes)
         self._tell(sure, lambda desk, some: desk.kept(some))
