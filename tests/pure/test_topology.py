@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ast import literal_eval
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -40,6 +43,13 @@ def test_active() -> None:
         {"queue": "ml.dead_letter", "exchange": "bookmarkai.ml.dlx", "routing_key": "#"},
         *({"queue": key, "exchange": "bookmarkai.ml", "routing_key": key} for key in KEYS),
     ]
+
+
+def test_the_readme_has_them_to_copy() -> None:
+    """A worker that is made from the README declares what the library does."""
+    readme = (Path(__file__).parents[2] / "README.rst").read_text()
+    start = readme.index("arguments = {") + len("arguments = ")
+    assert literal_eval(dedent(readme[start : readme.index("}", start) + 1])) == QUORUM
 
 
 def test_nothing_is_bound_before_it_exists() -> None:
