@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from importlib import import_module
+from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -451,6 +451,14 @@ class MLProducer:
         return self._plan.registry
 
 
+@lru_cache(1)
+def _assemble() -> Callable[..., Fleet]:
+    """Import what makes the running part, once: by name, a later import might find another copy."""
+    from mlproducer.engine.fleet import assemble  # noqa: PLC0415 - pika is slow to import
+
+    return assemble
+
+
 class _Plan:
     """What a producer's running part is made of; it does not hold the producer.
 
@@ -472,14 +480,12 @@ class _Plan:
 
     def prepare(self) -> None:
         """Import what is needed; on the caller's thread, which may hold locks of the import."""
-        import_module("mlproducer.engine.fleet")  # pika is slow to import
+        _assemble()
         self.meter()
 
     def make(self, tend: Callable[[], None]) -> Fleet:
         """Make the running part, not started."""
-        from mlproducer.engine.fleet import assemble  # noqa: PLC0415 - see `prepare`
-
-        return assemble(
+        return _assemble()(
             self._settings, self._store, self._callbacks, self.meter(), self.recorder, tend
         )
 

@@ -118,8 +118,9 @@ def _fenced(step: Callable[..., None], *arguments: float) -> None:
     """Take a step; one that fails must not keep other producers from theirs."""
     try:
         step(*arguments)
-    except Exception:
-        logger.exception("a producer could not be %s; going on with the others", step.__name__)
+    except Exception as error:  # noqa: BLE001 - see the docstring
+        text = "a producer could not be %s; going on with the others"
+        write(logger, logging.ERROR, text, step.__name__, error=error)
 
 
 _lives = _Lives()

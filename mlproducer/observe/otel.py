@@ -137,10 +137,13 @@ def begin(given: Mapping[str, str]) -> MessageSpan | None:
     parent = None
     if given and not trace.get_current_span().get_span_context().is_valid:
         parent = _propagator.extract(given)
-    span = _tracer.start_span(OPERATION, parent, trace.SpanKind.PRODUCER, _CONSTANT)
-    if span is trace.INVALID_SPAN:  # no provider; older versions then forget the parent
-        span = trace.get_current_span(parent)
-        if span is trace.INVALID_SPAN:
-            return None
-    context = span.get_span_context()
-    return MessageSpan(span, context) if context.is_valid else None
+    begun = _tracer.start_span(OPERATION, parent, trace.SpanKind.PRODUCER, _CONSTANT)
+    try:
+        span = begun
+        if span is trace.INVALID_SPAN:  # no provider; older versions then forget the parent
+            span = trace.get_current_span(parent)
+        context = span.get_span_context()
+        return MessageSpan(span, context) if context.is_valid else None
+    except BaseException:  # an interrupt
+        begun.end()
+        raise

@@ -31,7 +31,7 @@ from mlproducer.core.delivery import Delivery
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.fence import fenced
 from mlproducer.message import Envelope
-from mlproducer.observe.callbacks import Dispatcher, Lane
+from mlproducer.observe.callbacks import Dispatcher
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.lines import Lines
 
@@ -67,14 +67,23 @@ class Span(Protocol):
 class OpenSpan:
     """A span that ends once, whatever becomes of the call that began it.
 
-    :param lane: where spans are ended
+    It is there before the span is, since an interrupt may strike between any two steps: then the
+    message goes, and with it this.
+
+    :param dispatcher: has the thread on which spans are ended
     """
 
-    __slots__ = ("_lane", "_span")
+    __slots__ = ("__weakref__", "_dispatcher", "_span")
 
-    def __init__(self, span: Span, lane: Lane) -> None:
-        self._lane = lane
-        self._span = [span]
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._span: list[Span | None] = []
+
+    def begin(self, begin: Callable[[Mapping[str, str]], Span | None]) -> Span | None:
+        """Begin the span; there may be none."""
+        # Python looks for signals when `append` has returned, and the span is here.
+        self._span.append(begin(tracing.current()))
+        return self._span[0]
 
     def take(self) -> Span | None:
         """Return the span to the one who ends it; ``None`` where it is ended."""
@@ -86,18 +95,17 @@ class OpenSpan:
     def note(self, name: str, reason: PublishError | None) -> None:
         """Note what happened on the way."""
         for span in self._span:
-            span.event(name, reason)
+            if span is not None:
+                span.event(name, reason)
 
     def end(self, error: str) -> None:
         """End it soon."""
         span = self.take()
         if span is not None:
-            self._lane.call(partial(span.end, error, time.time_ns()))
+            self._dispatcher.traces().call(partial(span.end, error, time.time_ns()))
 
     def __del__(self) -> None:
-        # An interrupt may strike between any two steps of the publisher's call; then the message
-        # goes, and with it this. A forked child leaves the spans of its parent to that.
-        if self._lane.is_ours():
+        if self._dispatcher.futures.is_ours():  # a child leaves its parent's spans to that
             self.end("interrupted")
 
 
@@ -116,10 +124,12 @@ class Spans(EventSink):
 
     def encode(self, encode: Callable[[T], Envelope], task: T) -> tuple[Envelope, OpenSpan | None]:
         """Encode a message that carries on the trace of its own span, if there is one."""
-        span = self._begin()
+        if not self._traces():
+            return encode(task), None
+        opened = OpenSpan(self._dispatcher)
+        span = self._begin(opened)
         if span is None:
             return encode(task), None
-        opened = OpenSpan(span, self._dispatcher.traces())
         try:
             with tracing.carrying(span.headers):
                 envelope = encode(task)
@@ -134,6 +144,7 @@ class Spans(EventSink):
 
     def follow(self, delivery: Delivery, span: OpenSpan) -> None:
         """End the span with the message's fate."""
+        self._dispatcher.traces()  # has its thread from now on, started on the publisher's
         self._open[delivery] = span
 
     def close(self) -> None:
@@ -143,15 +154,12 @@ class Spans(EventSink):
             if delivery is not None:
                 self._end_stored(delivery)
 
-    def _begin(self) -> Span | None:
-        if not self._traces():
-            return None
+    def _begin(self, opened: OpenSpan) -> Span | None:
         try:
-            begun: Span | None = self._tracer.begin(tracing.current())  # type: ignore[union-attr]
+            return opened.begin(self._tracer.begin)  # type: ignore[union-attr]
         except Exception as error:  # noqa: BLE001 - a tracer may raise anything
             self._report(error)
             return None
-        return begun
 
     def _traces(self) -> bool:
         if self._tracer is None and "opentelemetry.trace" in sys.modules:
@@ -208,7 +216,8 @@ class Spans(EventSink):
             link = found[1].decode()
             span: Span = self._tracer.LaterSpan(link, time.time_ns())  # type: ignore[union-attr]
             span.describe(delivery.envelope)
-            self._open[delivery] = OpenSpan(span, self._dispatcher.traces())
+            self._open[delivery] = opened = OpenSpan(self._dispatcher)
+            opened.begin(lambda _given: span)
 
     def _note(self, delivery: Delivery, name: str) -> None:
         opened = self._open.get(delivery)

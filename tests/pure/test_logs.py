@@ -8,12 +8,14 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.states import CircuitState, ConnectionState
 from mlproducer.errors import NackError, StoreError
+from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher, Event
 from mlproducer.observe.events import EventSink, Fanout
 from mlproducer.observe.limiter import Limiter
 from mlproducer.observe.lines import Lines
@@ -280,3 +282,16 @@ def test_an_observer_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     assert seen == [str(n) for n in range(1000)]
     assert 0 < len(caplog.records) < 10
     assert {each.getMessage() for each in caplog.records} == {"an observer failed"}
+
+
+def test_refused(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
+    """What could not be handed over after a COMMIT is a line, and an event for callbacks."""
+    callbacks, told = Callbacks(), list[Any]()
+    callbacks.add("refused", told.append)
+    dispatcher = Dispatcher(lambda _role, run: threading.Thread(target=run, daemon=True))
+    events = Fanout([sink, CallbackSink(callbacks, dispatcher)])
+    events.refused("m-1", StoreError("full"))
+    dispatcher.stop()
+    dispatcher.events._run()
+    assert told == [Event("refused", "m-1", "StoreError")]
+    assert caplog.messages == ["cannot hand over message_id='m-1' reason=StoreError"]

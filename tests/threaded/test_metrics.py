@@ -557,6 +557,34 @@ print(os.listdir())
     assert run(empty, tmp_path, PROMETHEUS_MULTIPROC_DIR="")[0] == "1.0"
 
 
+def test_the_package_imported_twice(tmp_path: Path) -> None:
+    """Both imports publish and count, on one registry, and the process ends as ever."""
+    code = """
+from mlproducer.testing.fake_broker import FakeBroker
+with FakeBroker() as broker:
+    producers = []
+    for _ in range(3):
+        from mlproducer import MLProducer, Message, Settings
+        message = Message(body=b"x", routing_key="k")
+        producers.append((MLProducer(Settings(url=broker.url)), message))
+        for producer, message in producers:
+            producer.publish(message)
+        for name in [each for each in sys.modules if each.startswith("mlproducer")]:
+            del sys.modules[name]
+    import prometheus_client
+    name, labels = "ml_producer_tasks_sent_total", {"task_type": "raw", "status": "success"}
+    print(prometheus_client.REGISTRY.get_sample_value(name, labels))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        for producer, message in producers:
+            producer.publish(message)
+        os._exit(prometheus_client.REGISTRY.get_sample_value(name, labels) != 3)
+    print(os.waitpid(child, 0)[1])
+"""
+    assert run(code, tmp_path) == ["6.0", "0"]
+
+
 @pytest.mark.parametrize(("store", "rows"), [("sqlite:///ml.db", 3), ("memory://", 12)])
 def test_workers_of_one_store(tmp_path: Path, store: str, rows: int) -> None:
     """Four workers whose store has three rows show three, and twelve where each has a store."""
