@@ -398,7 +398,14 @@ class Courier:
     def withdrawn(self, deliveries: Iterable[Delivery], now: float) -> None:
         """The rows of messages that go back to their publishers are deleted."""
         for delivery in deliveries:
-            self.judge.pay(delivery, now)
+            self.pay(delivery, now)
+
+    def pay(self, delivery: Delivery, now: float) -> None:
+        """Tell a publisher what it is owed, since the store has had its time."""
+        owes = self.judge.owes(delivery) and not delivery.promised
+        if owes and delivery.place is Place.WAITING:
+            self._lanes.withdraw(delivery)  # a suspect, of which nothing could be stored
+        self.judge.pay(delivery, now)
 
     def taken_over(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Another process has claimed their rows: it sends them, and they are not sent here.

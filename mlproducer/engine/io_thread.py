@@ -298,7 +298,7 @@ class IOThread:
             self.reactor.call_later(STORE_LIMIT, partial(self._pay, delivery))
 
     def _pay(self, delivery: Delivery) -> None:
-        self.courier.judge.pay(delivery, time.monotonic())
+        self.courier.pay(delivery, time.monotonic())
 
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that the keeper held."""

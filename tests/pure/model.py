@@ -250,14 +250,14 @@ class House:
         owes = self.courier.judge.owes(delivery)
         if owes:
             self.owing.append(delivery)
-        done = delivery.answer.done() or not delivery.answer_deferral
+        done = delivery.answer.done() or not (delivery.answer_deferral and delivery.open)
         assert done or owes or self.store.write_ahead or self.record(delivery).told, "I4, I5"
 
     def pay(self) -> None:
         """Let the time be over that the store has beyond a publisher's."""
         owing, self.owing = self.owing, []
         for delivery in owing:
-            self.courier.judge.pay(delivery, self.clock.now)
+            self.courier.pay(delivery, self.clock.now)
 
     def _turn_away(self, delivery: Delivery) -> None:
         self.courier.turn_away(delivery, self.clock.now)
