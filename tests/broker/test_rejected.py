@@ -60,7 +60,7 @@ def test_rejected_for_lack_of_permission(
     """An exchange to which the user may not write is 403, for the message that names it alone."""
     name, node = secrets.token_hex(4), rabbitmq_vhost.node
     node.add_user(name, "secret")
-    node.set_permissions(rabbitmq_vhost.name, name, write=r"^(bookmarkai\.ml|ml\..*)$")
+    node.set_permissions(rabbitmq_vhost.name, name, write=r"^(bookmarkai\.ml(\.dlx)?|ml\..*)$")
     with open_channel(rabbitmq_vhost.url) as channel:
         channel.exchange_declare("forbidden", "topic")
     producer = connect(node.url_for(rabbitmq_vhost.name, name, "secret"))
