@@ -7,7 +7,8 @@ share one hash tag, so that in a cluster they lie on one node:
 - ``row:KEY``: a hash, one message. ``id``, ``route`` (JSON), ``properties`` and ``body`` (raw
   bytes) are the message, ``sum`` their CRC-32, ``state`` (JSON) what is known of its attempts.
   ``owner`` is who claims it; it begins with ``-`` once that one has released it. ``origin`` is
-  who put it, once another has claimed it. ``token`` is the fence; ``accepted`` is in microseconds.
+  who put it, once another has claimed it. ``token`` is the fence, odd where the claim is not its
+  origin's; ``accepted`` is in microseconds.
 - ``due``: a sorted set, when each row is due, or its claim ends. ``ready``: those that are due,
   by key. A row is in one of the two.
 - ``dead``: dead letters, by key. ``ahead``: rows stored ahead, until their claim ends.
@@ -59,12 +60,11 @@ local function claimed(owner)
   return string.sub(owner, 1, 1) ~= '-'
 end
 
--- Whether nobody has claimed the row since; whether the claim still holds; whether another put it.
+-- Whether nobody has claimed the row since; then, whether the claim still holds.
 local function mine(key, token)
-  local seen = redis.pcall('HMGET', P .. 'row:' .. key, 'token', 'owner', 'origin')
-  if seen.err or seen[1] ~= token then return false, false, false end
-  local foreign = seen[3] and seen[3] ~= me
-  return seen[2] == me or seen[2] == '-' .. me, seen[2] == me, foreign
+  local seen = redis.pcall('HMGET', P .. 'row:' .. key, 'token', 'owner')
+  if seen.err or seen[1] ~= token then return false, false end
+  return seen[2] == me or seen[2] == '-' .. me, seen[2] == me
 end
 
 local FIELDS =
@@ -122,7 +122,8 @@ local function take(key, row)
   if before ~= me and not row[11] then
     redis.call('HSET', P .. 'row:' .. key, 'origin', before)
   end
-  row[1] = text(row[1] + 1)
+  local foreign = (row[11] or before) ~= me
+  row[1] = text(row[1] - row[1] % 2 + (foreign and 3 or 2))
   redis.call('HSET', P .. 'row:' .. key, 'token', row[1], 'owner', me, 'doubtful', row[3])
   return shown(key, row)
 end

@@ -65,7 +65,7 @@ local lease, latest, width = tonumber(ARGV[3]), tonumber(ARGV[4]), 8
 if now > latest then return {now} end
 local count = (#ARGV - 4) / width
 local first = math.max(now, tonumber(redis.call('GET', P .. 'last') or 0) + 1)
-local keys, dead, ahead, token, until_ = {}, {}, {}, text(now), text(now + lease)
+local keys, dead, ahead, token, until_ = {}, {}, {}, text(now - now % 2), text(now + lease)
 redis.call('SET', P .. 'last', text(first + count - 1))
 for i = 1, count do
   local at, key = 5 + (i - 1) * width, text(first + i - 1)
@@ -272,9 +272,8 @@ DONE = (
     + """
 local keys, fates = {}, {}
 for i = 3, #ARGV, 2 do
-  local since, _, foreign = mine(ARGV[i], ARGV[i + 1])
-  if since then
-    if foreign then
+  if mine(ARGV[i], ARGV[i + 1]) then
+    if ARGV[i + 1] % 2 == 1 then
       local dead = redis.call('ZSCORE', P .. 'dead', ARGV[i])
       add(fates, text(2 * now + (dead and 1 or 0)), ARGV[i])
     end
