@@ -138,6 +138,7 @@ class Server:
 
     def close(self) -> None:
         """Stop listening, and drop all clients; any number of times, also in a forked child."""
+        forks.notice()
         self._open = False
         with suppress(ValueError):  # it is closed
             self._bell.write(b"\0")
@@ -231,6 +232,9 @@ class Server:
             return
         except OSError:
             self._drop(client)
+        except Exception as error:  # noqa: BLE001 - it concerns this client alone
+            write(logger, logging.ERROR, "a request failed", error=error)
+            self._drop(client)
 
     def _receive(self, client: _Client) -> None:
         piece = client.socket.recv(_PIECE)
@@ -239,7 +243,7 @@ class Server:
             return
         client.received += piece
         head, found, rest = _cut(bytes(client.received))
-        if found or len(head) > MAX_HEAD:
+        if found or len(client.received) > MAX_HEAD:
             client.lingers = bool(rest) or b"content-length" in head.lower() or not found
             request = _Request(self._app, self._environ, client.address, head, complete=found)
             client.unsent = memoryview(request.answer())
@@ -304,8 +308,8 @@ class _Request(WSGIRequestHandler):
     ) -> None:
         # Not that of the base class, which would talk to a socket at once.
         self._app = app
-        self._base_environ = environ
         self._complete = complete
+        self.server = _Environ(environ)  # type: ignore[assignment]
         self.client_address = address
         self._read, self._written = io.BytesIO(head), io.BytesIO()
         self.wfile = self._written  # where the base class writes
@@ -331,13 +335,18 @@ class _Request(WSGIRequestHandler):
         self.request_version = "HTTP/1.0"
         self.send_error(status)
 
-    def get_environ(self) -> dict[str, Any]:
-        """Return the environment of the request, whose target may be a URL (RFC 9112, 3.2.2)."""
+    def parse_request(self) -> bool:
+        """Read the request's line and headers; its target may be a URL (RFC 9112, 3.2.2)."""
+        if not super().parse_request():
+            return False
         if self.path[:1] != "/" and "://" in self.path:
-            target = urlsplit(self.path)
+            try:
+                target = urlsplit(self.path)
+            except ValueError:
+                self.send_error(HTTPStatus.BAD_REQUEST)
+                return False
             self.path = f"{target.path or '/'}?{target.query}"
-        self.server = _Environ(self._base_environ)  # type: ignore[assignment]
-        return super().get_environ()
+        return True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name is given
         """Log nothing: one page would be a line a second."""

@@ -121,6 +121,7 @@ class Spans(EventSink):
         self._lines = Lines(logger)
         self._open: WeakKeyDictionary[Delivery, OpenSpan] = WeakKeyDictionary()
         self._tracer: ModuleType | None = None
+        self._usable = True
 
     def encode(self, encode: Callable[[T], Envelope], task: T) -> tuple[Envelope, OpenSpan | None]:
         """Encode a message that carries on the trace of its own span, if there is one."""
@@ -162,10 +163,14 @@ class Spans(EventSink):
             return None
 
     def _traces(self) -> bool:
-        if self._tracer is None and "opentelemetry.trace" in sys.modules:
-            from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
-
-            self._tracer = otel
+        if self._tracer is None and self._usable and "opentelemetry.trace" in sys.modules:
+            try:
+                from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
+            except Exception as error:  # noqa: BLE001 - a version that is not what ours asks for
+                self._usable = False
+                self._report(error)
+            else:
+                self._tracer = otel
         return self._tracer is not None
 
     def _report(self, error: BaseException | None) -> None:

@@ -583,6 +583,8 @@ REQUESTS = {
     b"<script>\r\n\r\n": 400,
     b"GET / <b>x</b> y\r\n\r\n": 400,
     b"GET / HTTP/2.0\r\n\r\n": 505,
+    b"GET http://[x/health HTTP/1.1\r\n\r\n": 400,
+    b"\r\n" * 40_000: 431,
     b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n": 414,
     b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n": 431,
     b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 200 + b"\r\n": 431,
