@@ -10,6 +10,7 @@ Runs on: the main thread of a process of its own.
 from __future__ import annotations
 
 import dis
+import inspect
 import json
 import sys
 import threading
@@ -50,6 +51,9 @@ class Cut:
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Make the call; give what it returns, or the interrupt."""
+        frame = inspect.currentframe()
+        if frame is not None:
+            frame.f_trace_opcodes = True  # once before, or Python 3.12 traces none
         sys.settrace(self._trace)
         try:
             return call()
@@ -69,7 +73,8 @@ class Cut:
         if step and event == "opcode":
             before = self._last.get(frame, "")
             self._last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            step = before.startswith(SIGNALS_COME_AFTER)
+            ends = frame.f_lineno is None  # a generator that is thrown away, which swallows it
+            step = before.startswith(SIGNALS_COME_AFTER) and not ends
         if step:
             self._left -= 1
             if self._left < 0:
