@@ -9,7 +9,6 @@ Runs on: the resolver thread, and the threads of commands; `Directory.routes` on
 
 from __future__ import annotations
 
-import logging
 import random
 import socket
 from collections.abc import Callable
@@ -22,10 +21,9 @@ from mlproducer.brokers import Broker, TLSSettings
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.engine.tls import TLSFiles
 from mlproducer.errors import ConfigurationError
+from mlproducer.fence import stopped
 from mlproducer.settings import Credentials, Settings
 from mlproducer.topology import Declaration, Topology
-
-logger = logging.getLogger(__name__)
 
 Address = tuple[Any, ...]
 """A record of `socket.getaddrinfo`."""
@@ -203,7 +201,8 @@ def _called(credentials: Callable[[], Any]) -> Identity | str:
     asked_at = time.monotonic()
     try:
         given = credentials()
-    except Exception as error:  # noqa: BLE001 - it is the user's own
+    except BaseException as error:  # noqa: BLE001 - it is the user's own, SystemExit included
+        stopped(error)
         return f"Settings.credentials raised {type(error).__name__}"
     wanted = "Settings.credentials must give (user, password) or (user, password, seconds)"
     return _identity(given, asked_at) or wanted

@@ -282,6 +282,7 @@ def raises() -> Any:
     ("credentials", "words"),
     [
         (raises, "raised RuntimeError"),
+        (lambda: sys.exit(SECRET), "raised SystemExit"),
         (lambda: None, r"must give \(user, password\)"),
         (lambda: ("u", SECRET.encode()), "must give"),
         (lambda: ("u", SECRET, -1), "must give"),
