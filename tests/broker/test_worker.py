@@ -15,6 +15,7 @@ from mlproducer import (
     CeleryTask,
     EmbeddingBatchTask,
     EmbeddingTask,
+    Message,
     MLProducer,
     Settings,
     SummarizationTask,
@@ -252,6 +253,19 @@ def test_celery_task(worker: CeleryWorker, producer: MLProducer) -> None:
     assert run.properties["priority"] == 7
     assert (run.headers["x-tenant"], run.headers["x-count"]) == ("acme", 2**40)
     _assert_protocol(run)
+
+
+def test_a_raw_message(worker: CeleryWorker, producer: MLProducer) -> None:
+    """With what the README says it must carry, a stock worker runs it."""
+    message = Message(
+        body=b"[[1], {}, {}]",
+        routing_key="ml.embed",
+        headers={"task": REPORT, "id": "raw"},
+        content_type="application/json",
+        content_encoding="utf-8",
+    )
+    producer.publish(message)
+    assert _run(worker, "raw").args == [1]
 
 
 def test_countdown(worker: CeleryWorker, producer: MLProducer) -> None:
