@@ -295,14 +295,14 @@ def _program() -> str:
     return f"{shown if shown not in ('', '-c') else 'python'}:{os.getpid()}"
 
 
-def blocking_channel(route: Route) -> Any:
-    """Open a channel of pika's blocking kind, for commands that consume.
+def blocking_connection(route: Route) -> Any:
+    """Open a connection of pika's blocking kind, for commands that ask questions.
 
     :raises NotConnectedError: it cannot be opened; the text says why
     """
     try:
         found = parameters(route.find(), (route.broker.connection_timeout,) * 2)
-        return pika.BlockingConnection(found, _impl_class=BrokerConnection).channel()
+        return pika.BlockingConnection(found, _impl_class=BrokerConnection)
     except UnreachableError as error:
         loss = error.loss
     except (exceptions.AMQPError, OSError) as error:

@@ -21,7 +21,7 @@ from pika import exceptions, frame, spec
 from mlproducer import clock as time
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.engine.directory import Route
-from mlproducer.engine.link import blocking_channel
+from mlproducer.engine.link import blocking_connection
 from mlproducer.engine.losses import closed_by_broker, translate
 from mlproducer.errors import NotConnectedError
 
@@ -65,9 +65,13 @@ class Session:
 
     def __init__(self, routes: Sequence[Route], limit: float) -> None:
         self._limit = limit
-        self._route, self._channel = _open(routes)
-        self._connection = self._channel.connection
+        self._route, self._connection = _open(routes)
         _tolerate(self._connection)
+        try:
+            self._channel: Any = self._new_channel()
+        except BaseException:
+            self._drop()
+            raise
 
     @property
     def address(self) -> str:
@@ -107,8 +111,7 @@ class Session:
             loss = closed_by_broker(error)
         except (exceptions.AMQPError, OSError, _LateError) as error:
             raise self._explained(error) from None
-        with self._translated(), self._limited(self._limit):
-            self._channel = self._connection.channel()
+        self._channel = self._new_channel()
         return None, loss
 
     def refusal(self, method: str, *arguments: Any, **options: Any) -> Loss | None:
@@ -135,8 +138,7 @@ class Session:
             raise self._explained(error) from None
         else:
             return Outcome()
-        with self._translated(), self._limited(self._limit):
-            self._channel = self._connection.channel()
+        self._channel = self._new_channel()
         return Outcome(reply_code=loss.reply_code, text=loss.text)
 
     def publish_invalid(self, exchange: str) -> Outcome:
@@ -152,6 +154,10 @@ class Session:
         with self._translated():
             while not ready() and (left := deadline - time.monotonic()) > 0:
                 self._connection.process_data_events(left)
+
+    def _new_channel(self) -> Any:
+        with self._translated(), self._limited(self._limit):
+            return self._connection.channel()
 
     @contextlib.contextmanager
     def _limited(self, limit: float) -> Iterator[None]:
@@ -180,10 +186,14 @@ class Session:
 
     def _drop(self) -> None:
         """End the connection without a word; unacked letters go back to their queue."""
+        connection = self._connection
         with contextlib.suppress(Exception):
-            transport = self._connection._impl._transport  # noqa: SLF001 - no public way to abort
+            transport = connection._impl._transport  # noqa: SLF001 - no public way to abort
             if transport is not None:
                 transport.abort()
+                connection._impl.ioloop.process_timeouts()  # noqa: SLF001 - closes the socket
+        with contextlib.suppress(Exception):
+            connection._cleanup()  # noqa: SLF001 - closes the loop's own descriptors
 
 
 def _be_late() -> None:
@@ -194,7 +204,7 @@ def _open(routes: Sequence[Route]) -> tuple[Route, Any]:
     errors = []
     for route in routes:
         try:
-            return route, blocking_channel(route)
+            return route, blocking_connection(route)
         except NotConnectedError as error:
             errors.append(error)
     if len(errors) == 1:

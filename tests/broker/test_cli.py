@@ -211,6 +211,42 @@ def test_check_names_the_certificate(tmp_path: Path) -> None:
         assert _check(node.tls_url, RABBITMQ_SSL_CACERT=str(certificates.ca))[0] == 0
 
 
+# --- topology --------------------------------------------------------------------------------
+
+
+def test_topology(rabbitmq_vhost: VirtualHost) -> None:
+    """Nothing is made by a look; --apply makes what is missing; then all is there."""
+    url, node = rabbitmq_vhost.url, rabbitmq_vhost.node
+
+    def look(*argv: str) -> tuple[int, dict[str, Any]]:
+        result = run("topology", *argv, "--json", url=url, ML_QUEUE_PREFIX="a.")
+        (document,) = documents(result.stdout)
+        return result.returncode, {
+            each["name"]: each["state"]
+            for each in document["topology"]
+            if each["kind"] != "binding"
+        }
+
+    names = [
+        "bookmarkai.ml",
+        "a.bookmarkai.ml.dlx",
+        "a.ml.dead_letter",
+        *(f"a.{key}" for key in ROUTING_KEYS),
+    ]
+    for _ in range(2):
+        assert look() == (1, dict.fromkeys(names, "missing"))
+    assert node.ctl("-q", "list_queues", "-p", rabbitmq_vhost.name, "--no-table-headers") == ""
+    assert look("--apply") == (0, dict.fromkeys(names, "declared"))
+    assert look() == (0, dict.fromkeys(names, "there"))
+    with open_channel(url) as channel:
+        channel.queue_delete("a.ml.embed")
+        channel.queue_declare("a.ml.embed", durable=True)
+    result = run("topology", url=url, ML_QUEUE_PREFIX="a.")
+    assert result.returncode == 1
+    assert "a.ml.embed           differs: 'x-" in result.stdout
+    assert "--apply-to queues" in result.stdout
+
+
 # --- publish ---------------------------------------------------------------------------------
 
 
