@@ -1,4 +1,4 @@
-"""Parts for tests, ours and yours: a private broker, a cluster, a worker, a proxy, a fake broker.
+"""Parts for tests, ours and yours: a producer with no broker, a private broker, a worker, a proxy.
 
 Owns the public names of this package. pytest is not needed here; the fixtures that need it are in
 `mlproducer.testing.plugin`.
@@ -13,6 +13,7 @@ from mlproducer.testing.cluster import RabbitMQCluster
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
 from mlproducer.testing.proxy import Proxy
+from mlproducer.testing.recording import RecordingProducer
 from mlproducer.testing.redis_server import RedisError, RedisNotInstalled, RedisServer
 from mlproducer.testing.worker import CeleryNotInstalled, CeleryWorker, TaskRun, WorkerError
 
@@ -29,6 +30,7 @@ __all__ = [
     "RabbitMQError",
     "RabbitMQNode",
     "RabbitMQNotInstalled",
+    "RecordingProducer",
     "RedisError",
     "RedisNotInstalled",
     "RedisServer",

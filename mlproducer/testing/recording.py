@@ -1,0 +1,252 @@
+"""`RecordingProducer`: a producer with no broker, for the tests of programs that have one.
+
+It checks and encodes as every producer does, and then notes the task where the others send it. It
+starts no thread and opens no connection or file, whatever its settings name.
+
+Runs on: the caller's thread; callbacks too, before the call that led to them returns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from mlproducer.core.states import ConnectionState
+from mlproducer.errors import (
+    BufferFullError,
+    CircuitOpenError,
+    InvalidMessageError,
+    ProducerClosedError,
+    PublishError,
+    StoreError,
+    WouldDeadlockError,
+)
+from mlproducer.latch import seconds
+from mlproducer.message import Receipt
+from mlproducer.observe.callbacks import DeliveryFuture, Dispatcher, Event, EventName, Lane
+from mlproducer.producer import MLProducer, Retry
+from mlproducer.settings import Settings
+from mlproducer.status import CloseReport, Status
+from mlproducer.stores.protocol import Store
+from mlproducer.topology import Declaration
+from mlproducer.wire.encode import Task
+
+__all__ = ["RecordingProducer"]
+
+CLOSED = "the producer is closed"
+
+AT_THE_CALL = (
+    BufferFullError,
+    CircuitOpenError,
+    InvalidMessageError,
+    ProducerClosedError,
+    StoreError,
+    WouldDeadlockError,
+)
+"""What ``submit()`` itself raises; the rest is told by its future."""
+
+
+class RecordingProducer(MLProducer):
+    """Takes a producer's place in tests: nothing is ever published for real.
+
+    What a producer refuses it refuses too, with the same errors. What is left is confirmed at once,
+    and noted::
+
+        producer = RecordingProducer()
+        work(producer)
+        assert producer.published == [SummarizationTask("7", {"text": "..."})]
+
+    :param settings: ``None`` reads the environment, in which no broker need be named
+    :ivar published: the tasks that were published, in order, as they were handed in; for each,
+        ``payload()`` gives what its worker would get
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, *, registry: Any = None, store: Store | None = None
+    ) -> None:
+        super().__init__(settings, registry=registry, store=store)
+        self.published: list[Task] = []
+        self._failures: list[PublishError] = []
+        self._state = ConnectionState.DISCONNECTED
+        self._calls = _Calls()
+
+    def __enter__(self) -> RecordingProducer:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<RecordingProducer {len(self.published)} published>"
+
+    # --- for tests -----------------------------------------------------------------------------
+
+    def fail_next(self, error: PublishError) -> None:
+        """Have the next message fail with an error, which is raised whatever its ``retry`` is.
+
+        Called several times, it lets as many messages fail, in that order. A message that is
+        refused for what it is uses none up.
+        """
+        if not isinstance(error, PublishError):
+            raise TypeError(f"error must be a PublishError, got {type(error).__name__}")
+        self._failures.append(error)
+
+    def clear(self) -> None:
+        """Forget what was published, and what was to fail."""
+        self.published.clear()
+        self._failures.clear()
+
+    # --- publishing ----------------------------------------------------------------------------
+
+    def publish(self, task: Task, *, timeout: float | None = None, retry: Retry = True) -> Receipt:
+        """Note a task as published and confirmed.
+
+        :raises PublishError: as a producer would, or what `fail_next` was given
+        """
+        return self._take(task, timeout, retry)
+
+    async def apublish(
+        self, task: Task, *, timeout: float | None = None, retry: Retry = True
+    ) -> Receipt:
+        """Note a task as published and confirmed; it never waits.
+
+        :raises PublishError: as for `publish`
+        """
+        return self._take(task, timeout, retry)
+
+    def submit(
+        self, task: Task, *, timeout: float | None = None, retry: Retry = True
+    ) -> DeliveryFuture:
+        """Note a task as published; the future is resolved already.
+
+        :raises PublishError: what a producer's ``submit()`` raises; the rest is the future's
+        """
+        future = DeliveryFuture(self._calls)
+        future.set_running_or_notify_cancel()
+        try:
+            receipt = self._take(task, timeout, retry)
+        except AT_THE_CALL:
+            raise
+        except PublishError as error:
+            future.message_id = error.message_id or ""
+            future.set_exception(error)
+        else:
+            future.message_id = receipt.message_id
+            future.set_result(receipt)
+        return future
+
+    def publish_many(
+        self, tasks: Iterable[Task], *, timeout: float | None = None, retry: Retry = True
+    ) -> list[Receipt | PublishError]:
+        """Note many as published; one that fails fails alone.
+
+        :returns: for each task, in order, its receipt or its error
+        """
+        self._check_usable()
+        results: list[Receipt | PublishError] = []
+        try:
+            for task in tasks:
+                try:
+                    results.append(self._take(task, timeout, retry))
+                except PublishError as error:
+                    results.append(error)
+        except Exception as error:
+            vars(error)["results"] = results
+            raise
+        return results
+
+    def _take(self, task: Task, timeout: float | None, retry: Retry) -> Receipt:
+        self.start()
+        if timeout is not None:
+            seconds(timeout)
+        if retry is not True and retry is not False:
+            self._checked(retry)
+        envelope = (self._encode_hooked if self._hooks else self._encoder.encode)(task)
+        if self._failures:
+            error = self._failures.pop(0)
+            error.message_id = error.message_id or envelope.message_id
+            raise error
+        self.published.append(task)
+        self._tell(Event("confirmed", envelope.message_id))
+        return Receipt(envelope.message_id, attempts=1, elapsed=0.0)
+
+    def declare(self, declarations: Iterable[Declaration], *, timeout: float | None = None) -> bool:
+        """Declare nothing."""
+        self.start()
+        return True
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Count as connected from now on.
+
+        :raises ProducerClosedError: it was closed
+        """
+        self._check_usable()
+        if self._state is ConnectionState.DISCONNECTED:
+            self._state = ConnectionState.CONNECTED
+            self._tell(Event("connected", detail=self.status().broker))
+
+    def wait_connected(self, timeout: float | None = None) -> bool:
+        """Start, and be connected."""
+        self.start()
+        return True
+
+    def reconnect(self) -> None:
+        """Start; there is nothing to connect to."""
+        self.start()
+
+    def flush(self, timeout: float | None = None) -> int:
+        """Have nothing left."""
+        return 0
+
+    def close(self, timeout: float | None = None) -> CloseReport:
+        """Take nothing more; what was published stays to be looked at."""
+        self._state = ConnectionState.CLOSED
+        return CloseReport()
+
+    def status(self) -> Status:
+        """Say that all is well, once it is used."""
+        return Status(connection_state=self._state, broker="recording")
+
+    def _check_usable(self) -> None:
+        if self._calls.under_way():
+            raise WouldDeadlockError("a blocking call in a callback")
+        if self._state is ConnectionState.CLOSED:
+            raise ProducerClosedError(CLOSED)
+
+    def _tell(self, event: Event) -> None:
+        name: EventName = event.name
+        for callback in self._callbacks.of(name):
+            self._calls.events.call(partial(callback, event))
+
+
+class _Calls(Dispatcher):
+    """Makes calls at once, on the thread on which they become due."""
+
+    def __init__(self) -> None:
+        super().__init__(_no_thread)
+        self.making = threading.local()
+        self.events = self.futures = _Lane(self)  # type: ignore[assignment] # none is left out
+
+    def under_way(self) -> bool:
+        """Whether this thread is making one."""
+        return getattr(self.making, "now", False)
+
+
+class _Lane(Lane):
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__("calls", _no_thread)
+        self._all = calls
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call it now; what it raises is logged, and harms nothing."""
+        before = self._all.under_way()
+        self._all.making.now = True
+        try:
+            self._make(function)
+        finally:
+            self._all.making.now = before
+
+
+def _no_thread(role: str, _target: Callable[[], None]) -> threading.Thread:
+    raise RuntimeError(f"a RecordingProducer starts no thread, and so none for {role}")
