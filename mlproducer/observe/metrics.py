@@ -334,6 +334,11 @@ class _FileMeter(Meter):
         except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
             self._failed(failure)
 
+    def forked(self) -> None:
+        """Start from zero, in a child process, which writes files of its own."""
+        super().forked()
+        self._shown = set()
+
     def _write(self, readings: Mapping[Family, Mapping[Labels, float]]) -> None:
         shown = {(family, labels) for family, series in readings.items() for labels in series}
         for family, labels in shown | self._shown:

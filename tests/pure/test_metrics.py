@@ -584,7 +584,7 @@ class Shown:
             self.values[family.name] = value
             self.after_write()
 
-        return SimpleNamespace(set=write)
+        return SimpleNamespace(set=write, inc=lambda: None)
 
 
 @mutable(eq=False)
@@ -610,3 +610,36 @@ def test_a_gauge_is_not_written_over_by_what_was_read_before() -> None:
     shown.after_write = connect
     meter.refresh()
     assert shown.values[catalog.CONNECTION_STATE.name] == ConnectionState.CONNECTED
+
+
+def test_a_queue_that_is_not_read_any_more_is_zero_in_a_file() -> None:
+    """A series cannot be taken out of a file; with its connection gone, a queue's shows nothing."""
+    shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
+    meter = metrics._FileMeter(shown)  # type: ignore[arg-type]
+    meter.watch(producer)
+    sink = meter.sink()
+    sink.queue_depth("ml.embed", 7)
+    meter.refresh()
+    assert shown.values[catalog.QUEUE_DEPTH.name] == 7
+    producer.state = ConnectionState.DISCONNECTED
+    sink.state_changed(ConnectionState.DISCONNECTED)
+    assert shown.values[catalog.QUEUE_DEPTH.name] == 0
+
+
+def test_files_that_cannot_be_written_are_told_a_few_times(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Gauges that cannot be written, and refusals that cannot be counted, raise nothing."""
+    shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
+    meter = metrics._FileMeter(shown)  # type: ignore[arg-type]
+    meter.watch(producer)
+
+    def fail() -> None:
+        raise OSError("a path that stays where it is")
+
+    shown.after_write = fail
+    for _ in range(100):
+        meter.refresh()
+    lines = {each.getMessage() for each in caplog.records}
+    assert lines == {"metrics cannot be written PROMETHEUS_MULTIPROC_DIR: OSError"}
+    assert len(caplog.records) < 10
