@@ -129,8 +129,10 @@ class Reactor:
 
     def _put_back(self) -> None:
         in_hand, self._in_hand = self._in_hand, []
+        here: object = self._owner
         for delivery in in_hand:
-            if delivery.place is Place.MAILBOX:
+            handed_over = delivery.desk is not None and delivery.desk is not here
+            if delivery.place is Place.MAILBOX and not handed_over:
                 self.mailbox.put(delivery)
 
     def _clear_away(self) -> None:

@@ -274,6 +274,42 @@ def test_what_waits_goes_where_it_can(connect: Connect, serve: Serve) -> None:
     assert all(future.result(LIMIT).attempts == 1 for future in futures)
 
 
+def test_what_was_handed_over_is_not_taken_back(connect: Connect, serve: Serve) -> None:
+    """A loop that fails amid a burst puts back what it had in hand, and nothing of another's."""
+    broker = serve()
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    first, second = [engine.io for engine in producer._life.fleet.engines]  # type: ignore[union-attr]
+    take, accept = first._take, first.courier.accept
+    go_on, failed, restarted = Latch(), Latch(), Latch()
+    foreign: list[Any] = []
+
+    def note_and_accept(deliveries: Any, now: float) -> None:
+        foreign.extend(each for each in deliveries if each.desk is not first)
+        accept(deliveries, now)
+
+    def give_and_fail(deliveries: Any) -> None:
+        first._take = take
+        for delivery in deliveries:
+            delivery.desk = second
+            assert second.reactor.mailbox.put(delivery)
+        failed.open()
+        raise ValueError("bug")
+
+    first._take = give_and_fail
+    first.courier.accept = note_and_accept
+    second.order(lambda: go_on.wait(LIMIT))
+    futures = [producer.submit(make_message(f"m{number}")) for number in range(20)]
+    assert failed.wait(LIMIT)
+    first.order(restarted.open)
+    assert restarted.wait(LIMIT)
+    go_on.open()
+    assert all(future.result(LIMIT).confirmed for future in futures)
+    assert producer.flush(LIMIT) == 0
+    assert len(broker.messages) == 20
+    assert foreign == []
+
+
 def test_close_of_several(connect: Connect, serve: Serve) -> None:
     """One report for all: what was confirmed meanwhile, and what was abandoned on each."""
     broker = serve(Silent())
