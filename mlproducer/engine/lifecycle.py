@@ -149,7 +149,7 @@ class Lifecycle:
             process.release(self)
             raise
         self.fleet = fleet
-        if self.closed:  # by one who did not wait for the start, and may not have seen it
+        if self.closed or process.is_over():  # by one who did not wait, and may not have seen it
             fleet.close(0.0)
             process.release(self)
         return fleet

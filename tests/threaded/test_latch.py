@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import pytest
 
 from mlproducer.engine.io_thread import SLOW
+from mlproducer.errors import StoreError
 from mlproducer.fate import Fate
 from mlproducer.latch import Latch, Relay, Token
 from mlproducer.message import Receipt
+from mlproducer.stores.sqlite_link import Link, _forks
 from mlproducer.waiting import Answer
 from tests.helpers import LIMIT, Background
 
@@ -212,3 +217,33 @@ def test_a_relay_of_threads() -> None:
     asking.gather(30.0)
     over.set()
     answering.gather()
+
+
+def test_an_interrupt_before_a_fork(tmp_path: Path) -> None:
+    """Whatever of the stores was held by then is let go in the parent, or none would work again."""
+    links = [Link(str(tmp_path / f"{number}.db"), 60.0, time.monotonic) for number in range(3)]
+
+    def interrupted(link: Link, hold: Callable[[], None]) -> None:
+        hold()
+        if link is links[1]:
+            raise KeyboardInterrupt
+
+    for link in links:
+        link.hold = functools.partial(interrupted, link, link.hold)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        _forks.before()
+    _forks.in_parent()
+    for link in links:
+        assert link.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
+        link.close(None)
+
+
+def test_a_store_amid_its_own_call(tmp_path: Path) -> None:
+    """A handler or finaliser that comes back to it on the same thread is refused at once."""
+    link = Link(str(tmp_path / "s.db"), 60.0, time.monotonic)
+    started = time.monotonic()
+    with pytest.raises(StoreError, match="in use by the call that is interrupted"):
+        link.run(lambda _: link.run(lambda connection: connection.execute("SELECT 1").fetchone()))
+    assert time.monotonic() - started < 1.0
+    assert link.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
+    link.close(None)

@@ -405,6 +405,26 @@ def test_twenty_producers_end_within_one_limit(serve: Serve) -> None:
     assert "messages lost that lived in memory: 20" in errors
 
 
+def test_ctrl_c_at_exit(serve: Serve) -> None:
+    """It is not waited any longer, everything is ended, and what is lost is told."""
+    broker = serve(Silent())
+    started = time.monotonic()
+    _, errors = run_script(
+        """
+        producers = [MLProducer(settings) for _ in range(3)]
+        for each in producers:
+            each.submit(Message(body=b"", routing_key="k"))
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+        """,
+        broker.url,
+        exit_timeout=15.0,
+    )
+    assert time.monotonic() - started < 10.0
+    assert "messages lost that lived in memory: 3" in errors
+
+
 def test_one_that_cannot_be_closed_at_exit(serve: Serve) -> None:
     """An error in the end of one producer keeps the others from nothing."""
     broker = serve(SlowOpen())
