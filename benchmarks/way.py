@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.contestants.work import TEXT
 from mlproducer import Settings, SummarizationTask
-from mlproducer.core.breaker import Breaker
+from mlproducer.core.breaker import Breaker, Consecutive
 from mlproducer.core.courier import Courier
 from mlproducer.core.delivery import Delivery
 from mlproducer.engine.gate import Gate
@@ -56,7 +56,7 @@ class Way:
         self.longest_properties = self._frames.longest_properties
         self._batch: list[tuple[Envelope, int]] = []
         self._tag = 0
-        breaker = Breaker(10, 30.0, lambda _state: None)
+        breaker = Breaker(Consecutive(10), 30.0, 5.0, lambda _state: None, lambda _when: None)
         self._courier = Courier(3, breaker, _IDLE, _IDLE, self._gate, EventSink())
         self._courier.up(self)
 

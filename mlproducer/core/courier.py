@@ -135,12 +135,7 @@ class Courier:
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
-        if delivery.place is Place.IN_FLIGHT:
-            return  # its row came back to this process while its tag is open, which decides
-        if self.judge.owes(delivery):
-            self.judge.promise(delivery, now)  # its row is there after all
-        if delivery.open and delivery.place is Place.RETIRED:
-            self.judge.leave(delivery, Place.RETIRED)  # it goes back once its row is deleted
+        if delivery.stored and not self._wants(delivery, now):
             return
         delivery.place = Place.WAITING
         if not delivery.open:
@@ -153,6 +148,17 @@ class Courier:
             self._refuse_one(delivery, self._refusal, now)
         else:
             self._lanes.add(delivery)
+
+    def _wants(self, delivery: Delivery, now: float) -> bool:
+        """Whether a message whose row this process has claimed again is to be sent."""
+        if delivery.place is Place.IN_FLIGHT:
+            return False  # another had its row for a while; its tag, which is open, decides
+        if self.judge.owes(delivery):
+            self.judge.promise(delivery, now)  # its row is there after all
+        if delivery.open and delivery.place is Place.RETIRED:
+            self.judge.leave(delivery, Place.RETIRED)  # it goes back once its row is deleted
+            return False
+        return True
 
     def turn_away(self, delivery: Delivery, now: float) -> None:
         """Judge a message for which the in-flight window had no room in time."""
@@ -187,7 +193,7 @@ class Courier:
         room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
         for delivery in self._lanes.next(room):
-            if not (delivery.open and delivery.is_ours):
+            if not (delivery.open and (delivery.taken or delivery.claim())):
                 self.judge.leave(delivery, Place.RETIRED)  # withdrawn while it waited
             elif delivery.recalled or delivery.leased_until < now:
                 self._hold_back(delivery, now)

@@ -256,7 +256,12 @@ class Delivery:
         """Give what is to be told: the publisher's answer, or what came in its place."""
         fate = self.fate
         if fate is None:
-            fate = self.fate = self.answer if self._take_word() else self.heir or NOBODY
+            try:  # `_take_word`, without a call, since each confirm comes through here
+                del self.word
+                fate = self.answer
+            except AttributeError:
+                fate = self.heir or NOBODY
+            self.fate = fate
         return fate
 
     def _take_word(self) -> bool:
