@@ -180,7 +180,8 @@ class Fleet:
         """
         self._confirmed_before.append(self._confirmed())
         for shelved in self._shelved or self._shelve():
-            shelved.wait(deadline - time.monotonic())
+            if shelved.wait(deadline - time.monotonic()):
+                shelved.open()  # for another thread that closes at the same time
         self._abandoned.append(tuple(each.envelope.message_id for each in self._unsettled()))
         for engine in self.engines:
             engine.end()
