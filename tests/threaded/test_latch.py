@@ -235,7 +235,7 @@ def test_an_interrupt_before_a_fork(tmp_path: Path) -> None:
     _forks.in_parent()
     for link in links:
         assert link.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
-        link.close(None)
+        link.close()
 
 
 def test_a_store_amid_its_own_call(tmp_path: Path) -> None:
@@ -246,4 +246,4 @@ def test_a_store_amid_its_own_call(tmp_path: Path) -> None:
         link.run(lambda _: link.run(lambda connection: connection.execute("SELECT 1").fetchone()))
     assert time.monotonic() - started < 1.0
     assert link.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
-    link.close(None)
+    link.close()
