@@ -1,4 +1,4 @@
-"""One connection to one broker, from the first packet to the last; the only room that knows pika.
+"""One connection to one broker, from the first packet to the last, by way of pika.
 
 A `Link` is used once: it opens at one address, declares the topology, hands a channel in confirm
 mode to its owner as often as the broker closes one, and ends. Once it has ended or was aborted,
