@@ -44,6 +44,7 @@ from mlproducer.status import CloseReport, Status
 from mlproducer.stores import anchored
 from mlproducer.stores.protocol import Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
+from mlproducer.topology import Declaration
 from mlproducer.waiting import Answer, Line, finish
 from mlproducer.wire.encode import Encoder, Task
 
@@ -352,6 +353,21 @@ class MLProducer:
         write(logger, logging.WARNING, text)
         return envelope
 
+    def declare(self, declarations: Iterable[Declaration], *, timeout: float | None = None) -> bool:
+        """Declare queues and exchanges beside the topology: now, and on each later connection.
+
+        While there is no connection nothing is waited for: they are declared once there is one,
+        before anything is published. What the broker refuses is logged, and left out.
+
+        :param timeout: seconds to wait for the broker; ``None`` is ``settings.publish_timeout``
+        :returns: false where the broker has not answered in time
+        """
+        patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
+        deadline = time.monotonic() + patience
+        added = self._plan.added
+        added.extend([each for each in declarations if each not in added])
+        return self._life.started().declare(deadline)
+
     # --- state ---------------------------------------------------------------------------------
 
     def status(self) -> Status:
@@ -463,6 +479,7 @@ class _Plan:
     """What a producer's running part is made of; it does not hold the producer.
 
     :ivar watched: what the metrics read, and hold weakly
+    :ivar added: what is declared beside the topology
     """
 
     watched: Callable[[], Lifecycle | None]
@@ -471,6 +488,7 @@ class _Plan:
         self, settings: Settings, store: Store | None, registry: Any, callbacks: Callbacks
     ) -> None:
         self.registry = registry
+        self.added: list[Declaration] = []
         self.exit_timeout = settings.exit_timeout
         self.recorder = Recorder()
         self._settings = settings
@@ -486,7 +504,13 @@ class _Plan:
     def make(self, tend: Callable[[], None]) -> Fleet:
         """Make the running part, not started."""
         return _assemble()(
-            self._settings, self._store, self._callbacks, self.meter(), self.recorder, tend
+            self._settings,
+            self._store,
+            self._callbacks,
+            self.meter(),
+            self.recorder,
+            tend,
+            self.added,
         )
 
     def meter(self) -> Meter:

@@ -51,7 +51,8 @@ class DelayedDelivery:
         self._active = active
         self._call_later = call_later
         self._fault = fault
-        self._wanted = False
+        self._passes = False  # delayed tasks come through, ours or others'
+        self._wanted = False  # ours do
         self._usable: bool | None = None  # None: not known on this connection
         self._round: _Round | None = None
         self._cut_off = 0  # connections in a row that were lost while we asked
@@ -72,13 +73,17 @@ class DelayedDelivery:
         delayed = [each for each in deliveries if each.envelope.exchange == self._entry]
         if not delayed:
             return deliveries
+        self._passes = True
+        delayed = [each for each in delayed if self._delays.is_ours(each.envelope)]
+        if not delayed:
+            return deliveries
         self._wanted = True
         if self._usable is not None or open_channel is None:
             return deliveries
         self._held += ((take, delivery) for delivery in delayed)
         if self._round is None:
             self._begin(open_channel)
-        return [each for each in deliveries if each.envelope.exchange != self._entry]
+        return [each for each in deliveries if not self._delays.is_ours(each.envelope)]
 
     def release(self, wanted: Delivery | None = None) -> None:
         """Hand on those that are held, or one of them: its publisher's time is up, or all's."""
@@ -95,7 +100,7 @@ class DelayedDelivery:
 
     def address(self, batch: list[tuple[Envelope, int]]) -> list[tuple[Envelope, int]]:
         """Address what is about to be written: it may have waited for a while."""
-        if not self._wanted:
+        if not self._passes:
             return batch
         now, usable = datetime.now(timezone.utc), self._usable is not False
         return [(self._delays.again(envelope, now, usable=usable), tag) for envelope, tag in batch]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import field, frozen
@@ -58,6 +58,7 @@ class Route:
     :ivar credentials: the user's callable; ``None``: the broker's URL or a file has them
     :ivar delayed: exchanges that deliver later, and so return what they have taken
     :ivar letters: the exchange for dead letters, which go on a channel of their own
+    :ivar added: what is to be declared besides; it grows while the producer runs
     """
 
     broker: Broker
@@ -67,6 +68,7 @@ class Route:
     connection_name: str | None = None
     delayed: frozenset[str] = frozenset()
     letters: str = ""
+    added: Sequence[Declaration] = ()
 
     def find(self) -> Way:
         """Look up everything that an attempt needs.
@@ -124,11 +126,13 @@ class Way:
 class Directory:
     """The routes of a producer, in an order of this process's own, so that a fleet spreads.
 
+    :param added: what is to be declared beside the topology; others may append to it
     :raises ConfigurationError: no URL is set, a file is of no use, or the TLS files are
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, added: Sequence[Declaration] = ()) -> None:
         self._settings = settings
+        self._added = added
         self._random = random.SystemRandom()
         self._ranks: dict[tuple[str, str], float] = {}
         self._tls: dict[TLSSettings, TLSFiles] = {}
@@ -181,6 +185,7 @@ class Directory:
             connection_name=self._settings.connection_name,
             delayed=self._delayed,
             letters=self._letters,
+            added=self._added,
         )
 
     def _files(self, broker: Broker) -> TLSFiles | None:

@@ -52,6 +52,23 @@ class Shared:
     resolver: Resolver
 
 
+class Question:
+    """What another thread asks the I/O thread, which answers it once."""
+
+    def __init__(self) -> None:
+        self._answered = Latch()
+        self._good = False
+
+    def answer(self, *, good: bool) -> None:
+        """Say yes or no."""
+        self._good = good
+        self._answered.open()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the answer; false where it is no, or did not come within ``timeout``."""
+        return self._answered.wait(timeout) and self._good
+
+
 class Engine:
     """One connection, and its part of what publishers ask for.
 
@@ -249,6 +266,13 @@ class Engine:
     def connected(self) -> bool:
         """The link carries messages."""
         return self._io.is_connected
+
+    def declare(self) -> Question:
+        """Have declared what was added for all connections, on this one."""
+        question = Question()
+        if not self._io.order(partial(self._io.declare, question.answer)):
+            question.answer(good=False)
+        return question
 
     def reconnect(self) -> None:
         """Connect now, if there is no connection."""

@@ -45,6 +45,7 @@ from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
 from mlproducer.stores.foreign import foreign
 from mlproducer.stores.protocol import Depth, Store
+from mlproducer.topology import Declaration
 
 
 class Fleet:
@@ -62,6 +63,7 @@ class Fleet:
         meter: Meter,
         recorder: Recorder,
         tend: Callable[[], None],
+        added: Sequence[Declaration] = (),
     ) -> None:
         self.gate = Gate(settings.max_in_flight)
         self.dispatcher = Dispatcher(self._spawn, self._event_dropped)
@@ -78,7 +80,7 @@ class Fleet:
         backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
         interval = settings.retry_sweep_interval
         self._keeper = Keeper(store, self.gate, backoff, interval, self._events_of_all)
-        self._resolver = Resolver(Directory(settings), self._spawn)
+        self._resolver = Resolver(Directory(settings, added), self._spawn)
         shared = Shared(
             self.gate,
             self._keeper,
@@ -276,6 +278,14 @@ class Fleet:
         """Whether it is known that there is no broker, on any connection."""
         return all(engine.away for engine in self.engines)
 
+    def declare(self, deadline: float) -> bool:
+        """Have declared what was added, on each link or when it comes to be.
+
+        :returns: false where a broker has not answered by a monotonic deadline
+        """
+        asked = [engine.declare() for engine in self.engines]
+        return all(each.wait(deadline - time.monotonic()) for each in asked)
+
     def reconnect(self) -> None:
         """Connect now where there is no connection."""
         for engine in self.engines:
@@ -362,13 +372,15 @@ def assemble(
     meter: Meter,
     recorder: Recorder,
     tend: Callable[[], None],
+    added: Sequence[Declaration] = (),
 ) -> Fleet:
     """Make the running part that the settings ask for, not started.
 
     :param tend: is called at each sweep, on the retry thread
     :param store: ``None`` is what the settings name
+    :param added: what is to be declared beside the topology; others may append to it
     :raises ConfigurationError: the settings do not fit together
     """
     quieten_pika()
     made = open_store(settings) if store is None else foreign(store)
-    return Fleet(settings, made, callbacks, meter, recorder, tend)
+    return Fleet(settings, made, callbacks, meter, recorder, tend, added)

@@ -31,7 +31,7 @@ from mlproducer.engine.dialer import Dialer, Patience
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.health import Health, settle
 from mlproducer.engine.keeper import Keeper
-from mlproducer.engine.link import EventLoop
+from mlproducer.engine.link import Answer, EventLoop
 from mlproducer.engine.reactor import Reactor
 from mlproducer.engine.resolver import Resolver
 from mlproducer.engine.threads import TimerThread
@@ -352,6 +352,16 @@ class IOThread:
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
         """Give back what the store has lost."""
         self.courier.vanished(deliveries)
+
+    def declare(self, answer: Answer) -> None:
+        """Have the link declare what was added; one that is still to come begins with that."""
+        link = self.dialer.link
+        if link is None:
+            answer(good=True)
+        elif self.courier.blocked:
+            answer(good=False)  # a broker that blocks does not read it
+        else:
+            link.declare_added(answer)
 
     def dial(self) -> None:
         """Connect, now, unless the broker is there and merely blocks."""

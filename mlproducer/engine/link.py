@@ -57,6 +57,9 @@ HIGH_WATER = 1024 * 1024
 VAIN_CHANNELS = 2
 """Channels in a row that the broker may close before any use, until the connection is given up."""
 
+Answer = Callable[..., None]
+"""Takes ``good=``: whether something was done that was asked for."""
+
 _FRAME_HEADER = struct.Struct(">BHL")
 
 
@@ -406,6 +409,10 @@ class Link:
         self._channel: Channel | None = None
         self._carrier: ConfirmChannel | None = None
         self._setup: Setup | None = None
+        self._is_set_up = False
+        self._declared = 0  # of what was added
+        self._adding: Setup | None = None
+        self._askers: list[Answer] = []
         self._vain = 0
         self._asking: set[int] = set()
         self.probes = probes
@@ -436,6 +443,7 @@ class Link:
         """End it at once, and tell nobody."""
         self._owner = None
         self._stop_timer()
+        self._answer(good=True)
         self.cut()
 
     def cut(self) -> None:
@@ -483,6 +491,9 @@ class Link:
         if self._setup is not None and self._setup.asked is not None:
             self.fatal = self._setup.asked
             self._owner.topology_fault(self.fatal, loss)
+        elif self._adding is not None and self._adding.asked is not None:
+            self.fatal = self._adding.asked
+            self._owner.topology_fault(self.fatal, loss)
         elif self._asking:
             self._owner.probe_refused(loss)
 
@@ -491,6 +502,7 @@ class Link:
         if self._carrier is not None and self._carrier.letters is not None:
             self._carrier.letters.mute()
         owner, self._owner = self._owner, None
+        self._answer(good=True)  # the next link begins with it
         if owner is not None:
             owner.link_failed(loss)
 
@@ -509,9 +521,20 @@ class Link:
 
     def _declare(self) -> None:
         """Declare the topology on a new channel, which is then for publishing."""
-        wanted = [each for each in self._route.declarations if each not in self._skipped]
-        self._setup = Setup(wanted, self._on_fault, self._confirm)
+        self._is_set_up = False
+        self._declared = len(self._route.added)
+        wanted = [*self._route.declarations, *self._route.added[: self._declared]]
+        self._setup = self._round(wanted, self._confirm)
         self._open_channel()
+
+    def _round(self, wanted: Iterable[Declaration], done: Callable[[Channel], None]) -> Setup:
+        return Setup([each for each in wanted if each not in self._skipped], self._on_fault, done)
+
+    def _added(self) -> Sequence[Declaration]:
+        """Take what was added since this was asked last."""
+        added = self._route.added[self._declared :]
+        self._declared += len(added)
+        return added
 
     def _open_channel(self) -> None:
         """Open the channel, for what is left of the set-up or at once for publishing."""
@@ -538,7 +561,13 @@ class Link:
             self._owner.topology_fault(declaration, loss)
 
     def _confirm(self, channel: Channel) -> None:
+        added = self._added()
+        if added:  # meanwhile
+            self._setup = self._round(added, self._confirm)
+            self._setup.run(channel)
+            return
         self._setup = None
+        self._is_set_up = True
         channel.add_on_return_callback(self._on_return)
         channel.confirm_delivery(self._on_confirm, callback=self._on_ready)
 
@@ -552,6 +581,48 @@ class Link:
                 )
             self._carrier = carrier
             self._owner.link_ready(carrier)
+
+    # --- what is added later -------------------------------------------------------------------
+
+    def declare_added(self, answer: Answer) -> None:
+        """Declare what was added since this link was set up, on a channel beside publishing.
+
+        :param answer: told once it is done, or left to the set-up of this link or the next one
+        """
+        if not self._is_set_up or self._owner is None:
+            answer(good=True)
+            return
+        self._askers.append(answer)
+        if self._adding is None:
+            self._add()
+
+    def _add(self) -> None:
+        added = self._added()
+        if not added:
+            self._answer(good=True)
+            return
+        self._adding = self._round(added, self._on_added)
+        self.side_channel(self._adding.run, self._on_adding_closed)
+
+    def _on_added(self, channel: Channel) -> None:
+        channel.close()
+        self._adding = None
+        self._add()
+
+    def _on_adding_closed(self, loss: Loss) -> None:
+        adding = self._adding
+        if adding is None:
+            return
+        if adding.closed(loss):
+            self._soon(functools.partial(self.side_channel, adding.run, self._on_adding_closed))
+        else:  # there is no second channel
+            self._adding = None
+            self._answer(good=False)
+
+    def _answer(self, *, good: bool) -> None:
+        askers, self._askers = self._askers, []
+        for answer in askers:
+            answer(good=good)
 
     # --- what the broker says ------------------------------------------------------------------
 

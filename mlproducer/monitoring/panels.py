@@ -315,6 +315,13 @@ PRESSURE = Row(
             queries=(Query(rate(catalog.EVENTS_DROPPED), "dropped"),),
             unit="ops",
         ),
+        Panel(
+            title="Celery's tasks",
+            description="Tasks per second of apps with mlproducer.contrib.celery: through the "
+            "producer, or by Celery's own way where the rollout is below 1.",
+            queries=(Query(rate(catalog.CELERY_TASKS, "way"), "{{way}}"),),
+            unit="ops",
+        ),
     ),
 )
 

@@ -182,6 +182,12 @@ STORE_ERRORS = _counter("store_errors_total", "Times that the store could not be
 EVENTS_DROPPED = _counter(
     "events_dropped_total", "Calls of on() callbacks that were left out because they are too slow"
 )
+CELERY_TASKS = _counter(
+    "celery_tasks_total",
+    "Tasks that an app with mlproducer.contrib.celery has sent, by the way that the rollout chose",
+    "way",
+    words={"way": ("producer", "celery")},
+)
 
 TASK_PUBLISH_DURATION = _histogram(
     "task_publish_duration_seconds",

@@ -27,7 +27,7 @@ from mlproducer.errors import (
     StoreError,
     UnroutableError,
 )
-from mlproducer.message import RAW_TASK_TYPE, Message
+from mlproducer.message import Message
 from mlproducer.observe import catalog
 from mlproducer.observe.catalog import Family, Merge
 from mlproducer.observe.events import EventSink
@@ -277,9 +277,7 @@ class MetricsSink(EventSink):
 
 
 def _name_of(task: object) -> str:
-    if isinstance(task, Message):
-        return RAW_TASK_TYPE
-    if isinstance(task, (MLTask, CeleryTask)) or (
+    if isinstance(task, (MLTask, CeleryTask, Message)) or (
         isinstance(task, type) and issubclass(task, MLTask)
     ):
         return task.task_type

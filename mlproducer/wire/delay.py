@@ -83,6 +83,13 @@ class Delays:
         # A longer key does not fit: its task waits with the worker.
         return (self.entry, delayed) if len(delayed.encode()) <= 255 else (exchange, routing_key)
 
+    def is_ours(self, envelope: Envelope) -> bool:
+        """Whether a message is one that was addressed here, with a delay."""
+        return (
+            envelope.exchange == self.entry
+            and _PREFIX.sub("", envelope.routing_key, count=1) in self.routing_keys
+        )
+
     def again(self, envelope: Envelope, now: datetime, *, usable: bool) -> Envelope:
         """Address a delayed message by what is left of its delay.
 
@@ -92,6 +99,8 @@ class Delays:
         if envelope.exchange != self.entry:
             return envelope
         plain = _PREFIX.sub("", envelope.routing_key, count=1)
+        if plain not in self.routing_keys:
+            return _shortened(envelope, plain, now)
         due = _eta(envelope.properties) if usable else None
         seconds = 0.0 if due is None else (due - now).total_seconds()
         exchange, routing_key = self.address(self.exchange, plain, seconds)
@@ -141,6 +150,21 @@ class Delays:
 
     def _pattern(self, level: int, digit: str) -> str:
         return "*." * (LEVELS - 1 - level) + f"{digit}.#"
+
+
+def _shortened(envelope: Envelope, plain: str, now: datetime) -> Envelope:
+    """Address a message that was delayed elsewhere, by Celery say, by what is left of its delay.
+
+    What is overdue goes past all levels. Without a date that can be read it is left as it is.
+    """
+    due = _eta(envelope.properties)
+    if due is None or due.tzinfo is None or plain == envelope.routing_key:
+        return envelope
+    left = max(0, int((due - now).total_seconds() + SLACK))
+    before = int(envelope.routing_key[: 2 * LEVELS].replace(".", ""), 2)
+    if left >= before:
+        return envelope
+    return evolve(envelope, routing_key=f"{'.'.join(f'{left:0{LEVELS}b}')}.{plain}")
 
 
 def _exchange(name: str) -> Declaration:

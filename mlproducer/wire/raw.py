@@ -5,7 +5,7 @@ Runs on: any thread.
 
 from __future__ import annotations
 
-from mlproducer.message import RAW_TASK_TYPE, Envelope, Message
+from mlproducer.message import Envelope, Message
 from mlproducer.wire import amqp
 from mlproducer.wire.ids import new_id
 
@@ -23,7 +23,7 @@ def encode(message: Message, *, exchange: str) -> Envelope:
     message_id = new_id() if message.message_id is None else message.message_id
     return Envelope(
         message_id=message_id,
-        task_type=RAW_TASK_TYPE,
+        task_type=message.task_type,
         exchange=exchange,
         routing_key=message.routing_key,
         properties=_properties(message, message_id),

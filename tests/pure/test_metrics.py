@@ -75,6 +75,7 @@ CONTRACT = {
     "circuit_breaker_trips_total": ("counter", ()),
     "store_errors_total": ("counter", ()),
     "events_dropped_total": ("counter", ()),
+    "celery_tasks_total": ("counter", ("way",)),
     "task_publish_duration_seconds": ("histogram", ("task_type", "status")),
     "message_size_bytes": ("histogram", ()),
     "reconnect_duration_seconds": ("histogram", ()),

@@ -1,0 +1,24 @@
+"""Celery: what an app sends as a task goes through a producer, and so is not lost.
+
+Two lines adopt it, beside the app::
+
+    from mlproducer.contrib.celery import install
+    install(app)
+
+``delay``, ``apply_async``, ``send_task``, canvas, links, retries and beat then wait for the
+broker's confirm. On the workers' side, `deduplicate` leaves out a task that has been completed.
+
+Runs on: the threads that send tasks, and those that run them.
+"""
+
+from __future__ import annotations
+
+from mlproducer.contrib.celery.sending import (
+    PublishFailedError,
+    TaskMessage,
+    install,
+    producer_of,
+    uninstall,
+)
+
+__all__ = ["PublishFailedError", "TaskMessage", "install", "producer_of", "uninstall"]

@@ -1,0 +1,591 @@
+"""Stands between an app and the broker: hands what Celery has made of a task to a producer.
+
+Celery still does everything up to that point: routing, signals, serialisation, stamps. What is
+replaced is the kombu producer to which its sender (``app.amqp.send_task_message``) hands the
+message, and that only for a task that the rollout chooses.
+
+Celery's settings are not read before the first task, so that `install` may stand anywhere in the
+module that makes the app.
+
+Runs on: the threads that send tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from types import TracebackType
+from typing import Any
+
+from attrs import field, frozen
+from celery import Celery
+from celery.signals import worker_process_shutdown
+from kombu.common import Broadcast
+from kombu.compression import compress
+from kombu.exceptions import OperationalError
+from kombu.serialization import dumps
+
+from mlproducer import Message, MLProducer
+from mlproducer import clock as time
+from mlproducer.contrib.celery import brokers
+from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
+from mlproducer.errors import ConfigurationError, MLProducerError
+from mlproducer.fence import write
+from mlproducer.observe import catalog
+from mlproducer.topology import Declaration
+
+logger = logging.getLogger(__name__)
+
+Rollout = float | Callable[[str], bool]
+
+KEY = "_mlproducer"
+"""Under which an app remembers what is installed."""
+
+EVENT_LIMIT = 1.0
+"""Seconds for the declaration of the exchange for events; without it the event is left out."""
+
+SHUTDOWN_LIMIT = 5.0
+"""Seconds that a worker's child process may take to deliver what it has sent."""
+
+
+class PublishFailedError(OperationalError):
+    """A task was not sent, and will not be: it is the caller's again.
+
+    Its ``__cause__`` is the `mlproducer.errors.MLProducerError` that says why. Code that catches
+    ``kombu.exceptions.OperationalError`` catches it too.
+
+    :ivar possibly_sent: whether the broker may have the task all the same
+    """
+
+    def __init__(self, text: str = "", *, possibly_sent: bool = False) -> None:
+        super().__init__(text)
+        self.possibly_sent = possibly_sent
+
+
+@frozen(kw_only=True)
+class TaskMessage(Message):
+    """A task as Celery has encoded it; with a `RecordingProducer` tests find these.
+
+    :ivar name: of the task
+    :ivar args: what it is called with
+    :ivar kwargs: likewise
+    """
+
+    name: str
+    args: Any = field(default=(), repr=False, eq=False)
+    kwargs: Any = field(default=None, repr=False, eq=False)
+
+    @property
+    def task_type(self) -> str:
+        """The metric label: the task's name."""
+        return self.name
+
+
+def install(
+    app: Celery, producer: MLProducer | None = None, *, rollout: Rollout | None = None
+) -> None:
+    """Send the app's tasks through a producer; called again, it changes producer and rollout.
+
+    :param producer: ``None`` makes one with the first task, from the app's own broker settings
+        (``broker_write_url`` or ``broker_url``, ``broker_use_ssl``) and, for everything else, from
+        the environment; see `producer_of`
+    :param rollout: the share of tasks that goes through the producer, from 0.0 to 1.0, chosen by
+        task id; or a callable that tells by task name. The rest is sent by Celery's own way.
+        ``None`` is the producer's ``settings.rollout`` (``ML_ROLLOUT``)
+    :raises ConfigurationError: ``rollout`` is out of range, or the app's broker is not RabbitMQ;
+        where the app's settings are not loaded yet, the first task raises that
+    """
+    _check_rollout(rollout)
+    if producer is None:
+        brokers.check_transport(_known_url(app))
+    installed = _installed(app)
+    if installed is None:
+        installed = app.__dict__[KEY] = Installed(app)
+        app.__dict__["producer_or_acquire"] = installed.producer_or_acquire
+        worker_process_shutdown.connect(installed.end_of_child)
+    if producer is not None:
+        installed.given = producer
+        installed.forget()
+    installed.rollout = rollout
+
+
+def uninstall(app: Celery) -> None:
+    """Let Celery send the app's tasks itself again; a producer that was made is closed."""
+    installed = _installed(app)
+    if installed is not None:
+        worker_process_shutdown.disconnect(installed.end_of_child)
+        del app.__dict__[KEY], app.__dict__["producer_or_acquire"]
+        installed.unhook()
+
+
+def producer_of(app: Celery) -> MLProducer:
+    """Give the producer through which an app sends; for its status, metrics and callbacks.
+
+    :raises ConfigurationError: none is installed, or none can be made from the app's settings
+    """
+    installed = _installed(app)
+    if installed is None:
+        raise ConfigurationError("no producer is installed for this app: install(app)")
+    return installed.producer()
+
+
+def _installed(app: Celery) -> Installed | None:
+    installed: Installed | None = app.__dict__.get(KEY)
+    return installed
+
+
+def _check_rollout(rollout: object) -> None:
+    is_share = (
+        isinstance(rollout, (int, float)) and not isinstance(rollout, bool) and 0 <= rollout <= 1
+    )
+    if not (rollout is None or callable(rollout) or is_share):
+        raise ConfigurationError("rollout must be a share from 0.0 to 1.0, or a callable")
+
+
+def _known_url(app: Celery) -> str:
+    """Give the app's broker as far as it is known without loading its settings."""
+    known = app.conf if app.configured else app._preconf  # noqa: SLF001 - the rest would load them
+    urls = known.get("broker_write_url") or known.get("broker_url") or ""
+    return urls if isinstance(urls, str) else ";".join(urls)
+
+
+class Installed:
+    """What stands between one app and its producer.
+
+    :ivar given: the user's producer, where one was given
+    :ivar rollout: which tasks go through the producer; ``None``: as the settings say
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self.given: MLProducer | None = None
+        self.rollout: Rollout | None = None
+        self._made: MLProducer | None = None
+        # guards: _made, and the hook; never held while anything is sent
+        self._lock = threading.Lock()
+        self._hooked: Any = None
+        self._stock: Callable[..., Any] | None = None
+        self._pid = os.getpid()
+        self._declared: set[Any] = set()
+        self._places: frozenset[brokers.Place] | None = None
+
+    # --- the producer --------------------------------------------------------------------------
+
+    def producer(self) -> MLProducer:
+        """Give the user's producer, or the one that is made from the app's settings."""
+        producer = self.given or self._made
+        if producer is not None:
+            return producer
+        with self._lock:
+            if self._made is None:
+                self._made = brokers.producer_of_settings(self._app)
+            return self._made
+
+    def end_of_child(self, **_: Any) -> None:
+        """Deliver what a worker's child has sent, before it ends without the interpreter's own."""
+        producer = self.given or self._made
+        if producer is not None:
+            producer.close(SHUTDOWN_LIMIT)
+
+    def forget(self) -> None:
+        """Know nothing any more of what was declared."""
+        self._declared = set()
+
+    # --- what Celery calls ---------------------------------------------------------------------
+
+    def producer_or_acquire(self, producer: Any = None) -> Any:
+        """Give Celery a producer that takes a connection from its pool only where one is needed.
+
+        Stock Celery holds a slot of the pool (``broker_pool_limit``) while it sends, which would
+        leave the eleventh thread waiting for the confirms of ten others.
+        """
+        amqp = self._app.amqp
+        if self._hooked is not amqp:
+            self._hook(amqp)
+        return producer if isinstance(producer, LazyProducer) else LazyProducer(self._app, producer)
+
+    def _hook(self, amqp: Any) -> None:
+        with self._lock:
+            if self._hooked is not amqp:
+                self._stock = amqp.send_task_message
+                amqp.__dict__["send_task_message"] = self.send_task_message
+                self._hooked = amqp
+
+    def unhook(self) -> None:
+        """Take the place of Celery's sender no more."""
+        with self._lock:
+            if self._hooked is not None:
+                self._hooked.__dict__["send_task_message"] = self._stock
+            made, self._made, self._hooked = self._made, None, None
+        if made is not None:
+            made.close()
+
+    def send_task_message(self, producer: Any, name: str, message: Any, **options: Any) -> Any:
+        """Send a task as Celery does, with the last step replaced where the rollout says so."""
+        if self._stock is None:
+            raise ConfigurationError("no producer is installed for this app")
+        if self._leads_elsewhere(producer):
+            return self._stock(_real(producer), name, message, **options)
+        task_id = str(message.headers.get("id") or message.body["id"])  # protocol 2, or 1
+        ours = self._chooses(name, task_id)
+        self._count("producer" if ours else "celery")
+        if not ours:
+            return self._stock(_real(producer), name, message, **options)
+        retry = options.get("retry")
+        if retry is None:
+            retry = self._app.conf.task_publish_retry
+        stands_in = TaskProducer(
+            self,
+            producer,
+            message.body,
+            task_id,
+            name,
+            retry=bool(retry),
+            mandatory=not self._is_broadcast(options.get("queue")),
+        )
+        return self._stock(stands_in, name, message, **options)
+
+    def _chooses(self, name: str, task_id: str) -> bool:
+        rollout = self.rollout
+        if callable(rollout):
+            try:
+                return bool(rollout(name))
+            except Exception as error:  # noqa: BLE001 - the user's own; a task is sent all the same
+                text = "the rollout callable raised %s: Celery's own way is taken"
+                write(logger, logging.WARNING, text, type(error).__name__)
+                return False
+        if rollout is None:
+            rollout = self.producer().settings.rollout
+        # crc32 spreads ids evenly, and is the same in every process: a task that is retried
+        # keeps its id, and so its way.
+        return zlib.crc32(task_id.encode()) < rollout * 2**32
+
+    def _count(self, way: str) -> None:
+        try:
+            meter = self.producer()._meter()  # noqa: SLF001 - counted where the producer counts
+        except ConfigurationError:
+            if way == "producer":
+                raise
+        else:
+            meter.counts.series(catalog.CELERY_TASKS, (way,)).inc()
+
+    def _leads_elsewhere(self, producer: Any) -> bool:
+        """Whether a producer was given by the sender that leads to a broker that is not the app's.
+
+        A task that is sent on a connection of its own choice must not arrive at another broker.
+        """
+        given = producer.given if isinstance(producer, LazyProducer) else producer
+        connection = getattr(given, "connection", None)
+        if connection is None:
+            return False
+        if self._places is None:
+            self._places = brokers.places_of(self._app)
+        return brokers.place_of(connection) not in self._places
+
+    def _is_broadcast(self, queue: Any) -> bool:
+        if isinstance(queue, str):
+            queue = self._app.amqp.queues.get(queue)
+        return isinstance(queue, Broadcast)
+
+    # --- queues and exchanges ------------------------------------------------------------------
+
+    def declare(self, entities: Iterable[Any], stock: Any, timeout: float) -> bool:
+        """Have declared what Celery wants to be there: once, and on each later connection.
+
+        Where the broker is away it is declared before the messages that wait for it are sent.
+
+        :returns: false where the broker has not answered within ``timeout`` seconds
+        """
+        self._notice_fork()
+        wanted = [each for each in entities if hash(each) not in self._declared]
+        kept = [each for each in wanted if each.can_cache_declaration]
+        good = not kept or self._have_declared(declarations_of(kept), timeout)
+        if good:
+            self._declared.update(map(hash, kept))
+        for each in wanted:
+            if not each.can_cache_declaration:
+                self._declare_at_once(each, stock)
+        return good
+
+    def declare_delays(self, timeout: float) -> None:
+        """Have declared what Celery's workers declare for delayed delivery, for a fresh broker."""
+        self._notice_fork()
+        known = DELAYED, frozenset(self._app.amqp.queues)
+        if known not in self._declared and self._have_declared(
+            delayed_delivery(self._app), timeout
+        ):
+            self._declared.add(known)
+
+    def _have_declared(self, declarations: list[Declaration], timeout: float) -> bool:
+        return self.producer().declare(declarations, timeout=timeout)
+
+    def _declare_at_once(self, entity: Any, stock: Any) -> None:
+        """Declare what ends with its last consumer, and so each time, by Celery's own way."""
+        if not self.producer().is_healthy():
+            return  # that way would wait for the broker, without a limit
+        try:
+            _real(stock).maybe_declare(entity)
+        except Exception as error:  # noqa: BLE001 - whatever it raises, the task is to be sent
+            write(logger, logging.WARNING, "not declared: %s", type(error).__name__)
+
+    def _notice_fork(self) -> None:
+        if self._pid != os.getpid():  # a child has connections of its own to be asked
+            self._pid, self._declared = os.getpid(), set()
+
+
+def _real(producer: Any) -> Any:
+    return producer.real() if isinstance(producer, LazyProducer) else producer
+
+
+class LazyProducer:
+    """Stands for a pooled kombu producer until something needs a real one.
+
+    :ivar given: what the sender handed in, instead of one from the pool
+    """
+
+    serializer = None
+
+    def __init__(self, app: Celery, given: Any) -> None:
+        self._app = app
+        self.given = given
+        self._pooled: Any = None
+        self.connection = _LazyConnection(self)
+
+    def real(self) -> Any:
+        """Give the kombu producer: the one that was handed in, or one from the app's pool."""
+        if self.given is not None:
+            return self.given
+        if self._pooled is None:
+            self._pooled = type(self._app).producer_or_acquire(self._app).__enter__()
+        return self._pooled
+
+    def __enter__(self) -> LazyProducer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pooled, self._pooled = self._pooled, None
+        if pooled is not None:
+            pooled.__exit__(kind, error, traceback)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real(), name)
+
+
+class _LazyConnection:
+    """The connection of a `LazyProducer`; only what Celery asks of it around each task is here."""
+
+    def __init__(self, producer: LazyProducer) -> None:
+        self._producer = producer
+
+    def _reraise_as_library_errors(self, *args: Any, **kwargs: Any) -> Any:
+        return _Errors(self._producer, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._producer.real().connection, name)
+
+
+class _Errors:
+    """Turns connection errors into kombu's own, as stock Celery does."""
+
+    def __init__(self, producer: LazyProducer, args: Any, kwargs: Any) -> None:
+        self._producer, self._args, self._kwargs = producer, args, kwargs
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, (OperationalError, MLProducerError)):
+            return
+        connection = self._producer.real().connection
+        with connection._reraise_as_library_errors(*self._args, **self._kwargs):  # noqa: SLF001 - as Celery calls it
+            raise error
+
+
+class TaskProducer:
+    """A kombu producer as far as Celery's sender is concerned, for one task.
+
+    What else the sender publishes, the ``task-sent`` event, must not fail or hold up a task that is
+    on its way: it goes through the producer too, and is not waited for.
+
+    :param mandatory: a task that no queue gets is an error; not so where it goes to any number
+    """
+
+    def __init__(
+        self,
+        installed: Installed,
+        stock: Any,
+        body: Any,
+        task_id: str,
+        name: str,
+        *,
+        retry: bool,
+        mandatory: bool,
+    ) -> None:
+        self._installed = installed
+        self._stock = stock
+        self._body = body
+        self._task_id = task_id
+        self._name = name
+        self._retry = retry
+        self._mandatory = mandatory
+
+    def publish(self, body: Any, **options: Any) -> Any:
+        """Publish the task, and wait for the confirm; or an event, without waiting."""
+        if body is not self._body:
+            self._publish_event(body, **options)
+            return
+        try:
+            self._publish_task(body, **options)
+        except MLProducerError as error:
+            raise PublishFailedError(
+                f"task {self._name} was not sent: {error}", possibly_sent=error.possibly_sent
+            ) from error
+
+    def revive(self, _channel: Any) -> None:
+        """Do nothing: a producer sees to its connection itself."""
+
+    def _publish_task(
+        self,
+        body: Any,
+        *,
+        exchange: Any = None,
+        routing_key: str | None = None,
+        declare: Iterable[Any] | None = None,
+        retry: bool = True,
+        timeout: float | None = None,
+        confirm_timeout: float | None = None,
+        **options: Any,
+    ) -> None:
+        producer = self._installed.producer()
+        patience = confirm_timeout if confirm_timeout is not None else timeout
+        deadline = time.monotonic() + (
+            producer.settings.publish_timeout if patience is None else patience
+        )
+        exchange = getattr(exchange, "name", exchange) or ""
+        message = self._message(body, exchange, routing_key, **options)
+        if declare:
+            self._installed.declare(declare, self._stock, deadline - time.monotonic())
+        if exchange == DELAYED:
+            self._installed.declare_delays(deadline - time.monotonic())
+        left = max(0.0, deadline - time.monotonic())
+        # Celery's sender may say retry=False and try again itself; what the caller said counts.
+        producer.publish(message, timeout=left, retry=self._retry)
+
+    def _message(
+        self,
+        body: Any,
+        exchange: str,
+        routing_key: str | None,
+        *,
+        headers: dict[str, Any] | None = None,
+        compression: str | None = None,
+        **options: Any,
+    ) -> TaskMessage:
+        headers = {} if headers is None else headers
+        encoded, content_type, encoding = _encode(body, options)
+        if compression:
+            encoded, headers["compression"] = compress(encoded, compression)
+        fields = _fields(options)
+        fields.setdefault("message_id", self._task_id)
+        args, kwargs = (body["args"], body["kwargs"]) if isinstance(body, dict) else body[:2]
+        return TaskMessage(
+            name=self._name,
+            args=args,
+            kwargs=kwargs,
+            body=encoded,
+            exchange=exchange,
+            routing_key=routing_key or "",
+            headers=_plain(headers),
+            content_type=content_type,
+            content_encoding=encoding or "binary",
+            mandatory=self._mandatory and options.get("mandatory") is not False,
+            **fields,
+        )
+
+    def _publish_event(
+        self,
+        body: Any,
+        *,
+        exchange: Any = None,
+        routing_key: str | None = None,
+        declare: Iterable[Any] = (),
+        headers: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        try:
+            if not self._installed.declare(declare, self._stock, EVENT_LIMIT):
+                return  # published to an exchange that is not there, it would cost the channel
+            encoded, content_type, encoding = _encode(body, options)
+            message = TaskMessage(
+                name="celery.event",
+                body=encoded,
+                exchange=getattr(exchange, "name", exchange) or "",
+                routing_key=routing_key or "",
+                headers=_plain(headers or {}),
+                content_type=content_type,
+                content_encoding=encoding or "binary",
+                mandatory=False,
+                **_fields(options),
+            )
+            self._installed.producer().submit(message, timeout=0, retry=False)
+        except Exception as error:  # noqa: BLE001 - the task is on its way, whatever this raises
+            write(logger, logging.WARNING, "an event was not sent: %s", type(error).__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stock, name)
+
+
+def _encode(body: Any, options: dict[str, Any]) -> tuple[bytes, str, str | None]:
+    """Serialise as kombu does, and give the content's type and encoding."""
+    content_type, encoding = options.get("content_type"), options.get("content_encoding")
+    if not content_type:
+        content_type, encoding, body = dumps(body, serializer=options.get("serializer"))
+    elif isinstance(body, str):
+        encoding = encoding or "utf-8"
+    if isinstance(body, str):
+        body = body.encode(encoding or "utf-8")
+    return body, content_type, encoding
+
+
+_FIELDS = ("correlation_id", "reply_to", "message_id", "timestamp", "type", "user_id", "app_id")
+
+
+def _fields(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the fields of a `Message` for the properties that Celery hands to kombu.
+
+    What AMQP does not know (Celery hands over its own options too) kombu drops silently.
+    """
+    fields = {name: properties[name] for name in _FIELDS if properties.get(name) is not None}
+    if "reply_to" in fields:
+        fields["reply_to"] = getattr(fields["reply_to"], "name", fields["reply_to"])
+    moment = fields.get("timestamp")
+    if isinstance(moment, datetime) and moment.tzinfo is None:
+        fields["timestamp"] = moment.replace(tzinfo=timezone.utc)  # as py-amqp takes it
+    fields["priority"] = properties.get("priority", 0)
+    if properties.get("expiration") is not None:
+        fields["expiration"] = int(properties["expiration"] * 1000) / 1000
+    fields["persistent"] = properties.get("delivery_mode") not in (1, "transient")
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    """Give a header with lists for tuples, which AMQP does not tell apart."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
