@@ -121,6 +121,7 @@ class Server:
         self._deaf_until: float | None = None
         self._listen()
         self._open = True
+        self._untold = [None]
         self._thread = threading.Thread(target=self._run, name="mlproducer-http", daemon=True)
         self._thread.start()
         _servers.add(self)
@@ -139,8 +140,8 @@ class Server:
     def close(self) -> None:
         """Stop listening, and drop all clients; any number of times, also in a forked child."""
         forks.notice()
-        self._open = False
-        with suppress(ValueError):  # it is closed
+        with suppress(IndexError, ValueError):  # it was told before; it is closed, in a child
+            self._untold.pop()  # one write, which the thread reads before it closes the pipe
             self._bell.write(b"\0")
         if self._thread.is_alive():
             self._thread.join(CLOSE_LIMIT)
@@ -187,7 +188,7 @@ class Server:
         return max(0.0, min(ends) - time.monotonic()) if ends else IDLE
 
     def _hear(self) -> None:
-        self._ear.read(_PIECE)
+        self._open = not self._ear.read(_PIECE)
 
     def _listen(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
