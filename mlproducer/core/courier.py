@@ -195,7 +195,7 @@ class Courier:
         for delivery in self._lanes.next(room):
             if not (delivery.open and (delivery.taken or delivery.claim())):
                 self.judge.leave(delivery, Place.RETIRED)  # withdrawn while it waited
-            elif delivery.recalled or delivery.leased_until < now:
+            elif delivery.leased_until < now or (delivery.recalled and not delivery.promised):
                 self._hold_back(delivery, now)
             elif len(delivery.envelope.properties) <= carrier.longest_properties:
                 batch.append((delivery.envelope, self._dispatch(delivery, now)))
@@ -215,7 +215,7 @@ class Courier:
         Its lease ended while this process, or the store, was frozen: what is right is known once
         the store has been asked.
         """
-        if delivery.recalled:
+        if delivery.recalled and not delivery.promised:
             self.judge.fail(delivery, failure(PublishError, delivery, "taken back"), now)
             return
         delivery.doubtful, delivery.suspected = True, False

@@ -166,6 +166,17 @@ def test_returned_in_another_life() -> None:
     assert delivery.place is Place.STORED
 
 
+def test_interrupted_after_it_was_promised(world: World) -> None:
+    """An interrupt of publish_many comes too late for what has its answer: that is delivered."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.store(delivery)
+    delivery.retry, delivery.recalled = False, True
+    world.retry(delivery)
+    world.ack(2)
+    assert receipt_of(delivery).confirmed
+
+
 def test_blocked_then_unblocked(world: World) -> None:
     """While the broker blocks nothing is written; then all goes out in order."""
     [first] = world.send("a")
