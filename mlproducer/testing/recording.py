@@ -61,6 +61,7 @@ class RecordingProducer(MLProducer):
     :param settings: ``None`` reads the environment, in which no broker need be named
     :ivar published: the tasks that were published, in order, as they were handed in; for each,
         ``payload()`` gives what its worker would get
+    :ivar declared: what `declare` was asked for
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class RecordingProducer(MLProducer):
     ) -> None:
         super().__init__(settings, registry=registry, store=store)
         self.published: list[Task] = []
+        self.declared: list[Declaration] = []
         self._failures: list[PublishError] = []
         self._state = ConnectionState.DISCONNECTED
         self._calls = _Calls()
@@ -91,8 +93,9 @@ class RecordingProducer(MLProducer):
         self._failures.append(error)
 
     def clear(self) -> None:
-        """Forget what was published, and what was to fail."""
+        """Forget what was published and declared, and what was to fail."""
         self.published.clear()
+        self.declared.clear()
         self._failures.clear()
 
     # --- publishing ----------------------------------------------------------------------------
@@ -170,8 +173,9 @@ class RecordingProducer(MLProducer):
         return Receipt(envelope.message_id, attempts=1, elapsed=0.0)
 
     def declare(self, declarations: Iterable[Declaration], *, timeout: float | None = None) -> bool:
-        """Declare nothing."""
+        """Note what would be declared."""
         self.start()
+        self.declared.extend(declarations)
         return True
 
     # --- life ----------------------------------------------------------------------------------

@@ -31,12 +31,13 @@ Place = tuple[str, int, str]
 """Host, port and virtual host."""
 
 
-def check_transport(url: str) -> None:
-    """Check that a URL, or a list of them, leads to RabbitMQ.
+def check_transport(settings: Mapping[str, Any]) -> None:
+    """Check that Celery's settings lead to RabbitMQ, as far as they say.
 
     :raises ConfigurationError: another broker cannot confirm; the text names its scheme alone
     """
-    for each in url.split(";"):
+    urls = settings.get("broker_write_url") or settings.get("broker_url") or ""
+    for each in urls.split(";") if isinstance(urls, str) else urls:
         scheme, separator, _ = each.strip().partition("://")
         if separator and scheme not in TRANSPORTS:
             _refuse(scheme)
@@ -49,6 +50,7 @@ def producer_of_settings(app: Celery) -> MLProducer:
 
     :raises ConfigurationError: the broker is not RabbitMQ, or a value does not parse
     """
+    check_transport(app.conf)  # first, since kombu's own library for it may be missing
     connections = list(_connections(app))
     for each in connections:
         if each.transport_cls not in TRANSPORTS:

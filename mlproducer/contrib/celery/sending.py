@@ -101,7 +101,9 @@ def install(
     """
     _check_rollout(rollout)
     if producer is None:
-        brokers.check_transport(_known_url(app))
+        # Of settings that are not loaded, only what is known without loading them.
+        known = app.conf if app.configured else app._preconf  # noqa: SLF001 - there is no other way
+        brokers.check_transport(known)
     installed = _installed(app)
     if installed is None:
         installed = app.__dict__[KEY] = Installed(app)
@@ -144,13 +146,6 @@ def _check_rollout(rollout: object) -> None:
     )
     if not (rollout is None or callable(rollout) or is_share):
         raise ConfigurationError("rollout must be a share from 0.0 to 1.0, or a callable")
-
-
-def _known_url(app: Celery) -> str:
-    """Give the app's broker as far as it is known without loading its settings."""
-    known = app.conf if app.configured else app._preconf  # noqa: SLF001 - the rest would load them
-    urls = known.get("broker_write_url") or known.get("broker_url") or ""
-    return urls if isinstance(urls, str) else ";".join(urls)
 
 
 class Installed:
