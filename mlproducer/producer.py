@@ -16,7 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -34,10 +34,10 @@ from mlproducer.errors import (
     PublishError,
     frameless,
 )
-from mlproducer.fence import write
+from mlproducer.fence import fenced, write
 from mlproducer.latch import seconds
 from mlproducer.message import Envelope, Receipt
-from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, EventName
+from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, Event, EventName
 from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import RetryPolicy, Settings, redact
 from mlproducer.status import CloseReport, Status
@@ -330,6 +330,45 @@ class MLProducer:
         :param hook: called as often as there are messages, so it should be quick
         """
         self._hooks.append(hook)
+
+    def check(self, task: Task) -> None:
+        """Check all that `publish` would refuse a task for itself, and publish nothing.
+
+        It needs no broker and starts nothing. Hooks of `before_publish` are called.
+
+        :raises InvalidMessageError: it is no task, or AMQP or strict JSON cannot carry it
+        :raises MessageTooLargeError: its body is longer than ``max_message_bytes``
+        """
+        try:
+            (self._encode_hooked if self._hooks else self._encoder.encode)(task)
+        except PublishError as error:
+            self._meter().refused(task, error)
+            raise
+
+    def note_refused(self, task: Task, error: Exception) -> None:
+        """Count a task that could not be handed over and whose publisher has gone on; tell of it.
+
+        For what publishes after a COMMIT, and raises to no caller. Callbacks of ``on("refused")``
+        are called; before the producer is started, on this thread.
+
+        :param error: what `publish` raised
+        """
+        counted = getattr(error, "message_id", None) or isinstance(error, InvalidMessageError)
+        if not counted:  # it was raised before there was a message
+            self._meter().refused(task, error)
+        own = getattr(task, "task_id", None) or getattr(task, "message_id", None)
+        message_id = getattr(error, "message_id", None) or own
+        self._tell(Event("refused", message_id, type(error).__name__))
+
+    def _tell(self, event: Event) -> None:
+        """Call those who want to know of an event that no part of the engine tells."""
+        fleet = self._life.fleet
+        for callback in self._callbacks.of(event.name):
+            call = partial(callback, event)
+            if fleet is not None:
+                fleet.dispatcher.events.call(call)
+            elif (raised := fenced(call)) is not None:
+                write(logger, logging.ERROR, "a callback raised", error=raised)
 
     def _encode_hooked(self, task: Task) -> Envelope:
         """Encode a message with the headers that hooks add to it, if it can be sent with them."""

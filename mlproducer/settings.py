@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,28 +252,59 @@ class Settings:
 
     @classmethod
     @frameless
-    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read the variables of the README's table.
+    def from_mapping(
+        cls, given: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+    ) -> Settings:
+        """Take fields by name, and read from the environment what is not among them.
 
-        :raises ConfigurationError: a value does not parse; the text names the variable
+        :param given: fields and their values; None counts as not given. ``tls`` may be a mapping
+        :raises ConfigurationError: there is no such field, or a value does not parse
         """
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if name not in fields_dict(cls):
+                close = get_close_matches(name, fields_dict(cls), 1)
+                hint = f": did you mean {close[0]}?" if close else ""
+                raise ConfigurationError(f"there is no setting {name}{hint}")
+        if isinstance(given.get("tls"), Mapping):
+            given["tls"] = _tls_from_mapping(given["tls"])
+        shadowed = {VARIABLES[name][0] for name in given if name in VARIABLES}
+        for name, variables in _INSTEAD.items():
+            if name in given:
+                shadowed |= variables
+        left = {name: text for name, text in environ.items() if name not in shadowed}
         values = {
-            name: _read(environ, variable, parse)
+            name: _read(left, variable, parse)
             for name, (variable, parse) in VARIABLES.items()
-            if environ.get(variable, "").strip()
+            if left.get(variable, "").strip()
         }
         for name, value in values.items():
             _check_variable(name, value)
-        tls = _tls_from_env(environ, values)
+        if "tls" not in given:
+            given["tls"] = _tls_from_env(left, {**values, "url": _url_of(given, values)})
         url, url_file = values.pop("url", None), values.pop("url_file", None)
-        settings = cls(**values, tls=tls)
+        settings = cls(**values, **given)
         if url and url_file:
             raise ConfigurationError(
                 "RABBITMQ_URL and RABBITMQ_URL_FILE are both set; accepted is one of them"
             )
         if url:
             settings._parse(url, "RABBITMQ_URL")
-        return evolve(settings, url=url, url_file=url_file)
+        return evolve(settings, url=url, url_file=url_file) if url or url_file else settings
+
+    @classmethod
+    @frameless
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read the variables of the README's table.
+
+        :raises ConfigurationError: a value does not parse; the text names the variable
+        """
+        return cls.from_mapping({}, environ)
+
+
+def _url_of(given: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    url = given.get("url", values.get("url"))
+    return url if isinstance(url, str) else ""
 
 
 def _contents(name: str, path: str) -> str:
@@ -413,6 +445,13 @@ def _tls_from_env(environ: Mapping[str, str], values: Mapping[str, Any]) -> TLSS
     )
 
 
+def _tls_from_mapping(given: Mapping[str, Any]) -> TLSSettings:
+    for name in given:
+        if name not in fields_dict(TLSSettings):
+            raise ConfigurationError(f"tls has no field {name}")
+    return TLSSettings(**given)
+
+
 _TLS_VARIABLES = {
     "ca_certs": "RABBITMQ_SSL_CACERT",
     "certfile": "RABBITMQ_SSL_CERTFILE",
@@ -421,3 +460,11 @@ _TLS_VARIABLES = {
     "key_password": "RABBITMQ_SSL_KEY_PASSWORD",
     "key_password_file": "RABBITMQ_SSL_KEY_PASSWORD_FILE",
 }
+
+_INSTEAD: dict[str, set[str]] = {
+    "url": {"RABBITMQ_URL_FILE"},
+    "url_file": {"RABBITMQ_URL"},
+    "credentials": {"RABBITMQ_PASSWORD_FILE"},
+    "tls": {"RABBITMQ_USE_SSL", "RABBITMQ_VERIFY_PEER", *_TLS_VARIABLES.values()},
+}
+"""Field, and the variables that mean nothing where it is given."""

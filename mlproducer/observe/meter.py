@@ -21,7 +21,6 @@ from mlproducer.errors import (
     ConfirmTimeoutError,
     InvalidMessageError,
     InvalidTaskError,
-    MLProducerError,
     NackError,
     PublishError,
     StoreError,
@@ -70,7 +69,7 @@ class Meter:
         """Return a sink for the events of one connection."""
         return MetricsSink(self)
 
-    def refused(self, task: object, error: MLProducerError) -> None:
+    def refused(self, task: object, error: Exception) -> None:
         """Count what was not accepted, and so never became a delivery.
 
         :param task: what was handed in, or its class where not even that could be made
@@ -284,7 +283,7 @@ def _name_of(task: object) -> str:
     return catalog.UNKNOWN
 
 
-def status_of(error: MLProducerError) -> str:
+def status_of(error: Exception) -> str:
     """Give the label for a message that was given back."""
     if isinstance(error, CircuitOpenError):
         return "circuit_breaker_open"

@@ -37,7 +37,7 @@ from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
 from mlproducer import forks
-from mlproducer.errors import ConfigurationError, MLProducerError
+from mlproducer.errors import ConfigurationError
 from mlproducer.observe.catalog import (
     CONNECTION_STATE,
     FAMILIES,
@@ -314,7 +314,7 @@ class _FileMeter(Meter):
                     self._files.series(family)
         super().watch(producer, durable=durable)
 
-    def refused(self, task: object, error: MLProducerError) -> None:
+    def refused(self, task: object, error: Exception) -> None:
         """Count what was not accepted, if the files can be written."""
         try:
             super().refused(task, error)

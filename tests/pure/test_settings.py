@@ -597,3 +597,31 @@ def test_bad_retry_policy(numbers: Any) -> None:
     """It is refused when it is made."""
     with pytest.raises(ConfigurationError):
         RetryPolicy(*numbers)
+
+
+def test_what_is_given_goes_before_the_environment() -> None:
+    """A variable of a given field is not even parsed; what is not given, or None, is read."""
+    environ = {
+        "RABBITMQ_URL_FILE": "/nowhere",
+        "ML_CONNECTIONS": "many",
+        "ML_PUBLISH_TIMEOUT": "700",
+    }
+    given = {"url": "amqp://u:p@h/", "connections": 2, "exchange": None}
+    settings = Settings.from_mapping(given, environ)
+    assert settings == Settings(url="amqp://u:p@h/", connections=2, publish_timeout=0.7)
+    with pytest.raises(ConfigurationError, match="no setting store_ulr: did you mean store_url"):
+        Settings.from_mapping({"store_ulr": "memory://"}, {})
+    with pytest.raises(ConfigurationError, match=r"^url"):
+        Settings.from_mapping({"url": "http://u:p@h/"}, {})
+
+
+def test_tls_by_mapping_and_by_variables() -> None:
+    """A mapping makes `TLSSettings`; the variables hold for an encrypted URL that is given."""
+    variables = {"RABBITMQ_SSL_CACERT": "/ca.pem"}
+    url = "amqps://u:p@h/"
+    tls = Settings.from_mapping({"url": url}, variables).tls
+    assert tls == TLSSettings(ca_certs="/ca.pem")
+    given = {"url": url, "tls": {"verify_peer": False}}
+    assert Settings.from_mapping(given, variables).tls == TLSSettings(verify_peer=False)
+    with pytest.raises(ConfigurationError, match="tls has no field cert"):
+        Settings.from_mapping({"tls": {"cert": "x"}}, {})

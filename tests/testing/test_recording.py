@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from mlproducer import CeleryTask, Message, MLProducer, RetryPolicy, Settings, SummarizationTask
 from mlproducer.errors import (
@@ -24,6 +25,7 @@ from mlproducer.errors import (
     PublishError,
     WouldDeadlockError,
 )
+from mlproducer.observe.callbacks import Event
 from mlproducer.testing import RecordingProducer
 from mlproducer.testing.node import RabbitMQError
 from mlproducer.testing.plugin import GivenBroker
@@ -209,3 +211,34 @@ def test_the_fixtures_skip_or_use_what_is_given(
     assert done.returncode == 0, done.stdout + done.stderr
     assert end in done.stdout
     assert environ or "apt-get install" in done.stdout
+
+
+def test_a_task_is_checked_without_being_published() -> None:
+    """What the producer would refuse is refused; nothing is noted of what is well."""
+    producer = RecordingProducer(Settings(max_message_bytes=900))
+    producer.check(TASK)
+    with pytest.raises(MessageTooLargeError):
+        producer.check(SummarizationTask("7", {"text": "x" * 900}))
+    with pytest.raises(InvalidMessageError):
+        producer.check("text")  # type: ignore[arg-type]
+    assert producer.published == []
+
+
+def test_what_was_refused_after_a_commit_is_counted_and_told() -> None:
+    """With and without a running part; a callback that raises harms nothing."""
+    for producer in (
+        RecordingProducer(Settings(), registry=CollectorRegistry()),
+        MLProducer(Settings(), registry=CollectorRegistry()),
+    ):
+        told: list[Event] = []
+        producer.on("refused", lambda _event: 1 / 0)
+        producer.on("refused", told.append)
+        task = SummarizationTask("7", {"text": "secret"}, task_id="its own")
+        producer.note_refused(task, ConfigurationError("no URL"))
+        producer.note_refused(task, NackError(message_id="m"))
+        assert told == [
+            Event("refused", "its own", "ConfigurationError"),
+            Event("refused", "m", "NackError"),
+        ]
+        labels = {"task_type": "summarize_llm", "status": "rejected"}
+        assert producer.registry.get_sample_value("ml_producer_tasks_sent_total", labels) == 1
