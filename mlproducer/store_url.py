@@ -33,6 +33,10 @@ NAME = "store_url (ML_STORE_URL)"
 
 REDIS_PORT = 6379
 SENTINEL_PORT = 26379
+POSTGRESQL_PORT = 5432
+
+TABLE = "mlproducer_messages"
+"""The table of a PostgreSQL store, unless its URL names another."""
 
 LONGEST = 3600.0
 """Seconds: the longest timeout that a URL may ask for."""
@@ -42,6 +46,7 @@ _HOST = re.compile(
     r"\[([0-9A-Fa-f:.]+(?:%\w+)?)\](?::(\d{1,5}))?|([^\s:,\[\]@%]{1,253})(?::(\d{1,5}))?"
 )
 _PREFIX = re.compile(r"[A-Za-z0-9._:-]{1,100}")
+_TABLE = re.compile(r"(?:[a-z_][a-z0-9_]{0,39}\.)?[a-z_][a-z0-9_]{0,39}")
 _FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 _FORMS = {
@@ -49,6 +54,7 @@ _FORMS = {
     "rediss": "rediss://[user:password@]host[:port][/db]",
     "redis+sentinel": "redis+sentinel://[user:password@]host[:port][,host[:port]...]/service[/db]",
     "unix": "unix://[user:password@]/path/of/redis.sock[?db=0]",
+    "postgresql": "postgresql://[user[:password]@][host[:port][,host[:port]...]]/database",
 }
 
 
@@ -108,6 +114,32 @@ class RedisAddress:
         return shown if self.service is None else f"{shown}/{self.service}"
 
 
+@frozen(kw_only=True)
+class PostgreSQLAddress:
+    """Where PostgreSQL listens, and the options that the URL gives.
+
+    :ivar nodes: hosts and ports, one of which takes writes; none where libpq's own default, or the
+        option ``host`` or ``service``, says where
+    :ivar options: libpq's, by its names: user and password among them
+    :ivar connect_timeout: seconds; ``None``: the store's own
+    :ivar table: of which schema, if that is not the first of the role's search path
+    :ivar write_ahead: ``None`` where the URL does not say
+    """
+
+    nodes: tuple[tuple[str, int], ...] = ()
+    options: dict[str, str] = field(factory=dict, repr=False)
+    connect_timeout: float | None = None
+    table: str = TABLE
+    write_ahead: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The place, fit for logs and errors: hosts and database."""
+        named = [node_name(*node) for node in self.nodes]
+        host = self.options.get("host") or self.options.get("service") or "local socket"
+        return f"{','.join(named) or host}/{self.options.get('dbname', '')}"
+
+
 def node_name(host: str, port: int) -> str:
     """``host:port``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -150,6 +182,32 @@ def read_redis(url: str) -> RedisAddress:
 
 
 @frameless
+def read_postgresql(url: str) -> PostgreSQLAddress:
+    """Read a ``postgresql://`` URL.
+
+    :raises ConfigurationError: it does not parse
+    """
+    found = _read(url, NAME)
+    if not isinstance(found, PostgreSQLAddress):
+        raise ConfigurationError(f"{NAME} names no PostgreSQL; accepted is {_FORMS['postgresql']}")
+    return found
+
+
+@frameless
+def check_table(table: object, name: str = NAME) -> str:
+    """Give a table's name, with or without a schema, that needs no quotes.
+
+    :raises ConfigurationError: it is none
+    """
+    if not isinstance(table, str) or not _TABLE.fullmatch(table):
+        raise ConfigurationError(
+            f"table in {name} must be a name of up to 40 lower-case letters, digits and _, "
+            "with or without a schema before it: schema.table"
+        )
+    return table
+
+
+@frameless
 def check_prefix(prefix: object, name: str = NAME) -> str:
     """Give a prefix that can stand before keys.
 
@@ -162,7 +220,7 @@ def check_prefix(prefix: object, name: str = NAME) -> str:
     return prefix
 
 
-def _read(url: object, name: str) -> LocalAddress | RedisAddress | None:
+def _read(url: object, name: str) -> LocalAddress | RedisAddress | PostgreSQLAddress:
     scheme, separator, rest = url.partition("://") if isinstance(url, str) else ("", "", "")
     if not separator or scheme not in SCHEMES:
         accepted = ", ".join(f"{each}://" for each in SCHEMES)
@@ -182,7 +240,7 @@ def _read(url: object, name: str) -> LocalAddress | RedisAddress | None:
     if local:
         return _local(scheme, authority, path, options)
     if scheme == "postgresql":
-        return None  # whose own grammar the store knows
+        return _postgresql(authority, path, options)
     return _redis(scheme, authority, path, options)
 
 
@@ -374,11 +432,15 @@ def _check_options(scheme: str, tls: bool, options: _Options) -> None:
         raise ConfigurationError(f"{options.name}: ssl_ options are for rediss://")
 
 
+_USUAL = {"redis+sentinel": SENTINEL_PORT, "postgresql": POSTGRESQL_PORT}
+_SEVERAL = ("redis+sentinel", "postgresql")
+
+
 def _nodes(hosts: str, scheme: str, name: str) -> tuple[tuple[str, int], ...]:
     if not hosts:
         return ()
-    given = hosts.split(",") if scheme == "redis+sentinel" else [hosts]
-    usual = SENTINEL_PORT if scheme == "redis+sentinel" else REDIS_PORT
+    given = hosts.split(",") if scheme in _SEVERAL else [hosts]
+    usual = _USUAL.get(scheme, REDIS_PORT)
     return tuple(_node(unquote(each), usual, name) for each in given)
 
 
@@ -400,3 +462,79 @@ def _number(path: str, options: _Options) -> int:
         raise ConfigurationError(
             f"{options.name}: after the host comes a database's number, such as /0"
         ) from None
+
+
+# --- PostgreSQL ----------------------------------------------------------------------------------
+
+_OF_LIBPQ = {
+    "application_name",
+    "channel_binding",
+    "fallback_application_name",
+    "gssdelegation",
+    "gssencmode",
+    "gsslib",
+    "host",
+    "hostaddr",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "krbsrvname",
+    "load_balance_hosts",
+    "max_protocol_version",
+    "min_protocol_version",
+    "options",
+    "passfile",
+    "password",
+    "port",
+    "require_auth",
+    "requirepeer",
+    "service",
+    "ssl_max_protocol_version",
+    "ssl_min_protocol_version",
+    "sslcert",
+    "sslcertmode",
+    "sslcompression",
+    "sslcrl",
+    "sslcrldir",
+    "sslkey",
+    "sslmode",
+    "sslnegotiation",
+    "sslpassword",
+    "sslrootcert",
+    "sslsni",
+    "target_session_attrs",
+    "tcp_user_timeout",
+    "user",
+}
+"""Options of libpq's (PostgreSQL documentation, *Parameter Key Words*) that are passed on."""
+
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+def _postgresql(authority: str, path: str, options: _Options) -> PostgreSQLAddress:
+    name = options.name
+    accepted = {"write_ahead", "table", "connect_timeout", "dbname"}
+    if not options.names() <= accepted | _OF_LIBPQ:
+        raise ConfigurationError(
+            f"{name} has an option that is unknown; accepted are write_ahead, table, "
+            "connect_timeout, and libpq's, such as sslmode and sslrootcert"
+        )
+    if "#" in path or "/" in path:
+        raise ConfigurationError(f"{name} does not parse; accepted is {_FORMS['postgresql']}")
+    options.choice("sslmode", {each: each for each in _SSL_MODES})
+    user_part, _, hosts = authority.rpartition("@")
+    user, _, password = user_part.partition(":")
+    given = {option: options.text(option) for option in sorted(options.names() & _OF_LIBPQ)}
+    own = {
+        "user": unquote(user) or given.get("user"),
+        "password": unquote(password) or given.get("password"),
+        "dbname": unquote(path) or options.text("dbname"),
+    }
+    return PostgreSQLAddress(
+        nodes=_nodes(hosts, "postgresql", name),
+        options={key: value for key, value in {**given, **own}.items() if value},
+        connect_timeout=options.seconds("connect_timeout"),
+        table=check_table(options.text("table"), name) if "table" in options else TABLE,
+        write_ahead=options.flag("write_ahead"),
+    )

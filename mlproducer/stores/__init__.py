@@ -56,6 +56,10 @@ def open_store(settings: Settings) -> Store:
 
         ahead = address.write_ahead
         return SQLiteStore(address.path, lease=lease, write_ahead=ahead, horizon=horizon)
+    if scheme == "postgresql":
+        from mlproducer.stores.postgres import PostgreSQLStore  # noqa: PLC0415 - an extra
+
+        return PostgreSQLStore(settings.store_url, lease=lease, horizon=horizon)
     from mlproducer.stores.redis import RedisStore  # noqa: PLC0415 - an extra
 
     return RedisStore(settings.store_url, lease=lease, horizon=horizon)

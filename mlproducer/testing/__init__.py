@@ -12,6 +12,11 @@ from mlproducer.testing.certificates import Certificate, CertificateError, Certi
 from mlproducer.testing.cluster import RabbitMQCluster
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
+from mlproducer.testing.postgresql_server import (
+    PostgreSQLError,
+    PostgreSQLNotInstalled,
+    PostgreSQLServer,
+)
 from mlproducer.testing.proxy import Proxy
 from mlproducer.testing.recording import RecordingProducer
 from mlproducer.testing.redis_server import RedisError, RedisNotInstalled, RedisServer
@@ -25,6 +30,9 @@ __all__ = [
     "CertificateError",
     "Certificates",
     "FakeBroker",
+    "PostgreSQLError",
+    "PostgreSQLNotInstalled",
+    "PostgreSQLServer",
     "Proxy",
     "RabbitMQCluster",
     "RabbitMQError",

@@ -22,12 +22,14 @@ from attrs import field, frozen
 from mlproducer.brokers import Defaults, parse
 from mlproducer.settings import Settings
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
+from mlproducer.testing.postgresql_server import PostgreSQLServer
 from mlproducer.testing.recording import RecordingProducer
 from mlproducer.testing.redis_server import RedisServer
 
 __all__ = [
     "GivenBroker",
     "VirtualHost",
+    "postgresql_server",
     "rabbitmq_node",
     "rabbitmq_vhost",
     "recording_producer",
@@ -133,4 +135,11 @@ def rabbitmq_vhost(rabbitmq_node: RabbitMQNode) -> Iterator[VirtualHost]:
 def redis_server() -> Iterator[RedisServer]:
     """A running Redis, shared by all tests: each takes a prefix of its own."""
     with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgreSQLServer]:
+    """A running PostgreSQL, shared by all tests: each takes a table of its own."""
+    with PostgreSQLServer() as server:
         yield server

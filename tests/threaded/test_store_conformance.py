@@ -1,4 +1,4 @@
-"""The stores in memory, in SQLite and in Redis do the same.
+"""The stores in memory, in SQLite, in PostgreSQL and in Redis do the same.
 
 Runs on: pytest's main thread.
 """
@@ -14,6 +14,7 @@ import pytest
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Store
 from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.testing.postgresql_server import PostgreSQLServer
 from mlproducer.testing.redis_server import RedisServer
 from mlproducer.testing.store_conformance import StoreConformance
 
@@ -102,3 +103,35 @@ class TestRedis(StoreConformance):
         """Do to our keys what FLUSHALL does to all."""
         for key in self.server.call("KEYS", f"{self.prefix}*"):
             self.server.call("DEL", key)
+
+
+class TestPostgreSQL(StoreConformance):
+    """The store in PostgreSQL, whose clock is its own."""
+
+    @pytest.fixture(autouse=True)
+    def _begin(self, postgresql_server: PostgreSQLServer) -> None:
+        self.server = postgresql_server
+        self.table = f"test_{secrets.token_hex(4)}"
+        self.url = f"{postgresql_server.url}?table={self.table}"
+
+    def make_store(self, lease: float) -> Store:
+        """Connect to the test's rows once more."""
+        from mlproducer.stores.postgres import PostgreSQLStore  # an extra
+
+        return PostgreSQLStore(self.url, lease=lease)
+
+    def empty_place(self) -> None:
+        """Drop the tables."""
+        self.server.call(f"DROP TABLE {self.table}, {self.table}_fates")
+
+    def keep_place(self) -> None:
+        """Copy the rows, and note how far the keys have come."""
+        self.server.call(f"CREATE TABLE {self.table}_copy AS SELECT * FROM {self.table}")
+        self.kept = self.server.call(f"SELECT last_value FROM {self.table}_key_seq")[0][0]
+
+    def restore_place(self) -> None:
+        """Put the copy back; as after any restore, all sessions are new ones."""
+        self.server.end_sessions()
+        self.server.call(f"DELETE FROM {self.table}")
+        self.server.call(f"INSERT INTO {self.table} SELECT * FROM {self.table}_copy")
+        self.server.call(f"SELECT setval('{self.table}_key_seq', {self.kept})")

@@ -1,0 +1,125 @@
+"""How records become rows of the PostgreSQL store, and rows records.
+
+PostgreSQL's text has no NUL, and a database may have another encoding than UTF-8; so texts stand
+there as ASCII, all else as Python's escapes, which for ids and names of queues changes nothing.
+
+What comes from the table is not trusted: each field has its range, and the message its checksum.
+
+Runs on: the retry thread; `message_values` on the thread that adds to an outbox too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from mlproducer.message import Envelope
+from mlproducer.stores.postgres_sql import DEAD, GIVEN, WAITING
+from mlproducer.stores.protocol import Claim, Record, Row, policy_text, read_policy
+
+MICROSECONDS = 1_000_000
+LATEST = 2**53
+"""Microseconds since the epoch, in the year 2255: what is later is no time that was noted."""
+
+
+class UnreadableRowError(Exception):
+    """A row that this library did not write, or not so."""
+
+    def __init__(self, claim: Claim) -> None:
+        super().__init__(str(claim.key))
+        self.claim = claim
+
+
+def text(raw: str) -> str:
+    """Give a text as it stands in the table."""
+    if raw.isascii() and raw.isprintable() and "\\" not in raw:
+        return raw
+    return raw.encode("unicode_escape").decode("ascii")
+
+
+def read_text(stored: str) -> str:
+    """Read what `text` gave.
+
+    :raises ValueError: it is something else
+    """
+    return stored.encode("ascii").decode("unicode_escape") if "\\" in stored else stored
+
+
+def message_values(envelope: Envelope) -> tuple[Any, ...]:
+    """Give the columns of the message itself, in the order of `COLUMNS`."""
+    route = (
+        text(envelope.message_id),
+        text(envelope.task_type),
+        text(envelope.exchange),
+        text(envelope.routing_key),
+    )
+    return (*route, _checksum(route, envelope.properties, envelope.body), *_bytes(envelope))
+
+
+def _bytes(envelope: Envelope) -> tuple[bytes, bytes]:
+    return bytes(envelope.properties), bytes(envelope.body)
+
+
+def microseconds(seconds: float) -> int:
+    """Give a time of a record as the table has it."""
+    return round(seconds * MICROSECONDS)
+
+
+def given(
+    records: Sequence[Record], delays: Sequence[float | None], ahead: Sequence[int | None]
+) -> dict[str, list[Any]]:
+    """Give the arrays of what is put or changed.
+
+    :param ahead: states that are not as the records say
+    """
+    rows = [
+        (
+            delay,
+            (DEAD if record.dead else WAITING) if state is None else state,
+            record.attempts,
+            record.doubtful,
+            text(record.reason),
+            policy_text(record.retry),
+            microseconds(record.first_failed_at),
+            microseconds(record.accepted_at),
+            *message_values(record.envelope),
+        )
+        for record, delay, state in zip(records, delays, ahead, strict=True)
+    ]
+    return dict(zip(GIVEN, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def read_row(fields: Sequence[Any]) -> Row:
+    """Read a row.
+
+    :raises UnreadableRowError: it was not written by this library, or changed since
+    """
+    key, token, state, attempts, doubtful, reason, retry, since, accepted, *message = fields
+    *route, checksum, properties, body = message
+    claim = Claim(key, token)
+    try:
+        if not 0 <= since <= LATEST or not 0 <= accepted <= LATEST or attempts < 0:
+            raise UnreadableRowError(claim)
+        if checksum != _checksum(route, properties, body):
+            raise UnreadableRowError(claim)
+        message_id, task_type, exchange, routing_key = map(read_text, route)
+        envelope = Envelope(message_id, task_type, exchange, routing_key, properties, body)
+        record = Record(
+            envelope,
+            attempts,
+            doubtful,
+            state == DEAD,
+            read_text(reason),
+            since / MICROSECONDS,
+            accepted / MICROSECONDS,
+            read_policy(retry),
+        )
+    except ValueError:
+        raise UnreadableRowError(claim) from None
+    return Row(claim, record)
+
+
+def _checksum(route: Sequence[str], properties: bytes, body: bytes) -> int:
+    head = "\0".join(route).encode("ascii", errors="replace")
+    return zlib.crc32(body, zlib.crc32(properties, zlib.crc32(head)))

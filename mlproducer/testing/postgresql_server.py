@@ -1,0 +1,313 @@
+"""`PostgreSQLServer`: a private PostgreSQL on a port of its own.
+
+Owns one server's directory, its life (start, stop, kill, freeze) and the statements that a test
+gives it. PostgreSQL refuses to run as root; where we are root, it runs as the user ``postgres`` or
+``nobody``. It must not know who stores what in it. Facts were checked on PostgreSQL 15.
+
+Runs on: the caller's thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mlproducer.testing.erlang import free_port
+from mlproducer.testing.server import Server
+from mlproducer.testing.workspace import Workspace
+
+__all__ = ["PostgreSQLError", "PostgreSQLNotInstalled", "PostgreSQLServer"]
+
+_HOST = "127.0.0.1"
+_START_LIMIT = 20.0
+_STOP_LIMIT = 10.0
+_CALL_LIMIT = 5.0
+_LOOK_INTERVAL = 0.02
+_USERS = ("postgres", "nobody")
+
+
+class PostgreSQLError(Exception):
+    """The private PostgreSQL did not do what it was asked to; the text says what it said."""
+
+
+class PostgreSQLNotInstalled(PostgreSQLError):  # noqa: N818 - says what is the case
+    """No PostgreSQL server on this machine."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "initdb and postgres were not found: PostgreSQL is not installed on this machine. "
+            "On Debian or Ubuntu: apt-get install -y postgresql"
+        )
+
+
+class PostgreSQLServer(Server):
+    """A PostgreSQL server of your own, as a context manager; it needs the package ``psycopg``.
+
+    ``with PostgreSQLServer() as server:`` makes and starts it (about 2 s), and at the end kills it
+    and removes its files. `kill` and `freeze` reach all of its processes; `restart` finds what was
+    committed. Its user ``app`` owns the database ``app``, and has a password.
+
+    Args:
+        config: further settings, such as ``{"max_connections": "10"}``; may be changed before the
+            next start.
+
+    """
+
+    error = PostgreSQLError
+
+    def __init__(self, *, config: Mapping[str, str] = MappingProxyType({})) -> None:
+        super().__init__()
+        self.host = _HOST
+        self.port = free_port()
+        self.user, self.password, self.database = "app", secrets.token_hex(8), "app"
+        self.config = dict(config)
+        self._workspace: Workspace | None = None
+        self._programs = _programs()
+
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped"
+        return f"<PostgreSQLServer {self.host}:{self.port} {state}>"
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self, timeout: float = _START_LIMIT) -> None:
+        """Start the server and wait until it answers, at most ``timeout`` seconds.
+
+        Raises:
+            PostgreSQLNotInstalled: there is no PostgreSQL on this machine.
+            PostgreSQLError: it runs already, or did not come up; with the end of its log.
+
+        """
+        self.launch()
+        self.wait_ready(timeout)
+
+    def launch(self) -> None:
+        """Start the server without waiting for it."""
+        if self.running:
+            raise PostgreSQLError(f"{self!r} is running already")
+        if self._programs is None:
+            raise PostgreSQLNotInstalled
+        if self._workspace is None:
+            self._workspace = self._made(self._programs)
+        settings = {
+            "listen_addresses": self.host,
+            "port": str(self.port),
+            "unix_socket_directories": str(self._workspace.path / "data"),
+            "fsync": "off",  # the processes are killed, never the machine
+            "shared_buffers": "16MB",
+            "max_connections": "60",
+        } | self.config
+        argv = [str(self._programs / "postgres"), "-D", str(self._workspace.path / "data")]
+        for name, value in settings.items():
+            argv += ["-c", f"{name}={value}"]
+        self._program = self._workspace.spawn("postgres", [*_as_user(), *argv], os.environ)
+
+    def wait_ready(self, timeout: float = _START_LIMIT) -> None:
+        """Wait until the launched server has recovered and takes statements."""
+        program = self._running_program()
+        deadline = time.monotonic() + timeout
+        while not self._answers():
+            late = time.monotonic() > deadline
+            if late:
+                self.kill()
+            if late or program.ended_within(_LOOK_INTERVAL):
+                raise PostgreSQLError(f"{self!r} did not come up; its log:\n{self.log_tail()}")
+
+    def stop(self, timeout: float = _STOP_LIMIT) -> None:
+        """Stop the server in good order, ending its sessions. Data is kept."""
+        if self._program is not None and self._program.running:
+            self._program.send(signal.SIGINT)  # a fast shutdown: SIGTERM waits for all sessions
+            if not self._program.ended_within(timeout):
+                self.kill()
+                raise PostgreSQLError(f"{self!r} had to be killed")
+
+    def restart(self, timeout: float = _START_LIMIT) -> None:
+        """Start again with the same port and data; stops the server first where it still runs."""
+        self.stop()
+        self.start(timeout)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all its processes, at once."""
+        if self._program is not None and self._program.running:
+            self._program.freeze()  # so that it has no further children
+            children = _children(self._program.pid)
+            for each in children:
+                with suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            self._program.kill()
+            _wait_until_gone(children)
+
+    def freeze(self) -> None:
+        """SIGSTOP to all its processes: connections are accepted by the kernel, nobody answers."""
+        program = self._running_program()
+        program.freeze()
+        for each in _children(program.pid):
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT: end `freeze`."""
+        program = self._running_program()
+        for each in [*_children(program.pid), program.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGCONT)
+
+    def close(self) -> None:
+        """Kill the server and remove all it left: processes, port and files."""
+        self.kill()
+        self._program = None
+        if self._workspace is not None:
+            self._workspace.close()
+            self._workspace = None
+
+    # -- addresses and statements ----------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """``postgresql://app:password@127.0.0.1:port/app``."""
+        return self.url_for()
+
+    def url_for(self, user: str | None = None, password: str | None = None) -> str:
+        """Give the URL for another role, or with another password."""
+        name = user or self.user
+        secret = password or self.password
+        return f"postgresql://{name}:{secret}@{self.host}:{self.port}/{self.database}"
+
+    def call(self, statement: str, *parameters: Any, user: str | None = None) -> list[Any]:
+        """Carry out a statement as the superuser, and return its rows.
+
+        Raises:
+            PostgreSQLError: the server does not answer, or with an error.
+
+        """
+        psycopg: Any = importlib.import_module("psycopg")
+        try:
+            with psycopg.connect(
+                host=self.host,
+                port=self.port,
+                user=user or "postgres",
+                password=self.password,
+                dbname=self.database if self._made_database else "postgres",
+                connect_timeout=int(_CALL_LIMIT),
+                autocommit=True,
+            ) as connection:
+                cursor = connection.execute(statement, parameters or None)
+                return list(cursor.fetchall()) if cursor.description else []
+        except psycopg.Error as error:
+            raise PostgreSQLError(f"{self!r}: {error}") from error
+
+    def end_sessions(self) -> None:
+        """End all sessions of clients, as a failover does."""
+        self.call(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        )
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    _made_database = False
+
+    def _answers(self) -> bool:
+        try:
+            self.call("SELECT 1")
+            if not self._made_database:
+                self.call(f"CREATE ROLE {self.user} LOGIN PASSWORD '{self.password}'")
+                self.call(f"CREATE DATABASE {self.database} OWNER {self.user}")
+                self._made_database = True
+        except PostgreSQLError:
+            return False
+        return True
+
+    def _made(self, programs: Path) -> Workspace:
+        """Make the server's directory, which has to be its user's."""
+        workspace = Workspace("mlproducer-postgresql-")
+        secret = workspace.path / "password"
+        secret.write_text(self.password)
+        data = workspace.path / "data"
+        data.mkdir(0o700)
+        if os.geteuid() == 0:
+            owner = _user()
+            workspace.path.chmod(0o711)
+            for path in (data, secret):
+                os.chown(path, owner.pw_uid, owner.pw_gid)
+        done = subprocess.run(
+            [
+                *_as_user(),
+                str(programs / "initdb"),
+                f"--pgdata={data}",
+                "--no-sync",
+                "--username=postgres",
+                "--auth=scram-sha-256",
+                f"--pwfile={secret}",
+                "--encoding=UTF8",
+                "--locale=C",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=workspace.path,
+            timeout=60.0,
+            check=False,
+        )
+        if done.returncode:
+            workspace.close()
+            said = done.stdout.decode(errors="replace")
+            raise PostgreSQLError(f"initdb failed: {said}")
+        return workspace
+
+
+def _programs() -> Path | None:
+    """Give the directory of initdb and postgres; Debian's is in no PATH."""
+    found = shutil.which("initdb")
+    places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: each.parent.name)
+    candidates = ([Path(found).resolve().parent] if found else []) + places[::-1]
+    return next((each for each in candidates if (each / "postgres").exists()), None)
+
+
+def _user() -> Any:
+    pwd: Any = importlib.import_module("pwd")  # there is none on Windows
+    known = {each.pw_name: each for each in pwd.getpwall()}
+    return next(known[name] for name in _USERS if name in known)
+
+
+def _as_user() -> list[str]:
+    """Give what runs a program as another user, where we are root."""
+    if os.geteuid() != 0:
+        return []
+    user = _user()
+    return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def _wait_until_gone(pids: list[int]) -> None:
+    """Wait for killed processes that are not ours to wait for; init has them now."""
+    deadline = time.monotonic() + _STOP_LIMIT
+    for pid in pids:
+        while _runs(pid) and time.monotonic() < deadline:
+            time.sleep(_LOOK_INTERVAL)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
