@@ -38,7 +38,7 @@ FLOORS = [
 
 FOREIGN = {
     "pika": {"engine"},
-    "sqlite3": {"stores"},
+    "sqlite3": {"stores", "contrib"},
     "redis": {"stores", "contrib"},
     "psycopg": {"stores", "outbox", "contrib"},
     "prometheus_client": {"observe"},

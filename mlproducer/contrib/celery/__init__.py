@@ -13,6 +13,7 @@ Runs on: the threads that send tasks, and those that run them.
 
 from __future__ import annotations
 
+from mlproducer.contrib.celery.deduplication import deduplicate
 from mlproducer.contrib.celery.sending import (
     PublishFailedError,
     TaskMessage,
@@ -21,4 +22,11 @@ from mlproducer.contrib.celery.sending import (
     uninstall,
 )
 
-__all__ = ["PublishFailedError", "TaskMessage", "install", "producer_of", "uninstall"]
+__all__ = [
+    "PublishFailedError",
+    "TaskMessage",
+    "deduplicate",
+    "install",
+    "producer_of",
+    "uninstall",
+]

@@ -1,0 +1,134 @@
+"""Leaves out, on the workers' side, tasks that have been completed before.
+
+At-least-once delivery means that a worker may get a task twice: after a lost connection it is sent
+again, and after a lost worker the broker delivers it again. Both copies have the same id.
+
+What has been completed is noted once everything that Celery does after it is done, its result
+stored and its callbacks sent, and before the message is acknowledged (with ``acks_late``). What was
+cut off before that runs again.
+
+Runs on: the threads that run tasks.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery
+from celery.exceptions import Ignore
+from celery.signals import celeryd_after_setup, task_failure, task_retry, task_success
+
+from mlproducer import clock as time
+from mlproducer.contrib.celery.notes import Notes, notes_at
+from mlproducer.errors import ConfigurationError
+from mlproducer.fence import write
+from mlproducer.latch import seconds
+
+logger = logging.getLogger(__name__)
+
+KEY = "_mlproducer_completed"
+"""Under which an app, or a task, remembers that this is installed."""
+
+PAUSE = 5.0
+"""Seconds for which a place that was away is not asked, so that tasks do not wait for it."""
+
+
+def deduplicate(app: Celery, url: str, ttl: float = 86400) -> None:
+    """Have workers leave out a task that has been completed: it is acknowledged, and not run.
+
+    Beside the app, in the module that workers load. It does nothing where tasks are only sent.
+
+    :param url: where completed tasks are noted: ``redis://host:port/db`` (``rediss://``,
+        ``redis+sentinel://``, ``unix://``), or ``sqlite:///file.db`` for workers of one machine
+    :param ttl: seconds for which a task is known; as long as a duplicate may be late
+    :raises ConfigurationError: the URL or the number cannot be used
+    """
+    if not seconds(ttl, "ttl"):
+        raise ConfigurationError("ttl must be above 0")
+    before = app.__dict__.get(KEY)
+    if before is not None:
+        before.notes, before.ttl = notes_at(url), ttl
+        return
+    completed = app.__dict__[KEY] = Completed(app, notes_at(url), ttl)
+    app.on_after_finalize.connect(completed.watch)
+    celeryd_after_setup.connect(completed.watch)
+    task_success.connect(completed.on_end)
+    task_retry.connect(completed.on_end)
+    task_failure.connect(completed.on_failure)
+
+
+class Completed:
+    """Watches over the tasks of one app."""
+
+    def __init__(self, app: Celery, notes: Notes, ttl: float) -> None:
+        self._app = app
+        self.notes = notes
+        self.ttl = ttl
+        self._away_until = 0.0
+        self._away = False
+
+    def watch(self, *_: Any, **__: Any) -> None:
+        """Have each task look whether it has been completed, before it runs."""
+        for task in list(self._app.tasks.values()):
+            if KEY not in task.__dict__ and not task.name.startswith("celery."):
+                setattr(task, KEY, self)
+                task.run = self._checked(task, task.run)
+
+    def _checked(self, task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(run)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            key = _key(task)
+            if key is not None and self._is_completed(key):
+                text = "task %s[%s] has been completed before, and is not run again"
+                write(logger, logging.INFO, text, task.name, task.request.id)
+                raise Ignore
+            return run(*args, **kwargs)
+
+        return checked
+
+    def on_end(self, sender: Any = None, **_: Any) -> None:
+        """Note a task that has ended, or whose retry has been sent."""
+        key = _key(sender) if getattr(sender, KEY, None) is self else None
+        if key is not None:
+            self._reach(lambda: self.notes.add(key, self.ttl))
+
+    def on_failure(self, sender: Any = None, **_: Any) -> None:
+        """Note a task that has failed, unless its message is going to be delivered again."""
+        if not (sender.acks_late and not sender.acks_on_failure_or_timeout):
+            self.on_end(sender)
+
+    def _is_completed(self, key: str) -> bool:
+        return bool(self._reach(lambda: self.notes.has(key)))
+
+    def _reach(self, ask: Callable[[], Any]) -> Any:
+        """Ask the place of the notes; ``None`` while it is away, which is told once."""
+        if time.monotonic() < self._away_until:
+            return None
+        try:
+            answer = ask()
+        except self.notes.errors as error:
+            self._away_until = time.monotonic() + PAUSE
+            if not self._away:
+                self._away = True
+                text = "duplicates are not left out while %s is away: %s"
+                write(logger, logging.WARNING, text, self.notes.name, type(error).__name__)
+            return None
+        if self._away:
+            self._away = False
+            write(logger, logging.INFO, "duplicates are left out again: %s", self.notes.name)
+        return answer
+
+
+def _key(task: Any) -> str | None:
+    """Name one run of a task; ``None`` where no worker runs it.
+
+    A retry has the id of the task, and what replaces a task has it too.
+    """
+    request = task.request
+    if request.id is None or request.called_directly or request.is_eager:
+        return None
+    nesting = getattr(request, "replaced_task_nesting", None) or 0
+    return f"{request.id}:{task.name}:{request.retries or 0}:{nesting}"

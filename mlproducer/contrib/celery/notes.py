@@ -1,0 +1,161 @@
+"""Where it is noted which tasks have been completed: Redis, or a SQLite file of one machine.
+
+Runs on: the threads that run tasks; each has a connection of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlproducer import store_url
+from mlproducer.errors import ConfigurationError
+from mlproducer.store_url import RedisAddress
+
+NAME = "deduplicate()'s url"
+
+PATIENCE = 1.0
+"""Seconds for which a SQLite file may be locked by another process."""
+
+PREFIX = "mlproducer:completed:"
+
+SWEEP = 1000
+"""Notes after which a process deletes those from a SQLite file that are too old."""
+
+
+class Notes(Protocol):
+    """A set of names, each of which is forgotten after a while.
+
+    :ivar name: the place, fit for logs
+    :ivar errors: what is raised where the place is away
+    """
+
+    name: str
+    errors: tuple[type[Exception], ...]
+
+    def has(self, key: str) -> bool:
+        """Whether it is noted."""
+
+    def add(self, key: str, ttl: float) -> None:
+        """Note it for so many seconds."""
+
+
+def notes_at(url: str) -> Notes:
+    """Give the notes at a URL; nothing is opened yet.
+
+    :raises ConfigurationError: the URL names no place for notes; nothing of it is quoted
+    """
+    store_url.check(url, NAME)
+    scheme = url.partition("://")[0]
+    if scheme == "sqlite":
+        return SQLiteNotes(store_url.read_local(url).path)
+    if scheme in ("memory", "postgresql"):
+        raise ConfigurationError(f"{NAME} must be redis:// (rediss://, unix://) or sqlite:///")
+    return RedisNotes(store_url.read_redis(url))
+
+
+class _Own(threading.local):
+    """What belongs to one thread of one process."""
+
+    pid = 0
+    connection: Any = None
+
+
+class RedisNotes:
+    """Notes in Redis, one key each, which Redis forgets by itself."""
+
+    def __init__(self, address: RedisAddress) -> None:
+        from mlproducer.stores import redis_dial  # noqa: PLC0415 - it needs the package redis
+
+        self._dial = redis_dial
+        self._address = address
+        self._own = _Own()
+        self._prefix = PREFIX if address.prefix is None else f"{address.prefix}:completed:"
+        self.name = address.name
+        self.errors: tuple[type[Exception], ...] = (redis_dial.exceptions.RedisError, OSError)
+
+    def has(self, key: str) -> bool:
+        """Whether it is noted."""
+        return bool(self._ask("EXISTS", self._prefix + key))
+
+    def add(self, key: str, ttl: float) -> None:
+        """Note it for so many seconds."""
+        self._ask("SET", self._prefix + key, "1", "PX", str(max(1, round(ttl * 1000))))
+
+    def _ask(self, *command: str) -> Any:
+        own = self._own
+        if own.pid != os.getpid():
+            own.pid, own.connection = os.getpid(), None
+        reused = own.connection is not None
+        try:
+            return self._exchange(own, command)
+        except self.errors:
+            if not reused:
+                raise
+        return self._exchange(own, command)  # it was idle, and was closed meanwhile
+
+    def _exchange(self, own: _Own, command: tuple[str, ...]) -> Any:
+        if own.connection is None:
+            own.connection = self._dial.connect(self._address, None)
+        try:
+            own.connection.send_command(*command)
+            return own.connection.read_response()
+        except BaseException:
+            connection, own.connection = own.connection, None
+            with suppress(Exception):
+                connection.disconnect()
+            raise
+
+
+class SQLiteNotes:
+    """Notes in a SQLite file, which the workers of one machine share."""
+
+    def __init__(self, path: str) -> None:
+        self._path = str(Path(path).absolute())
+        self._own = _Own()
+        self._since_sweep = 0
+        self.name = self._path
+        self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+
+    def has(self, key: str) -> bool:
+        """Whether it is noted."""
+        found = self._connection().execute(
+            "SELECT 1 FROM completed WHERE key = ? AND until > julianday('now')", (key,)
+        )
+        return found.fetchone() is not None
+
+    def add(self, key: str, ttl: float) -> None:
+        """Note it for so many seconds."""
+        connection = self._connection()
+        connection.execute(
+            "INSERT OR REPLACE INTO completed VALUES (?, julianday('now') + ?)", (key, ttl / 86400)
+        )
+        self._since_sweep += 1
+        if self._since_sweep >= SWEEP:
+            self._since_sweep = 0
+            connection.execute("DELETE FROM completed WHERE until <= julianday('now')")
+
+    def _connection(self) -> sqlite3.Connection:
+        own = self._own
+        if own.pid != os.getpid():
+            own.pid, own.connection = os.getpid(), self._open()
+        opened: sqlite3.Connection = own.connection
+        return opened
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS completed (key TEXT PRIMARY KEY, until REAL NOT NULL)"
+                " WITHOUT ROWID"
+            )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
