@@ -42,7 +42,7 @@ from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import RetryPolicy, Settings, redact
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import anchored
-from mlproducer.stores.protocol import Store
+from mlproducer.stores.protocol import Claim, Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
 from mlproducer.topology import Declaration
 from mlproducer.waiting import Answer, Line, finish
@@ -60,6 +60,10 @@ Retry = bool | RetryPolicy
 
 Hook = Callable[[Task, dict[str, Any]], object]
 """What `MLProducer.before_publish` takes: it may add to the headers of a task."""
+
+
+made: weakref.WeakSet[MLProducer] = weakref.WeakSet()
+"""The producers of this process."""
 
 
 class MLProducer:
@@ -88,6 +92,7 @@ class MLProducer:
         holder = weakref.ref(self)
         self._life = Lifecycle(self._plan, lambda: holder() is not None)
         self._plan.watched = weakref.ref(self._life)
+        made.add(self)
         if "prometheus_client" in sys.modules or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             self._meter()  # else nothing looks at metrics yet, and the import can wait
 
@@ -406,6 +411,45 @@ class MLProducer:
         added = self._plan.added
         added.extend([each for each in declarations if each not in added])
         return self._life.started().declare(deadline)
+
+    def prepare(self, task: Task, *, retry: Retry = True) -> tuple[Envelope, RetryPolicy | None]:
+        """Check and encode a task as `publish` does, for an outbox; nothing is sent.
+
+        :returns: the message, and how often and how soon it is tried again if that is its own
+        :raises InvalidMessageError: it cannot be sent
+        """
+        if retry is True:
+            policy = None
+        elif retry is False:
+            policy = RetryPolicy(0, *self._delays())
+        else:
+            policy = self._checked(retry)
+        try:
+            encode = self._encode_hooked if self._hooks else self._encoder.encode
+            return encode(task), policy
+        except PublishError as error:
+            self._meter().refused(task, error)
+            raise
+
+    def _delays(self) -> tuple[float, float]:
+        settings = self.settings
+        return settings.message_retry_base_delay, settings.message_retry_max_delay
+
+    def follow(self, delivery: Delivery, claim: Claim) -> None:
+        """Learn the fate of a row of an outbox, while this producer runs and something waits."""
+        fleet = self._life.fleet
+        if fleet is not None and self.running:
+            fleet.expect(delivery, claim)
+
+    @property
+    def running(self) -> bool:
+        """Whether it has been started, and not been closed."""
+        return self._life.fleet is not None and not self._life.closed
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._life.closed
 
     # --- state ---------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
 from mlproducer.stores.foreign import foreign
-from mlproducer.stores.protocol import Depth, Store
+from mlproducer.stores.protocol import Claim, Depth, Store
 from mlproducer.topology import Declaration
 
 
@@ -96,6 +96,8 @@ class Fleet:
         for io in ios:
             io.peers = [each for each in ios if each is not io]
         self._keeper.serve(ios, self._sweep)
+        listener = getattr(store, "listener", None)
+        self._listener = None if listener is None else listener(self._keeper.wake)
         self._tend = tend
         self._ordinal = 0
         self._threads: list[threading.Thread] = []
@@ -148,6 +150,8 @@ class Fleet:
             for engine in self.engines:
                 engine.start(self)
             self._threads.append(self._spawn("retry", self._keeper.thread.run))
+            if self._listener is not None:
+                self._threads.append(self._spawn("listen", self._listener.run))
         except RuntimeError:
             self.close(0.0)
             raise
@@ -201,6 +205,8 @@ class Fleet:
         if all(ended):
             self._keeper.thread.order(self._settle_rest)  # by one thread, which no signal cuts
         self._keeper.stop()
+        if self._listener is not None:
+            self._listener.stop()
         self._resolver.stop()
         self._spans.close()
         self.dispatcher.stop()
@@ -350,6 +356,10 @@ class Fleet:
         held = dict.fromkeys([*self.gate.inside(), *shelf.rowless])
         stored = shelf.has_row, shelf.astray.__contains__
         return [each for each in held if each.open and not any(has(each) for has in stored)]
+
+    def expect(self, delivery: Delivery, claim: Claim) -> None:
+        """Follow a row of an outbox, whose transaction is not over."""
+        self._keeper.expect(delivery, claim)
 
     def status(self) -> Status:
         """Say how things stand: with the link that is best off, and with the sizes of all."""

@@ -27,7 +27,7 @@ from mlproducer.engine.threads import TimerThread
 from mlproducer.errors import StoreError, UnroutableError
 from mlproducer.latch import Latch
 from mlproducer.observe.events import EventSink
-from mlproducer.stores.protocol import Depth, Entry, Store
+from mlproducer.stores.protocol import Claim, Depth, Entry, Store
 
 MIN_PAUSE = 0.5
 """Seconds between two sweeps at least, where leases have to begin anew."""
@@ -57,6 +57,7 @@ class Keeper:
         self._interval = interval
         self._scribe = Scribe(store, self.shelf, gate, events, self._ring)
         self._watch: Callable[[], None] | None = None
+        self._woken = False
 
     @property
     def depth(self) -> Depth:
@@ -113,6 +114,16 @@ class Keeper:
         self.hurries = False
         self.thread.order(self.sweep)
 
+    def wake(self) -> None:
+        """Look soon for rows that others have brought; from any thread, as often as one likes."""
+        if not self._woken:
+            self._woken = True
+            self.thread.order(self.sweep)
+
+    def expect(self, delivery: Delivery, claim: Claim) -> None:
+        """Follow a row that becomes visible with another's COMMIT, if it does; from any thread."""
+        self.thread.order(partial(self.shelf.expect, delivery, claim))
+
     def stop(self) -> None:
         """End the thread once all orders are carried out, and let go of the store."""
         self.thread.order(self._close)
@@ -141,6 +152,7 @@ class Keeper:
 
     def sweep(self) -> None:
         """Hand what is due back to the courier, as far as link and window have room."""
+        self._woken = False
         now = time.monotonic()
         self.thread.due = now + min(self._interval, max(MIN_PAUSE, self.shelf.renew_at - now))
         if self._watch is not None:

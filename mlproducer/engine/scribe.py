@@ -368,6 +368,8 @@ class Scribe:
         self._tell(taken, lambda desk, some: desk.taken_over(some))
         vanished = []
         for delivery in by_fate[RowFate.MISSING]:
+            if self._shelf.expects(delivery):
+                continue  # its transaction is not over, or was rolled back
             astray = self._shelf.astray.get(delivery)
             self._shelf.drop(delivery)
             if astray is None:

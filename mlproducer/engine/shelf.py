@@ -63,6 +63,7 @@ class Shelf:
         self.renew_at = math.inf
         self._parked: MutableMapping[int, Delivery] = WeakValueDictionary() if durable else {}
         self._last: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
+        self._expected: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
         self.claims: dict[Delivery, Claim] = {}
         self.ahead: set[Delivery] = set()
         self.astray: dict[Delivery, Astray] = {}
@@ -87,7 +88,17 @@ class Shelf:
         if not self._durable:
             return astray
         waiting = [(each, claim) for each, claim in self._last.items() if each.open]
-        return astray + waiting
+        expected = [(each, claim) for each, claim in self._expected.items() if each.open]
+        return astray + waiting + expected
+
+    def expect(self, delivery: Delivery, claim: Claim) -> None:
+        """Remember a row of a transaction that is not over: it comes with the COMMIT, or never."""
+        self._parked[claim.key] = delivery
+        self._expected[delivery] = claim
+
+    def expects(self, delivery: Delivery) -> bool:
+        """Whether its row may still come, and it is no news that it is not there."""
+        return delivery in self._expected
 
     def first_seen_taken(self, delivery: Delivery) -> bool:
         """Note that another process has a row; false where that is no news, or harms nobody."""
@@ -140,6 +151,7 @@ class Shelf:
         """Give the last claim of its row, which still holds if nobody has claimed it since."""
         astray = self.astray.get(delivery)
         claim = self.claims.get(delivery) or self._last.get(delivery)
+        claim = claim or self._expected.get(delivery)
         return claim or (None if astray is None else astray.claim)
 
     def take(self, row: Row, now: float) -> Delivery:
@@ -149,6 +161,7 @@ class Shelf:
             delivery = _revived(row.record, now)
             delivery.open = self._durable  # memory forgets only what has found its end
         self._last.pop(delivery, None)
+        self._expected.pop(delivery, None)
         self.astray.pop(delivery, None)
         delivery.envelope = row.record.envelope
         delivery.attempts = max(delivery.attempts, row.record.attempts)
@@ -163,6 +176,7 @@ class Shelf:
         self.claims.pop(delivery, None)
         self.ahead.discard(delivery)
         waited = self._last.pop(delivery, None) or self.astray.pop(delivery, None)
+        waited = self._expected.pop(delivery, None) or waited
         if waited is not None and claim is not None:
             self._parked.pop(claim.key, None)
         return claim

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -24,6 +24,7 @@ from mlproducer.fence import write
 from mlproducer.store_url import read_postgresql
 from mlproducer.stores import postgres_sql as sql
 from mlproducer.stores.postgres_link import TIMEOUT, Link
+from mlproducer.stores.postgres_listen import Listener
 from mlproducer.stores.postgres_rows import UnreadableRowError, given, read_row
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row, RowFate
 
@@ -255,6 +256,10 @@ class PostgreSQLStore:
         """
         self._leave_the_parent()
         self._link.get_ready()
+
+    def listener(self, wake: Callable[[], None]) -> Listener:
+        """Make what calls ``wake`` when a COMMIT has brought rows of an outbox."""
+        return Listener(self.address, wake)
 
     # --- calls ---------------------------------------------------------------------------------
 

@@ -1,0 +1,347 @@
+"""An outbox in PostgreSQL: rows of the application's transactions, and what becomes of them.
+
+Runs on: pytest's main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy
+from sqlalchemy.orm import Session
+
+from mlproducer import CeleryTask, Message, MLProducer, Outcome, RetryPolicy, outbox
+from mlproducer.errors import (
+    ConfigurationError,
+    InvalidMessageError,
+    MessageTooLargeError,
+    RetriesExhaustedError,
+)
+from mlproducer.stores.postgres import PostgreSQLStore
+from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
+from tests.helpers import LIMIT
+from tests.threaded.conftest import Connect, Serve
+
+
+@pytest.fixture
+def url(postgresql_server: PostgreSQLServer) -> str:
+    """Name a table of the test's own, which is there."""
+    table = f"test_{secrets.token_hex(4)}"
+    postgresql_server.call(
+        f"CREATE TABLE {table}_business (n int); GRANT ALL ON {table}_business TO app"
+    )
+    url = f"{postgresql_server.url}?table={table}"
+    with closing(PostgreSQLStore(url)) as store:
+        store.create()
+    return url
+
+
+@pytest.fixture
+def business(url: str) -> str:
+    """Name the application's table."""
+    return f"{url.rpartition('=')[2]}_business"
+
+
+@pytest.fixture
+def broker(serve: Serve) -> FakeBroker:
+    """Give a broker that confirms everything."""
+    return serve()
+
+
+@pytest.fixture
+def producer(connect: Connect, broker: FakeBroker, url: str) -> MLProducer:
+    """Give a producer on the table, which looks for rows by itself only each minute."""
+    made = connect(broker, store_url=url, retry_sweep_interval=30.0)
+    made.start()
+    assert made.wait_connected(LIMIT)
+    return made
+
+
+@pytest.fixture
+def connection(postgresql_server: PostgreSQLServer) -> Iterator[Any]:
+    """Connect as the application does."""
+    with psycopg.connect(postgresql_server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def engine(postgresql_server: PostgreSQLServer) -> Iterator[sqlalchemy.Engine]:
+    """Give SQLAlchemy's engine."""
+    made = sqlalchemy.create_engine(
+        postgresql_server.url.replace("postgresql://", "postgresql+psycopg://")
+    )
+    yield made
+    made.dispose()
+
+
+def message(name: str) -> Message:
+    """Make a message with an id."""
+    return Message(body=name.encode(), routing_key="k", message_id=name)
+
+
+def bodies(broker: FakeBroker, n: int) -> list[bytes]:
+    """Wait for messages, and give what they say."""
+    return [each.body for each in broker.wait_for_messages(n, LIMIT)]
+
+
+def until(come_about: Callable[[], object]) -> None:
+    """Ask until it is so."""
+    deadline, never = time.monotonic() + LIMIT, threading.Event()
+    while not come_about():
+        assert time.monotonic() < deadline
+        never.wait(0.01)
+
+
+# --- through psycopg -----------------------------------------------------------------------------
+
+
+def test_commit_sends_and_rollback_does_not(
+    producer: MLProducer, broker: FakeBroker, connection: Any, business: str
+) -> None:
+    """COMMIT decides about rows and tasks together; NOTIFY brings them long before the sweep."""
+    outbox.add(connection, message("never"))
+    connection.rollback()
+    connection.execute(f"INSERT INTO {business} VALUES (1)")
+    receipt = outbox.add(connection, message("sent"))
+    assert (receipt.outcome, receipt.durable, receipt.message_id) == (
+        Outcome.DEFERRED,
+        True,
+        "sent",
+    )
+    assert broker.messages == []
+    connection.commit()
+    assert bodies(broker, 1) == [b"sent"]
+    assert receipt.result(LIMIT).confirmed
+    assert receipt.confirmed
+    until(lambda: producer.flush(LIMIT) == 0)
+
+
+def test_a_commit_is_told_at_once(
+    producer: MLProducer, broker: FakeBroker, connection: Any
+) -> None:
+    """The best of several takes less than 50 ms; a busy machine may delay any single one."""
+    took = []
+    for n in range(10):
+        outbox.add(connection, message(f"m{n}"))
+        connection.commit()
+        started = time.monotonic()
+        broker.wait_for_messages(n + 1, LIMIT)
+        took.append(time.monotonic() - started)
+    assert min(took) < 0.05
+
+
+def test_order_within_a_transaction(
+    producer: MLProducer, broker: FakeBroker, connection: Any
+) -> None:
+    """Rows go out in the order in which they were added."""
+    names = [f"m{n}" for n in range(300)]
+    for name in names:
+        outbox.add(connection, message(name))
+    connection.commit()
+    assert bodies(broker, 300) == [name.encode() for name in names]
+
+
+def test_savepoints(producer: MLProducer, broker: FakeBroker, connection: Any) -> None:
+    """What a savepoint takes back is not sent."""
+    outbox.add(connection, message("before"))
+    with connection.transaction():
+        outbox.add(connection, message("within"))
+        raise psycopg.Rollback
+    outbox.add(connection, message("after"))
+    connection.commit()
+    assert bodies(broker, 2) == [b"before", b"after"]
+
+
+def test_autocommit_is_refused(
+    producer: MLProducer, postgresql_server: PostgreSQLServer, connection: Any
+) -> None:
+    """But for a transaction that was begun in it."""
+    with psycopg.connect(postgresql_server.url, autocommit=True) as each:
+        with pytest.raises(ConfigurationError, match="autocommit"):
+            outbox.add(each, message("m"))
+        with each.transaction(), pytest.raises(InvalidMessageError):
+            outbox.add(each, "no task")  # type: ignore[arg-type]
+        with each.transaction():
+            outbox.add(each, message("m"))
+
+
+def test_it_is_checked_before_the_row(producer: MLProducer, connection: Any, url: str) -> None:
+    """As by `publish()`; the transaction goes on."""
+    connection.execute("SELECT 1")
+    long = Message(body=b"", routing_key="k" * 256)
+    large = Message(body=bytes(producer.settings.max_message_bytes + 1), routing_key="k")
+    for task, error in ((long, InvalidMessageError), (large, MessageTooLargeError)):
+        with pytest.raises(error):
+            outbox.add(connection, task)
+    with pytest.raises(ConfigurationError, match="RetryPolicy"):
+        outbox.add(connection, message("m"), retry=3)  # type: ignore[arg-type]
+    for each in (object(), None, psycopg.AsyncConnection):
+        with pytest.raises(ConfigurationError, match="accepted are"):
+            outbox.add(each, message("m"))
+    connection.commit()
+    table = url.rpartition("=")[2]
+    assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+
+
+def test_hooks_and_policies_are_the_producers(
+    producer: MLProducer, broker: FakeBroker, connection: Any
+) -> None:
+    """Headers that hooks add are in the row, and a policy of the message's own too."""
+    producer.before_publish(lambda _task, headers: headers.update(tenant="t"))
+    outbox.add(connection, message("m"), retry=RetryPolicy(7, 0.1, 0.2), producer=producer)
+    connection.commit()
+    (received,) = broker.wait_for_messages(1, LIMIT)
+    assert received.properties.headers["tenant"] == "t"
+
+
+class NoQueue(Behaviour):
+    """Refuses what is no dead letter."""
+
+    def on_publish(self, connection: Any, channel: int, tag: int, message: Any) -> None:
+        """Nack what is for the exchange x."""
+        if message.exchange == "bookmarkai.ml":
+            connection.nack(channel, tag)
+        else:
+            super().on_publish(connection, channel, tag, message)
+
+
+def test_retry_false_is_one_attempt(
+    connect: Connect, serve: Serve, connection: Any, url: str
+) -> None:
+    """Then it is dead-lettered, and the receipt says so."""
+    broker = serve(NoQueue())
+    producer = connect(broker, store_url=url)
+    producer.start()
+    assert producer.wait_connected(LIMIT)
+    receipt = outbox.add(connection, message("m"), retry=False, producer=producer)
+    connection.commit()
+    with pytest.raises(RetriesExhaustedError):
+        receipt.result(LIMIT)
+
+
+def test_another_process_delivers(
+    connect: Connect, broker: FakeBroker, url: str, connection: Any
+) -> None:
+    """The receipt of a producer without a broker learns it from the store."""
+    without = connect("amqp://u:p@127.0.0.1:1/", store_url=url)
+    without.start()
+    receipt = outbox.add(connection, message("m"), producer=without)
+    lost = outbox.add(connection, message("n"), producer=without)
+    connection.rollback()
+    receipt = outbox.add(connection, message("m"), producer=without)
+    connection.commit()
+    connect(broker, store_url=url).start()
+    assert receipt.result(LIMIT).confirmed
+    with pytest.raises(TimeoutError):
+        lost.result(0.2)
+
+
+def test_without_a_producer_that_runs(connect: Connect, url: str, connection: Any) -> None:
+    """The row waits, and the receipt says no more than that."""
+    idle = connect("amqp://u:p@127.0.0.1:1/", store_url=url)
+    receipt = outbox.add(connection, message("m"))
+    connection.commit()
+    with pytest.raises(TimeoutError):
+        receipt.result(0.05)
+    assert idle.status().connection_state.name == "DISCONNECTED"
+    with closing(PostgreSQLStore(url)) as store:
+        assert store.depth().waiting == 1
+
+
+# --- through SQLAlchemy --------------------------------------------------------------------------
+
+
+def test_sqlalchemy(
+    producer: MLProducer, broker: FakeBroker, engine: sqlalchemy.Engine, business: str
+) -> None:
+    """A session, a connection, and savepoints of both."""
+    row = sqlalchemy.text(f"INSERT INTO {business} VALUES (1)")
+    with Session(engine) as session:
+        session.execute(row)
+        outbox.add(session, CeleryTask("t", routing_key="k", task_id="1"))
+        with session.begin_nested() as inner:
+            outbox.add(session, CeleryTask("t", routing_key="k", task_id="2"))
+            inner.rollback()
+        session.commit()
+        outbox.add(session, CeleryTask("t", routing_key="k", task_id="3"))
+    with engine.begin() as connection:
+        connection.execute(row)
+        outbox.add(connection, CeleryTask("t", routing_key="k", task_id="4"))
+    found = broker.wait_for_messages(2, LIMIT)
+    assert [each.properties.message_id for each in found] == ["1", "4"]
+    alone = engine.execution_options(isolation_level="AUTOCOMMIT")
+    elsewhere = sqlalchemy.create_engine("sqlite://")
+    for each, said in ((alone, "autocommit"), (elsewhere, "PostgreSQL")):
+        with each.connect() as other, pytest.raises(ConfigurationError, match=said):
+            outbox.add(other, message("m"))
+    elsewhere.dispose()
+
+
+# --- through Django ------------------------------------------------------------------------------
+
+
+def test_django(
+    producer: MLProducer, broker: FakeBroker, postgresql_server: PostgreSQLServer
+) -> None:
+    """In ``atomic`` blocks, nested ones too; not in autocommit."""
+    import django
+    from django.conf import settings
+    from django.db import connections, transaction
+
+    if not settings.configured:
+        settings.configure()
+        django.setup()
+    server = postgresql_server
+    connections.databases["outbox"] = connections.configure_settings(
+        {
+            "default": {"ENGINE": "django.db.backends.dummy"},
+            "outbox": {
+                "ENGINE": "django.db.backends.postgresql",
+                "NAME": server.database,
+                "USER": server.user,
+                "PASSWORD": server.password,
+                "HOST": server.host,
+                "PORT": server.port,
+            },
+        }
+    )["outbox"]
+    connection = connections["outbox"]
+    try:
+        with transaction.atomic(using="outbox"):
+            outbox.add(connection, message("sent"))
+            with transaction.atomic(using="outbox"):
+                outbox.add(connection, message("never"))
+                transaction.set_rollback(True, using="outbox")
+        assert bodies(broker, 1) == [b"sent"]
+        with pytest.raises(ConfigurationError, match="autocommit"):
+            outbox.add(connection, message("m"))
+    finally:
+        connection.close()
+
+
+# --- notifications -------------------------------------------------------------------------------
+
+
+def test_a_lost_listener_comes_back(
+    producer: MLProducer,
+    broker: FakeBroker,
+    postgresql_server: PostgreSQLServer,
+    connection: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """All sessions are ended; the next COMMIT is heard again, or found when it listens again."""
+    with caplog.at_level(logging.WARNING):
+        postgresql_server.end_sessions()
+        until(lambda: "no notifications from" in caplog.text)
+    with psycopg.connect(postgresql_server.url) as again:
+        outbox.add(again, message("m"))
+    assert bodies(broker, 1) == [b"m"]
+    assert postgresql_server.password not in caplog.text
