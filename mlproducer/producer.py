@@ -344,11 +344,7 @@ class MLProducer:
         :raises InvalidMessageError: it is no task, or AMQP or strict JSON cannot carry it
         :raises MessageTooLargeError: its body is longer than ``max_message_bytes``
         """
-        try:
-            (self._encode_hooked if self._hooks else self._encoder.encode)(task)
-        except PublishError as error:
-            self._meter().refused(task, error)
-            raise
+        self.prepare(task)
 
     def note_refused(self, task: Task, error: Exception) -> None:
         """Count a task that could not be handed over and whose publisher has gone on; tell of it.
