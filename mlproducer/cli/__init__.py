@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 from mlproducer.cli import (
@@ -27,6 +27,7 @@ from mlproducer.cli import (
 )
 from mlproducer.cli.output import Console, Terminated, UsageError
 from mlproducer.errors import MLProducerError
+from mlproducer.settings import Settings
 from mlproducer.testing import RabbitMQError, WorkerError
 
 FINE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -43,13 +44,16 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, settings: Callable[[], Settings] = Settings.from_env
+) -> int:
     """Run a command and give its exit code.
 
     :param argv: the arguments; ``None`` takes those of the process
+    :param settings: gives the settings of all that is not a private node's
     """
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser(settings).parse_args(argv)
     except SystemExit as ended:  # argparse has printed the help, or what is wrong
         return int(ended.code or FINE)
     if not _has_output():
@@ -107,7 +111,7 @@ def _flush_or_drop() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(settings: Callable[[], Settings]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlproducer",
         description="Publish machine-learning tasks to RabbitMQ without losing one.",
@@ -120,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
         command.add_argument("--json", action="store_true", help="output for programs")
-        command.set_defaults(run=module.run, log_level=module.LOG_LEVEL)
+        command.set_defaults(run=module.run, log_level=module.LOG_LEVEL, settings=settings)
         module.configure(command)
     return parser
 

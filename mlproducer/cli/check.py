@@ -86,12 +86,12 @@ def configure(_parser: argparse.ArgumentParser) -> None:
     """There is nothing to choose."""
 
 
-def run(_arguments: argparse.Namespace, console: Console) -> bool:
+def run(arguments: argparse.Namespace, console: Console) -> bool:
     """Check, print, and say whether all is well.
 
     :raises ConfigurationError: no broker is named, or a setting does not parse
     """
-    settings = Settings.from_env()
+    settings: Settings = arguments.settings()
     # One attempt, so that gave_up comes soon; the store has a step of its own.
     producer = MLProducer(evolve(settings, max_reconnect_attempts=1, store_url="memory://"))
     try:

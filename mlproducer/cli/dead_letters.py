@@ -20,7 +20,6 @@ from typing import Any
 
 from attrs import define, field
 
-from mlproducer import Settings
 from mlproducer.cli import reach
 from mlproducer.cli.output import Console, UsageError, plain
 from mlproducer.dead_letters import Letter, Place, Target, Wanted, places
@@ -116,7 +115,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     :raises ConfigurationError: a setting does not parse
     :raises UsageError: nobody can be asked whether to delete
     """
-    return bool(arguments.act(arguments, places(Settings.from_env()), console))
+    return bool(arguments.act(arguments, places(arguments.settings()), console))
 
 
 def _visit(where: Sequence[Place], act: Callable[[Place], object], console: Console) -> bool:

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     :raises OSError: the file cannot be read
     """
     with _open(arguments.file) as stream:
-        producer = MLProducer()
+        producer = MLProducer(arguments.settings())
         try:
             publication = Publication(producer, stream, console, arguments.timeout)
             publication.run()

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     :raises ConfigurationError: no broker is named, or a setting does not parse
     :raises NotConnectedError: no broker answers
     """
-    settings = Settings.from_env()
+    settings: Settings = arguments.settings()
     topology = Topology.of(settings)
     with Session(Directory(settings).routes, settings.connection_timeout) as session:
         findings = list(compare(session, topology, apply=arguments.apply))

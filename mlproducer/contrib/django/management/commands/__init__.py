@@ -1,0 +1,4 @@
+"""Commands of ``manage.py``.
+
+Runs on: the main thread.
+"""

@@ -1,0 +1,113 @@
+"""Publishing beside a transaction: after its COMMIT, or by it.
+
+Runs on: the thread that has the transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from importlib import import_module
+from typing import Any, cast
+
+from attrs import define
+from django.db import transaction
+
+from mlproducer import Receipt
+from mlproducer import clock as time
+from mlproducer.contrib.django.process import producer
+from mlproducer.errors import ConfigurationError
+from mlproducer.fence import write
+from mlproducer.wire.encode import Task
+
+logger = logging.getLogger(__name__)
+
+
+def publish_on_commit(task: Task, *, using: str | None = None) -> None:
+    """Publish a task once the transaction is committed; never after a ROLLBACK.
+
+    It is checked now, and raises nothing after the COMMIT, when the request can no longer be
+    undone: what the producer refuses then is logged at ERROR, counted, and given to
+    ``producer.on("refused")``. Without a transaction it is published now.
+
+    A process that is killed between its COMMIT and the end of the request loses the task; what
+    must not get lost even then is for `publish_in_transaction`.
+
+    However many tasks a transaction has, waiting for the broker takes the producer's
+    ``publish_timeout`` once; what is left then is handed over, and confirmed or deferred later.
+
+    :param using: alias of the database; ``None`` is the default one
+    :raises InvalidMessageError: AMQP or strict JSON cannot carry it
+    :raises ConfigurationError: ``settings.MLPRODUCER`` does not parse
+    """
+    producer.check(task)
+    batch = _batch(using)
+
+    def publish() -> None:
+        try:
+            _publish(task, batch)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request goes on
+            _refused(task, error)
+
+    transaction.on_commit(publish, using)
+
+
+def publish_in_transaction(task: Task, *, using: str | None = None) -> Receipt:
+    """Write a task as a row of the outbox, in the transaction that is open.
+
+    After COMMIT it is delivered or dead-lettered, although this process dies at once; after
+    ROLLBACK it never was.
+
+    :param using: alias of the database; ``None`` is the default one
+    :raises ConfigurationError: there is no outbox
+    :raises PublishError: it cannot be written
+    """
+    try:
+        outbox: Any = import_module("mlproducer.outbox")
+    except ModuleNotFoundError:
+        raise ConfigurationError("this version of mlproducer has no outbox") from None
+    return cast(Receipt, outbox.add(transaction.get_connection(using), task))
+
+
+@define
+class _Batch:
+    """The tasks of one transaction.
+
+    :ivar ends: monotonic time until which they may wait; ``None`` before its COMMIT
+    """
+
+    ends: float | None = None
+
+
+_batches = threading.local()
+
+
+def _batch(using: str | None) -> _Batch:
+    """Give the batch of the transaction that is open on this thread.
+
+    One that was never begun is that of a transaction rolled back, and as good as new.
+    """
+    batch: _Batch | None = getattr(_batches, using or "default", None)
+    if batch is None or batch.ends is not None:
+        batch = _Batch()
+        setattr(_batches, using or "default", batch)
+    return batch
+
+
+def _publish(task: Task, batch: _Batch) -> None:
+    now = time.monotonic()
+    if batch.ends is None:
+        batch.ends = now + producer.settings.publish_timeout
+    if now < batch.ends:
+        producer.publish(task, timeout=batch.ends - now)
+    else:
+        producer.submit(task, timeout=0)
+
+
+def _refused(task: Task, error: Exception) -> None:
+    text = "a %s was not published after COMMIT: %s: %s"
+    write(logger, logging.ERROR, text, type(task).__name__, type(error).__name__, error)
+    try:
+        producer.note_refused(task, error)
+    except Exception as another:  # noqa: BLE001 - as above
+        write(logger, logging.ERROR, "cannot count it: %s", type(another).__name__)

@@ -1,0 +1,90 @@
+"""A process's own producer, from the settings of the framework that hosts it.
+
+Runs on: the framework's threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from mlproducer import MLProducer, Settings
+from mlproducer.errors import ConfigurationError, MLProducerError
+
+logger = logging.getLogger(__name__)
+
+PRODUCER = "PRODUCER"
+"""The key that names what makes the producer."""
+
+
+def settings_of(given: Mapping[str, Any], name: str) -> Settings:
+    """Read fields of `Settings` in upper case; the environment where one is missing.
+
+    :param given: may also have the key `PRODUCER`, which is left out
+    :param name: what errors call the place where they stand
+    :raises ConfigurationError: there is no such field, or a value does not parse
+    """
+    odd = [str(key) for key in given if not (isinstance(key, str) and key.isupper())]
+    if odd:
+        raise ConfigurationError(f"{name}: keys must be text in upper case, got {', '.join(odd)}")
+    fields = {key.lower(): value for key, value in given.items() if key != PRODUCER}
+    try:
+        return Settings.from_mapping(fields)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{name}: {error}") from None
+
+
+def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
+    """Make the producer that settings describe.
+
+    Where a test runs and nothing names another one, it is a `RecordingProducer`, whatever broker
+    settings and environment name: a test must not publish by accident.
+
+    :param given: fields of `Settings` in upper case, and `PRODUCER`: a callable that takes the
+        `Settings`, or its dotted name
+    :param name: what errors call the place where they stand
+    :raises ConfigurationError: it cannot be made; the text names the reason
+    """
+    settings = settings_of(given, name)
+    maker = given.get(PRODUCER) or MLProducer
+    if testing and PRODUCER not in given:
+        from mlproducer.testing import RecordingProducer  # noqa: PLC0415 - only tests need it
+
+        maker = RecordingProducer
+        text = "a test runs: tasks are recorded, not published, unless %s names a PRODUCER"
+        logger.info(text, name)
+    if isinstance(maker, str):
+        maker = _imported(maker, name)
+    if not callable(maker):
+        raise ConfigurationError(f"{name}: PRODUCER must be a callable, or the dotted name of one")
+    try:
+        made = maker(settings)
+    except MLProducerError:
+        raise
+    except Exception as error:
+        reason = f"PRODUCER raised {type(error).__name__} when it was called with the settings"
+        raise ConfigurationError(f"{name}: {reason}") from error
+    if not isinstance(made, MLProducer):
+        raise ConfigurationError(
+            f"{name}: PRODUCER must give an MLProducer, gave {type(made).__name__}"
+        )
+    return made
+
+
+def under_pytest() -> bool:
+    """Whether a test of pytest runs in this process; not in one that such a test has started."""
+    return "pytest" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ
+
+
+def _imported(dotted: str, name: str) -> Any:
+    module, _, attribute = dotted.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{name}: PRODUCER {dotted!r} cannot be imported: {error}"
+        ) from None

@@ -1,0 +1,275 @@
+"""The project's own tests, run by ``manage.py test`` with a broker's URL in the environment."""
+
+import logging
+import os
+import threading
+from unittest import skipUnless
+
+from django.contrib.auth.models import User
+from django.core import checks
+from django.core.management import CommandError, call_command
+from django.db import transaction
+from django.test import SimpleTestCase, TestCase, TransactionTestCase, override_settings
+from prometheus_client import REGISTRY
+
+from mlproducer import MLProducer, SummarizationTask
+from mlproducer.contrib.django import producer, publish_on_commit
+from mlproducer.contrib.django.process import one
+from mlproducer.errors import ConfigurationError, InvalidMessageError, NackError, StoreError
+from mlproducer.testing import RecordingProducer
+from shares.models import Share
+
+TASK = SummarizationTask(1, {"text": "some"})
+NO_BROKER = {"PRODUCER": "mlproducer.MLProducer", "EXIT_TIMEOUT": 0, "PUBLISH_TIMEOUT": 0.2}
+
+
+class Published(TestCase):
+    """A ``TestCase`` never commits, and so publishes only what is captured."""
+
+    def setUp(self) -> None:
+        """Start with nothing published."""
+        producer.clear()
+
+    def test_nothing_without_capture(self) -> None:
+        """The transaction of a test is rolled back."""
+        assert self.client.post("/shares", {"text": "some"}).status_code == 201
+        assert producer.published == []
+
+    def test_captured(self) -> None:
+        """With ``captureOnCommitCallbacks(execute=True)`` it is published."""
+        with self.captureOnCommitCallbacks(execute=True):
+            response = self.client.post("/shares", {"text": ["some", "more"]})
+        first = response.json()["id"] - 1
+        assert producer.published == [
+            SummarizationTask(first, {"text": "some"}),
+            SummarizationTask(first + 1, {"text": "more"}),
+        ]
+
+    def test_rolled_back_savepoint(self) -> None:
+        """What a savepoint took back is not published."""
+        with self.captureOnCommitCallbacks(execute=True):
+            publish_on_commit(TASK)
+            with self.assertRaises(ZeroDivisionError), transaction.atomic():
+                publish_on_commit(SummarizationTask(2, {"text": "gone"}))
+                1 / 0  # noqa: B018 - fails
+        assert producer.published == [TASK]
+
+
+class Committed(TransactionTestCase):
+    """Real COMMITs and ROLLBACKs."""
+
+    def setUp(self) -> None:
+        """Start with nothing published."""
+        producer.clear()
+
+    def test_after_commit(self) -> None:
+        """It is published once the row is there for others."""
+        seen: list[int] = []
+        one.current().on("confirmed", lambda: seen.append(Share.objects.count()))
+        response = self.client.post("/shares", {"text": "some"})
+        assert producer.published == [SummarizationTask(response.json()["id"], {"text": "some"})]
+        assert seen == [1]
+
+    def test_rolled_back(self) -> None:
+        """After a ROLLBACK there is neither row nor task."""
+        self.client.raise_request_exception = False
+        assert self.client.post("/shares/broken").status_code == 500
+        assert (Share.objects.count(), producer.published) == (0, [])
+
+    def test_without_transaction(self) -> None:
+        """In autocommit it is published at once."""
+        publish_on_commit(TASK)
+        assert producer.published == [TASK]
+
+    def test_checked_when_called(self) -> None:
+        """What could never be sent fails before the COMMIT, and takes it back."""
+        with override_settings(MLPRODUCER={"MAX_MESSAGE_BYTES": 300}):
+            with self.assertRaises(InvalidMessageError), transaction.atomic():
+                Share.objects.create(text="x")
+                publish_on_commit(SummarizationTask(1, {"text": "x" * 300}))
+        assert Share.objects.count() == 0
+
+    def test_refused_after_commit(self) -> None:
+        """The request goes on; the log, the metrics and ``refused`` tell."""
+        told: list[object] = []
+        one.current().on("refused", told.append)
+        for error in (StoreError("no disk"), NackError(message_id="m")):
+            producer.fail_next(error)
+        with self.assertLogs("mlproducer.contrib.django", logging.ERROR) as logs:
+            assert self.client.post("/shares", {"text": ["a", "b"]}).status_code == 201
+        assert [each.detail for each in told] == ["StoreError", "NackError"]
+        assert (
+            "SummarizationTask was not published after COMMIT: StoreError: no disk"
+            in (logs.output[0])
+        )
+        assert Share.objects.count() == 2
+
+    def test_no_url(self) -> None:
+        """A URL that is missing is no reason for a 500 after the COMMIT."""
+        given = {**NO_BROKER, "URL_FILE": os.devnull}
+        labels = {"task_type": "summarize_llm", "status": "rejected"}
+
+        def counted() -> float:
+            name = "ml_producer_tasks_sent_total"
+            return REGISTRY.get_sample_value(name, labels) or 0.0
+
+        before = counted()
+        with override_settings(MLPRODUCER=given):
+            with self.assertLogs("mlproducer.contrib.django", logging.ERROR) as logs:
+                assert self.client.post("/shares", {"text": "a"}).status_code == 201
+        assert "ConfigurationError" in logs.output[0]
+        assert counted() == before + 1
+
+    def test_anything_that_is_raised(self) -> None:
+        """Whatever is raised after the COMMIT, by a producer of one's own too, is no 500."""
+        with override_settings(MLPRODUCER={"PRODUCER": "shares.tests.Broken"}):
+            with self.assertLogs("mlproducer.contrib.django", logging.ERROR) as logs:
+                assert self.client.post("/shares", {"text": "a"}).status_code == 201
+        assert "ZeroDivisionError" in logs.output[0]
+
+
+class Broken(RecordingProducer):
+    """Raises what no producer raises."""
+
+    def publish(self, *_: object, **__: object) -> None:
+        """Fail."""
+        1 / 0  # noqa: B018 - fails
+
+
+class TheProducer(SimpleTestCase):
+    """One for the process, and a recording one in tests."""
+
+    def test_it_records(self) -> None:
+        """Although the environment names a broker, a test run does not know it."""
+        assert "RABBITMQ_URL" in os.environ
+        assert isinstance(producer, RecordingProducer)
+        assert isinstance(producer, MLProducer)
+        assert "RecordingProducer" in repr(producer)
+
+    def test_one(self) -> None:
+        """Each thread has the same."""
+        seen = []
+        threads = [threading.Thread(target=lambda: seen.append(one.current())) for _ in range(9)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join(5)
+        assert len(set(map(id, seen))) == 1
+
+    def test_overridden(self) -> None:
+        """Settings that are overridden make another one, and are taken back."""
+        before = one.current()
+        with override_settings(MLPRODUCER={"PUBLISH_TIMEOUT": 0.7, "CONNECTIONS": None}):
+            assert producer.settings.publish_timeout == 0.7
+            assert one.current() is not before
+        assert producer.settings.publish_timeout == 5.0
+
+    def test_hooks_outlive_it(self) -> None:
+        """What was added is told by the next one too."""
+        told: list[object] = []
+        producer.on("confirmed", told.append)
+        with override_settings(MLPRODUCER={}):
+            producer.publish(TASK)
+        assert len(told) == 1
+
+
+class Checks(SimpleTestCase):
+    """What ``manage.py check`` finds."""
+
+    def _ids(self, **given: object) -> list[str]:
+        with override_settings(MLPRODUCER=given):
+            found = checks.run_checks(tags=["mlproducer"], include_deployment_checks=True)
+        return [each.id for each in found]
+
+    def test_bad_settings(self) -> None:
+        """A key that is wrong, in spelling or value, and a producer that cannot be imported."""
+        assert self._ids(STORE_ULR="memory://") == ["mlproducer.E001"]
+        assert self._ids(store_url="memory://") == ["mlproducer.E001"]
+        assert self._ids(CONNECTIONS="many") == ["mlproducer.E001"]
+        assert self._ids(PRODUCER="nowhere.Producer") == ["mlproducer.E001"]
+        assert self._ids(PRODUCER="json.dumps") == ["mlproducer.E001"]
+        with override_settings(MLPRODUCER="amqp://"):
+            assert checks.run_checks(tags=["mlproducer"])[0].id == "mlproducer.E001"
+
+    def test_no_url(self) -> None:
+        """A broker that is not named, or by a file that cannot be read."""
+        nowhere = {**NO_BROKER, "URL_FILE": "/nowhere", "STORE_URL": "sqlite:////tmp/x.db"}
+        assert self._ids(**nowhere) == ["mlproducer.E002"]
+
+    def test_store(self) -> None:
+        """With ``--deploy``, a store that forgets."""
+        assert self._ids(**NO_BROKER) == ["mlproducer.W003"]
+        assert self._ids(**NO_BROKER, STORE_URL="sqlite:////tmp/x.db") == []
+
+    def test_error_names_the_setting(self) -> None:
+        """So that it can be found."""
+        with override_settings(MLPRODUCER={"STORE_ULR": "x"}):
+            with self.assertRaisesRegex(ConfigurationError, "MLPRODUCER: .*store_url"):
+                producer.publish(TASK)
+
+
+class Pages(TestCase):
+    """Health and metrics for all, the page for staff."""
+
+    def test_health(self) -> None:
+        """503 before the first use, with a reason for staff; then 200."""
+        with override_settings(MLPRODUCER={}):
+            cold = self.client.get("/ml/health")
+            assert cold.status_code == 503
+            assert "reason" not in cold.json()
+            self._log_in()
+            assert "reason" in self.client.get("/ml/health").json()
+            producer.start()
+            warm = self.client.get("/ml/health")
+            assert (warm.status_code, warm.json()["healthy"]) == (200, True)
+
+    def test_metrics(self) -> None:
+        """As Prometheus reads them, and summed up."""
+        producer.publish(TASK)
+        assert b"ml_producer_connection_state" in self.client.get("/ml/metrics").content
+        assert "tasks" in self.client.get("/ml/metrics/json").json()
+        assert self.client.post("/ml/metrics").status_code == 405
+        assert self.client.head("/ml/metrics").content == b""
+
+    def test_page(self) -> None:
+        """Others are sent to log in, or refused."""
+        away = self.client.get("/ml/")
+        assert (away.status_code, away["Location"]) == (302, "/accounts/login/?next=/ml/")
+        assert self.client.get("/ml/page.json").status_code == 403
+        self._log_in(is_staff=False)
+        assert self.client.get("/ml/").status_code == 403
+        self._log_in()
+        page = self.client.get("/ml/")
+        assert "script-src 'sha256-" in page["Content-Security-Policy"]
+        assert b"page.json" in page.content
+        assert self.client.get("/ml/page.json").status_code == 200
+
+    def _log_in(self, *, is_staff: bool = True) -> None:
+        user = User.objects.create_user(f"user-{is_staff}", is_staff=is_staff)
+        self.client.force_login(user)
+
+
+class Commands(SimpleTestCase):
+    """``manage.py mlproducer ...``."""
+
+    def test_settings_are_djangos(self) -> None:
+        """The broker is the one in Django's settings; the exit code is the command's."""
+        given = {"URL": "amqp://u:p@127.0.0.1:1/", "CONNECTION_TIMEOUT": 1.0}
+        with override_settings(MLPRODUCER=given), self.assertRaises(CommandError) as raised:
+            call_command("mlproducer", "check", "--json")
+        assert raised.exception.returncode == 1
+
+
+try:
+    import django.tasks as django_tasks
+except ImportError:
+    django_tasks = None
+
+
+@skipUnless(django_tasks, "django.tasks came with Django 6")
+class Tasks(TestCase):
+    """``django.tasks``."""
+
+    def setUp(self) -> None:
+        """Start with nothing published."""
+        producer.clear()
