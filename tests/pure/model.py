@@ -35,6 +35,7 @@ from tests.pure.witnesses import (
     ModelBreaker,
     ModelKeeper,
     ModelStore,
+    NoAnswerError,
     Record,
     Setup,
     Sink,
@@ -58,6 +59,7 @@ class House:
         self.channel: Channel | None = None
         self.new_link = False
         self.blocked = self.closing = self.closed = False
+        self.stuck = False  # the retry thread waits for an answer that never comes
         self.owing: list[Delivery] = []
         self.submits: dict[Delivery, tuple[Put, Latch]] = {}
         self.taken: dict[int, Record] = {}  # rows that another process has claimed
@@ -103,7 +105,8 @@ class House:
         """Send again what was stored, and not before its time."""
         for delivery in deliveries:
             if delivery.open:
-                given_back = self.courier.judge.owes(delivery)
+                owed = self.courier.judge.owes(delivery)
+                given_back = owed and delivery.place is Place.RETIRED
                 assert delivery.place is Place.STORED or given_back, delivery.place
                 assert self.clock.now >= self.record(delivery).not_before, "I15: early"
                 inside = delivery in self.gate._inside or given_back
@@ -113,8 +116,7 @@ class House:
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """Send for the first time what is stored."""
         for delivery in deliveries:
-            shelf = self.keeper.shelf
-            stored = shelf.has_row(delivery) or shelf.claim_of(delivery) or self.store.robbed
+            stored = self.keeper.shelf.claim_of(delivery) or self.record(delivery).stolen
             assert stored, "I20: sent before it was stored"
             self.courier.readmit(delivery, self.clock.now)
             if delivery.deadline <= self.clock.now and self.record(delivery).asked:
@@ -184,7 +186,7 @@ class House:
         if self.gate.try_enter(delivery):
             if cut == "entered":
                 self.withdraw(delivery)
-            elif self.store.write_ahead:
+            elif self.store.write_ahead and not self.closing:
                 self._write_ahead(delivery, waits=waits)
             else:
                 self.mailbox.append(delivery)
@@ -262,15 +264,34 @@ class House:
     def _turn_away(self, delivery: Delivery) -> None:
         self.courier.turn_away(delivery, self.clock.now)
 
+    # --- the end ---
+
+    def shelve(self) -> None:
+        """Have a durable store take what is left, as a close does before anything else."""
+        self.closing = True
+        if self.store.durable and not self.courier.farewell.begun:
+            self.courier.farewell.shelve(self.clock.now)
+            self.keeper.verify()
+
     # --- the store, and another process that shares it ---
 
     def rob(self, key: int) -> None:
         """Lose a row; its message is lost with it where this process holds no copy."""
         record = self.by_id[self.store._slots[key].record.envelope.message_id]
+        record.stolen = True
         record.robbed = record.delivery not in self.keeper.shelf.claims
         self.taken.pop(key, None)
-        self.store.robbed = True
         self.store.remove(key)
+
+    def left_rows(self) -> list[Record]:
+        """Give the messages whose row is this process's to delete, or is owned by none."""
+        left = []
+        for key, slot in self.store.slots().items():
+            record = self.by_id[slot.record.envelope.message_id]
+            elsewhere = key in self.taken or (record.shared and slot.due is not None)
+            if not (elsewhere or record.unsaid):
+                left.append(record)
+        return left
 
     def take_over(self, key: int) -> None:
         """Let another process have a row."""
@@ -294,6 +315,17 @@ class House:
         for record in self.by_id.values():
             record.lapsed = record.lapsed or record.delivery.leased_until < self.clock.now
 
+    def posted(self) -> set[Delivery]:
+        """Give the messages that something in the mailbox is about."""
+        found: set[Delivery] = set()
+        for item in self.mailbox:
+            for each in (item,) if isinstance(item, Delivery) else item.args:  # type: ignore[attr-defined]
+                if isinstance(each, Delivery):
+                    found.add(each)
+                elif isinstance(each, list):
+                    found.update(one[0] if isinstance(one, tuple) else one for one in each)
+        return found
+
     # --- the threads ---
 
     def drain(self, limit: int) -> None:
@@ -315,10 +347,22 @@ class House:
     def keep_house(self) -> None:
         """Let the retry thread carry out one order, or sweep where that is due."""
         orders, due = self.keeper.thread._orders, self.keeper.thread.due
-        if not orders.empty():
-            orders.get(timeout=0)()
-        elif due is not None and due <= self.clock.now:
-            self.keeper.sweep()
+        try:
+            if self.stuck:
+                return
+            if not orders.empty():
+                orders.get(timeout=0)()
+            elif due is not None and due <= self.clock.now:
+                self.keeper.sweep()
+        except NoAnswerError as silence:
+            self.stuck = True
+            for key in silence.keys:
+                self.by_id[self.store._slots[key].record.envelope.message_id].unsaid = True
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the retry thread has something to do, and can do it."""
+        return not (self.stuck or self.keeper.thread._orders.empty())
 
     def work(self, seconds: float) -> Iterator[None]:
         """Let every thread do all that it has to do, now and after a time, thing by thing."""
@@ -328,7 +372,7 @@ class House:
         self.cool()
         self.pay()
         yield
-        while not self.keeper.thread._orders.empty():
+        while self.ordered:
             self.keep_house()
             yield
         self.keep_house()

@@ -37,7 +37,7 @@ from mlproducer.errors import (
 from mlproducer.message import Receipt
 from tests.helpers import NO_PROPERTIES
 from tests.pure.model import TIMEOUT, WINDOW_BYTES, House
-from tests.pure.witnesses import COOLDOWN, PLENTY, SWEEP, WIDE, Clock, Record, Setup
+from tests.pure.witnesses import COOLDOWN, LEASE, PLENTY, SWEEP, WIDE, Clock, Record, Setup
 
 INSIDE = {Place.MAILBOX, Place.WAITING, Place.IN_FLIGHT}
 CALLS = ["put", "put's answer", "release", "renew", "done", "claim", "depth", "trace"]
@@ -69,6 +69,7 @@ class CourierMachine(RuleBasedStateMachine):
         self.house = House(Setup(), clock)
         self.live: dict[Delivery, Record] = {}
         self.fair = False
+        self.hurried = False
 
     @initialize(
         max_retries=st.sampled_from([3, 3, 1, 0]),
@@ -79,11 +80,14 @@ class CourierMachine(RuleBasedStateMachine):
         ahead=st.booleans(),
         fair=st.booleans(),
         connected=st.sampled_from([True, True, True, False]),
+        puts=st.sampled_from([0] * 6 + [1, 4]),
+        hurried=st.booleans(),
     )
-    def begin(self, *, fair: bool, connected: bool, **fields: int) -> None:
+    def begin(self, *, fair: bool, connected: bool, hurried: bool = False, **fields: int) -> None:
         """Make a producer."""
         self.house = House(Setup(**fields), clock)  # type: ignore[arg-type]
         self.fair = fair
+        self.hurried = hurried
         if connected:
             self.house.up()
 
@@ -175,7 +179,7 @@ class CourierMachine(RuleBasedStateMachine):
         """It carries out orders and sweeps."""
         for _ in range(count):
             self.house.keep_house()
-            if self.house.keeper.thread._orders.empty():
+            if not self.house.ordered:
                 break
 
     @rule(seconds=st.sampled_from([0.3, 1.0, 2.5, 11.0, 31.0]))
@@ -308,12 +312,31 @@ class CourierMachine(RuleBasedStateMachine):
         for key in keys if everything else [keys[pick % len(keys)]]:
             self.house.rob(key)
 
-    @precondition(lambda self: self.house.store.durable and self.house.store.lapsed())
-    @rule()
-    def rows_are_taken_over(self) -> None:
-        """Another process claims what this one has not renewed in time."""
-        for key in self.house.store.lapsed():
+    @precondition(lambda self: self.house.store.durable)
+    @rule(due=st.booleans())
+    def rows_are_taken_over(self, due: bool) -> None:
+        """Another process claims what this one has not renewed in time, or what is due."""
+        store = self.house.store
+        for key in store.lapsed() + (store.due() if due else []):
             self.house.take_over(key)
+
+    @precondition(lambda self: self.house.store.durable and self.house.channel)
+    @rule(retry=st.booleans(), waits=st.booleans())
+    def a_lease_runs_out(self, retry: bool, waits: bool) -> None:
+        """While the broker blocks, this process, or the store, is frozen for longer than that."""
+        self.house.block(blocked=True)
+        self.publish_one(exchange="x", retry=retry, waits=waits, properties=NO_PROPERTIES)
+        self.the_retry_thread_works(1000)
+        self.house.drain(PLENTY)
+        clock.now += LEASE
+        self.house.block(blocked=False)
+
+    @precondition(lambda self: not self.house.closing)
+    @rule(really=st.sampled_from([False] * 5 + [True]))
+    def a_close_is_cut(self, really: bool) -> None:
+        """A close has had the store take what is left, and is interrupted before the next step."""
+        if really:
+            self.house.shelve()
 
     @precondition(lambda self: self.house.taken)
     @rule(what=st.sampled_from(["delivers", "buries", "dies"]))
@@ -360,6 +383,7 @@ class CourierMachine(RuleBasedStateMachine):
     def one_place(self) -> None:
         """I1, I6, I25: each message is in exactly one place, and within every limit."""
         house, lanes = self.house, self.house.courier._lanes
+        posted = house.posted()
         waiting = Counter([*lanes._backlog, *lanes.trial.suspects])
         flying = Counter(house.channel.open.values()) if house.channel else Counter()
         for delivery, record in self.live.items():
@@ -371,8 +395,9 @@ class CourierMachine(RuleBasedStateMachine):
                 assert delivery in house.gate._inside, "I6: inside without a slot"
             elif place is Place.STORED:
                 owed = house.courier.judge.owes(delivery)
-                assert owed or house.mailbox or delivery in house.keeper.shelf.deliveries()
-                assert owed or house.mailbox or delivery not in house.gate._inside
+                owed = owed or delivery in posted
+                assert owed or delivery in house.keeper.shelf.deliveries()
+                assert owed or delivery not in house.gate._inside
         assert house.courier.in_flight == flying.total()
         assert house.courier.waiting == waiting.total()
         assert len(house.gate) <= house.setup.window
@@ -389,7 +414,7 @@ class CourierMachine(RuleBasedStateMachine):
                 assert record.answer is answer
             assert delivery.open == (not record.ends)
             deferred = delivery.fate not in (None, delivery.answer) and not record.ends
-            if deferred and not self._goes_back(delivery) and not self.house.store.robbed:
+            if deferred and not self._goes_back(delivery) and not record.stolen:
                 shelf = self.house.keeper.shelf
                 owed = delivery in shelf.rowless or self.house.courier.judge.owes(delivery)
                 stored = shelf.claim_of(delivery) or (record.told and owed) or record.elsewhere
@@ -414,11 +439,10 @@ class CourierMachine(RuleBasedStateMachine):
     def nothing_is_left_behind(self) -> None:
         """I2: what has found its end has no row, or one that is about to be deleted."""
         house = self.house
-        ordered = {order.delivery for order in house.keeper._scribe._orders}
-        for slot in house.store.slots():
-            record = house.by_id[slot.record.envelope.message_id]
-            ends = record.delivery in ordered or house.mailbox or house.closed
-            assert not record.ends or ends or record.shared, "I2: it leaves a row"
+        ordered = {order.delivery for order in house.keeper._scribe._orders} | house.posted()
+        for record in house.left_rows():
+            ends = record.delivery in ordered or house.stuck
+            assert not record.ends or ends, "I2: it leaves a row"
 
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""
@@ -435,24 +459,30 @@ class CourierMachine(RuleBasedStateMachine):
         house = self.house
         house.store.stumbles.clear()
         house.store.meanwhile.clear()
-        if self.fair:
+        self._everyone_is_told()
+        if self.fair and not house.closing and not house.setup.puts:
             self._stop_the_faults()
-        house.closing = True
+        house.shelve()
         house.channel = None
-        if house.store.durable:
-            house.courier.farewell.shelve(clock.now)
-            house.keeper.verify()
-            while not house.keeper.thread._orders.empty():
-                house.keep_house()
-            house.drain(PLENTY)
+        while house.store.durable and house.ordered and not self.hurried:
+            house.keep_house()
+        house.drain(PLENTY)
         shelf = house.keeper.shelf
         house.courier.farewell.abandon(shelf.deliveries(), frozenset(shelf.rowless), clock.now)
         house.drain(PLENTY)
         house.closed = True
         house.store.broken = False
-        while not house.keeper.thread._orders.empty():
+        while house.ordered:
             house.keep_house()
         self._check_the_end()
+
+    def _everyone_is_told(self) -> None:
+        """I5: no call of `publish` waits beyond its time, whatever the store or the link does."""
+        self.everyone_expires()
+        self.house.drain(PLENTY)
+        self.the_store_is_late()
+        assert not any(self._waits(delivery) for delivery in self.live), "I5: it still waits"
+        self.check()
 
     def _stop_the_faults(self) -> None:
         """I28: with a broker that takes everything, all is confirmed or dead in bounded time."""
@@ -471,8 +501,8 @@ class CourierMachine(RuleBasedStateMachine):
             if house.breaker.state is CircuitState.OPEN:
                 clock.now += COOLDOWN
                 house.cool()
-            ordered = not house.keeper.thread._orders.empty()  # a row to be deleted counts no more
-            if not (house.gate or house.keeper.depth.stored or house.mailbox or ordered):
+            # A row that is ordered to be deleted does not count any more, and is still there.
+            if not (house.gate or house.keeper.depth.stored or house.mailbox or house.ordered):
                 break
         assert not house.gate.inside()
         assert not house.keeper.depth.stored
@@ -497,10 +527,9 @@ class CourierMachine(RuleBasedStateMachine):
                 assert error.attempts == record.sends
                 assert error.reason is not None
         assert not any(delivery.open for delivery in house.gate.inside())
-        for slot in house.store.slots():
-            record = house.by_id[slot.record.envelope.message_id]
-            assert not record.ends or record.shared, "a row outlives its message"
-        rows = {slot.record.envelope.message_id for slot in house.store.slots()}
+        for record in house.left_rows():
+            assert not record.ends or house.stuck, "a row outlives its message"
+        rows = {slot.record.envelope.message_id for slot in house.store.slots().values()}
         for delivery, record in house.records.items():
             if not (record.ends or record.robbed or record.elsewhere):
                 assert delivery.envelope.message_id in rows, "entrusted, and lost"

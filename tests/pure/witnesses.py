@@ -46,6 +46,18 @@ class Setup:
     rows: int = 50
     durable: bool = False
     ahead: bool = False
+    puts: int = 0  # the store never answers the one with this number; 0: it answers all
+
+
+class NoAnswerError(BaseException):
+    """Stands for a call that never comes back.
+
+    :ivar keys: rows that it has written
+    """
+
+    def __init__(self, keys: list[int]) -> None:
+        super().__init__()
+        self.keys = keys
 
 
 class Clock:
@@ -81,7 +93,9 @@ class Record:
     told: PublishError | Receipt | None = None  # what a call has raised or returned on its own
     elsewhere: str = ""  # how it ended in another process
     shared: bool = False  # another process has had its row for a while
-    robbed: bool = False  # the store has lost it, and this process has no copy
+    stolen: bool = False  # the store has lost its row
+    robbed: bool = False  # the same, and this process has no copy
+    unsaid: bool = False  # the store has a row of it of which it will never tell
 
     @property
     def writes(self) -> int:
@@ -146,7 +160,7 @@ class Channel:
         self.last += 1
         assert tag == self.last, "I7: tags count from 1 in the order of writing"
         assert record not in self.open.values(), "I11: twice at once on one channel"
-        assert not record.ends or record.shared, "I2, I4: sent after its end"
+        assert not record.ends, f"I2, I4: sent after its end {record.ends}"
         assert not isinstance(record.told, PublishError), "I2: sent after the call has raised"
         if not (record.sends or delivery.kept):
             assert record.serial > self._house.last_first, "I24: first attempts in order"
@@ -189,7 +203,7 @@ class Sink(EventSink):
     def deferred(self, delivery: Delivery) -> None:
         """Only what the store holds, and what its publisher did not want back."""
         record = self._house.record(delivery)
-        stored = self._house.keeper.shelf.claim_of(delivery) or self._house.store.robbed
+        stored = self._house.keeper.shelf.claim_of(delivery) or record.stolen
         assert stored, "I20: deferred before it was stored"
         assert record.retry, "I2: retry=False, and deferred"
         assert not isinstance(record.told, PublishError), "I4: deferred after the call has raised"
@@ -201,6 +215,7 @@ class Sink(EventSink):
         assert error.attempts == record.sends, "I14: attempts are writes"
         rejected = isinstance(error, BrokerRejectedError)
         hidden = record.hidden or (record.suspected and not rejected)
+        hidden = hidden or record.elsewhere == "delivers"
         assert error.possibly_sent or not hidden, "I13: it may be there"
         written = record.writes or record.lapsed
         assert written or not error.possibly_sent, "I13: it was never written"
@@ -264,6 +279,7 @@ class ModelStore(MemoryStore):
     :ivar stumbles: calls that fail, once each; a put may do so after it has stored everything
     :ivar meanwhile: what others do while a put is under way, before or after it is committed, and
         while rows are claimed
+    :ivar puts_left: after so many puts it never answers again
     """
 
     def __init__(self, setup: Setup, clock: Clock) -> None:
@@ -275,7 +291,7 @@ class ModelStore(MemoryStore):
         self.stumbles: set[str] = set()
         self.meanwhile: dict[str, list[Callable[[], None]]] = {}
         self.fates: dict[int, str] = {}
-        self.robbed = False
+        self.puts_left = setup.puts or PLENTY
         self._unanswered: list[Claim] = []
         self._leases: dict[int, float] = {}
 
@@ -294,6 +310,9 @@ class ModelStore(MemoryStore):
         self._lease(claims)
         if new:
             self._pass("after")
+            self.puts_left -= 1
+        if not self.puts_left:
+            raise NoAnswerError([claim.key for claim in claims])
         if claims and "put's answer" in self.stumbles:
             self._unanswered += claims
             self._may_stumble("put's answer")
@@ -345,10 +364,10 @@ class ModelStore(MemoryStore):
             for claim, fate in zip(claims, told, strict=True)
         ]
 
-    def slots(self) -> list[_Slot]:
+    def slots(self) -> dict[int, _Slot]:
         """Give the rows that are there to stay: not what was stored without an answer."""
         undone = {claim.key for claim in self._unanswered}
-        return [slot for key, slot in self._slots.items() if key not in undone]
+        return {key: slot for key, slot in self._slots.items() if key not in undone}
 
     def lapsed(self) -> list[int]:
         """Give the keys of claimed rows whose lease is over."""
@@ -362,10 +381,16 @@ class ModelStore(MemoryStore):
         """Lose a row, as a store does that starts over empty."""
         self._count(self._slots.pop(key), -1)
 
+    def due(self) -> list[int]:
+        """Give the keys of rows that anyone may claim."""
+        now = self._clock()
+        return [k for k, slot in self._slots.items() if slot.due is not None and slot.due <= now]
+
     def take_over(self, key: int) -> None:
         """Let another process claim a row."""
         slot = self._slots[key]
         slot.token += 1
+        slot.due = None
         self._leases[key] = math.inf
 
     def end(self, key: int, what: str) -> None:
@@ -410,7 +435,8 @@ class ModelKeeper(Keeper):
     def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
         """Store it, as soon as the thread gets to it."""
         record = self._house.record(delivery)
-        assert not record.ends or record.shared, "kept after its end"
+        assert not record.ends, "kept after its end"
+        assert record.retry, "I2: retry=False, and kept for a retry"
         assert now == self._house.clock.now
         record.not_before = now + self._earliest(delivery)
         super().keep(delivery, now, known=known)
