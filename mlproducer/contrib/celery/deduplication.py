@@ -54,10 +54,6 @@ def deduplicate(app: Celery, url: str, ttl: float = 86400) -> None:
         return
     completed = app.__dict__[KEY] = Completed(app, notes_at(url), ttl)
     app.on_after_finalize.connect(completed.watch)
-    celeryd_after_setup.connect(completed.watch)
-    task_success.connect(completed.on_end)
-    task_retry.connect(completed.on_end)
-    task_failure.connect(completed.on_failure)
 
 
 class Completed:
@@ -89,16 +85,11 @@ class Completed:
 
         return checked
 
-    def on_end(self, sender: Any = None, **_: Any) -> None:
-        """Note a task that has ended, or whose retry has been sent."""
-        key = _key(sender) if getattr(sender, KEY, None) is self else None
+    def note(self, task: Any) -> None:
+        """Note the run of a task that has ended."""
+        key = _key(task)
         if key is not None:
             self._reach(lambda: self.notes.add(key, self.ttl))
-
-    def on_failure(self, sender: Any = None, **_: Any) -> None:
-        """Note a task that has failed, unless its message is going to be delivered again."""
-        if not (sender.acks_late and not sender.acks_on_failure_or_timeout):
-            self.on_end(sender)
 
     def _is_completed(self, key: str) -> bool:
         return bool(self._reach(lambda: self.notes.has(key)))
@@ -120,6 +111,35 @@ class Completed:
             self._away = False
             write(logger, logging.INFO, "duplicates are left out again: %s", self.notes.name)
         return answer
+
+
+# Connected once, not for each app: Celery 5.5 takes the method of an object for that of an
+# earlier one which has ended, where both had the same address.
+
+
+@celeryd_after_setup.connect
+def _on_worker(instance: Any, **_: Any) -> None:
+    """Watch tasks that were made after the app was finalised."""
+    completed = instance.app.__dict__.get(KEY)
+    if completed is not None:
+        completed.watch()
+
+
+@task_success.connect
+@task_retry.connect
+def _on_end(sender: Any = None, **_: Any) -> None:
+    """Note a task that has ended, or whose retry has been sent."""
+    completed = getattr(sender, KEY, None)
+    if completed is not None:
+        completed.note(sender)
+
+
+@task_failure.connect
+def _on_failure(sender: Any = None, **_: Any) -> None:
+    """Note a task that has failed, unless its message is going to be delivered again."""
+    completed = getattr(sender, KEY, None)
+    if completed is not None and (sender.acks_on_failure_or_timeout or not sender.acks_late):
+        completed.note(sender)
 
 
 def _key(task: Any) -> str | None:

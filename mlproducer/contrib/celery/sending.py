@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
@@ -108,7 +109,7 @@ def install(
     if installed is None:
         installed = app.__dict__[KEY] = Installed(app)
         app.__dict__["producer_or_acquire"] = installed.producer_or_acquire
-        worker_process_shutdown.connect(installed.end_of_child)
+        _all.add(installed)
     if producer is not None:
         installed.given = producer
         installed.forget()
@@ -119,7 +120,7 @@ def uninstall(app: Celery) -> None:
     """Let Celery send the app's tasks itself again; a producer that was made is closed."""
     installed = _installed(app)
     if installed is not None:
-        worker_process_shutdown.disconnect(installed.end_of_child)
+        _all.discard(installed)
         del app.__dict__[KEY], app.__dict__["producer_or_acquire"]
         installed.unhook()
 
@@ -146,6 +147,13 @@ def _check_rollout(rollout: object) -> None:
     )
     if not (rollout is None or callable(rollout) or is_share):
         raise ConfigurationError("rollout must be a share from 0.0 to 1.0, or a callable")
+
+
+@worker_process_shutdown.connect
+def _end_of_child(**_: Any) -> None:
+    """Deliver what a worker's child has sent: it ends without the interpreter's own end."""
+    for installed in list(_all):
+        installed.close()
 
 
 class Installed:
@@ -180,8 +188,8 @@ class Installed:
                 self._made = brokers.producer_of_settings(self._app)
             return self._made
 
-    def end_of_child(self, **_: Any) -> None:
-        """Deliver what a worker's child has sent, before it ends without the interpreter's own."""
+    def close(self) -> None:
+        """Deliver what this process has sent, and close the producer."""
         producer = self.given or self._made
         if producer is not None:
             producer.close(SHUTDOWN_LIMIT)
@@ -330,6 +338,9 @@ class Installed:
     def _notice_fork(self) -> None:
         if self._pid != os.getpid():  # a child has connections of its own to be asked
             self._pid, self._declared = os.getpid(), set()
+
+
+_all: weakref.WeakSet[Installed] = weakref.WeakSet()
 
 
 def _real(producer: Any) -> Any:
