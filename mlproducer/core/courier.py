@@ -369,17 +369,20 @@ class Courier:
                 self.judge.fail(delivery, unroutable(delivery), now)
 
     def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:
-        """Give those whose publishers have not got them back, to be sent again.
+        """Give those whose publishers do not get them back, to be sent again.
 
         :param linked: the connection is still there: the guilty one was not routed by it either
         """
+        wanted = []
         for delivery in lost:
             delivery.suspected = linked and (delivery.suspected or not delivery.doubtful)
             delivery.doubtful = True
             self.breaker.released(delivery)
-            if not delivery.open:
+            if delivery.open and not self.judge.goes_back(delivery):
+                wanted.append(delivery)
+            else:
                 self.judge.leave(delivery, Place.RETIRED)
-        return [delivery for delivery in lost if delivery.open]
+        return wanted
 
     def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""

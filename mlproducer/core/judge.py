@@ -148,7 +148,7 @@ class Judge:
 
     def promise(self, delivery: Delivery, now: float) -> None:
         """Tell that it is ours: it is stored."""
-        if not isinstance(self.owed.get(delivery), StoreError | None):
+        if self.goes_back(delivery):
             return  # it was given back meanwhile, and that is told once its row is gone
         self.owed.pop(delivery, None)
         if not delivery.open:
@@ -172,6 +172,10 @@ class Judge:
     def owes(self, delivery: Delivery) -> bool:
         """Whether its publisher's answer waits for the store."""
         return delivery in self.owed
+
+    def goes_back(self, delivery: Delivery) -> bool:
+        """Whether its publisher gets it back, and is told so once its row is gone."""
+        return not isinstance(self.owed.get(delivery), StoreError | None)
 
     def pay(self, delivery: Delivery, now: float) -> None:
         """Tell what is owed, since its row is gone, or the store is silent."""

@@ -8,6 +8,7 @@ from mlproducer.core.delivery import Delivery, Place
 from mlproducer.errors import (
     BrokerRejectedError,
     BufferFullError,
+    ConfirmTimeoutError,
     NotConnectedError,
     RetriesExhaustedError,
 )
@@ -181,5 +182,23 @@ def test_not_kept_is_no_suspect(world: World) -> None:
     world.courier.not_kept(given, BufferFullError("full"), 5.0)
     assert error_of(given).possibly_sent
     assert world.up().written == [("b", 1)]
+    world.ack(1)
+    assert receipt_of(other).confirmed
+
+
+def test_going_back_is_no_suspect(world: World) -> None:
+    """One whose row is being deleted, since it goes back, is not sent again, and has no slot."""
+    world.keeper.durable = True
+    late, other = world.send("late", "other", retry=False)
+    late.stored = True  # ahead of its first attempt
+    world.courier.expire(late, world.now)
+    assert world.keeper.withdrawn == [late]
+    assert not is_settled(late)
+    close_over(world, 404)
+    assert world.carrier.written == [("other", 1)]
+    assert world.door.left == [late]
+    world.courier.withdrawn([late], world.now)
+    assert late.place is Place.RETIRED
+    assert isinstance(error_of(late), ConfirmTimeoutError)
     world.ack(1)
     assert receipt_of(other).confirmed
