@@ -17,7 +17,7 @@ from mlproducer.core.delivery import Delivery
 from mlproducer.errors import PublishError
 from mlproducer.latch import Relay
 from mlproducer.message import Receipt
-from mlproducer.waiting import GRACE, Answer, unanswered
+from mlproducer.waiting import GRACE, MOMENT, Answer, stop_waiting
 
 if TYPE_CHECKING:
     from mlproducer.engine.engine import Engine
@@ -62,10 +62,6 @@ class AwaitedAnswer(Answer):
     set_exception = set_result
     """Answer that it is the publisher's."""
 
-    def wait(self, timeout: float) -> bool:
-        """Look whether the answer is there; the event loop does not wait."""
-        return self.given is not None
-
     async def comes(self, timeout: float) -> bool:
         """Wait for the answer; false if it did not come in ``timeout`` seconds."""
         return self.given is not None or await self._bell.wait(timeout) or self.given is not None
@@ -89,5 +85,9 @@ async def finish(engine: Engine, delivery: Delivery, answer: AwaitedAnswer) -> R
     if not await answer.comes(delivery.deadline - time.monotonic()):
         engine.expire(delivery)
         if not await answer.comes(GRACE):
-            return unanswered(engine, delivery, answer)
+            left = stop_waiting(engine, delivery)
+            if isinstance(left, Receipt):
+                return left
+            if not await answer.comes(MOMENT):
+                raise left
     return answer.receipt()

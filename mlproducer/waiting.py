@@ -106,8 +106,25 @@ def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
 def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
     """End the wait although the courier is silent: its thread hangs, or has just died.
 
+    :raises PublishError: the message is the publisher's again
+    """
+    left = stop_waiting(engine, delivery)
+    if isinstance(left, Receipt):
+        return left
+    if answer.wait(MOMENT):
+        return answer.receipt()
+    raise left
+
+
+def stop_waiting(engine: Engine, delivery: Delivery) -> Receipt | PublishError:
+    """Wait no longer for a courier that has said nothing.
+
     What has not been written is withdrawn. What has may be confirmed, or sent again, for all that
     is known here: the library goes on with it, or, if it is not to be retried, leaves it.
+
+    :returns: an error where the courier has begun to speak. It is to be raised if nothing comes in
+        a `MOMENT`: then the courier gives the message back, and is held up while it notes that
+    :raises PublishError: the message is the publisher's again
     """
     text = "the I/O thread does not answer"
     if engine.take_back(delivery, error := failure(ConfirmTimeoutError, delivery, text)):
@@ -124,9 +141,7 @@ def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
         delivery.recalled = True
         if delivery.leave(NOBODY):
             raise error
-    if answer.wait(MOMENT):
-        return answer.receipt()
-    raise error  # the courier gives it back, and is held up while it notes that
+    return error
 
 
 class Line:

@@ -6,11 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from mlproducer import MLProducer, Outcome, Receipt
+from mlproducer import MLProducer, Outcome, Receipt, awaiting
+from mlproducer.awaiting import AwaitedAnswer
+from mlproducer.core.delivery import Delivery
+from mlproducer.engine.engine import Engine
 from mlproducer.errors import (
     BufferFullError,
     ConfirmTimeoutError,
@@ -19,8 +22,9 @@ from mlproducer.errors import (
     ProducerClosedError,
     PublishError,
 )
+from mlproducer.latch import Relay
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
-from tests.helpers import LIMIT, make_message
+from tests.helpers import LIMIT, make_delivery, make_message
 from tests.threaded.brokers import Silent, SlowOpen, ack
 from tests.threaded.conftest import Connect, Serve
 
@@ -201,3 +205,30 @@ def test_written_ahead(connect: Connect, serve: Serve, tmp_path: Any) -> None:
         return await asyncio.gather(*(producer.apublish(make_message()) for _ in range(50)))
 
     assert all(receipt.confirmed for receipt in run(work()))
+
+
+def test_an_answer_that_has_begun() -> None:
+    """Where the courier speaks just as the wait ends, what it says is the answer."""
+    receipt = Receipt("m", 1, 0.1)
+
+    async def work() -> Receipt:
+        answer = AwaitedAnswer(Relay(lambda: None))
+        delivery = make_delivery(deadline=time.monotonic())
+        delivery.answer = answer
+        speaking = delivery._listener()
+        assert speaking is answer
+
+        class Courier:
+            """Has the message, and is a moment late."""
+
+            def expire(self, delivery: Delivery) -> None:
+                """Say nothing yet."""
+
+            def take_back(self, delivery: Delivery, error: PublishError) -> bool:
+                """Refuse, and speak soon."""
+                asyncio.get_running_loop().call_soon(answer.set_result, receipt)
+                return False
+
+        return await awaiting.finish(cast(Engine, Courier()), delivery, answer)
+
+    assert run(work()) is receipt
