@@ -27,7 +27,7 @@ from mlproducer.core.farewell import CLOSED, Farewell
 from mlproducer.core.judge import Judge
 from mlproducer.core.lanes import Lanes
 from mlproducer.core.ports import Carrier, Door, Events, Keeper, Loss, Undertaker
-from mlproducer.core.recovery import SOFT_ACCUSATIONS, accuses
+from mlproducer.core.recovery import INTERNAL_ERROR, SOFT_ACCUSATIONS, accuses
 from mlproducer.core.states import CircuitState, FlowEvent
 from mlproducer.errors import (
     BrokerBlockedError,
@@ -386,6 +386,8 @@ class Courier:
 
     def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""
+        if loss.reply_code == INTERNAL_ERROR:
+            guilty.doubtful, guilty.suspected = True, False
         for delivery in self._lanes.trial.convict(guilty, loss.reply_code):
             self.judge.fail(delivery, rejected(delivery, loss.reply_code, loss.text), now)
         self._lanes.add_first(self._lanes.trial.discharge())

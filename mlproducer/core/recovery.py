@@ -12,7 +12,10 @@ from mlproducer.errors import AuthenticationError, CircuitOpenError, PublishErro
 SOFT_ACCUSATIONS = frozenset({403, 404, 406})
 """Channel errors (AMQP 0-9-1, section 1.5.2.5) by which a broker answers one bad message."""
 
-HARD_ACCUSATIONS = frozenset({501, 502, 503, 505, 540, 541})
+INTERNAL_ERROR = 541
+"""The broker has failed over a message, maybe when some queue had it already."""
+
+HARD_ACCUSATIONS = frozenset({501, 502, 503, 505, 540, INTERNAL_ERROR})
 """Connection errors that a message may have caused; CONNECTION_FORCED and the like are not."""
 
 

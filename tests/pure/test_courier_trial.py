@@ -83,6 +83,17 @@ def test_a_guilty_suspect_was_never_routed(world: World, first: int, possibly_se
     assert (error_of(bad).attempts, error_of(bad).possibly_sent) == (2, possibly_sent)
 
 
+@pytest.mark.parametrize(("code", "possibly_sent"), [(404, False), (501, False), (541, True)])
+def test_what_the_broker_fails_over_may_be_routed(
+    world: World, code: int, possibly_sent: bool
+) -> None:
+    """A frame that it does not take is not; an internal error may come after that."""
+    [alone] = world.send("alone")
+    world.down(code)
+    assert isinstance(error_of(alone), BrokerRejectedError)
+    assert error_of(alone).possibly_sent is possibly_sent
+
+
 def test_later_messages_wait_for_the_trial(world: World) -> None:
     """While suspects are tried nobody else is written, or they would be suspects too."""
     world.send("a", "b")
