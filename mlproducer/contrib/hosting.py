@@ -45,7 +45,7 @@ def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
     settings and environment name: a test must not publish by accident.
 
     :param given: fields of `Settings` in upper case, and `PRODUCER`: a callable that takes the
-        `Settings`, or its dotted name
+        `Settings`, its dotted name, or a producer
     :param name: what errors call the place where they stand
     :raises ConfigurationError: it cannot be made; the text names the reason
     """
@@ -59,6 +59,8 @@ def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
         logger.info(text, name)
     if isinstance(maker, str):
         maker = _imported(maker, name)
+    if isinstance(maker, MLProducer):
+        return maker
     if not callable(maker):
         raise ConfigurationError(f"{name}: PRODUCER must be a callable, or the dotted name of one")
     try:

@@ -21,6 +21,7 @@ from attrs import field, frozen
 
 from mlproducer.brokers import Defaults, parse
 from mlproducer.settings import Settings
+from mlproducer.testing.differences import are_tasks, differences, is_task
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
 from mlproducer.testing.postgresql_server import PostgreSQLServer
 from mlproducer.testing.recording import RecordingProducer
@@ -86,6 +87,17 @@ class GivenBroker(RabbitMQNode):
 
     def close(self) -> None:
         """Leave it as it is."""
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Show what two tasks, or lists of tasks, say, where a test finds that they differ."""
+    if op != "==":
+        return None
+    if is_task(left) and is_task(right):
+        return ["tasks differ:", *differences([left], [right])]
+    if are_tasks(left) and are_tasks(right):
+        return ["tasks differ:", *differences(left, right)]  # type: ignore[arg-type] # they are lists
+    return None
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from mlproducer.producer import MLProducer, Retry
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores.protocol import Store
+from mlproducer.testing.differences import differences
 from mlproducer.topology import Declaration
 from mlproducer.wire.encode import Task
 
@@ -91,6 +92,16 @@ class RecordingProducer(MLProducer):
         if not isinstance(error, PublishError):
             raise TypeError(f"error must be a PublishError, got {type(error).__name__}")
         self._failures.append(error)
+
+    def assert_published(self, *expected: Task) -> None:
+        """Fail unless exactly these tasks were published, in this order.
+
+        :raises AssertionError: its text shows where they differ, with all that tasks say
+        """
+        __tracebackhide__ = True
+        if self.published != list(expected):
+            counts = f"{len(self.published)} published, {len(expected)} expected"
+            raise AssertionError("\n".join([counts, *differences(self.published, expected)]))
 
     def clear(self) -> None:
         """Forget what was published and declared, and what was to fail."""

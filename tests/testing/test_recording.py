@@ -242,3 +242,30 @@ def test_what_was_refused_after_a_commit_is_counted_and_told() -> None:
         ]
         labels = {"task_type": "summarize_llm", "status": "rejected"}
         assert producer.registry.get_sample_value("ml_producer_tasks_sent_total", labels) == 1
+
+
+def test_a_difference_can_be_read(recording_producer: RecordingProducer) -> None:
+    """An assertion that fails shows what tasks say, field by field, and what is missing."""
+    recording_producer.assert_published()
+    recording_producer.publish(TASK)
+    recording_producer.assert_published(TASK)
+    recording_producer.publish(SummarizationTask("7", {"text": "one"}, {"style": "brief"}))
+    other = SummarizationTask("7", {"text": "another"}, {"style": "brief"}, priority=3)
+    with pytest.raises(AssertionError) as raised:
+        recording_producer.assert_published(TASK, other, CeleryTask("name", [1], {}, "q"))
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "2 published, 3 expected"
+    assert any(line.startswith("- ") and "'another'" in line for line in lines)
+    assert any(line.startswith("+ ") and "'one'" in line for line in lines)
+    assert any(line.startswith("- ") and "CeleryTask" in line for line in lines)
+
+
+def test_pytest_shows_it(pytestconfig: pytest.Config) -> None:
+    """A plain ``assert`` does so too."""
+    other = SummarizationTask("7", {"text": "another"})
+    for left, right in ((TASK, other), ([TASK], [other])):
+        [lines] = pytestconfig.hook.pytest_assertrepr_compare(
+            config=pytestconfig, op="==", left=left, right=right
+        )[:1]
+        assert any(line.startswith("- ") and "another" in line for line in lines)
+        assert any(line.startswith("+ ") and "secret" in line for line in lines)

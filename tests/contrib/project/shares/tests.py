@@ -1,15 +1,19 @@
 """The project's own tests, run by ``manage.py test`` with a broker's URL in the environment."""
 
+import asyncio
 import logging
 import os
 import threading
+from datetime import timedelta
 from unittest import skipUnless
 
+from django.conf import settings
 from django.contrib.auth.models import User
 from django.core import checks
 from django.core.management import CommandError, call_command
 from django.db import transaction
 from django.test import SimpleTestCase, TestCase, TransactionTestCase, override_settings
+from django.utils import timezone
 from prometheus_client import REGISTRY
 
 from mlproducer import MLProducer, SummarizationTask
@@ -19,6 +23,8 @@ from mlproducer.errors import ConfigurationError, InvalidMessageError, NackError
 from mlproducer.testing import RecordingProducer
 from shares.models import Share
 
+RUN = "mlproducer.django.run"
+ON_COMMIT = {"OPTIONS": {"on_commit": True}}
 TASK = SummarizationTask(1, {"text": "some"})
 NO_BROKER = {"PRODUCER": "mlproducer.MLProducer", "EXIT_TIMEOUT": 0, "PUBLISH_TIMEOUT": 0.2}
 
@@ -272,4 +278,48 @@ class Tasks(TestCase):
 
     def setUp(self) -> None:
         """Start with nothing published."""
+        from shares import background
+
+        self.background = background
         producer.clear()
+
+    def test_enqueue(self) -> None:
+        """It is published when it is enqueued, for the queue where Celery's workers look."""
+        result = self.background.add.enqueue(1, b=2)
+        [message] = producer.published
+        assert (message.name, message.task_id) == (RUN, result.id)
+        assert (message.exchange, message.routing_key) == ("", "celery")
+        path, args, kwargs, _ = message.payload()["args"]
+        assert (path, args, kwargs) == ("shares.background.add", [1], {"b": 2})
+        assert result.enqueued_at is not None
+
+    def test_queue_priority_and_time(self) -> None:
+        """They go with it."""
+        later = timezone.now() + timedelta(hours=1)
+        task = self.background.add.using(queue_name="slow", priority=55, run_after=later)
+        task.enqueue(1, 2)
+        task.using(priority=-5).enqueue(1, 2)
+        first, second = producer.published
+        assert (first.routing_key, first.priority, first.eta) == ("slow", 6, later)
+        assert second.priority == 0
+
+    def test_from_an_event_loop(self) -> None:
+        """It is awaited."""
+        assert asyncio.run(self.background.add.aenqueue(1, 2)).id
+        assert len(producer.published) == 1
+
+    def test_refused(self) -> None:
+        """What is not ours is raised."""
+        producer.fail_next(StoreError("no disk"))
+        with self.assertRaises(StoreError):
+            self.background.add.enqueue(1, 2)
+
+    def test_on_commit(self) -> None:
+        """As an option, after the COMMIT."""
+        with override_settings(TASKS={"default": {**settings.TASKS["default"], **ON_COMMIT}}):
+            with self.captureOnCommitCallbacks() as callbacks:
+                self.background.add.enqueue(1, 2)
+                assert producer.published == []
+            [publish] = callbacks
+            publish()
+        assert len(producer.published) == 1

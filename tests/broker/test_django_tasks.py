@@ -1,0 +1,64 @@
+"""Tasks of Django 6 that a stock Celery worker of the project runs.
+
+Runs on: pytest's main thread; project and worker in processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlproducer.testing import RabbitMQNode
+from tests.contrib.test_django import LIMIT, Project
+
+pytest.importorskip("django.tasks", reason="django.tasks came with Django 6")
+if importlib.util.find_spec("celery") is None:
+    pytest.skip("needs Celery", allow_module_level=True)
+
+PROGRAM = """
+from shares.background import add, tell
+from mlproducer.contrib.django import producer
+print(add.enqueue(1, b=2).id, tell.enqueue("hello").id)
+"""
+
+
+def test_a_worker_runs_them(tmp_path: Path, rabbitmq_node: RabbitMQNode) -> None:
+    """With its arguments, its context and its own id; functions and coroutines."""
+    project = Project(tmp_path / "project", rabbitmq_node.url_for("/"))
+    reports = tmp_path / "reports"
+    reports.touch()
+    project.environ["REPORTS"] = str(reports)
+    argv = ["-m", "celery", "-A", "mysite.celery", "worker", "-P", "solo", "-l", "INFO"]
+    with (tmp_path / "worker.log").open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, *argv],
+            cwd=project.directory,
+            env=project.environ,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        ran = project.manage("shell", "-c", PROGRAM)
+        assert ran.returncode == 0, ran.stderr
+        first, second = ran.stdout.split()[-2:]
+        runs: list[Any] = []
+        deadline = time.monotonic() + LIMIT
+        while len(runs) < 2:
+            assert time.monotonic() < deadline, (tmp_path / "worker.log").read_text()
+            time.sleep(0.1)  # a file tells of no line that is added
+            runs = [json.loads(line) for line in reports.read_text().splitlines()]
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(LIMIT)
+    assert runs == [{"sum": 3}, {"text": "hello", "id": second, "attempt": 1, "priority": 10}]
+    told = (tmp_path / "worker.log").read_text()
+    assert f"mlproducer.django.run[{first}] succeeded" in told
+    assert "Traceback" not in told

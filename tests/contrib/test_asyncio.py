@@ -1,0 +1,179 @@
+"""FastAPI under uvicorn, with the broker frozen and the in-flight window full.
+
+Runs on: pytest's main thread, and the event loop's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from mlproducer import MLProducer, Settings, SummarizationTask
+from mlproducer.errors import BufferFullError
+from mlproducer.testing import Behaviour, FakeBroker
+from mlproducer.testing.fake_broker import FakeConnection, ReceivedMessage
+
+fastapi = pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+
+LAG = 0.05
+"""Seconds for which nothing of ours may hold up the event loop."""
+
+TICK = 0.01
+WINDOW = 20
+
+
+class Frozen(Behaviour):
+    """Takes messages, and never confirms one."""
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Do nothing."""
+
+
+def make_app(producer: MLProducer, lags: list[float]) -> Any:
+    """Make an app with both ways of publishing, and a task that measures the loop's lag."""
+    app = fastapi.FastAPI()
+
+    @app.post("/awaited/{number}")
+    async def awaited(number: int) -> Any:
+        receipt = await producer.apublish(task_of(number), timeout=1.0)
+        return {"outcome": receipt.outcome.value}
+
+    @app.post("/submitted/{number}")
+    async def submitted(number: int) -> Any:
+        try:
+            future = producer.submit(task_of(number), timeout=0)
+        except BufferFullError:
+            raise fastapi.HTTPException(503) from None
+        return {"id": future.message_id}
+
+    @app.get("/lag")
+    async def lag() -> Any:
+        for _ in range(150):
+            before = time.monotonic()
+            await asyncio.sleep(TICK)
+            lags.append(time.monotonic() - before - TICK)
+        return {"longest": max(lags)}
+
+    return app
+
+
+class Control(threading.Thread):
+    """Measures by how much the machine itself holds up a thread that only sleeps."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.longest = 0.0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Sleep, until it is over."""
+        before = time.monotonic()
+        while not self.over.wait(TICK):
+            now = time.monotonic()
+            self.longest, before = max(self.longest, now - before - TICK), now
+
+
+def task_of(number: int) -> SummarizationTask:
+    """Give a task."""
+    return SummarizationTask(number, {"text": "x" * 1000})
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """Run uvicorn on a thread of its own."""
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)  # uvicorn sets a flag, and tells of it in no other way
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def test_the_event_loop_is_never_held_up() -> None:
+    """The window is full and nothing is confirmed: requests wait, or are refused; the loop runs."""
+
+    async def ask(address: str) -> tuple[list[Any], float]:
+        async with httpx.AsyncClient(base_url=address, timeout=30) as client:
+            await client.post("/submitted/0")
+            filling = [client.post(f"/submitted/{n}") for n in range(1, WINDOW)]
+            assert {each.status_code for each in await asyncio.gather(*filling)} == {200}
+            measuring = asyncio.ensure_future(client.get("/lag"))
+            ways = [f"/{way}/{n}" for n in range(10) for way in ("awaited", "submitted")]
+            answers = await asyncio.gather(*map(client.post, ways))
+            return list(answers), (await measuring).json()["longest"]
+
+    with FakeBroker(Frozen()) as broker:
+        settings = Settings(url=broker.url, max_in_flight=WINDOW)
+        producer = MLProducer(settings)
+        producer.wait_connected(10)
+        control = Control()
+        control.start()
+        with serving(make_app(producer, [])) as address:
+            answers, longest = asyncio.run(ask(address))
+        control.over.set()
+        producer.close(0.0)
+    assert [each.status_code for each in answers[1::2]] == [503] * 10
+    assert {each.json()["outcome"] for each in answers[::2]} == {"deferred"}
+    assert longest < LAG + control.longest
+
+
+def test_a_cancelled_publish_that_was_handed_over_goes_on() -> None:
+    """Cancelling ends the wait; the message is confirmed, and told to callbacks."""
+
+    async def cancelled(producer: MLProducer, broker: FakeBroker) -> None:
+        waiting = asyncio.ensure_future(producer.apublish(task_of(1)))
+        await asyncio.to_thread(broker.wait_for_messages, 1, 10)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    with FakeBroker(Frozen()) as broker, MLProducer(Settings(url=broker.url)) as producer:
+        confirmed = threading.Event()
+        producer.on("confirmed", confirmed.set)
+        producer.wait_connected(10)
+        asyncio.run(cancelled(producer, broker))
+        [message] = broker.messages
+        message.connection.ack(message.channel, message.tag)
+        assert confirmed.wait(10)
+
+
+def test_a_cancelled_publish_that_waits_for_room_is_never_sent() -> None:
+    """While the window is full it has not been handed over."""
+
+    async def cancelled(producer: MLProducer, broker: FakeBroker) -> None:
+        first = asyncio.ensure_future(producer.apublish(task_of(1)))
+        await asyncio.to_thread(broker.wait_for_messages, 1, 10)
+        second = asyncio.ensure_future(producer.apublish(task_of(2)))
+        await asyncio.sleep(0)  # it runs until it waits
+        await asyncio.sleep(0)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        [message] = broker.messages
+        message.connection.ack(message.channel, message.tag)
+        assert (await first).confirmed
+
+    with FakeBroker(Frozen()) as broker:
+        producer = MLProducer(Settings(url=broker.url, max_in_flight=1))
+        producer.wait_connected(10)
+        asyncio.run(cancelled(producer, broker))
+        assert producer.flush(10) == 0
+        assert len(broker.messages) == 1
+        producer.close()

@@ -1,0 +1,116 @@
+"""Flask: an app factory, one producer for the process, the test client, blueprint and commands.
+
+Runs on: pytest's main thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlproducer import MLProducer, SummarizationTask
+from mlproducer.errors import ConfigurationError
+from mlproducer.testing import FakeBroker, RecordingProducer
+
+flask = pytest.importorskip("flask")
+
+from mlproducer.contrib.flask import MLProducerExtension  # noqa: E402 - needs Flask
+
+REAL = {"MLPRODUCER_PRODUCER": "mlproducer.MLProducer"}
+
+ml = MLProducerExtension()
+
+
+def create_app(**config: Any) -> Any:
+    """Make an app as users do."""
+    app = flask.Flask(__name__)
+    app.config.update(config)
+    ml.init_app(app)
+    app.register_blueprint(ml.blueprint, url_prefix="/ml")
+
+    @app.post("/shares/<int:share_id>/summary")
+    def summarize(share_id: int) -> Any:
+        task = SummarizationTask(share_id, {"text": flask.request.form["text"]})
+        receipt = ml.producer.publish(task)
+        return {"confirmed": receipt.confirmed}, 202
+
+    return app
+
+
+def producer_of(app: Any) -> MLProducer:
+    """Give the producer of an app."""
+    with app.app_context():
+        return ml.producer
+
+
+def test_thirty_apps_share_one_producer() -> None:
+    """However many apps a process makes, there is one connection; other settings, another one."""
+    with FakeBroker() as broker:
+        apps = [create_app(**REAL, MLPRODUCER_URL=broker.url) for _ in range(30)]
+        producer = producer_of(apps[0])
+        for number, app in enumerate(apps):
+            answer = app.test_client().post(f"/shares/{number}/summary", data={"text": "x"})
+            assert answer.json == {"confirmed": True}
+            assert producer_of(app) is producer
+        assert broker.accepted == 1
+        assert len(broker.messages) == 30
+        other = create_app(**REAL, MLPRODUCER_URL=broker.url, MLPRODUCER_PUBLISH_TIMEOUT=1.0)
+        assert producer_of(other) is not producer
+        producer.close()
+
+
+def test_an_app_in_a_test_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a producer of its own, and publishes nothing, whatever the environment names."""
+    with FakeBroker() as broker:
+        monkeypatch.setenv("RABBITMQ_URL", broker.url)
+        first, second = create_app(), create_app(TESTING=True)
+        assert first.test_client().post("/shares/7/summary", data={"text": "x"}).status_code == 202
+        producer = producer_of(first)
+        assert isinstance(producer, RecordingProducer)
+        producer.assert_published(SummarizationTask(7, {"text": "x"}))
+        assert isinstance(producer_of(second), RecordingProducer)
+        assert producer_of(second) is not producer
+        assert broker.accepted == 0
+
+
+def test_producer_of_ones_own(recording_producer: RecordingProducer) -> None:
+    """It may be handed in."""
+    app = create_app(MLPRODUCER_PRODUCER=recording_producer)
+    assert producer_of(app) is recording_producer
+
+
+def test_without_an_app() -> None:
+    """Each mistake is told in words."""
+    with pytest.raises(RuntimeError, match="application context"):
+        _ = ml.producer
+    with pytest.raises(RuntimeError, match="init_app"):
+        producer_of(flask.Flask(__name__))
+    with pytest.raises(ConfigurationError, match=r"app.config: .*did you mean store_url"):
+        producer_of(create_app(MLPRODUCER_STORE_ULR="memory://"))
+
+
+def test_blueprint() -> None:
+    """Health, metrics and the page answer beside each other."""
+    client = create_app().test_client()
+    assert client.get("/ml/health").status_code == 503
+    client.post("/shares/7/summary", data={"text": "x"})
+    assert client.get("/ml/health").json["healthy"] is True
+    assert b"ml_producer_" in client.get("/ml/metrics").data
+    assert "tasks" in client.get("/ml/metrics/json").json
+    page = client.get("/ml/")
+    assert "sha256" in page.headers["Content-Security-Policy"]
+    assert client.get("/ml/page.json").status_code == 200
+    assert client.get("/ml").location.endswith("/ml/")
+    assert client.post("/ml/health").status_code == 405
+
+
+def test_commands(capfd: pytest.CaptureFixture[str]) -> None:
+    """They have the app's settings, and their own exit codes."""
+    url = "amqp://u:p@127.0.0.1:1/"
+    runner = create_app(MLPRODUCER_URL=url, MLPRODUCER_CONNECTION_TIMEOUT=1.0).test_cli_runner()
+    ran = runner.invoke(args=["mlproducer", "check", "--json"])
+    assert ran.exit_code == 1
+    assert '"broker": "127.0.0.1:1"' in ran.output + capfd.readouterr().out
+    assert runner.invoke(args=["mlproducer", "nonsense"]).exit_code == 2
+    assert "dead-letters" in runner.invoke(args=["mlproducer", "--help"]).output
