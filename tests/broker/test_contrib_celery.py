@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +25,10 @@ from attrs import frozen
 from celery import Celery
 from kombu import Exchange, Queue
 
-from mlproducer.contrib.celery import install, uninstall
-from mlproducer.testing import RedisServer
+from mlproducer.contrib.celery import PublishFailedError, install, producer_of, uninstall
+from mlproducer.contrib.celery.notes import RedisNotes
+from mlproducer.store_url import read_redis
+from mlproducer.testing import Certificates, RabbitMQNode, RedisServer
 from mlproducer.testing.plugin import VirtualHost
 from tests.accounting import open_channel
 
@@ -269,3 +272,58 @@ def test_a_fresh_virtual_host(shop: Shop) -> None:
         while not all(map(results.exists, ("now", "later", "express"))):
             assert time.monotonic() < until, (shop.directory / "worker.log").read_text()
             time.sleep(0.05)
+
+
+# --- beside the tasks --------------------------------------------------------------------------
+
+
+def test_health_checks_ask_for_nothing_that_is_not_there(
+    rabbitmq_vhost: VirtualHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each would cost a channel, and a line in the broker's log."""
+    monkeypatch.setenv("ML_HEALTH_CHECK_INTERVAL", "20")
+    app = Celery("shop", broker=rabbitmq_vhost.url, set_as_current=False)
+    install(app)
+    app.send_task("shop.add", (1, 2), ignore_result=True)
+    threading.Event().wait(0.5)
+    assert producer_of(app).is_healthy()
+    uninstall(app)
+    app.close()
+    assert [each for each in caplog.messages if "health check" in each] == []
+
+
+def test_tls(tmp_path: Path) -> None:
+    """``broker_use_ssl`` holds for the producer too: it knows the broker, or refuses it."""
+    certificates = Certificates(tmp_path)
+    with RabbitMQNode(tls=certificates.server_tls()) as node:
+        app = Celery("shop", broker=node.tls_url.replace("amqps", "amqp"), set_as_current=False)
+        app.conf.broker_use_ssl = {"ca_certs": str(certificates.ca)}
+        install(app)
+        app.send_task("shop.add", (1, 2), ignore_result=True, retry=False)
+        assert node.queue_depth("/", "celery") == 1
+        uninstall(app)
+        app.conf.broker_use_ssl = True
+        install(app)
+        with pytest.raises(PublishFailedError):
+            app.send_task("shop.add", (1, 2), ignore_result=True, retry=False)
+        uninstall(app)
+        app.close()
+
+
+def test_what_is_noted_is_left_out(shop: Shop) -> None:
+    """Acknowledged and not run, in a prefork worker; of two copies one runs."""
+    script = "import celery_shop; celery_shop.late.apply_async((), task_id='{}')"
+    environ = shop.environ(installed=True)
+    counter = redis.Redis.from_url(shop.backend)
+    notes = RedisNotes(read_redis(f"{shop.backend}?prefix=notes"))
+    notes.add("noted:shop.late:0:0", 60.0)
+    for name in ("noted", "fresh", "fresh"):  # a producer may have sent one twice
+        argv = [PYTHON, "-c", script.format(name)]
+        subprocess.run(argv, env=environ, cwd=shop.directory, check=True, timeout=30)
+    with shop.worker(installed=True):
+        until = time.monotonic() + LIMIT
+        log = shop.directory / "worker.log"
+        while log.read_text().count("is not run again") < 2:
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+    assert counter.get("late") == b"1"

@@ -88,6 +88,7 @@ def test_nothing_is_lost(rabbitmq_vhost: VirtualHost, connect: Connect, proxy: P
     app.conf.task_default_queue = "shop"
     producer = connect(url, **HASTY)
     install(app, producer, rollout=ROLLOUT)
+    assert producer.wait_connected(LIMIT)
     before = _possible_duplicates(producer)
     app.send_task("shop.add", (1, 2), task_id="first", ignore_result=True)
     nemesis, calls, background = Nemesis(rabbitmq_vhost, proxy, SEED), Calls(app), Background()

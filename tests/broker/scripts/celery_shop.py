@@ -36,9 +36,11 @@ app.conf.task_queues = [
 ]
 app.conf.beat_schedule = {"each": {"task": "shop.tick", "schedule": 0.5}}
 if os.environ.get("INSTALL"):
-    from mlproducer.contrib.celery import install
+    from mlproducer.contrib.celery import deduplicate, install
 
     install(app)
+    if app.conf.result_backend.startswith("redis"):
+        deduplicate(app, f"{app.conf.result_backend}?prefix=notes")
 
 
 @app.task(name="shop.add")
@@ -115,6 +117,12 @@ def noted_error(request: Any, exc: Any, traceback: Any) -> None:
 def tick() -> None:
     """Count."""
     app.backend.client.incr("ticks")
+
+
+@app.task(name="shop.late", ignore_result=True, acks_late=True)
+def late() -> None:
+    """Count, and acknowledge after that."""
+    app.backend.client.incr("late")
 
 
 def waited(name: str) -> Any:
