@@ -50,13 +50,14 @@ class RabbitMQNotInstalled(RabbitMQError):  # noqa: N818 - says what is the case
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 on which nothing listens, and which no other process is given.
+    """Return a TCP port of 127.0.0.1 on which nothing listens, and which nothing else is given.
 
     Between this call and the start of the server another test process could be given the same
-    port. So each process takes its ports from a block of its own.
+    port, or this one for another of its servers. So each process takes its ports from blocks of its
+    own, and each port once.
     """
     while True:
-        port = secrets.choice(_BLOCKS.own())
+        port = _BLOCKS.take()
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if _binds(probe, ("127.0.0.1", port)):
@@ -64,7 +65,7 @@ def free_port() -> int:
 
 
 class _Blocks:
-    """The block of ports that this process has reserved.
+    """The blocks of ports that this process has reserved, one after the other.
 
     A reservation is a name in Linux's abstract socket namespace: it is there for all processes,
     leaves no file, and ends with the process that holds it. Elsewhere nothing is reserved.
@@ -72,27 +73,35 @@ class _Blocks:
 
     def __init__(self) -> None:
         self._pid = 0
-        self._own = _PORTS
-        self._held: int | None = None  # a bare descriptor, which ends with the process unremarked
+        self._left: list[int] = []
+        self._held: list[int] = []  # bare descriptors, which end with the process unremarked
 
-    def own(self) -> range:
-        """Return this process's block, reserved at the first call; a forked child has its own."""
+    def take(self) -> int:
+        """Return a port that was not taken before; a forked child has blocks of its own."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._own, self._held = self._reserve()
-        return self._own
+            self._left, self._held = [], []
+        while True:
+            if not self._left:
+                self._left = list(self._reserve())
+                secrets.SystemRandom().shuffle(self._left)
+            try:
+                return self._left.pop()
+            except IndexError:  # another thread has taken the last one
+                continue
 
-    def _reserve(self) -> tuple[range, int | None]:
+    def _reserve(self) -> range:
         starts = list(_PORTS[::_BLOCK_SIZE])
         if not sys.platform.startswith("linux"):
-            return _PORTS, None
+            return _PORTS
         for _ in range(10 * len(starts)):
             start = secrets.choice(starts)
             holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             if _binds(holder, f"\0mlproducer-ports-{start}"):
-                return range(start, start + _BLOCK_SIZE), holder.detach()
+                self._held.append(holder.detach())
+                return range(start, start + _BLOCK_SIZE)
             holder.close()
-        return _PORTS, None
+        return _PORTS
 
 
 _BLOCKS = _Blocks()

@@ -17,6 +17,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from mlproducer.testing import RabbitMQCluster, RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
+from mlproducer.testing.erlang import free_port
 from mlproducer.testing.plugin import VirtualHost
 from tests.leftovers import left_in_the_end
 
@@ -57,6 +58,12 @@ def _processes_below(directory: Path) -> list[str]:
         if any(entry.startswith(f"HOME={directory}".encode()) for entry in environment):
             found.append(command)
     return found
+
+
+def test_each_port_is_given_once() -> None:
+    """Servers of one process that are made before they listen never share a port."""
+    ports = [free_port() for _ in range(150)]  # more than one block has
+    assert len(set(ports)) == len(ports)
 
 
 @pytest.mark.broker
