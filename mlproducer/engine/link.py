@@ -309,7 +309,8 @@ def blocking_connection(route: Route) -> Any:
     except UnreachableError as error:
         loss = error.loss
     except (exceptions.AMQPError, OSError) as error:
-        loss = translate(route.broker.address, error, route.broker.hint)
+        tls = route.tls is not None
+        loss = translate(route.broker.address, error, route.broker.hint, tls=tls)
     raise NotConnectedError(loss.text, kind=loss.kind.value, reply_code=loss.reply_code)
 
 
@@ -473,7 +474,8 @@ class Link:
         self._drop(Loss(f"{self._address}: no connection can be made: {why}"))
 
     def _on_open_error(self, _connection: Connection, error: BaseException | str) -> None:
-        self._fail(translate(self._address, error, self._route.broker.hint))
+        route = self._route
+        self._fail(translate(self._address, error, route.broker.hint, tls=route.tls is not None))
 
     def _on_close(self, _connection: Connection, error: BaseException) -> None:
         if self._closing:  # also where the broker did not answer it in time

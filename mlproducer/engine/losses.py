@@ -28,6 +28,9 @@ CONNECTION_FORCED = 320
 REFUSALS = frozenset({NO_PERMISSION, NOT_ALLOWED})
 """Reply codes with which a broker refuses user or virtual host during the handshake."""
 
+_UNHEARD = "; with TLS 1.3 so it does where it refuses the client's certificate, or wants one"
+"""A reset may overtake the alert, which comes when the client's handshake is over."""
+
 _TLS_ALERT = re.compile(r"\[SSL: (\w+)\]")
 
 
@@ -76,12 +79,19 @@ _BY_CLASS: tuple[tuple[type[BaseException], LossKind, str], ...] = (
 )
 
 
-def translate(address: str, error: BaseException | str, hint: str = "") -> Loss:
+def translate(
+    address: str, error: BaseException | str, hint: str = "", *, tls: bool = False
+) -> Loss:
     """Say what the end of a connection, or of an attempt, means.
 
     :param hint: what to look at where the broker does not let us into the virtual host
+    :param tls: the connection is encrypted: what ends it after the handshake may be our certificate
     """
-    return evolve(_translate(address, _root(error), hint), address=address)
+    cause = _root(error)
+    loss = _translate(address, cause, hint)
+    if tls and isinstance(cause, exceptions.IncompatibleProtocolError):
+        loss = evolve(loss, text=f"{loss.text}{_UNHEARD}")
+    return evolve(loss, address=address)
 
 
 def _translate(address: str, cause: BaseException, hint: str) -> Loss:

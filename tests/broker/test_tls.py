@@ -6,6 +6,8 @@ import contextlib
 import logging
 import shutil
 import socket
+import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -341,16 +343,19 @@ def test_renewed_files_are_used(
     mine = Certificate(tmp_path / "client.pem", tmp_path / "client.key")
     shutil.copy(certificates.client_expired.cert, mine.cert)
     shutil.copy(certificates.client_expired.key, mine.key)
-    producer = MLProducer(
-        Settings(
-            url=demanding.url(demanding.port),
-            tls=_tls(certificates.ca, mine),
-            reconnect_initial_delay=0.1,
-            reconnect_max_delay=0.1,
-            max_reconnect_attempts=1000,
-        )
-    )
-    with producer, caplog.at_level(logging.WARNING, "mlproducer"):
+    with (
+        Tap(demanding.port) as tap,  # else the reset may overtake the alert
+        MLProducer(
+            Settings(
+                url=demanding.url(tap.port),
+                tls=_tls(certificates.ca, mine),
+                reconnect_initial_delay=0.1,
+                reconnect_max_delay=0.1,
+                max_reconnect_attempts=1000,
+            )
+        ) as producer,
+        caplog.at_level(logging.WARNING, "mlproducer"),
+    ):
         with pytest.raises(NotConnectedError, match="TLS failed"):
             producer.publish(MESSAGE, retry=False, timeout=10.0)
         shutil.copy(certificates.client.cert, mine.cert)  # its key comes later
@@ -388,6 +393,32 @@ def test_check_switched_off(
             assert producer.publish(MESSAGE).confirmed
     tap.assert_nothing_in_the_clear()
     assert "without certificate check (RABBITMQ_VERIFY_PEER=false)" in caplog.text
+
+
+def test_reset_after_the_handshake(certificates: Certificates) -> None:
+    """Where a reset has overtaken the broker's alert, the error says what may be the cause."""
+    shown = certificates.server
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(shown.cert, shown.key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10.0)
+
+        def serve() -> None:
+            client, _ = listener.accept()
+            with context.wrap_socket(client, server_side=True) as stream:
+                stream.recv(8)
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"amqps://u:p@localhost:{listener.getsockname()[1]}/"
+        with (
+            _producer(url, certificates.ca) as producer,
+            pytest.raises(NotConnectedError, match="refuses the client's certificate"),
+        ):
+            producer.publish(MESSAGE, retry=False, timeout=10.0)
+        thread.join(10.0)
+        assert not thread.is_alive()
 
 
 def test_tls_to_a_plain_port(
