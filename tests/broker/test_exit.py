@@ -79,9 +79,11 @@ def test_end_without_a_broker(how: str) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         url = f"amqp://u:p@127.0.0.1:{reserved.getsockname()[1]}/"
-        started = time.monotonic()
-        ended = run("ending", how, "7", "sys.exit", url=url)
-    assert time.monotonic() - started < EXIT_LIMIT + STARTING
+        with script("ending", how, "7", "tell sys.exit", url=url) as program:
+            assert program.next() == {"ends": True}
+            started = time.monotonic()
+            ended = program.end(EXIT_LIMIT + STARTING)
+    assert time.monotonic() - started < EXIT_LIMIT + 1.0
     assert ended.returncode == 3
     assert re.findall(r"messages lost.*: (\d+)", ended.stderr) == ["7"]
     assert "Traceback" not in ended.stderr

@@ -20,8 +20,9 @@ def check_rejected(
     producer: MLProducer, vhost: VirtualHost, guilty: Message, reply_code: int, *, retry: bool
 ) -> None:
     """The guilty message alone is rejected, alone and in company; innocents are confirmed."""
+    assert producer.wait_connected(HEALED)
     with pytest.raises(BrokerRejectedError) as caught:
-        producer.publish(guilty, retry=retry)
+        producer.publish(guilty, retry=retry, timeout=HEALED)  # however slow the machine is
     assert_error(
         caught.value, BrokerRejectedError, guilty.message_id, attempts=1, possibly_sent=False
     )

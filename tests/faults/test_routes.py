@@ -65,11 +65,14 @@ def test_unroutable_healed(rabbitmq_vhost: VirtualHost, connect: Connect) -> Non
 
 @pytest.mark.parametrize("way", ["publish", "submit"])
 def test_unroutable_for_good(rabbitmq_vhost: VirtualHost, connect: Connect, way: str) -> None:
-    """After the last retry it is a dead letter: the same body and id, and why it is there."""
+    """After the last retry it is a dead letter: the same body and id, and why it is there.
+
+    The producer has never seen the route; for one that it has, the message would wait.
+    """
     producer = connect(**THREE_RETRIES)
     told = threading.Event()
     producer.on("dead_lettered", told.set)
-    assert producer.publish(message("before")).confirmed
+    assert producer.wait_connected(LIMIT)
     unbind(rabbitmq_vhost.url)
     before = datetime.now(timezone.utc)
     given = message("lost", body=b"the body", headers={"mine": "kept"}, priority=3)
@@ -99,7 +102,26 @@ def test_unroutable_for_good(rabbitmq_vhost: VirtualHost, connect: Connect, way:
     assert headers["x-original-routing-key"] == QUEUE
     failed = datetime.fromisoformat(headers["x-first-failed-at"])
     assert timedelta(seconds=-0.1) < failed - before < timedelta(seconds=1.0)
-    assert drain(rabbitmq_vhost.url) == {"before": 1}
+    assert drain(rabbitmq_vhost.url) == {}
+
+
+def test_route_that_was_there(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """A message waits for a route that has been confirmed, beyond its retries, and arrives once."""
+    producer = connect(
+        max_message_retries=1, message_retry_base_delay=0.1, message_retry_max_delay=0.3
+    )
+    assert producer.publish(message("before")).confirmed
+    unbind(rabbitmq_vhost.url)
+    receipt = producer.publish(message("waits"))
+    assert isinstance(receipt.reason, UnroutableError)
+    with pytest.raises(TimeoutError):
+        receipt.result(2.0)
+    bind(rabbitmq_vhost.url)
+    settled = receipt.result(LIMIT)
+    assert settled.confirmed
+    assert settled.attempts > 2
+    assert drain(rabbitmq_vhost.url) == {"before": 1, "waits": 1}
+    assert drain(rabbitmq_vhost.url, [DEAD_LETTERS]) == {}
 
 
 def test_dead_letter_of_a_celery_task(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:

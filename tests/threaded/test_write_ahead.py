@@ -164,12 +164,17 @@ def test_a_healthy_broker_does_not_need_the_store(serve: Serve) -> None:
 def test_no_broker_and_a_durable_store(serve: Serve) -> None:
     """Deferred at once and durably, breaker or not; another producer delivers it, oldest first."""
     store = Lasting(write_ahead=False)
-    with produce("amqp://guest:guest@127.0.0.1:1/", store, circuit_breaker_threshold=3) as producer:
+    away = "amqp://guest:guest@127.0.0.1:1/"
+    seldom = {"reconnect_initial_delay": 60.0, "reconnect_max_delay": 60.0}
+    with produce(away, store, circuit_breaker_threshold=3, **seldom) as producer:
         reasons = set()
         opened = threading.Event()
         producer.on("circuit_opened", opened.set)
+        deadline = time.monotonic() + LIMIT
         for number in range(8):
-            assert number < 4 or opened.wait(LIMIT)
+            while number == 4 and not opened.wait(0.05):
+                assert time.monotonic() < deadline
+                producer.reconnect()  # another attempt, which fails
             receipt = producer.publish(make_message(f"{number}"))
             assert (receipt.outcome, receipt.durable) == (Outcome.DEFERRED, True)
             reasons.add(type(receipt.reason))

@@ -1,6 +1,7 @@
 """Publishes, and ends without ``close()``: how much and how is said by the arguments.
 
-Argument 1: ``publish`` or ``submit``; argument 2: how many; argument 3: how the script ends.
+Argument 1: ``publish`` or ``submit``; argument 2: how many; argument 3: how the script ends, after
+``wait`` once it is told to go on, after ``tell`` once it has said so.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def main() -> None:
         tell(connected=True)
         wait_for_go()
     hand_over(how, count)
-    end(ending.removeprefix("wait "))
+    if ending.startswith("tell"):
+        tell(ends=True)
+    end(ending.split()[-1])
 
 
 if __name__ == "__main__":
