@@ -93,7 +93,7 @@ class Judge:
         """Let the publisher have it; what has its tag open stays there, and is not sent again."""
         if not delivery.may_fail():  # its publisher has left a moment ago, and relies on us
             delivery.kept = True
-            if error.permanent or self._used_up(delivery):
+            if not delivery.dead and (error.permanent or self._used_up(delivery)):
                 self._bury(delivery, error, now)
             self.keep(delivery, now)
             return
@@ -226,5 +226,5 @@ class Judge:
             self.routes.add(route)
         if route not in self.routes:
             return False
-        delivery.unrouted = max(delivery.unrouted + 1, self._retries_over(delivery))
+        delivery.unrouted += 1
         return True

@@ -165,7 +165,6 @@ class Keeper:
                 self._scribe.count()
                 self._send_out()
         except StoreError as error:
-            self._scribe.known = False
             self._scribe.failed(error)
         if not self.asked:
             self.asked = True

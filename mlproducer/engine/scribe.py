@@ -126,7 +126,7 @@ class Scribe:
 
     :param ring: has `carry_out` called soon, on the retry thread
     :ivar desks: the connections; each is answered for the messages that belong to it
-    :ivar known: the latest count has not failed
+    :ivar known: the store has been counted, and has not failed since
     """
 
     def __init__(
@@ -217,10 +217,15 @@ class Scribe:
         return True
 
     def put_again(self) -> None:
-        """Store what was promised, and what the store has lost, as far as it can be done now."""
+        """Store what was promised, and what the store has lost, as far as it can be done now.
+
+        They are remembered until they are stored: a close finds them although the store is silent.
+        """
         puts = list(self._shelf.rowless.values())
-        self._shelf.rowless.clear()
         self._attempt(self._put, puts, again=False)
+        for put in puts:
+            if not put.wanted:
+                self._shelf.rowless.pop(put.delivery, None)
 
     def _put(self, puts: Sequence[Put]) -> None:
         """Store messages, but for those whose publishers have given up waiting for it."""
@@ -253,6 +258,7 @@ class Scribe:
         ahead, kept = [], []
         for put, claim in zip(puts, claims, strict=True):
             delivery = put.delivery
+            self._shelf.rowless.pop(delivery, None)
             if put.entry.ahead:
                 self._shelf.ahead.add(delivery)
             else:
@@ -413,7 +419,8 @@ class Scribe:
             self.failed(self._as_store_error(error))
 
     def failed(self, error: StoreError) -> None:
-        """Tell that the store cannot be used."""
+        """Tell that the store cannot be used: what is left is unknown until it is counted."""
+        self.known = False
         self._events.store_failed(error)
 
     def _tell(

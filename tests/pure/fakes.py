@@ -71,6 +71,7 @@ class FakeUndertaker:
 
     def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
         """Change the exchange alone."""
+        assert delivery.envelope.exchange != "dead", "a letter of a letter"
         return evolve(delivery.envelope, exchange="dead")
 
 

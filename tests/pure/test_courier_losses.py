@@ -16,6 +16,7 @@ from mlproducer.errors import (
     StoreError,
     UnroutableError,
 )
+from mlproducer.fate import Fate
 from tests.helpers import make_delivery
 from tests.pure.fakes import FakeCarrier, World, error_of, receipt_of
 
@@ -273,6 +274,66 @@ def test_store_fails_for_what_is_in_flight(world: World) -> None:
     assert delivery.place is Place.RETIRED
     assert world.up().written == []
     assert world.door.left == [delivery]
+
+
+@pytest.mark.parametrize("buried", [False, True])
+def test_the_store_refuses_what_its_publisher_relies_on(buried: bool) -> None:
+    """It stays ours, and is dead-lettered once, since its last attempt is over."""
+    world = World(max_retries=0)
+    world.up()
+    [delivery, _] = world.send("a", "b")
+    if buried:
+        world.nack(1)
+    else:
+        world.courier.expire(delivery, 5.0)
+        world.down(403)  # both of them are suspects
+    delivery.leave(heir := Fate())
+    world.keeper.rows.clear()
+    world.courier.not_kept(delivery, StoreError("locked"), 5.0)
+    assert list(world.keeper.rows) == [delivery]
+    assert (delivery.envelope.exchange, delivery.place) == ("dead", Place.STORED)
+    assert not heir.done()
+
+
+def test_the_store_is_silent_about_what_its_publisher_relies_on(world: World) -> None:
+    """It is not stored twice, and its fate is told."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    delivery.leave(heir := Fate())
+    world.courier.pay(delivery, 5.2)
+    assert delivery.place is Place.STORED
+    world.store(delivery)
+    world.retry(delivery)
+    world.ack(2)
+    assert heir.result(0).confirmed
+    assert world.keeper.rows == {}
+
+
+def test_the_store_is_silent_about_a_suspect(world: World) -> None:
+    """It was sent again meanwhile, and its error counts that attempt."""
+    [delivery, _] = world.send("a", "b")
+    world.courier.expire(delivery, 5.0)
+    world.down(403)
+    world.up()
+    world.courier.pay(delivery, 5.2)
+    error = error_of(delivery)
+    assert isinstance(error, StoreError)
+    assert (error.attempts, error.possibly_sent) == (2, True)
+
+
+def test_what_is_entrusted_keeps_its_row(world: World) -> None:
+    """It was claimed a moment before the end, and comes back only after it."""
+    world.keeper.durable = True
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.store(delivery)
+    farewell = world.courier.farewell
+    farewell._durable = True
+    farewell.abandon([delivery], (), 1.0)
+    assert not delivery.open
+    world.courier.readmit(delivery, 1.0)
+    assert list(world.keeper.rows) == [delivery]
+    assert world.keeper.settled == []
 
 
 def test_abandon_at_close(world: World) -> None:

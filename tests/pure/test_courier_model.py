@@ -378,6 +378,7 @@ class CourierMachine(RuleBasedStateMachine):
         self.answers_stand()
         self.circuit()
         self.nothing_is_left_behind()
+        self.flushed()
         self.forget_the_retired()
 
     def one_place(self) -> None:
@@ -444,6 +445,13 @@ class CourierMachine(RuleBasedStateMachine):
             ends = record.delivery in ordered or house.stuck
             assert not record.ends or ends, "I2: it leaves a row"
 
+    def flushed(self) -> None:
+        """`flush` gives 0 only where no row is left, but for those that are about to be deleted."""
+        house = self.house
+        left = house.gate.inside() or house.keeper.depth.total or not house.keeper.known
+        if not (left or house.ordered or house.mailbox or house.stuck):
+            assert all(record.shared for record in house.left_rows()), "a row is left"
+
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""
         for delivery, record in list(self.live.items()):
@@ -460,13 +468,15 @@ class CourierMachine(RuleBasedStateMachine):
         house.store.stumbles.clear()
         house.store.meanwhile.clear()
         self._everyone_is_told()
+        self.hurried = self.hurried or house.closing  # rows are verified once, when a close begins
         if self.fair and not house.closing and not house.setup.puts:
             self._stop_the_faults()
         house.shelve()
         house.channel = None
         while house.store.durable and house.ordered and not self.hurried:
             house.keep_house()
-        house.drain(PLENTY)
+        if not self.hurried:
+            house.drain(PLENTY)
         shelf = house.keeper.shelf
         house.courier.farewell.abandon(shelf.deliveries(), frozenset(shelf.rowless), clock.now)
         house.drain(PLENTY)
@@ -512,7 +522,8 @@ class CourierMachine(RuleBasedStateMachine):
         house = self.house
         for delivery, record in house.records.items():
             if delivery.place is Place.MAILBOX and not record.ends:
-                house.withdraw(delivery)  # turned away too late: its publisher's own wait ends
+                assert delivery in house.submits or self._waits(delivery), "nothing waits for it"
+                house.withdraw(delivery)  # its publisher's own wait ends
             if not record.ends and not delivery.open:
                 assert house.store.durable, "I20: entrusted to a store that does not last"
                 continue
@@ -531,7 +542,8 @@ class CourierMachine(RuleBasedStateMachine):
             assert not record.ends or house.stuck, "a row outlives its message"
         rows = {slot.record.envelope.message_id for slot in house.store.slots().values()}
         for delivery, record in house.records.items():
-            if not (record.ends or record.robbed or record.elsewhere):
+            unseen = record.stolen and (self.hurried or house.stuck)
+            if not (record.ends or record.robbed or record.elsewhere or unseen):
                 assert delivery.envelope.message_id in rows, "entrusted, and lost"
 
 
@@ -566,6 +578,49 @@ def test_an_interrupt_before_the_row_is_there() -> None:
     machine.interrupt(pick=1, hit=True)
     machine.teardown()
     assert [record.ends for record in machine.house.records.values()] == [["given back"]] * 2
+
+
+def stored_and_sent_again(**fields: int) -> CourierMachine:
+    """Give a producer whose one message has a row, and is in flight for the second time."""
+    machine = CourierMachine()
+    machine.begin(fair=False, connected=True, **fields)
+    message = {"count": 1, "exchange": "x", "properties": NO_PROPERTIES, "cut": ""}
+    machine.publish(retry=True, seen=True, waits=True, **message)
+    machine.settle(pick=1, multiple=False, good=False)
+    machine.the_retry_thread_works(1000)
+    clock.now += SWEEP
+    machine.the_retry_thread_works(1)
+    machine.the_io_thread_looks(1000)
+    return machine
+
+
+def test_a_put_that_never_answers() -> None:
+    """What the store has lost is not forgotten where it is silent about the new row."""
+    machine = stored_and_sent_again(durable=True, puts=2)
+    machine.rows_are_gone(pick=0, everything=True)
+    machine.settle(pick=2, multiple=False, good=False)
+    for _ in range(3):
+        clock.now += SWEEP
+        machine.the_retry_thread_works(1000)
+        machine.check()
+    assert machine.house.stuck
+    machine.teardown()
+    [record] = machine.house.records.values()
+    assert record.ends == ["given back"]
+
+
+def test_a_row_that_cannot_be_deleted_is_left() -> None:
+    """Although the broker has its message, `flush` does not give 0 before the row is gone."""
+    machine = stored_and_sent_again()
+    machine.the_store_stumbles("done")
+    machine.settle(pick=2, multiple=False, good=True)
+    machine.the_retry_thread_works(1000)
+    machine.check()
+    known = [machine.house.keeper.known]
+    clock.now += SWEEP
+    machine.the_retry_thread_works(1)
+    assert [*known, machine.house.keeper.known] == [False, True]
+    assert not machine.house.store.slots()
 
 
 BATCH = 25_000

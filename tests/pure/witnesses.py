@@ -171,6 +171,9 @@ class Channel:
             record.letters += 1
         else:
             record.sends += 1
+            allowed = 1 + self._house.setup.max_retries + delivery.unrouted
+            suspects = record.suspected
+            assert suspects or record.sends <= allowed, "I14: one attempt too many"
 
     def settle(self, tag: int, *, multiple: bool) -> list[tuple[Record, bool]]:
         """Give who is settled by a tag, and whether it had been returned."""
@@ -205,6 +208,9 @@ class Sink(EventSink):
         record = self._house.record(delivery)
         stored = self._house.keeper.shelf.claim_of(delivery) or record.stolen
         assert stored, "I20: deferred before it was stored"
+        astray = self._house.keeper.shelf.astray.get(delivery)
+        known = astray is None or astray.told or record.elsewhere
+        assert known, "I20: deferred while nobody knows where its row is"
         assert record.retry, "I2: retry=False, and deferred"
         assert not isinstance(record.told, PublishError), "I4: deferred after the call has raised"
 
@@ -219,9 +225,10 @@ class Sink(EventSink):
         assert error.possibly_sent or not hidden, "I13: it may be there"
         written = record.writes or record.lapsed
         assert written or not error.possibly_sent, "I13: it was never written"
-        promised = isinstance(record.told or record.answer, Receipt)
-        kept = self._house.closing or record.robbed or not promised
-        assert kept, "I2: the call has returned, and it is dropped"
+        said = record.told or record.answer
+        if isinstance(said, Receipt) and not record.robbed:
+            assert self._house.closing, "I2: the call has returned, and it is dropped"
+            assert record.stolen or not said.durable, "I20: durable, and given back"
         self._end(delivery, "given back")
 
     def _end(self, delivery: Delivery, end: str) -> None:
