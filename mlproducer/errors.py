@@ -71,7 +71,8 @@ def frameless(call: _Call) -> _Call:
     """Decorate a function so that errors of ours leave it without the frames in which they arose.
 
     Error reporters send the local variables of a traceback's frames, and those below here hold
-    passwords or users' texts. For the same reason nothing stays chained to the error.
+    passwords or users' texts. For the same reason nothing stays chained to the error. An argument
+    that the function does not take, or lacks, is a `TypeError` of this frame, which holds them too.
     """
 
     @functools.wraps(call)
@@ -80,6 +81,9 @@ def frameless(call: _Call) -> _Call:
             return call(*args, **kwargs)
         except MLProducerError as error:
             problem = error.with_traceback(None)
+        except BaseException:
+            del args, kwargs
+            raise
         del args, kwargs
         problem.__cause__ = problem.__context__ = None
         raise problem

@@ -35,7 +35,7 @@ class Outcome(enum.Enum):
 
 
 @frameless_init
-@frozen(kw_only=True)
+@frozen(kw_only=True, slots=False)
 class Message:
     """A message of any content, published as it stands.
 
@@ -86,8 +86,9 @@ class Message:
         shapes.boolean("mandatory", self.mandatory)
         if self.headers is not None:
             object.__setattr__(self, "headers", shapes.headers("headers", self.headers))
+        given = vars(self)
         for name, check in _OPTIONAL:
-            value = getattr(self, name)
+            value = given[name]
             if value is not None:
                 check(name, value)
 

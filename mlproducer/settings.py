@@ -79,6 +79,13 @@ def _check_text(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
         raise ConfigurationError(f"{attribute.name} must be a str that is not empty")
 
 
+def _check_tls(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
+    if value is not None and not isinstance(value, TLSSettings):
+        raise ConfigurationError(
+            f"{attribute.name} must be a mlproducer.TLSSettings, got {_shown(value)}"
+        )
+
+
 def _check_prefix(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if not isinstance(value, str) or len(value.encode(errors="replace")) > 100:
         raise ConfigurationError(f"{attribute.name} must be a str of at most 100 bytes")
@@ -152,7 +159,7 @@ class Settings:
         default="PLAIN", validator=_one_of(AUTH_MECHANISMS)
     )
     connection_name: str | None = field(default=None, validator=_check_text)
-    tls: TLSSettings | None = None
+    tls: TLSSettings | None = field(default=None, validator=_check_tls)
     heartbeat: int = field(default=60, validator=_number(0, 65_535, whole=True))
     connection_timeout: float = field(default=10.0, validator=_seconds)
     prefetch: int = field(default=100, validator=_number(1, 65_535, whole=True))

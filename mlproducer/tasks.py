@@ -59,7 +59,7 @@ class Route:
     name: str
 
 
-@frozen(kw_only=True)
+@frozen(kw_only=True, slots=False)
 class _Sending:
     """How a task is sent, whatever it is about.
 
@@ -71,12 +71,12 @@ class _Sending:
     :ivar expires: seconds after the publishing, or the moment, after which no worker runs it
     """
 
-    task_id: str | None = field(repr=False)
-    headers: Mapping[str, Any] = field(repr=False)
-    priority: int | None = field(repr=False)
-    countdown: float | None = field(repr=False)
-    eta: datetime | None = field(repr=False)
-    expires: float | datetime | None = field(repr=False)
+    task_id: str | None = field(default=None, repr=False)
+    headers: Mapping[str, Any] = field(factory=dict, repr=False)
+    priority: int | None = field(default=None, repr=False)
+    countdown: float | None = field(default=None, repr=False)
+    eta: datetime | None = field(default=None, repr=False)
+    expires: float | datetime | None = field(default=None, repr=False)
 
     @property
     def ordinary(self) -> bool:
@@ -91,8 +91,8 @@ class _Sending:
         )
 
 
-_ORDINARY = dict.fromkeys(("task_id", "headers", "priority", "countdown", "eta", "expires"))
-_NOTHING = (None,) * len(_ORDINARY)
+_NOTHING = (None,) * 6
+_ORDINARY: dict[str, Any] = {}
 
 
 def _sending(
@@ -103,10 +103,10 @@ def _sending(
     eta: datetime | None,
     expires: float | datetime | None,
 ) -> dict[str, Any]:
-    """Check the fields of `_Sending`, all of which are optional."""
+    """Check the fields of `_Sending`, all of which are optional, and give those that were given."""
     given = (task_id, headers, priority, countdown, eta, expires)
     if given == _NOTHING:
-        return {**_ORDINARY, "headers": {}}
+        return _ORDINARY
     if eta is not None and countdown is not None:
         raise InvalidTaskError("eta and countdown are both given; accepted is one of them")
     optional = shapes.optional
@@ -126,13 +126,13 @@ def _own_headers(headers: Mapping[str, Any]) -> Any:
     taken |= {name for name in kept if name.startswith("_")}
     if taken:
         raise InvalidTaskError(
-            f"headers has {', '.join(sorted(taken))}; accepted are names that Celery's workers "
-            "do not use"
+            f"headers has {', '.join(sorted(map(shapes.word, taken)))}; accepted are names that "
+            "Celery's workers do not use"
         )
     return kept
 
 
-@frozen
+@frozen(slots=False)
 class MLTask(_Sending):
     """What the machine-learning tasks have in common.
 
@@ -164,7 +164,7 @@ def _thawed(value: Any) -> Any:
     return list(map(_thawed, value)) if isinstance(value, (list, tuple)) else value
 
 
-@frozen
+@frozen(slots=False)
 class _ShareTask(MLTask):
     """A task about one share.
 
@@ -198,7 +198,7 @@ class _ShareTask(MLTask):
         raise NotImplementedError
 
 
-@frozen(init=False)
+@frozen(init=False, slots=False)
 class _ContentTask(_ShareTask):
     """A task about a share's text.
 
@@ -237,7 +237,7 @@ class _ContentTask(_ShareTask):
         return self.content
 
 
-@frozen(init=False)
+@frozen(init=False, slots=False)
 class SummarizationTask(_ContentTask):
     """Summarize a text.
 
@@ -258,7 +258,7 @@ class SummarizationTask(_ContentTask):
     options_shape = shapes.SUMMARY_OPTIONS
 
 
-@frozen(init=False)
+@frozen(init=False, slots=False)
 class TranscriptionTask(_ShareTask):
     """Transcribe a recording.
 
@@ -304,7 +304,7 @@ class TranscriptionTask(_ShareTask):
         return {"mediaUrl": self.media_url}
 
 
-@frozen(init=False)
+@frozen(init=False, slots=False)
 class EmbeddingTask(_ContentTask):
     """Compute the embeddings of a text.
 
@@ -326,7 +326,7 @@ class EmbeddingTask(_ContentTask):
     options_shape = shapes.EMBEDDING_OPTIONS
 
 
-@frozen(init=False)
+@frozen(init=False, slots=False)
 class EmbeddingBatchTask(MLTask):
     """Compute the embeddings of several texts in one task.
 
@@ -389,7 +389,7 @@ def _batch_item(index: int, item: Any) -> EmbeddingTask:
         raise InvalidTaskError(f"{name}.{error}") from None
 
 
-@frozen(init=False)
+@frozen(init=False, slots=False)
 class CeleryTask(_Sending):
     """A Celery task of any name.
 

@@ -21,6 +21,7 @@ from math import isfinite
 from typing import Any
 
 from mlproducer.errors import InvalidMessageError, MessageTooLargeError
+from mlproducer.shapes import NO_HISTORY, is_history
 
 FRAME_MAX = 131_072
 """What RabbitMQ and pika negotiate unless told otherwise, in bytes."""
@@ -95,6 +96,8 @@ def table_entries(field: str, mapping: Mapping[str, Any], depth: int = 1) -> byt
             raise InvalidMessageError(
                 f"{field} holds {key}, which RabbitMQ takes for more routing keys; not accepted"
             )
+        if key == "x-death" and depth == 1 and not is_history(value):
+            raise InvalidMessageError(f"{field}.x-death is {NO_HISTORY}")
         pieces.append(short_string(f"a key of {field}", key))
         pieces.append(_value(field, value, depth))
     return b"".join(pieces)

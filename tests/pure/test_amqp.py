@@ -216,6 +216,14 @@ for _ in range(2_000):
 LOOP: dict[str, Any] = {}
 LOOP["a"] = LOOP
 
+NO_HISTORIES: list[Any] = [
+    *([CANARY], [1], [[{}]], [{"count": CANARY}], [{"count": 1.5}], [{"count": True}]),
+    *([{"count": None}], [{}, {"count": 1, "queue": CANARY}, None]),
+]
+HISTORIES: list[Any] = [
+    *([], [{}], [{"count": 2**40, "queue": "q", "reason": "expired"}], CANARY, None, {"a": 1}, 5),
+]
+
 BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"body": CANARY}, ("body", "str", "bytes")),
     ({"body": None}, ("body", "missing")),
@@ -253,6 +261,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"headers": {"a": {"é" * 128: 1}}}, ("headers.a", "key of 256 bytes")),
     ({"headers": {"CC": [CANARY]}}, ("headers", "CC")),
     ({"headers": {"BCC": [CANARY]}}, ("headers", "BCC")),
+    *(({"headers": {"x-death": deaths}}, ("headers.x-death", "count")) for deaths in NO_HISTORIES),
     ({"priority": 300}, ("priority", "0 to 255")),
     ({"priority": -1}, ("priority", "0 to 255")),
     ({"priority": "1"}, ("priority", "str")),
@@ -290,6 +299,19 @@ def is_refused(fields: dict[str, Any], words: tuple[str, ...]) -> None:
 def encode(fields: dict[str, Any]) -> Any:
     """Make a message with these fields, and encode it."""
     return raw.encode(Message(**{"body": b"", "routing_key": "q", **fields}), exchange="x")
+
+
+def test_a_history_of_deaths_is_such_as_the_broker_reads() -> None:
+    """A queue's process would crash over any other when it dead-letters the message."""
+    for deaths in HISTORIES:
+        encode({"headers": {"x-death": deaths, "a": {"x-death": NO_HISTORIES[0]}}})
+    for deaths in NO_HISTORIES:  # as a hook may add it, which no constructor has seen
+        refused(
+            lambda deaths=deaths: amqp.table("headers", {"x-death": deaths}),
+            InvalidMessageError,
+            "x-death",
+            inside=True,
+        )
 
 
 @pytest.mark.parametrize("fields", [{"body": "text"}, {"routing_key": 5}, {"headers": []}])

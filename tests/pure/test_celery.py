@@ -258,6 +258,8 @@ BAD = [
     (lambda: simple(headers={"a": DEEP}), "headers", "levels"),
     (lambda: simple(headers={"CC": [CANARY]}), "headers", "CC"),
     (lambda: simple(headers={"BCC": [CANARY]}), "headers", "BCC"),
+    (lambda: simple(headers={"x-death": [CANARY]}), "headers.x-death", "tables"),
+    (lambda: simple(headers={f"_{CANARY}": 1}), "headers", "(key)"),
     (lambda: simple(headers={"é" * 128: 1}), "headers", "key of 256 bytes"),
     (
         lambda: EmbeddingTask("s", {"text": "t", "metadata": {"a": NOW}}),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 
 import mlproducer
-from mlproducer import errors
+from mlproducer import Message, Settings, SummarizationTask, errors
 from tests.pure.refusals import CANARY, tells_nothing
 from tests.pure.tables import each_row
 
@@ -134,3 +135,20 @@ def test_frameless() -> None:
         call(CANARY)
     tells_nothing(caught.value)
     assert caught.value.__context__ is caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Settings(url=f"amqp://user:{CANARY}@host/", no_such_field=1),  # type: ignore[call-arg]
+        lambda: Settings(url=f"amqp://user:{CANARY}@host/", tls=CANARY),  # type: ignore[arg-type]
+        lambda: SummarizationTask("s", {"text": CANARY}, no_such_field=1),  # type: ignore[call-arg]
+        lambda: Message(body=CANARY.encode(), key="k"),  # type: ignore[call-arg]
+    ],
+    ids=["setting", "tls", "task", "message"],
+)
+def test_arguments_of_a_wrong_call_are_in_no_frame(call: Callable[[], object]) -> None:
+    """A slip of the pen is an error of Python's own, which would show the arguments beside it."""
+    with pytest.raises((TypeError, errors.ConfigurationError)) as caught:
+        call()
+    tells_nothing(caught.value)

@@ -27,9 +27,9 @@ def wait_for(child):
 """
 
 
-def run_script(text: str, broker: FakeBroker, **settings: Any) -> str:
+def run_script(text: str, broker: FakeBroker, *, before: str = "", **settings: Any) -> str:
     """Run a program of its own that forks, and give its output."""
-    head = HEAD.format(url=broker.url, settings={**QUICK, **settings})
+    head = before + HEAD.format(url=broker.url, settings={**QUICK, **settings})
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", head + textwrap.dedent(text)],
         capture_output=True,
@@ -77,6 +77,32 @@ def test_a_fork_that_runs_no_hooks(serve: Serve) -> None:
     assert set(seen.values()) == {1}
     assert seen.keys() >= {"parent", "child", "other", "parent again"}
     assert broker.accepted == 4
+
+
+def test_a_fork_that_runs_no_hooks_where_the_kernel_wipes_nothing(serve: Serve) -> None:
+    """Then the process id tells it."""
+    broker = serve()
+    run_script(
+        """
+        from mlproducer import forks
+        producer = MLProducer(settings)
+        producer.publish(message("parent"))
+        assert isinstance(forks._process.begun, forks._Pid)
+        time.sleep(0.3)
+        child = ctypes.PyDLL(None).fork()
+        if child == 0:
+            assert producer.publish(message("child")).confirmed
+            producer.close(1)
+            os._exit(0)
+        wait_for(child)
+        assert producer.publish(message("parent again")).confirmed
+        producer.close()
+        """,
+        broker,
+        before="import mmap; del mmap.MAP_ANONYMOUS",
+        retry_sweep_interval=60.0,
+    )
+    assert names(broker) == {"parent": 1, "child": 1, "parent again": 1}
 
 
 def test_a_fork_that_runs_no_hooks_and_a_file_that_is_open(serve: Serve, tmp_path: Path) -> None:
