@@ -22,7 +22,7 @@ from mlproducer.core.delivery import Delivery, Place
 from mlproducer.core.ports import Desk
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.scribe import End, Note, Put, Scribe
-from mlproducer.engine.shelf import Shelf, record_of
+from mlproducer.engine.shelf import Shelf, record_of, wall_clock
 from mlproducer.engine.threads import TimerThread
 from mlproducer.errors import StoreError, UnroutableError
 from mlproducer.latch import Latch
@@ -178,13 +178,13 @@ class Keeper:
         room = min(sum(ready.values()), self._gate.room())
         if room == 0:
             return
-        now = time.monotonic()
+        now, epoch = time.monotonic(), wall_clock()
         rows = self._store.claim(room)
         self.hurries = bool(rows)
         self._gate.share(backlog=self.hurries)
         taken = []
         for row in rows:
-            delivery = self.shelf.take(row, now)
+            delivery = self.shelf.take(row, now, epoch)
             if not delivery.open:
                 self.settle(delivery)  # it was given back, and its row left to whoever held it
             elif delivery.place is Place.IN_FLIGHT:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping, Sequence
 from datetime import datetime, timezone
+from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -154,19 +155,23 @@ class Shelf:
         claim = claim or self._expected.get(delivery)
         return claim or (None if astray is None else astray.claim)
 
-    def take(self, row: Row, now: float) -> Delivery:
-        """Give the delivery of a row that was claimed; it is not open where it was given back."""
+    def take(self, row: Row, now: float, epoch: float) -> Delivery:
+        """Give the delivery of a row that was claimed; it is not open where it was given back.
+
+        :param epoch: what `wall_clock` says at ``now``
+        """
         delivery = self._parked.pop(row.claim.key, None)
         if delivery is None:
-            delivery = _revived(row.record, now)
+            delivery = _revived(row.record, now, epoch)
             delivery.open = self._durable  # memory forgets only what has found its end
-        self._last.pop(delivery, None)
-        self._expected.pop(delivery, None)
-        self.astray.pop(delivery, None)
-        delivery.envelope = row.record.envelope
-        delivery.attempts = max(delivery.attempts, row.record.attempts)
-        delivery.dead = delivery.dead or row.record.dead
-        delivery.doubtful = delivery.doubtful or row.record.doubtful
+        else:
+            self._last.pop(delivery, None)
+            self._expected.pop(delivery, None)
+            self.astray.pop(delivery, None)
+            delivery.envelope = row.record.envelope
+            delivery.attempts = max(delivery.attempts, row.record.attempts)
+            delivery.dead = delivery.dead or row.record.dead
+            delivery.doubtful = delivery.doubtful or row.record.doubtful
         self.hold(delivery, row.claim, now)
         return delivery
 
@@ -184,20 +189,21 @@ class Shelf:
 
 def record_of(delivery: Delivery, now: float) -> Record:
     """Write down what is known of a delivery."""
-    reason = delivery.reason
+    reason, failed = delivery.reason, delivery.first_failed
+    epoch = wall_clock()
     return Record(
         delivery.envelope,
         attempts=delivery.attempts,
         doubtful=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
         dead=delivery.dead,
         reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
-        first_failed_at=_epoch() - (now - delivery.first_failed) if delivery.first_failed else 0.0,
+        first_failed_at=epoch - (now - failed) if failed else 0.0,
         retry=delivery.policy,
-        accepted_at=_epoch() - (now - delivery.started),
+        accepted_at=epoch - (now - delivery.started),
     )
 
 
-def _revived(record: Record, now: float) -> Delivery:
+def _revived(record: Record, now: float, epoch: float) -> Delivery:
     """Make the delivery of a message that another process, or another life of this one, stored."""
     delivery = Delivery(record.envelope, Nobody(), started=now, deadline=now, answer_deferral=False)
     delivery.policy = record.retry
@@ -209,19 +215,23 @@ def _revived(record: Record, now: float) -> Delivery:
     if record.reason:
         delivery.reason = _error(record)
     if record.accepted_at:
-        delivery.started = now - max(0.0, _epoch() - record.accepted_at)
+        delivery.started = now - max(0.0, epoch - record.accepted_at)
     if record.first_failed_at:
-        delivery.first_failed = now - max(0.0, _epoch() - record.first_failed_at)
+        delivery.first_failed = now - max(0.0, epoch - record.first_failed_at)
     return delivery
 
 
 def _error(record: Record) -> PublishError:
     name, _, text = record.reason.partition(": ")
+    return _kind(name)(text, message_id=record.envelope.message_id, attempts=record.attempts)
+
+
+@lru_cache(maxsize=64)
+def _kind(name: str) -> type[PublishError]:
     kind = getattr(errors, name, PublishError)
-    known = isinstance(kind, type) and issubclass(kind, PublishError)
-    make = kind if known else PublishError
-    return make(text, message_id=record.envelope.message_id, attempts=record.attempts)
+    return kind if isinstance(kind, type) and issubclass(kind, PublishError) else PublishError
 
 
-def _epoch() -> float:
+def wall_clock() -> float:
+    """Give the seconds since the epoch."""
     return datetime.now(timezone.utc).timestamp()

@@ -178,6 +178,7 @@ _PIECES = (
     *("reason", "retry", "message_id", "task_type", "exchange", "routing_key", "properties"),
     "body",
 )
+_FIRST_LENGTH = 1 + len(_NUMBERS)
 
 READ = (
     "SELECT json_group_array(json_array(key, "
@@ -386,14 +387,15 @@ def found(numbers: str, content: bytes | None) -> Found:
     rows = []
     damaged = []
     whole = content or b""
+    routes: dict[Sequence[bytes], tuple[str, str, str]] = {}
     start = 0
     for each in json.loads(numbers):
         pieces = []
-        for length in each[1 + len(_NUMBERS) :]:
+        for length in each[_FIRST_LENGTH:]:
             end = start + (length or 0)
             pieces.append(whole[start:end])
             start = end
-        row = _row(each, pieces)
+        row = _row(each, pieces, routes)
         if row is None:
             damaged.append(each[0])
         else:
@@ -402,28 +404,37 @@ def found(numbers: str, content: bytes | None) -> Found:
     return Found(rows, damaged)
 
 
-def _row(numbers: Sequence[Any], pieces: Sequence[bytes]) -> Row | None:
+def _row(
+    numbers: Sequence[Any],
+    pieces: Sequence[bytes],
+    routes: dict[Sequence[bytes], tuple[str, str, str]],
+) -> Row | None:
+    """Read one row.
+
+    :param routes: the names that were read before, since most rows have the same ones
+    """
     key, token, state, attempts, doubtful, first_failed_at, accepted_at, checksum, *_ = numbers
-    reason, retry, *route, properties, body = pieces
+    reason, retry, message_id, task_type, exchange, routing_key, properties, body = pieces
     try:
         times = 0 <= first_failed_at <= LATEST and 0 <= accepted_at <= LATEST
         if not times or not 0 < token <= MOST_TOKEN or not 0 <= attempts <= MOST_ATTEMPTS:
             return None
-        if checksum != _checksum(b"\0".join(route), properties, body):
+        route = (task_type, exchange, routing_key)
+        if checksum != _checksum(b"\0".join((message_id, *route)), properties, body):
             return None
-        texts = [text.decode() for text in route]
-        envelope = Envelope(texts[0], texts[1], texts[2], texts[3], properties, body)
-        since = first_failed_at / MICROSECONDS
-        accepted = accepted_at / MICROSECONDS
+        names = routes.get(route)
+        if names is None:
+            names = routes[route] = task_type.decode(), exchange.decode(), routing_key.decode()
+        envelope = Envelope(message_id.decode(), *names, properties, body)
         record = Record(
             envelope,
             attempts,
             doubtful != 0,
             state == _DEAD,
             reason.decode(),
-            since,
-            accepted,
-            read_policy(retry.decode()),
+            first_failed_at / MICROSECONDS,
+            accepted_at / MICROSECONDS,
+            read_policy(retry.decode()) if retry else None,
         )
     except (ValueError, TypeError):
         return None
