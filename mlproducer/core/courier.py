@@ -406,17 +406,23 @@ class Courier:
             self._lanes.withdraw(delivery)
         self.judge.refused(delivery, error, now)
 
-    def withdrawn(self, deliveries: Iterable[Delivery], now: float) -> None:
-        """The rows of messages that go back to their publishers are deleted."""
-        for delivery in deliveries:
-            self.pay(delivery, now)
+    def withdrawn(self, deliveries: Iterable[Delivery], now: float, *, gone: bool) -> None:
+        """Messages go back to their publishers.
 
-    def pay(self, delivery: Delivery, now: float) -> None:
-        """Tell a publisher what it is owed, since the store has had its time."""
+        :param gone: their rows are deleted; else another process has them, and sends them
+        """
+        for delivery in deliveries:
+            self.pay(delivery, now, gone=gone)
+
+    def pay(self, delivery: Delivery, now: float, *, gone: bool = False) -> None:
+        """Tell a publisher what it is owed, since the store has had its time.
+
+        :param gone: its row is known to be gone; else another process may send the message
+        """
         owes = self.judge.owes(delivery) and not delivery.promised
         if owes and delivery.place is Place.WAITING:
             self._lanes.withdraw(delivery)  # a suspect, of which nothing could be stored
-        self.judge.pay(delivery, now)
+        self.judge.pay(delivery, now, gone=gone)
 
     def taken_over(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Another process has claimed their rows: it sends them, and they are not sent here.

@@ -177,17 +177,25 @@ class Judge:
         """Whether its publisher gets it back, and is told so once its row is gone."""
         return not isinstance(self.owed.get(delivery), StoreError | None)
 
-    def pay(self, delivery: Delivery, now: float) -> None:
-        """Tell what is owed, since its row is gone, or the store is silent."""
+    def pay(self, delivery: Delivery, now: float, *, gone: bool) -> None:
+        """Tell what is owed, since the store has had its time.
+
+        :param gone: its row is gone. Else that row, if there is one, may become another process's,
+            or is, and is sent: it has not been deleted, or its lease is over
+        """
         error = self.owed.get(delivery)
         if error is None or (isinstance(error, StoreError) and delivery.promised):
             return
         del self.owed[delivery]
         if not delivery.open:
             return
+        left = not isinstance(error, StoreError) or delivery.leased_until < now
+        if left and not gone:
+            delivery.doubtful, delivery.suspected = True, False
         if isinstance(error, StoreError):
             self.refused(delivery, error, now)
         else:
+            error.possibly_sent = error.possibly_sent or delivery.doubtful
             self._tell(delivery, error)
 
     def _tell(self, delivery: Delivery, error: PublishError) -> None:

@@ -119,8 +119,8 @@ class Desk(Protocol):
     def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """They could not be stored."""
 
-    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
-        """Their rows are gone."""
+    def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
+        """Their rows are gone, or are another process's, which sends them."""
 
     def taken_over(self, deliveries: Sequence[Delivery]) -> None:
         """Another process has claimed their rows, and sends them."""

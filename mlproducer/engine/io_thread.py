@@ -337,9 +337,9 @@ class IOThread:
         for delivery, error in refusals:
             self.courier.not_kept(delivery, error, time.monotonic())
 
-    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
+    def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
         """Tell publishers that their messages are their own again."""
-        self.courier.withdrawn(deliveries, time.monotonic())
+        self.courier.withdrawn(deliveries, time.monotonic(), gone=gone)
 
     def taken_over(self, deliveries: Sequence[Delivery]) -> None:
         """Send no more what another process has claimed."""

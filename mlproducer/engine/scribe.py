@@ -117,6 +117,8 @@ class _Count:
 
 Order = TypeVar("Order", Put, Note, End)
 
+_ENDS = (RowFate.CONFIRMED, RowFate.DEAD_LETTERED)
+
 TRACED = 500
 """Rows whose fate is asked for in one call."""
 
@@ -384,11 +386,10 @@ class Scribe:
                 delivery.leased_until = math.inf  # there is nothing that another could have
                 self._shelf.rowless[delivery] = astray.put or self._restoring(delivery)
         self._tell(vanished, lambda desk, some: desk.vanished(some))
-        for fate in (RowFate.CONFIRMED, RowFate.DEAD_LETTERED):
-            dead = fate is RowFate.DEAD_LETTERED
+        for fate in _ENDS:
             for delivery in by_fate[fate]:
                 self._shelf.drop(delivery)
-            self._tell(by_fate[fate], lambda desk, some, dead=dead: desk.learned(some, dead=dead))  # type: ignore[misc]
+            self._tell_end(by_fate[fate], fate)
 
     def _restoring(self, delivery: Delivery) -> Put:
         record = record_of(delivery, time.monotonic())
@@ -397,12 +398,38 @@ class Scribe:
     def _end(self, ends: Sequence[End]) -> None:
         claims = [self._shelf.claim_of(end.delivery) for end in ends]
         self._store.done([claim for claim in claims if claim is not None])
+        told = [(end.delivery, claim) for end, claim in zip(ends, claims, strict=True) if end.told]
+        fates = self._fates([claim for _, claim in told])
         for end in ends:
             self._shelf.drop(end.delivery)
             self._shelf.rowless.pop(end.delivery, None)
-        told = [end.delivery for end in ends if end.told]
-        self._tell(told, lambda desk, some: desk.withdrawn(some))
+        self._withdraw([delivery for delivery, _ in told], fates)
         self._done(ends)
+
+    def _fates(self, claims: Sequence[Claim | None]) -> list[RowFate]:
+        """Ask what became of rows that have just been deleted, unless they were another's by then.
+
+        So it was if the lease had ended while this process, or the store, was frozen.
+        """
+        held = [claim for claim in claims if claim is not None]
+        fates = iter(self._store.trace(held) if held else ())
+        return [RowFate.MISSING if claim is None else next(fates) for claim in claims]
+
+    def _withdraw(self, deliveries: Sequence[Delivery], fates: Sequence[RowFate]) -> None:
+        """Tell whose row is gone, and what another process does, or has done, with the others."""
+        by_fate: dict[RowFate, list[Delivery]] = {}
+        for delivery, fate in zip(deliveries, fates, strict=True):
+            by_fate.setdefault(fate, []).append(delivery)
+        for fate, some in by_fate.items():
+            if fate in _ENDS:
+                self._tell_end(some, fate)
+            else:
+                gone = fate is RowFate.MISSING
+                self._tell(some, partial(_say_withdrawn, gone=gone))
+
+    def _tell_end(self, deliveries: Sequence[Delivery], fate: RowFate) -> None:
+        dead = fate is RowFate.DEAD_LETTERED
+        self._tell(deliveries, lambda desk, some: desk.learned(some, dead=dead))
 
     def _done(self, orders: Sequence[Note] | Sequence[End]) -> None:
         """Count anew, if it can be done, where the orders have made a difference."""
@@ -435,6 +462,10 @@ class Scribe:
             if not desk.order(partial(say, desk, batch)):
                 unheard += batch
         return unheard
+
+
+def _say_withdrawn(desk: Desk, deliveries: list[Delivery], *, gone: bool) -> None:
+    desk.withdrawn(deliveries, gone=gone)
 
 
 def _open(puts: Sequence[Put]) -> None:

@@ -131,9 +131,11 @@ class House:
         for delivery, error in refusals:
             self.courier.not_kept(delivery, error, self.clock.now)
 
-    def withdrawn(self, deliveries: Sequence[Delivery]) -> None:
-        """Pass it on."""
-        self.courier.withdrawn(deliveries, self.clock.now)
+    def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
+        """Pass it on; what is another process's is sent there."""
+        for delivery in deliveries:
+            assert gone or self.record(delivery).shared, "there was no other process"
+        self.courier.withdrawn(deliveries, self.clock.now, gone=gone)
 
     def taken_over(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on."""
@@ -259,6 +261,8 @@ class House:
         """Let the time be over that the store has beyond a publisher's."""
         owing, self.owing = self.owing, []
         for delivery in owing:
+            if self.courier.judge.owes(delivery):
+                self.record(delivery).lapsed = True  # what it does not delete, others may send
             self.courier.pay(delivery, self.clock.now)
 
     def _turn_away(self, delivery: Delivery) -> None:

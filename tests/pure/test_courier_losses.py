@@ -260,7 +260,7 @@ def test_given_back_while_it_is_being_stored(world: World) -> None:
     assert world.keeper.withdrawn == [delivery]
     world.courier.kept([delivery], 5.0)
     assert not delivery.answer.done()
-    world.courier.withdrawn([delivery], 5.0)
+    world.courier.withdrawn([delivery], 5.0, gone=True)
     assert isinstance(error_of(delivery), BrokerRejectedError)
 
 

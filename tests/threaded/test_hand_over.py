@@ -14,13 +14,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from mlproducer import MLProducer, Outcome, Settings
-from mlproducer.errors import ConfirmTimeoutError, PublishError, StoreError
+from mlproducer.errors import (
+    ConfirmTimeoutError,
+    NotConnectedError,
+    PublishError,
+    RetriesExhaustedError,
+    StoreError,
+)
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection, ReceivedMessage
@@ -34,6 +41,7 @@ class Odd(MemoryStore):
 
     :ivar before: is called with each put's entries, before they are stored
     :ivar stored: is called after each put that has stored something
+    :ivar ending: is called before each deletion
     :ivar failing: calls that fail, once each
     :ivar elsewhere: how rows ended that another process has deleted, by key
     """
@@ -48,6 +56,7 @@ class Odd(MemoryStore):
         self.before: Callable[[list[Entry]], object] = len
         self.stored: Callable[[], object] = lambda: None
         self.claimed: Callable[[], object] = lambda: None
+        self.ending: Callable[[], object] = lambda: None
         self.failing: set[str] = set()
         self.elsewhere: dict[int, RowFate] = {}
 
@@ -60,6 +69,11 @@ class Odd(MemoryStore):
         if new:
             self.stored()
         return claims
+
+    def done(self, claims: Sequence[Claim]) -> None:
+        """Delete, once the test lets it."""
+        self.ending()
+        super().done(claims)
 
     def depth(self) -> Depth:
         """Count, or fail."""
@@ -156,6 +170,45 @@ def test_a_put_that_is_answered_too_late(serve: Serve) -> None:
             told.set()
             assert not producer.publish(make_message("after")).confirmed
         assert producer.flush(LIMIT) == 0
+    assert ids(broker) == ["after"]
+    assert not store._slots
+
+
+def test_what_another_process_has_is_not_given_back_as_never_sent(serve: Serve) -> None:
+    """The lease was over before the row was withdrawn, and so the other one sends the message."""
+    broker, store = serve(), Odd(ahead=True)
+    store.stored = store.take_over
+    with produce(broker, store) as producer, away(broker):
+        with pytest.raises(NotConnectedError) as caught:
+            producer.publish(make_message("m"), retry=False)
+        assert (caught.value.attempts, caught.value.possibly_sent) == (0, True)
+
+
+@pytest.mark.parametrize("fate", [RowFate.CONFIRMED, RowFate.DEAD_LETTERED])
+def test_what_another_process_has_ended_is_not_given_back(serve: Serve, fate: RowFate) -> None:
+    """Its publisher is told how it ended."""
+    broker, store = serve(), Odd(ahead=True)
+    store.stored = lambda: store.deliver_elsewhere(store.take_over(), fate)
+    with produce(broker, store) as producer, away(broker):
+        if fate is RowFate.CONFIRMED:
+            assert producer.publish(make_message("m"), retry=False).confirmed
+        else:
+            with pytest.raises(RetriesExhaustedError):
+                producer.publish(make_message("m"), retry=False)
+
+
+def test_a_deletion_that_is_not_answered_leaves_a_doubt(serve: Serve) -> None:
+    """What is still in the store when it is given back is sent by others, if the lease runs out."""
+    broker, store = serve(), Odd(ahead=True)
+    told = threading.Event()
+    store.ending = partial(told.wait, LIMIT)
+    with produce(broker, store) as producer:
+        with away(broker):
+            with pytest.raises(NotConnectedError) as caught:
+                producer.publish(make_message("m"), timeout=0.2, retry=False)
+            assert (caught.value.attempts, caught.value.possibly_sent) == (0, True)
+            told.set()
+        assert producer.publish(make_message("after")).result(LIMIT).confirmed
     assert ids(broker) == ["after"]
     assert not store._slots
 
