@@ -208,7 +208,7 @@ def test_going_back_is_no_suspect(world: World) -> None:
     close_over(world, 404)
     assert world.carrier.written == [("other", 1)]
     assert world.door.left == [late]
-    world.courier.withdrawn([late], world.now)
+    world.courier.withdrawn([late], world.now, gone=True)
     assert late.place is Place.RETIRED
     assert isinstance(error_of(late), ConfirmTimeoutError)
     world.ack(1)
