@@ -22,6 +22,7 @@ from mlproducer.cli import (
     demo,
     monitoring,
     publish,
+    relay,
     reliability,
     topology,
 )
@@ -40,6 +41,7 @@ COMMANDS = {
     "dead-letters": dead_letters,
     "reliability": reliability,
     "monitoring": monitoring,
+    "relay": relay,
     "topology": topology,
 }
 

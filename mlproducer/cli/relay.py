@@ -1,0 +1,119 @@
+"""``mlproducer relay``: deliver what waits in the store, and do nothing else.
+
+Several relays share the work: each claims rows of its own. At SIGTERM or Ctrl-C one takes no more
+rows, waits for the confirms of what is under way, gives back what it could not deliver, and ends.
+
+Runs on: the main thread; all work is done by a producer's threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+from contextlib import ExitStack
+
+from mlproducer import MLProducer, Settings
+from mlproducer.cli.output import Console, UsageError
+from mlproducer.outbox import schema
+from mlproducer.store_url import NAME, read_postgresql
+from mlproducer.wsgi import serve
+
+HELP = "deliver what waits in the store, until it is terminated"
+DESCRIPTION = (
+    "Deliver the messages that wait in the store of ML_STORE_URL, those of outboxes above all, to "
+    "the broker in RABBITMQ_URL. Several relays share the work. SIGTERM and Ctrl-C end it once "
+    "what is under way is confirmed or given back; then the exit code is 0."
+)
+LOG_LEVEL = logging.WARNING
+
+DRAIN = 10.0
+"""Seconds for what is under way at the end."""
+
+IDLE = 3600.0
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add where to serve health and metrics, and what to do about the table."""
+    parser.add_argument(
+        "--port", type=int, help="serve /health and /metrics over HTTP on this port"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="serve them at this address; 0.0.0.0: at all"
+    )
+    table = parser.add_mutually_exclusive_group()
+    table.add_argument(
+        "--create-table",
+        action="store_true",
+        help="make the table of a postgresql:// store unless it is there, and end",
+    )
+    table.add_argument(
+        "--print-sql", action="store_true", help="print the SQL that makes the table, and end"
+    )
+
+
+def run(arguments: argparse.Namespace, console: Console) -> bool:
+    """Make the table, print how it is made, or relay until terminated.
+
+    :raises UsageError: the store is none that others can leave messages in
+    :raises ConfigurationError: no broker is named, or a setting does not parse
+    :raises StoreError: the table cannot be made
+    """
+    settings = Settings.from_env()
+    if arguments.print_sql or arguments.create_table:
+        return _table(settings, console, create=arguments.create_table)
+    if settings.store_url.startswith("memory:"):
+        raise UsageError(
+            f"{NAME} is memory://, in which no other process can leave anything: name the store "
+            "that is to be emptied, such as postgresql://user:password@host/database"
+        )
+    with console.deferring_sigterm():
+        report = _relay(settings, arguments, console)
+        if console.terminated:
+            console.terminated = False  # that was the order to end, and it has been obeyed
+    console.say(f"ended: {report['confirmed']} confirmed at the end, {report['stored']} wait")
+    console.emit({"ok": True, **report})
+    return True
+
+
+def _table(settings: Settings, console: Console, *, create: bool) -> bool:
+    if not settings.store_url.startswith("postgresql:"):
+        raise UsageError(f"{NAME} must be postgresql://...: other stores make their own files")
+    address = read_postgresql(settings.store_url)
+    text = schema(address.table)
+    if create:
+        from mlproducer.stores.postgres import PostgreSQLStore  # noqa: PLC0415 - an extra
+
+        store = PostgreSQLStore(settings.store_url)
+        try:
+            store.create()
+        finally:
+            store.close()
+        console.say(f"{address.name} has the table {address.table}")
+        console.emit({"ok": True, "store": address.name, "table": address.table})
+    else:
+        console.detail(text.rstrip())
+        console.emit({"sql": text})
+    return True
+
+
+def _relay(
+    settings: Settings, arguments: argparse.Namespace, console: Console
+) -> dict[str, int | str]:
+    producer = MLProducer(settings)
+    with ExitStack() as stack:
+        try:
+            if arguments.port is not None:
+                server = serve(producer, arguments.port, arguments.host)
+                stack.callback(server.close)
+                console.say(f"health and metrics: http://{arguments.host}:{server.port}/")
+            producer.start()
+            console.say("relaying; SIGTERM or Ctrl-C ends it")
+            with console.interruptible():
+                while True:
+                    threading.Event().wait(IDLE)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            report = producer.close(DRAIN)
+    return {"confirmed": report.confirmed, "stored": report.stored}
