@@ -5,6 +5,10 @@ writes the task into the store's table with the business rows, and COMMIT decide
 COMMIT on the row is a stored message like any other: a producer on that store, in this process or
 another, or ``mlproducer relay``, sends it until it is confirmed or dead-lettered.
 
+For development it does so in SQLite too. There the store has a file of its own, and no transaction
+spans two; so the row waits in a table of the application's file, from which `Mover`, in
+``mlproducer relay --outbox FILE``, takes it to the store: stored first, deleted then.
+
 Runs on: the application's threads.
 """
 
@@ -28,13 +32,15 @@ from mlproducer.settings import RetryPolicy, Settings
 from mlproducer.store_url import NAME, TABLE, check_table, read_postgresql
 from mlproducer.stores import postgres_rows as rows
 from mlproducer.stores import postgres_sql as sql
-from mlproducer.stores.protocol import Claim, policy_text
+from mlproducer.stores.protocol import Claim, Entry, Store, policy_text
 from mlproducer.wire.encode import Task
 
 __all__ = ["add", "schema"]
 
-Execute = Callable[[str, Mapping[str, Any]], int]
-"""Carries out a statement with named parameters, ``:name``, and gives the key that it returns."""
+Execute = Callable[[str, Mapping[str, Any]], Any]
+"""Carries out a statement with parameters ``:name``, and gives what it returns, if it does."""
+
+POSTGRESQL, SQLITE = "postgresql", "sqlite"
 
 
 @frameless
@@ -48,10 +54,11 @@ def add(
     a savepoint too, it never was.
 
     :param connection: a Django connection, a SQLAlchemy ``Session`` or ``Connection``, or a
-        psycopg 3 ``Connection``, to the database that the store's URL names
+        psycopg 3 ``Connection``, to the database that the store's URL names; or, for development,
+        to SQLite through Django or SQLAlchemy
     :param retry: false: it is dead-lettered after the first attempt that fails
     :param producer: whose settings and hooks apply, and which learns the message's fate; ``None``
-        is the one producer of this process whose store is in PostgreSQL, or, where there is none,
+        is the one producer of this process whose store is of that kind, or, where there is none,
         what the environment says
     :returns: a receipt, DEFERRED and durable, whose `result()` gives the fate after COMMIT as long
         as that producer runs in this process
@@ -60,13 +67,19 @@ def add(
         that is known, or no producer has a store in PostgreSQL
     """
     started = time.monotonic()
-    execute = _executor(connection)
-    chosen = producer or _chosen()
-    table = _table(chosen)
+    kind, execute = _executor(connection)
+    chosen = producer or _chosen(kind)
+    table = _table(chosen) if kind == POSTGRESQL else ""
     envelope, policy = chosen.prepare(task, retry=retry)
     token, values = _row(envelope, policy, followed=chosen.running)
-    key = execute(_insert(table), {**values, "token": token, "channel": sql.channel(table)})
-    return _receipt(chosen, envelope, policy, Claim(key, token), started)
+    if table:
+        key = execute(_insert(table), {**values, "token": token, "channel": sql.channel(table)})
+        claim = Claim(key, token)
+    else:
+        execute(_SQLITE_TABLE, {})
+        execute(_SQLITE_INSERT, {each: values[each] for each in _KEPT})
+        claim = None
+    return _receipt(chosen, envelope, policy, claim, started)
 
 
 def schema(table: str = TABLE) -> str:
@@ -80,20 +93,17 @@ def schema(table: str = TABLE) -> str:
 # --- whose settings ------------------------------------------------------------------------------
 
 
-def _chosen() -> MLProducer:
-    """Give the producer of this process that has its store in PostgreSQL."""
-    fitting = [each for each in list(made) if _fits(each) and not each.closed]
+def _chosen(kind: str) -> MLProducer:
+    """Give the producer of this process that has its store in that kind of database."""
+    known = [each for each in list(made) if not each.closed]
+    fitting = [each for each in known if each.settings.store_url.startswith(f"{kind}:")]
     places = {each.settings.store_url for each in fitting}
     if len(places) > 1:
         raise ConfigurationError(
-            "several producers have a store in PostgreSQL: outbox.add(..., producer=...) names one"
+            f"several producers have a {kind} store: outbox.add(..., producer=...) names one"
         )
     running = [each for each in fitting if each.running]
     return (running or fitting or [_of_environment()])[0]
-
-
-def _fits(producer: MLProducer) -> bool:
-    return producer.settings.store_url.startswith("postgresql:")
 
 
 @lru_cache(1)
@@ -102,7 +112,7 @@ def _of_environment() -> MLProducer:
 
 
 def _table(producer: MLProducer) -> str:
-    if not _fits(producer):
+    if not producer.settings.store_url.startswith(f"{POSTGRESQL}:"):
         raise ConfigurationError(
             f"{NAME} must be postgresql://..., the database in which the outbox is"
         )
@@ -140,7 +150,7 @@ def _receipt(
     producer: MLProducer,
     envelope: Envelope,
     policy: RetryPolicy | None,
-    claim: Claim,
+    claim: Claim | None,
     started: float,
 ) -> Receipt:
     """Give a receipt whose fate the producer learns, if it runs."""
@@ -151,28 +161,85 @@ def _receipt(
     delivery.fate = fate = Fate()
     fate.set_running_or_notify_cancel()
     fate.delivery = delivery
-    producer.follow(delivery, claim)
+    if claim is not None:
+        producer.follow(delivery, claim)
     elapsed = time.monotonic() - started
     return Receipt(envelope.message_id, 0, elapsed, durable=True, fate=fate)
+
+
+# --- SQLite, for development ---------------------------------------------------------------------
+
+SQLITE_TABLE = "mlproducer_outbox"
+_KEPT = ("accepted_at", "retry", *sql.COLUMNS)
+_SQLITE_TABLE = (
+    f"CREATE TABLE IF NOT EXISTS {SQLITE_TABLE} (key INTEGER PRIMARY KEY AUTOINCREMENT,"
+    f" {', '.join(f'{each} NOT NULL' for each in _KEPT)})"
+)
+_SQLITE_INSERT = (
+    f"INSERT INTO {SQLITE_TABLE} ({', '.join(_KEPT)})"  # noqa: S608 - constants
+    f" VALUES ({', '.join(f':{each}' for each in _KEPT)})"
+)
+_SQLITE_SELECT = (
+    f"SELECT key, 0, 1, 0, 0, '', retry, 0, accepted_at, {', '.join(sql.COLUMNS)}"  # noqa: S608
+    f" FROM {SQLITE_TABLE} WHERE key > ? ORDER BY key LIMIT 100"
+)
+BUSY = 5.0
+"""Seconds to wait for another connection that writes to the application's file."""
+
+
+class Mover:
+    """Takes committed rows from an application's SQLite file to a store.
+
+    A row is deleted once it is stored; a process that ends in between stores it again, so that the
+    message is sent twice, with the same id.
+
+    :param path: the application's file
+    :param store: takes the messages; durable
+    """
+
+    def __init__(self, path: str, store: Store) -> None:
+        self._path = path
+        self._store = store
+
+    def move(self) -> int:
+        """Move what is committed, in its order, and give how many rows that were.
+
+        :raises StoreError: the store takes nothing, or the file cannot be read
+        """
+        from mlproducer.stores.sqlite_outbox import opened  # noqa: PLC0415 - for development
+
+        moved = 0
+        with opened(self._path, BUSY) as connection:
+            known = "SELECT count(*) FROM sqlite_master WHERE name = ?"
+            if not connection.execute(known, (SQLITE_TABLE,)).fetchone()[0]:
+                return 0
+            while found := connection.execute(_SQLITE_SELECT, (0,)).fetchall():
+                entries = [Entry(rows.read_row(each).record, 0.0) for each in found]
+                self._store.put(entries, BUSY)
+                last = (found[-1][0],)
+                connection.execute(f"DELETE FROM {SQLITE_TABLE} WHERE key <= ?", last)  # noqa: S608
+                moved += len(found)
+        return moved
 
 
 # --- connections ---------------------------------------------------------------------------------
 
 
-def _executor(connection: Any) -> Execute:
-    """Give what carries out a statement in the connection's transaction.
+def _executor(connection: Any) -> tuple[str, Execute]:
+    """Give the kind of database, and what carries out a statement in the connection's transaction.
 
     :raises ConfigurationError: it is in none, or of no kind that is known
     """
     kinds = {f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in _kinds(connection)}
     if "psycopg.Connection" in kinds:
-        return _psycopg(connection)
+        return POSTGRESQL, _psycopg(connection)
     if kinds & {"sqlalchemy.Session", "sqlalchemy.scoped_session"}:
-        return _sqlalchemy(connection.connection())
+        connection = connection.connection()
+        return _known(connection.dialect.name), _sqlalchemy(connection)
     if "sqlalchemy.Connection" in kinds:
-        return _sqlalchemy(connection)
+        return _known(connection.dialect.name), _sqlalchemy(connection)
     if hasattr(connection, "in_atomic_block") and hasattr(connection, "vendor"):
-        return _django(connection)
+        return _known(connection.vendor), _django(connection)
     raise ConfigurationError(
         f"connection is {type(connection).__name__}; accepted are a Django connection, a "
         "SQLAlchemy Session or Connection (of an AsyncSession: await "
@@ -193,14 +260,17 @@ _AUTOCOMMIT = (
 def _refuse_autocommit(driver: Any) -> None:
     """Refuse a psycopg connection that commits by itself, and is in no transaction."""
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
-    if getattr(driver, "autocommit", False) is True and not status:
+    alone = getattr(driver, "autocommit", False) is True
+    if hasattr(driver, "in_transaction"):  # of the standard library's sqlite3
+        alone, status = alone or driver.isolation_level is None, driver.in_transaction
+    if alone and not status:
         raise ConfigurationError(_AUTOCOMMIT)
 
 
 def _psycopg(connection: Any) -> Execute:
     _refuse_autocommit(connection)
 
-    def execute(statement: str, values: Mapping[str, Any]) -> int:
+    def execute(statement: str, values: Mapping[str, Any]) -> Any:
         with connection.cursor() as cursor:
             cursor.row_factory = _tuples()
             return int(cursor.execute(_pyformat(statement), values).fetchone()[0])
@@ -217,36 +287,38 @@ def _tuples() -> Any:
 def _sqlalchemy(connection: Any) -> Execute:
     from sqlalchemy import text  # noqa: PLC0415 - the application's
 
-    if connection.dialect.name != "postgresql":
-        raise ConfigurationError(_NO_POSTGRESQL)
-
-    def execute(statement: str, values: Mapping[str, Any]) -> int:
+    def execute(statement: str, values: Mapping[str, Any]) -> Any:
         _refuse_autocommit(connection.connection.dbapi_connection)
         try:
-            return int(connection.execute(text(statement), values).scalar_one())
+            result = connection.execute(text(statement), values)
         except Exception as error:
             if hasattr(error, "hide_parameters"):
                 error.hide_parameters = True  # its text shows what the message says otherwise
             raise
+        return result.scalar_one() if result.returns_rows else None
 
     return execute
 
 
 def _django(connection: Any) -> Execute:
-    if connection.vendor != "postgresql":
-        raise ConfigurationError(_NO_POSTGRESQL)
     if not connection.in_atomic_block and connection.get_autocommit():
         raise ConfigurationError(_AUTOCOMMIT)
 
-    def execute(statement: str, values: Mapping[str, Any]) -> int:
+    def execute(statement: str, values: Mapping[str, Any]) -> Any:
         with connection.cursor() as cursor:
-            cursor.execute(_pyformat(statement), values)
-            return int(cursor.fetchone()[0])
+            cursor.execute(_pyformat(statement), values or None)
+            return cursor.fetchone()[0] if cursor.description else None
 
     return execute
 
 
-_NO_POSTGRESQL = "an outbox is in PostgreSQL: this connection is to another kind of database"
+def _known(kind: str) -> str:
+    if kind not in (POSTGRESQL, SQLITE):
+        raise ConfigurationError(
+            "an outbox is in PostgreSQL, or for development in SQLite: this connection is to "
+            "another kind of database"
+        )
+    return kind
 
 
 @lru_cache

@@ -15,8 +15,10 @@ from contextlib import ExitStack
 
 from mlproducer import MLProducer, Settings
 from mlproducer.cli.output import Console, UsageError
-from mlproducer.outbox import schema
+from mlproducer.errors import StoreError
+from mlproducer.outbox import Mover, schema
 from mlproducer.store_url import NAME, read_postgresql
+from mlproducer.stores import open_store
 from mlproducer.wsgi import serve
 
 HELP = "deliver what waits in the store, until it is terminated"
@@ -40,6 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="serve them at this address; 0.0.0.0: at all"
+    )
+    parser.add_argument(
+        "--outbox",
+        metavar="FILE",
+        help="for development: also take the rows of outbox.add() from the application's SQLite "
+        "file into the store",
     )
     table = parser.add_mutually_exclusive_group()
     table.add_argument(
@@ -109,11 +117,26 @@ def _relay(
                 console.say(f"health and metrics: http://{arguments.host}:{server.port}/")
             producer.start()
             console.say("relaying; SIGTERM or Ctrl-C ends it")
-            with console.interruptible():
-                while True:
-                    threading.Event().wait(IDLE)
+            mover = None
+            if arguments.outbox is not None:
+                store = open_store(settings)
+                stack.callback(store.close)
+                mover = Mover(arguments.outbox, store)
+            _wait(mover, settings.retry_sweep_interval, console)
         except KeyboardInterrupt:
             pass
         finally:
             report = producer.close(DRAIN)
     return {"confirmed": report.confirmed, "stored": report.stored}
+
+
+def _wait(mover: Mover | None, interval: float, console: Console) -> None:
+    """Wait for the order to end, and move rows meanwhile where there is an outbox of SQLite's."""
+    while True:
+        if mover is not None:
+            try:
+                mover.move()
+            except StoreError as error:
+                console.complain(str(error))
+        with console.interruptible():
+            threading.Event().wait(IDLE if mover is None else interval)

@@ -163,6 +163,8 @@ def describe(error: Exception) -> str:
     """Say what is wrong in words of our own: the server's may quote what it was sent."""
     if isinstance(error, SilentError):
         return "did not answer in time"
+    if isinstance(error, _TableError):
+        return str(error)
     for kind, words in _TROUBLES:
         if isinstance(error, kind):
             return words

@@ -26,7 +26,7 @@ from mlproducer.testing.erlang import free_port
 from mlproducer.testing.server import Server
 from mlproducer.testing.workspace import Workspace
 
-__all__ = ["PostgreSQLError", "PostgreSQLNotInstalled", "PostgreSQLServer"]
+__all__ = ["PostgreSQLError", "PostgreSQLNotInstalled", "PostgreSQLServer", "as_user"]
 
 _HOST = "127.0.0.1"
 _START_LIMIT = 20.0
@@ -110,7 +110,7 @@ class PostgreSQLServer(Server):
         argv = [str(self._programs / "postgres"), "-D", str(self._workspace.path / "data")]
         for name, value in settings.items():
             argv += ["-c", f"{name}={value}"]
-        self._program = self._workspace.spawn("postgres", [*_as_user(), *argv], os.environ)
+        self._program = self._workspace.spawn("postgres", [*as_user(), *argv], os.environ)
 
     def wait_ready(self, timeout: float = _START_LIMIT) -> None:
         """Wait until the launched server has recovered and takes statements."""
@@ -242,7 +242,7 @@ class PostgreSQLServer(Server):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         done = subprocess.run(
             [
-                *_as_user(),
+                *as_user(),
                 str(programs / "initdb"),
                 f"--pgdata={data}",
                 "--no-sync",
@@ -280,7 +280,7 @@ def _user() -> Any:
     return next(known[name] for name in _USERS if name in known)
 
 
-def _as_user() -> list[str]:
+def as_user() -> list[str]:
     """Give what runs a program as another user, where we are root."""
     if os.geteuid() != 0:
         return []

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -24,8 +25,10 @@ from mlproducer.errors import (
     InvalidMessageError,
     MessageTooLargeError,
     RetriesExhaustedError,
+    StoreError,
 )
 from mlproducer.stores.postgres import PostgreSQLStore
+from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
 from tests.helpers import LIMIT
 from tests.threaded.conftest import Connect, Serve
@@ -278,11 +281,36 @@ def test_sqlalchemy(
     found = broker.wait_for_messages(2, LIMIT)
     assert [each.properties.message_id for each in found] == ["1", "4"]
     alone = engine.execution_options(isolation_level="AUTOCOMMIT")
-    elsewhere = sqlalchemy.create_engine("sqlite://")
-    for each, said in ((alone, "autocommit"), (elsewhere, "PostgreSQL")):
-        with each.connect() as other, pytest.raises(ConfigurationError, match=said):
-            outbox.add(other, message("m"))
-    elsewhere.dispose()
+    with alone.connect() as other, pytest.raises(ConfigurationError, match="autocommit"):
+        outbox.add(other, message("m"))
+
+
+def test_sqlite_for_development(connect: Connect, serve: Serve, tmp_path: Path) -> None:
+    """The row waits in the application's own file until it is moved to the store, in order."""
+    broker = serve()
+    producer = connect(broker, store_url=f"sqlite:///{tmp_path}/store.db")
+    path = f"{tmp_path}/application.db"
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    with closing(SQLiteStore(tmp_path / "store.db")) as store:
+        mover = outbox.Mover(path, store)
+        with pytest.raises(StoreError, match="cannot be used"):
+            mover.move()
+        with Session(engine) as session:
+            outbox.add(session, message("never"))
+            session.rollback()
+            for name in ("a", "b"):
+                receipt = outbox.add(session, message(name))
+            assert mover.move() == 0
+            session.commit()
+        assert receipt.durable
+        assert mover.move() == 2
+        assert mover.move() == 0
+    alone = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with alone.connect() as other, pytest.raises(ConfigurationError, match="autocommit"):
+        outbox.add(other, message("m"))
+    engine.dispose()
+    producer.start()
+    assert bodies(broker, 2) == [b"a", b"b"]
 
 
 # --- through Django ------------------------------------------------------------------------------

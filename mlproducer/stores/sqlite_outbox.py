@@ -1,0 +1,32 @@
+"""An application's own SQLite file, opened to take rows of an outbox from it; for development.
+
+Runs on: the relay's main thread.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from mlproducer.errors import StoreError
+
+
+@contextmanager
+def opened(path: str, busy: float) -> Iterator[sqlite3.Connection]:
+    """Open a file that is there; each statement is a transaction.
+
+    :param busy: seconds to wait for another connection that writes
+    :raises StoreError: it cannot be used, or a statement within fails
+    """
+    try:
+        uri = f"{Path(path).absolute().as_uri()}?mode=rw"
+        with closing(sqlite3.connect(uri, busy, uri=True, isolation_level=None)) as connection:
+            yield connection
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorname", type(error).__name__)
+        failure = StoreError(f"the outbox in {path} cannot be used: {code}")
+    else:
+        return
+    raise failure

@@ -1,0 +1,369 @@
+"""The PostgreSQL store on a server that is not well: away, frozen, full, read-only, failing over.
+
+Runs on: pytest's main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import psycopg
+import pytest
+
+from mlproducer import Message, MLProducer, Settings, outbox
+from mlproducer.errors import StoreError
+from mlproducer.stores.postgres import PostgreSQLStore
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
+from mlproducer.testing import FakeBroker, PostgreSQLServer
+from mlproducer.testing.erlang import free_port
+from mlproducer.testing.postgresql_server import as_user
+from mlproducer.testing.workspace import Workspace
+from tests.helpers import make_envelope
+
+LIMIT = 10.0
+SILENCE = 1.0
+CONNECTING = 2.0
+SLACK = 0.75
+"""Seconds for the order to cancel, and what a busy machine may add."""
+
+PATIENCE = 5.0
+
+
+@pytest.fixture(scope="module")
+def mortal() -> Iterator[PostgreSQLServer]:
+    """Give a server that the tests of this file may end; each leaves it running."""
+    with PostgreSQLServer(config={"max_connections": "20"}) as server:
+        yield server
+
+
+@pytest.fixture
+def url(mortal: PostgreSQLServer) -> str:
+    """Name a table of the test's own."""
+    return f"{mortal.url}?table=test_{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[PostgreSQLStore]:
+    """Give a store whose table is there, and whose connection is up."""
+    with closing(PostgreSQLStore(url)) as made:
+        made.create()
+        yield made
+
+
+@contextmanager
+def raising(store: PostgreSQLStore, said: str = "", within: float = SILENCE) -> Iterator[None]:
+    """Expect an error that names host and database, in time, and nothing of psycopg's."""
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=f"the store at {store.name} .*{said}") as caught:
+        yield
+    assert time.monotonic() - started < within + SLACK
+    assert caught.value.__context__ is None  # psycopg's frames know the password
+    assert store.address.options["password"] not in str(caught.value)
+
+
+def entry(name: str, delay: float | None = None) -> Entry:
+    """Give an entry with a message id."""
+    return Entry(Record(make_envelope(name)), delay)
+
+
+def ids(rows: list[Row]) -> list[str]:
+    """Give the rows' message ids."""
+    return [row.record.envelope.message_id for row in rows]
+
+
+def until(come_about: Callable[[], object]) -> None:
+    """Ask until it is so."""
+    deadline, never = time.monotonic() + LIMIT, threading.Event()
+    while not come_about():
+        assert time.monotonic() < deadline
+        never.wait(0.01)
+
+
+# --- away ----------------------------------------------------------------------------------------
+
+
+def test_rows_outlive_kill_9(mortal: PostgreSQLServer, store: PostgreSQLStore) -> None:
+    """What was put, claimed and deleted before is so afterwards, and the store comes back alone."""
+    gone, held, _ = store.put([entry("gone"), entry("held"), entry("due", 0.0)], PATIENCE)
+    store.done([gone])
+    mortal.kill()
+    with raising(store, "cannot be reached: Connection refused"):
+        store.depth()
+    mortal.start()
+    assert store.depth() == Depth(2, 0)
+    assert store.renew([held]) == []
+    assert ids(store.claim(10)) == ["due"]
+
+
+def test_sessions_that_were_ended_cost_no_error(
+    mortal: PostgreSQLServer, store: PostgreSQLStore
+) -> None:
+    """Whether the server was restarted or has ended the session, the next put works."""
+    store.put([entry("a", 0.0)], PATIENCE)
+    mortal.restart()
+    store.put([entry("b", 0.0)], PATIENCE)
+    mortal.end_sessions()
+    store.put([entry("c", 0.0)], PATIENCE)
+    assert ids(store.claim(10)) == ["a", "b", "c"]
+
+
+def test_nobody_there_and_no_such_name(url: str) -> None:
+    """A port where nothing listens, a name that is none, a server that is something else."""
+    away = PostgreSQLStore(f"postgresql://u:secret@127.0.0.1:{free_port()}/d")
+    with raising(away, "Connection refused", CONNECTING):
+        away.depth()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        other = PostgreSQLStore(f"postgresql://u:secret@127.0.0.1:{port}/d")
+        with raising(other, "did not answer in time", CONNECTING):
+            other.depth()
+
+
+def test_another_host_takes_over(mortal: PostgreSQLServer, store: PostgreSQLStore) -> None:
+    """Of several hosts the one that can be reached, and takes writes, is used."""
+    store.put([entry("a", 0.0)], PATIENCE)
+    password = store.address.options["password"]
+    hosts = f"127.0.0.1:{free_port()},127.0.0.1:{mortal.port}"
+    several = f"postgresql://app:{password}@{hosts}/app?table={store.table}"
+    with closing(PostgreSQLStore(several)) as other:
+        assert ids(other.claim(1)) == ["a"]
+
+
+# --- frozen --------------------------------------------------------------------------------------
+
+CALLS: dict[str, Callable[[PostgreSQLStore, Claim], object]] = {
+    "put": lambda store, _: store.put([entry("late", 0.0)], PATIENCE),
+    "release": lambda store, claim: store.release([Change(claim, Record(make_envelope()), 0.0)]),
+    "renew": lambda store, claim: store.renew([claim]),
+    "done": lambda store, claim: store.done([claim]),
+    "claim": lambda store, _: store.claim(10),
+    "depth": lambda store, _: store.depth(),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_frozen_server_is_given_up(
+    mortal: PostgreSQLServer, store: PostgreSQLStore, name: str
+) -> None:
+    """On a connection that lives, and then on a new one; afterwards nothing of it is there."""
+    claim, waits = store.put([entry("a"), entry("b", 0.0)], PATIENCE)
+    with mortal.frozen():
+        with raising(store, "did not answer in time"):
+            CALLS[name](store, claim)
+        with raising(store, "did not answer in time", CONNECTING):
+            store.depth()
+    until(lambda: _answers(store))
+    if name == "done":  # may have been carried out, or not
+        return
+    assert store.depth() == Depth(2, 0)
+    assert store.renew([claim]) == []
+    assert ids(store.claim(10)) == ["b"]
+    assert waits.key > claim.key
+
+
+def _answers(store: PostgreSQLStore) -> bool:
+    try:
+        store.depth()
+    except StoreError:
+        return False
+    return True
+
+
+def test_a_put_that_ends_without_an_answer_is_undone(
+    mortal: PostgreSQLServer, store: PostgreSQLStore
+) -> None:
+    """The server holds it up behind a lock, and goes on when it has been given up."""
+    with psycopg.connect(mortal.url) as blocker:
+        blocker.execute(f"LOCK TABLE {store.table} IN EXCLUSIVE MODE")
+        with raising(store, "did not answer in time|cancelled"):
+            store.put([entry("late", 0.0)], PATIENCE)
+    assert store.depth() == Depth(0, 0)
+    assert store.claim(10) == []
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_a_server_that_became_read_only(mortal: PostgreSQLServer, store: PostgreSQLStore) -> None:
+    """As a standby is; when it takes writes again, all goes on."""
+    store.put([entry("a", 0.0)], PATIENCE)
+    mortal.call("ALTER ROLE app SET default_transaction_read_only = on")
+    mortal.end_sessions()
+    with raising(store, "is read-only"):
+        store.put([entry("b", 0.0)], PATIENCE)
+    mortal.call("ALTER ROLE app RESET default_transaction_read_only")
+    store.put([entry("c", 0.0)], PATIENCE)
+    assert ids(store.claim(10)) == ["a", "c"]
+
+
+def test_too_many_connections(mortal: PostgreSQLServer, store: PostgreSQLStore) -> None:
+    """It says so, and connects when there is room."""
+    mortal.end_sessions()
+    mortal.call("ALTER ROLE app CONNECTION LIMIT 1")
+    with psycopg.connect(mortal.url), raising(store, "too many connections"):
+        store.depth()
+    mortal.call("ALTER ROLE app CONNECTION LIMIT -1")
+    assert store.depth() == Depth(0, 0)
+
+
+def test_a_statement_timeout(mortal: PostgreSQLServer, store: PostgreSQLStore) -> None:
+    """The server cancels what waits for a lock; nothing of it is left."""
+    mortal.call("ALTER ROLE app SET statement_timeout = '200ms'")
+    mortal.end_sessions()
+    with psycopg.connect(mortal.url) as blocker:
+        blocker.execute(f"LOCK TABLE {store.table} IN EXCLUSIVE MODE")
+        with raising(store, "has cancelled a statement"):
+            store.put([entry("late", 0.0)], PATIENCE)
+    mortal.call("ALTER ROLE app RESET statement_timeout")
+    assert store.depth() == Depth(0, 0)
+
+
+def test_serialisation_failures(mortal: PostgreSQLServer, url: str) -> None:
+    """Where each transaction is serialisable, conflicts are tried again and none is lost."""
+    mortal.call("ALTER ROLE app SET default_transaction_isolation = serializable")
+    done: list[str] = []
+    try:
+        with closing(PostgreSQLStore(url)) as first:
+            first.create()
+            for batch in range(5):
+                first.put([entry(f"{batch}-{n}", 0.0) for n in range(20)], PATIENCE)
+            threads = [threading.Thread(target=_empty, args=(url, done)) for _ in range(3)]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join(LIMIT)
+            assert first.depth() == Depth(0, 0)
+    finally:
+        mortal.call("ALTER ROLE app RESET default_transaction_isolation")
+    assert sorted(done) == sorted(f"{batch}-{n}" for batch in range(5) for n in range(20))
+
+
+def _empty(url: str, done: list[str]) -> None:
+    deadline = time.monotonic() + LIMIT
+    with closing(PostgreSQLStore(url)) as store:
+        while time.monotonic() < deadline:
+            try:
+                rows = store.claim(7)
+                if not rows and store.depth().total == 0:
+                    return
+                store.done([row.claim for row in rows])
+            except StoreError as error:
+                if "conflicting" not in str(error):
+                    raise
+                continue
+            done.extend(ids(rows))
+
+
+def test_the_wrong_password_and_the_wrong_database(mortal: PostgreSQLServer) -> None:
+    """Each has its words, and the password is in none of them."""
+    wrong = PostgreSQLStore(mortal.url_for(password="PRIVATE-password"))
+    with raising(wrong, "refuses the user or the password"):
+        wrong.depth()
+    nowhere = PostgreSQLStore(f"{mortal.url.rpartition('/')[0]}/nowhere")
+    with raising(nowhere, "has no database of this name"):
+        nowhere.depth()
+
+
+def test_a_role_that_may_not_make_the_table(mortal: PostgreSQLServer) -> None:
+    """It is told what to do; once the table is there, it needs no right to make one."""
+    table = f"test_{secrets.token_hex(4)}"
+    mortal.call(f"CREATE ROLE {table} LOGIN PASSWORD 'other'")
+    with closing(PostgreSQLStore(f"{mortal.url_for(table, 'other')}?table={table}")) as poor:
+        with raising(poor, "relay --create-table"):
+            poor.put([entry("a", 0.0)], PATIENCE)
+        mortal.call(outbox.schema(table), user="app")
+        with raising(poor, "does not permit this role"):
+            poor.put([entry("a", 0.0)], PATIENCE)
+        mortal.call(
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table}, {table}_fates TO {table};"
+            f"GRANT USAGE, SELECT, UPDATE ON SEQUENCE {table}_key_seq TO {table}"
+        )
+        poor.put([entry("a", 0.0)], PATIENCE)
+        assert ids(poor.claim(1)) == ["a"]
+
+
+def test_another_table_of_its_name(mortal: PostgreSQLServer, store: PostgreSQLStore) -> None:
+    """One that a later version has made, and one that is the application's."""
+    mortal.call(f"COMMENT ON TABLE {store.table} IS 'mlproducer messages, version 2'", user="app")
+    store.close()
+    with raising(store, "of version 2, made by a later mlproducer"):
+        store.depth()
+    mortal.call(f"CREATE TABLE {store.table}_theirs (n int)", user="app")
+    theirs = PostgreSQLStore(f"{mortal.url}?table={store.table}_theirs")
+    with raising(theirs, "is not this library's"):
+        theirs.depth()
+
+
+def test_a_damaged_row_is_put_aside(
+    mortal: PostgreSQLServer, store: PostgreSQLStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged once, and stays in the table; the others go on."""
+    store.put([entry("a", 0.0), entry("b", 0.0)], PATIENCE)
+    mortal.call(f"UPDATE {store.table} SET body = 'other' WHERE message_id = 'a'")
+    assert ids(store.claim(10)) == ["b"]
+    assert "is damaged" in caplog.text
+    assert store.claim(10) == []
+    assert store.depth() == Depth(1, 0)
+    assert mortal.call(f"SELECT message_id FROM {store.table} WHERE state = 3") == [("a",)]
+
+
+# --- a pooler ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pooled(mortal: PostgreSQLServer) -> Iterator[str]:
+    """Give the URL of a pgbouncer in transaction mode, with two sessions for all."""
+    workspace = Workspace("mlproducer-pgbouncer-")
+    workspace.path.chmod(0o711)
+    port = free_port()
+    settings = workspace.path / "pgbouncer.ini"
+    settings.write_text(
+        f"[databases]\napp = host={mortal.host} port={mortal.port} dbname=app user=app"
+        f" password={mortal.password}\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\n"
+        "pool_mode = transaction\ndefault_pool_size = 2\nunix_socket_dir =\n"
+    )
+    settings.chmod(0o644)
+    program = workspace.spawn("pgbouncer", [*as_user(), "pgbouncer", str(settings)], os.environ)
+    try:
+        until(lambda: "process up" in program.log_tail())
+        yield f"postgresql://app:any@127.0.0.1:{port}/app"
+    finally:
+        program.kill()
+        workspace.close()
+
+
+def test_pgbouncer_in_transaction_mode(
+    pooled: str, mortal: PostgreSQLServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store works; an outbox's rows wait for the sweep, which one log line says."""
+    url = f"{pooled}?table=test_{secrets.token_hex(4)}"
+    with closing(PostgreSQLStore(url)) as first, closing(PostgreSQLStore(url)) as second:
+        for n in range(20):
+            first.put([entry(f"a{n}", 0.0), entry(f"b{n}")], PATIENCE)
+        rows = second.claim(100)
+        assert ids(rows) == [f"a{n}" for n in range(20)]
+        second.done([row.claim for row in rows])
+        assert first.depth() == Depth(20, 0)
+        first.close()
+        assert len(second.claim(100)) == 20
+        second.done([row.claim for row in rows])
+    with caplog.at_level(logging.WARNING), FakeBroker() as broker:
+        settings = Settings(url=broker.url, store_url=url, retry_sweep_interval=0.2)
+        with MLProducer(settings) as producer:
+            producer.start()
+            assert producer.wait_connected(LIMIT)
+            until(lambda: "there is a pooler" in caplog.text)
+            with psycopg.connect(mortal.url) as connection:
+                message = Message(body=b"", routing_key="k", message_id="outbox")
+                outbox.add(connection, message, producer=producer)
+            found = broker.wait_for_messages(1, LIMIT)
+            until(lambda: "outbox" in [each.properties.message_id for each in broker.messages])
+            assert found
