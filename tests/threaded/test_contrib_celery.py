@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -474,3 +476,44 @@ def test_no_connection_is_opened(
         app.tasks["shop.add"].delay(1, 2)
     assert len(producer.tasks) == 2
     assert logging.getLogger("mlproducer.contrib.celery").name not in caplog.text
+
+
+def test_a_signal_handler_may_send(app: Celery, producer: Noting) -> None:
+    """Also while its thread is in the middle of the app's first task."""
+    installed = app.__dict__["_mlproducer"]
+    with installed._lock:
+        app.tasks["shop.add"].delay(1, 2)
+    assert len(producer.tasks) == 1
+    assert installed._stock != installed.send_task_message
+
+
+def test_the_callers_error_is_small(app: Celery, producer: Noting) -> None:
+    """It can be pickled, as a worker does with what a task raises, and shows no argument."""
+    producer.fail_next(NotConnectedError("away"))
+    with pytest.raises(PublishFailedError) as caught:
+        app.tasks["shop.add"].delay("secret", 2)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == "task shop.add was not sent: away"
+    assert copy.possibly_sent is False
+    assert "secret" not in repr(caught.value.__cause__)
+
+
+def test_threads_that_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have one producer made, and Celery's sender replaced once."""
+    app = Celery("shop", broker=NOWHERE, set_as_current=False)
+    install(app)
+    installed = app.__dict__["_mlproducer"]
+    found: list[Any] = []
+
+    def work() -> None:
+        app.producer_or_acquire()
+        found.append(producer_of(app))
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5.0)
+    assert len(set(map(id, found))) == 1
+    assert installed._stock != installed.send_task_message
+    uninstall(app)

@@ -168,8 +168,9 @@ class Installed:
         self.given: MLProducer | None = None
         self.rollout: Rollout | None = None
         self._made: MLProducer | None = None
-        # guards: _made, and the hook; never held while anything is sent
-        self._lock = threading.Lock()
+        # guards: _made, _hooked; never held while anything is sent. A signal handler may send a
+        # task while its thread holds it.
+        self._lock = threading.RLock()
         self._hooked: Any = None
         self._stock: Callable[..., Any] | None = None
         self._pid = os.getpid()
@@ -185,7 +186,8 @@ class Installed:
             return producer
         with self._lock:
             if self._made is None:
-                self._made = brokers.producer_of_settings(self._app)
+                made = brokers.producer_of_settings(self._app)
+                self._made = self._made or made
             return self._made
 
     def close(self) -> None:
@@ -214,7 +216,9 @@ class Installed:
     def _hook(self, amqp: Any) -> None:
         with self._lock:
             if self._hooked is not amqp:
-                self._stock = amqp.send_task_message
+                stock = amqp.send_task_message
+                if stock != self.send_task_message:
+                    self._stock = stock
                 amqp.__dict__["send_task_message"] = self.send_task_message
                 self._hooked = amqp
 
