@@ -10,14 +10,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlproducer import MLProducer, Settings, SummarizationTask
-from mlproducer.errors import BufferFullError
-from mlproducer.testing import Behaviour, FakeBroker
+from mlproducer import MLProducer, Settings, SummarizationTask, contrib
+from mlproducer.errors import BufferFullError, NotConnectedError
+from mlproducer.testing import Behaviour, FakeBroker, RecordingProducer
 from mlproducer.testing.fake_broker import FakeConnection, ReceivedMessage
+from tests.contrib.pages import snippets
 
 fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
@@ -132,6 +134,37 @@ def test_the_event_loop_is_never_held_up() -> None:
     assert [each.status_code for each in answers[1::2]] == [503] * 10
     assert {each.json()["outcome"] for each in answers[::2]} == {"deferred"}
     assert longest < LAG + control.longest
+
+
+def test_readme(recording_producer: RecordingProducer) -> None:
+    """What the page shows of asyncio and of tests runs."""
+    page = Path(contrib.__file__).with_name("README.rst").read_text()
+    app = fastapi.FastAPI()
+    module: dict[str, Any] = {
+        "app": app,
+        "producer": recording_producer,
+        "pytest": pytest,
+        "SummarizationTask": SummarizationTask,
+        "HTTPException": fastapi.HTTPException,
+        "BufferFullError": BufferFullError,
+        "NotConnectedError": NotConnectedError,
+    }
+    asynchronous, testing = snippets(page[page.index("\nasyncio\n---") :])
+    exec(compile(asynchronous, "README.rst", "exec"), module)
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+            answers = [await client.post("/shares/7/summary"), await client.post("/shares/7/later")]
+            recording_producer.fail_next(BufferFullError("full"))
+            answers.append(await client.post("/shares/7/later"))
+        return [each.status_code for each in answers]
+
+    assert asyncio.run(ask()) == [200, 200, 503]
+    exec(compile(testing, "README.rst", "exec"), module)
+    for name in ("test_summarize", "test_no_broker"):
+        recording_producer.clear()
+        module[name](recording_producer)
 
 
 def test_a_cancelled_publish_that_was_handed_over_goes_on() -> None:

@@ -24,7 +24,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from mlproducer.testing import Behaviour, FakeBroker
+from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
 from mlproducer.testing.fake_broker import FakeConnection, ReceivedMessage
 
 pytest.importorskip("django")
@@ -218,6 +218,43 @@ def test_autoreload(project: Project, broker: FakeBroker) -> None:
         assert first != second
         assert (len(broker.connections), broker.accepted) == (1, 2)
         assert texts_of(broker.messages) == ["a", "b"]
+
+
+@pytest.fixture
+def on_postgresql(project: Project, postgresql_server: PostgreSQLServer) -> Project:
+    """The same project, with its database in PostgreSQL."""
+    pytest.importorskip("psycopg")
+    server = postgresql_server
+    database = {
+        "ENGINE": "django.db.backends.postgresql",
+        "HOST": server.host,
+        "PORT": server.port,
+        "NAME": server.database,
+        "USER": server.user,
+        "PASSWORD": server.password,
+    }
+    server.call("ALTER ROLE app CREATEDB")
+    project.environ["DATABASE"] = json.dumps(database)
+    return project
+
+
+def test_its_own_suite_on_postgresql(on_postgresql: Project, broker: FakeBroker) -> None:
+    """It passes there too."""
+    ran = on_postgresql.manage("test", "shares")
+    assert ran.returncode == 0, ran.stderr
+    assert broker.accepted == 0
+
+
+def test_outbox(
+    on_postgresql: Project, broker: FakeBroker, postgresql_server: PostgreSQLServer
+) -> None:
+    """What was committed is delivered, what was rolled back is not; ``migrate`` makes the table."""
+    argv = ["-m", "gunicorn", "mysite.wsgi", "-b", "127.0.0.1:{port}"]
+    with on_postgresql.serving(*argv, ML_STORE_URL=postgresql_server.url) as address:
+        for texts in ([("text", "gone"), ("broken", "1")], [("text", "kept")]):
+            body = urlencode(texts).encode()
+            assert urllib.request.urlopen(f"{address}/shares/outbox", body).status == 201
+        assert texts_of(broker.wait_for_messages(1, LIMIT)) == ["kept"]
 
 
 class Silent(Behaviour):

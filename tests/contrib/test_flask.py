@@ -5,6 +5,7 @@ Runs on: pytest's main thread.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import pytest
 from mlproducer import MLProducer, SummarizationTask
 from mlproducer.errors import ConfigurationError
 from mlproducer.testing import FakeBroker, RecordingProducer
+from tests.contrib.pages import snippets
 
 flask = pytest.importorskip("flask")
 
+from mlproducer.contrib import flask as contrib  # noqa: E402 - needs Flask
 from mlproducer.contrib.flask import MLProducerExtension  # noqa: E402 - needs Flask
 
 REAL = {"MLPRODUCER_PRODUCER": "mlproducer.MLProducer"}
@@ -103,6 +106,19 @@ def test_blueprint() -> None:
     assert client.get("/ml/page.json").status_code == 200
     assert client.get("/ml").location.endswith("/ml/")
     assert client.post("/ml/health").status_code == 405
+
+
+def test_readme() -> None:
+    """What the page shows runs, in its order, in one module."""
+    names = ("Flask", "request", "g", "abort")
+    module: dict[str, Any] = {name: getattr(flask, name) for name in names}
+    module["__name__"] = __name__
+    for snippet in snippets(Path(contrib.__file__).with_name("README.rst").read_text()):
+        exec(compile(snippet, "README.rst", "exec"), module)
+    module["test_summarize"]()
+    client = module["create_app"](TESTING=True).test_client()
+    assert client.get("/ml/").status_code == 403
+    assert client.get("/ml/health").status_code == 503
 
 
 def test_commands(capfd: pytest.CaptureFixture[str]) -> None:

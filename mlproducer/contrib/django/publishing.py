@@ -6,17 +6,18 @@ Runs on: the thread that has the transaction.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
-from importlib import import_module
-from typing import Any, cast
+from concurrent.futures import Future
+from contextlib import suppress
 
 from attrs import define
 from django.db import transaction
 
-from mlproducer import Receipt
+from mlproducer import MLProducer, Receipt, outbox
 from mlproducer import clock as time
-from mlproducer.contrib.django.process import producer
-from mlproducer.errors import ConfigurationError
+from mlproducer.contrib.django.process import one, producer
+from mlproducer.errors import ConfigurationError, PublishError
 from mlproducer.fence import write
 from mlproducer.wire.encode import Task
 
@@ -56,17 +57,46 @@ def publish_in_transaction(task: Task, *, using: str | None = None) -> Receipt:
     """Write a task as a row of the outbox, in the transaction that is open.
 
     After COMMIT it is delivered or dead-lettered, although this process dies at once; after
-    ROLLBACK it never was.
+    ROLLBACK it never was. ``STORE_URL`` names the same PostgreSQL database as ``using``. A producer
+    that records notes the task at COMMIT.
 
     :param using: alias of the database; ``None`` is the default one
-    :raises ConfigurationError: there is no outbox
-    :raises PublishError: it cannot be written
+    :returns: a receipt, DEFERRED, which follows the fate
+    :raises InvalidMessageError: AMQP or strict JSON cannot carry it
+    :raises ConfigurationError: there is no transaction, or no store in PostgreSQL
     """
-    try:
-        outbox: Any = import_module("mlproducer.outbox")
-    except ModuleNotFoundError:
-        raise ConfigurationError("this version of mlproducer has no outbox") from None
-    return cast(Receipt, outbox.add(transaction.get_connection(using), task))
+    connection = transaction.get_connection(using)
+    made = one.current()
+    if _records(made):
+        return _recorded(made, task, using)
+    receipt = outbox.add(connection, task, producer=made)
+    if not made.running:
+        with suppress(ConfigurationError):  # no broker is named here: another process delivers
+            made.start()
+    return receipt
+
+
+def _records(made: MLProducer) -> bool:
+    """Whether it is a `RecordingProducer`, which is not imported for that."""
+    recording = sys.modules.get("mlproducer.testing.recording")
+    return recording is not None and isinstance(made, recording.RecordingProducer)
+
+
+def _recorded(made: MLProducer, task: Task, using: str | None) -> Receipt:
+    """Have a task noted at COMMIT."""
+    if not transaction.get_connection(using).in_atomic_block:
+        raise ConfigurationError("publish_in_transaction needs a transaction (atomic())")
+    envelope, _ = made.prepare(task)
+    fate: Future[Receipt] = Future()
+
+    def note() -> None:
+        try:
+            fate.set_result(made.publish(task))
+        except PublishError as error:
+            fate.set_exception(error)
+
+    transaction.on_commit(note, using)
+    return Receipt(envelope.message_id, attempts=0, elapsed=0.0, fate=fate)
 
 
 @define

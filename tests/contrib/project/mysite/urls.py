@@ -6,6 +6,7 @@ from shares import views
 urlpatterns = [
     path("shares", views.create),
     path("shares/broken", views.broken),
+    path("shares/outbox", views.outbox),
     path("shares/async", views.create_async),
     path("ml/", include("mlproducer.contrib.django.urls")),
 ]

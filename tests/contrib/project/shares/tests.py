@@ -3,8 +3,12 @@
 import asyncio
 import logging
 import os
+import re
+import textwrap
 import threading
+import unittest
 from datetime import timedelta
+from pathlib import Path
 from unittest import skipUnless
 
 from django.conf import settings
@@ -12,13 +16,23 @@ from django.contrib.auth.models import User
 from django.core import checks
 from django.core.management import CommandError, call_command
 from django.db import transaction
-from django.test import SimpleTestCase, TestCase, TransactionTestCase, override_settings
+from django.http import JsonResponse
+from django.test import (
+    RequestFactory,
+    SimpleTestCase,
+    TestCase,
+    TransactionTestCase,
+    override_settings,
+)
+from django.urls import include, path
 from django.utils import timezone
 from prometheus_client import REGISTRY
 
 from mlproducer import MLProducer, SummarizationTask
-from mlproducer.contrib.django import producer, publish_on_commit
+from mlproducer.contrib import django as contrib
+from mlproducer.contrib.django import producer, publish_in_transaction, publish_on_commit
 from mlproducer.contrib.django.process import one
+from mlproducer.contrib.hosting import settings_of
 from mlproducer.errors import ConfigurationError, InvalidMessageError, NackError, StoreError
 from mlproducer.testing import RecordingProducer
 from shares.models import Share
@@ -87,6 +101,19 @@ class Committed(TransactionTestCase):
         publish_on_commit(TASK)
         assert producer.published == [TASK]
 
+    def test_in_transaction(self) -> None:
+        """In tests a task of the outbox is noted at COMMIT, and not after a ROLLBACK."""
+        self.client.post("/shares/outbox", {"text": "gone", "broken": "1"})
+        assert producer.published == []
+        self.client.post("/shares/outbox", {"text": "some"})
+        assert [task.payload()["content"]["text"] for task in producer.published] == ["some"]
+        with self.assertRaises(ConfigurationError):
+            publish_in_transaction(TASK)
+        with transaction.atomic():
+            receipt = publish_in_transaction(TASK)
+            assert not receipt.confirmed
+        assert receipt.result(0).confirmed
+
     def test_checked_when_called(self) -> None:
         """What could never be sent fails before the COMMIT, and takes it back."""
         with override_settings(MLPRODUCER={"MAX_MESSAGE_BYTES": 300}):
@@ -140,6 +167,46 @@ class Broken(RecordingProducer):
     def publish(self, *_: object, **__: object) -> None:
         """Fail."""
         1 / 0  # noqa: B018 - fails
+
+
+class Readme(TransactionTestCase):
+    """What the page of `mlproducer.contrib.django` shows."""
+
+    def test_snippets(self) -> None:
+        """Each piece runs, in its order, in one module."""
+        page = Path(contrib.__file__).with_name("README.rst").read_text()
+        pieces = re.findall(r"^\.\. code:: python\n\n((?:    .*\n|\n)+)", page, re.MULTILINE)
+        told: list[str] = []
+        module = {
+            "INSTALLED_APPS": [],
+            "BASE_DIR": "/srv",
+            "urlpatterns": [],
+            "path": path,
+            "include": include,
+            "transaction": transaction,
+            "Share": Share,
+            "JsonResponse": JsonResponse,
+            "TestCase": TestCase,
+            "StoreError": StoreError,
+            "notify": lambda _message_id, detail: told.append(detail),
+        }
+        for piece in pieces:
+            exec(compile(textwrap.dedent(piece), "README.rst", "exec"), module)
+        [noted] = producer.published
+        assert noted.payload()["content"] == {"text": "some text"}
+        module["create"](RequestFactory().post("/shares", {"text": "some"}))
+        assert len(producer.published) == 2
+        settings_of(module["MLPRODUCER"], "MLPRODUCER")
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(module["Shares"]).run(result)
+        assert (result.testsRun, result.errors, result.failures) == (2, [], []), str(
+            [text for _, text in result.errors + result.failures]
+        )
+        assert told == ["StoreError"]
+
+    def setUp(self) -> None:
+        """Start with nothing published."""
+        producer.clear()
 
 
 class TheProducer(SimpleTestCase):

@@ -7,7 +7,7 @@ from django.http import HttpRequest, JsonResponse
 from django.views.decorators.csrf import csrf_exempt
 
 from mlproducer import SummarizationTask
-from mlproducer.contrib.django import producer, publish_on_commit
+from mlproducer.contrib.django import producer, publish_in_transaction, publish_on_commit
 from shares.models import Share
 
 
@@ -28,6 +28,17 @@ def broken(request: HttpRequest) -> JsonResponse:
         share = Share.objects.create(text="x")
         publish_on_commit(SummarizationTask(share.pk, {"text": "x"}))
         raise RuntimeError("after publish_on_commit")
+
+
+@csrf_exempt
+def outbox(request: HttpRequest) -> JsonResponse:
+    """Make a share and its task in one transaction, and roll it back if that is asked for."""
+    with transaction.atomic():
+        share = Share.objects.create(text=request.POST["text"])
+        publish_in_transaction(SummarizationTask(share.pk, {"text": request.POST["text"]}))
+        if "broken" in request.POST:
+            transaction.set_rollback(True)
+    return JsonResponse({"id": share.pk, "pid": os.getpid()}, status=201)
 
 
 @csrf_exempt

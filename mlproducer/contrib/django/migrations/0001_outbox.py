@@ -1,0 +1,38 @@
+"""The table of the outbox, in PostgreSQL; other databases are left as they are.
+
+Runs on: the main thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.db import migrations
+
+from mlproducer import outbox
+from mlproducer.contrib.django.process import one
+from mlproducer.errors import ConfigurationError
+from mlproducer.store_url import TABLE, read_postgresql
+
+
+def make(_apps: Any, editor: Any) -> None:
+    """Make it, with the name that ``STORE_URL`` gives it; it may be there already."""
+    if editor.connection.vendor == "postgresql":
+        with editor.connection.cursor() as cursor:
+            cursor.execute(outbox.schema(_table()))
+
+
+def _table() -> str:
+    try:
+        store_url = one.current().settings.store_url
+    except ConfigurationError:  # which the checks tell
+        return TABLE
+    return read_postgresql(store_url).table if store_url.startswith("postgresql:") else TABLE
+
+
+class Migration(migrations.Migration):
+    """Backwards it leaves the table, in which tasks may wait."""
+
+    initial = True
+    dependencies: tuple[tuple[str, str], ...] = ()
+    operations = (migrations.RunPython(make, migrations.RunPython.noop),)

@@ -1,0 +1,4 @@
+"""What ``migrate`` does to databases.
+
+Runs on: the main thread.
+"""
