@@ -112,11 +112,16 @@ def _of_environment() -> MLProducer:
 
 
 def _table(producer: MLProducer) -> str:
-    if not producer.settings.store_url.startswith(f"{POSTGRESQL}:"):
+    return _table_of(producer.settings.store_url)
+
+
+@lru_cache
+def _table_of(store_url: str) -> str:
+    if not store_url.startswith(f"{POSTGRESQL}:"):
         raise ConfigurationError(
             f"{NAME} must be postgresql://..., the database in which the outbox is"
         )
-    return read_postgresql(producer.settings.store_url).table
+    return read_postgresql(store_url).table
 
 
 # --- the row -------------------------------------------------------------------------------------
