@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     :raises ConfigurationError: no broker is named, or a setting does not parse
     :raises StoreError: the table cannot be made
     """
-    settings = Settings.from_env()
+    settings: Settings = arguments.settings()
     if arguments.print_sql or arguments.create_table:
         return _table(settings, console, create=arguments.create_table)
     if settings.store_url.startswith("memory:"):

@@ -257,6 +257,31 @@ def test_outbox(
         assert texts_of(broker.wait_for_messages(1, LIMIT)) == ["kept"]
 
 
+def test_relay(
+    on_postgresql: Project, broker: FakeBroker, postgresql_server: PostgreSQLServer
+) -> None:
+    """A process of its own sends what others have committed, who know no broker."""
+    argv = ["-m", "gunicorn", "mysite.wsgi", "-b", "127.0.0.1:{port}"]
+    url = postgresql_server.url
+    with on_postgresql.serving(*argv, ML_STORE_URL=url, RABBITMQ_URL="") as address:
+        body = urlencode([("text", "relayed")]).encode()
+        assert urllib.request.urlopen(f"{address}/shares/outbox", body).status == 201
+        assert broker.accepted == 0
+    given = json.dumps({"URL": broker.url, "STORE_URL": url})
+    relay = subprocess.Popen(
+        [sys.executable, "manage.py", "mlproducer", "relay"],
+        cwd=on_postgresql.directory,
+        env={**on_postgresql.environ, "RABBITMQ_URL": "", "MLPRODUCER": given},
+    )
+    try:
+        assert texts_of(broker.wait_for_messages(1, LIMIT)) == ["relayed"]
+        relay.send_signal(signal.SIGTERM)
+        assert relay.wait(LIMIT) == 0
+    finally:
+        relay.kill()
+        relay.wait(LIMIT)
+
+
 class Silent(Behaviour):
     """Takes messages, and never confirms one."""
 
