@@ -24,6 +24,8 @@ class Status:
     :ivar dead_letters: dead letters in the store
     :ivar confirming: the broker confirms; false after three confirm timeouts without a confirm
     :ivar broker: ``host:port`` of the broker in use or tried last
+    :ivar outbox_rows: rows in a PostgreSQL store that are due and not claimed, as last counted
+    :ivar outbox_oldest: seconds since the oldest of them was accepted
     :ivar store: path or host of the durable store, where messages wait in one and it is in use
     """
 
@@ -38,6 +40,8 @@ class Status:
     dead_letters: int = 0
     broker: str = ""
     store: str = ""
+    outbox_rows: int = 0
+    outbox_oldest: float = 0.0
 
     @property
     def circuit_breaker_open(self) -> bool:

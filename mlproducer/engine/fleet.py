@@ -366,8 +366,11 @@ class Fleet:
         statuses = [engine.status() for engine in self.engines]
         best = max(statuses, key=lambda each: (each.healthy, each.connection_state))
         depth = self._depth()
+        due, oldest = self._keeper.backlog
         return evolve(
             best,
+            outbox_rows=due,
+            outbox_oldest=oldest,
             pending_confirms=sum(each.pending_confirms for each in statuses),
             retry_queue_size=depth.waiting,
             dead_letters=depth.dead,

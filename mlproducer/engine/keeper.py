@@ -65,6 +65,12 @@ class Keeper:
         return self._scribe.depth
 
     @property
+    def backlog(self) -> tuple[int, float]:
+        """How many rows are due, and the age of the oldest in seconds, where the store knows."""
+        found: tuple[int, float] = getattr(self._store, "backlog", (0, 0.0))
+        return found
+
+    @property
     def known(self) -> bool:
         """Whether the store has said how much it holds, and has not failed since."""
         return self._scribe.known

@@ -19,6 +19,12 @@ from mlproducer.observe import catalog
 
 GROUP = "mlproducer"
 
+OUTBOX_LONG = 10_000
+"""Rows that are due, above which somebody is told."""
+
+OUTBOX_LATE = 60
+"""Seconds for which a row may have been due before somebody is told."""
+
 RETRY_QUEUE_LONG, RETRY_QUEUE_VERY_LONG = 50, 100
 """Messages that wait for a retry, above which somebody is told."""
 
@@ -138,6 +144,36 @@ ALERTS = (
             f"{_CHECK} Does the broker run, is its address right, are the credentials? After "
             "10 failed attempts (ML_MAX_RECONNECT_ATTEMPTS) the producer has given up until the "
             f"next publish() or MLProducer.reconnect(). {_KEEP}"
+        ),
+    ),
+    Alert(
+        name="MLProducerOutboxLate",
+        expr=f"{gauge(catalog.OUTBOX_OLDEST)} > {OUTBOX_LATE}",
+        minutes=2,
+        severity="critical",
+        summary=f"{_WHO}: a row of the outbox has been due for more than {OUTBOX_LATE} s",
+        description=(
+            f"The store that the producer on {_WHO} shares has a row that was accepted "
+            "{{ $value }} s ago, is due, and is claimed by no process. Nothing is lost: it waits."
+        ),
+        action=(
+            "Does a process with a producer on this store run, such as 'mlproducer relay', and is "
+            f"it connected to the broker? {_CHECK}"
+        ),
+    ),
+    Alert(
+        name="MLProducerOutboxLong",
+        expr=f"{gauge(catalog.OUTBOX_ROWS)} > {OUTBOX_LONG}",
+        minutes=5,
+        severity="warning",
+        summary=f"{_WHO}: more than {OUTBOX_LONG} rows of the outbox are due",
+        description=(
+            f"{{{{ $value }}}} rows of the store that the producer on {_WHO} shares are due, more "
+            f"than {OUTBOX_LONG} for 5 minutes."
+        ),
+        action=(
+            "See on the dashboard whether rows grow faster than messages are confirmed. Start "
+            "another 'mlproducer relay': several share the work."
         ),
     ),
     Alert(

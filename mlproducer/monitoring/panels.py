@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from mlproducer.core.states import ConnectionState
-from mlproducer.monitoring.alerts import RETRY_QUEUE_LONG, RETRY_QUEUE_VERY_LONG
+from mlproducer.monitoring.alerts import OUTBOX_LATE, RETRY_QUEUE_LONG, RETRY_QUEUE_VERY_LONG
 from mlproducer.monitoring.queries import (
     gauge,
     greatest,
@@ -245,6 +245,18 @@ RETRIES = Row(
             description="Dead letters that the broker has not taken; they are tried again.",
             queries=(Query(gauge(catalog.DEAD_LETTERS), EACH),),
             limits=((1, "red"),),
+        ),
+        Panel(
+            title="Outbox",
+            description="Rows of a PostgreSQL store that are due and that no process has claimed.",
+            queries=(Query(gauge(catalog.OUTBOX_ROWS), EACH),),
+        ),
+        Panel(
+            title="Oldest row of the outbox",
+            description="Seconds since it was accepted; it grows while no process delivers.",
+            queries=(Query(gauge(catalog.OUTBOX_OLDEST), EACH),),
+            unit="s",
+            limits=((OUTBOX_LATE, "red"),),
         ),
         Panel(
             title="Store errors",

@@ -135,6 +135,16 @@ DEAD_LETTERS = _gauge(
     "Dead letters in the store, which the broker has not taken",
     merge=Merge.BY_STORE,
 )
+OUTBOX_ROWS = _gauge(
+    "outbox_rows",
+    "Rows of a PostgreSQL store that are due and that no process has claimed",
+    merge=Merge.BY_STORE,
+)
+OUTBOX_OLDEST = _gauge(
+    "outbox_oldest_seconds",
+    "Seconds since the oldest of these rows was accepted; with several stores, the greatest",
+    merge=Merge.GREATEST,
+)
 QUEUE_DEPTH = _gauge(
     "queue_depth",
     "Messages in a queue, as the last health check of a live connection read it; the greatest "

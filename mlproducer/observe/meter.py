@@ -304,6 +304,8 @@ _READ: dict[Family, Callable[[Status], float]] = {
     catalog.CIRCUIT_BREAKER_STATE: lambda status: _CIRCUIT_NUMBERS[status.circuit_state],
     catalog.CIRCUIT_BREAKER_FAILURES: lambda status: status.consecutive_failures,
     catalog.DEAD_LETTERS: lambda status: status.dead_letters,
+    catalog.OUTBOX_ROWS: lambda status: status.outbox_rows,
+    catalog.OUTBOX_OLDEST: lambda status: status.outbox_oldest,
 }
 
 

@@ -84,6 +84,8 @@ class PostgreSQLStore:
 
     All processes that share a table should have the same lease and horizon.
 
+    :ivar backlog: how many rows may be claimed, and the age of the oldest in seconds, when they
+        were last counted
     :param url: ``postgresql://[user[:password]@]host[:port][,host[:port]...]/database``, with the
         options ``write_ahead``, ``table`` and ``connect_timeout`` (seconds), and libpq's
     :param lease: seconds for which a claim holds
@@ -123,7 +125,7 @@ class PostgreSQLStore:
         self._forget_at = 0.0
         self._count_at = 0.0
         self._counted = Depth()
-        self.oldest: float | None = None
+        self.backlog = (0, 0.0)
 
     def __repr__(self) -> str:
         return f"<PostgreSQLStore {self.name}>"
@@ -232,7 +234,8 @@ class PostgreSQLStore:
         started = time.monotonic()
         if self._counted.total >= MANY and started < self._count_at:
             return self._counted
-        ((total, dead, ahead, self.oldest),) = self._run(self._sql.depth, {})
+        ((total, dead, ahead, ready, oldest),) = self._run(self._sql.depth, {})
+        self.backlog = (ready, max(0.0, oldest or 0.0))
         self._counted = Depth(max(0, total - dead - ahead), dead, ahead)
         now = time.monotonic()
         self._count_at = now + (now - started) / COUNTING

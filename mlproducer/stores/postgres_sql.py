@@ -240,8 +240,9 @@ def statements(table: str) -> Statements:
         f" (SELECT count(*) FROM {table} WHERE state = {DEAD}),"
         f" (SELECT count(*) FROM {table} WHERE NOT ready AND state = {AHEAD} AND owner <> 0"
         f" AND NOT {_DUE}),"
+        f" (SELECT count(*) FROM {table} WHERE ready),"
         f" (SELECT extract(epoch FROM {_NOW})::float8 - accepted_at / 1e6 FROM {table}"
-        f" WHERE ready ORDER BY key LIMIT 1)",
+        " WHERE ready AND accepted_at > 0 ORDER BY key LIMIT 1)",
         put_aside=f"UPDATE {table} AS t SET state = {ASIDE}, ready = false, due = 'infinity',"
         f" owner = 0 FROM {_CLAIMS} WHERE t.key = c.key AND t.token = c.token",
         close=f"UPDATE {table} SET owner = 0, ready = true, doubtful = true"

@@ -104,7 +104,9 @@ def test_relays_share_the_work_and_drain(
     with urllib.request.urlopen(f"{address}health", timeout=LIMIT) as answer:
         assert json.load(answer)["healthy"] is True
     with urllib.request.urlopen(f"{address}metrics", timeout=LIMIT) as answer:
-        assert b"ml_producer_tasks_sent_total" in answer.read()
+        shown = answer.read()
+    for name in (b"tasks_sent_total", b"outbox_rows", b"outbox_oldest_seconds"):
+        assert b"ml_producer_" + name in shown
     for relay in (first, second):
         relay.send_signal(signal.SIGTERM)
         assert relay.wait(LIMIT) == 0

@@ -60,6 +60,8 @@ CONTRACT = {
     "circuit_breaker_state": ("gauge", ()),
     "circuit_breaker_failures": ("gauge", ()),
     "dead_letters": ("gauge", ()),
+    "outbox_rows": ("gauge", ()),
+    "outbox_oldest_seconds": ("gauge", ()),
     "queue_depth": ("gauge", ("queue_name",)),
     "tasks_sent_total": ("counter", ("task_type", "status")),
     "task_retries_total": ("counter", ("task_type",)),

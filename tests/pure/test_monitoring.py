@@ -68,6 +68,8 @@ def test_alerts_of_the_contract() -> None:
         ),
         ("MLProducerConnectionUnhealthy", "ml_producer_connection_state != 3", "2m"),
         ("MLProducerDisconnected", "ml_producer_connection_state < 3", "3m"),
+        ("MLProducerOutboxLate", "ml_producer_outbox_oldest_seconds > 60", "2m"),
+        ("MLProducerOutboxLong", "ml_producer_outbox_rows > 10000", "5m"),
         (
             "MLProducerNotConfirming",
             f"increase(ml_producer_confirm_timeouts_total[2m]) > 0 unless {SUCCESSES} > 0",

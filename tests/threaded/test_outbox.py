@@ -257,6 +257,8 @@ def test_without_a_producer_that_runs(connect: Connect, url: str, connection: An
     assert idle.status().connection_state.name == "DISCONNECTED"
     with closing(PostgreSQLStore(url)) as store:
         assert store.depth().waiting == 1
+        assert store.backlog[0] == 1
+        assert 0 < store.backlog[1] < LIMIT
 
 
 # --- through SQLAlchemy --------------------------------------------------------------------------
