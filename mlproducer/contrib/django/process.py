@@ -43,6 +43,8 @@ class ProcessProducer:
         raise TypeError("the class is that of the producer which it stands for")
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_made", "_additions"):  # a copy that is not complete yet
+            raise AttributeError(name)
         return getattr(self.current(), name)
 
     def __repr__(self) -> str:
