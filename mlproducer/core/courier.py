@@ -377,6 +377,7 @@ class Courier:
         for delivery in lost:
             delivery.suspected = linked and (delivery.suspected or not delivery.doubtful)
             delivery.doubtful = True
+            delivery.innocent += 1
             self.breaker.released(delivery)
             if delivery.open and not self.judge.goes_back(delivery):
                 wanted.append(delivery)

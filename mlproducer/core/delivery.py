@@ -88,6 +88,7 @@ class Delivery:
     :ivar doubtful: an earlier attempt, or another process, may have brought it to a queue
     :ivar suspected: the only doubt is of an attempt on a channel that was closed over a message
     :ivar unrouted: how often it was returned although its route had been confirmed before
+    :ivar innocent: how many attempts went down with a channel that was closed over one of several
     :ivar stored: the keeper has a row for it, or was told to make one
     :ivar kept: the message is ours: it goes on without its publisher
     :ivar buried: its letter has been handed to the keeper before
@@ -112,6 +113,7 @@ class Delivery:
         "fate",
         "first_failed",
         "heir",
+        "innocent",
         "kept",
         "late",
         "leased_until",
@@ -166,6 +168,7 @@ class Delivery:
         self.doubtful = False
         self.suspected = False
         self.unrouted = 0
+        self.innocent = 0
         self.stored = False
         self.kept = False
         self.buried = False

@@ -218,10 +218,14 @@ class Judge:
         return over >= 0 and delivery.place is not Place.IN_FLIGHT
 
     def _retries_over(self, delivery: Delivery) -> int:
-        """Say how many attempts it has had beyond those that it may; 0: it was the last."""
+        """Say how many attempts it has had beyond those that it may; 0: it was the last.
+
+        Those that failed by another message's fault, or for want of a route that comes back, do not
+        count.
+        """
         policy = delivery.policy
         retries = self.max_retries if policy is None else policy.max_retries
-        return delivery.attempts - delivery.unrouted - 1 - retries
+        return delivery.attempts - delivery.innocent - delivery.unrouted - 1 - retries
 
     def _route_comes_back(self, delivery: Delivery) -> bool:
         """Whether a returned message waits for its route, which has been there before.

@@ -538,3 +538,35 @@ def test_why_there_are_no_letters(rabbitmq_vhost: VirtualHost, connect: Connect)
         assert advice in result.stderr
     _bury(connect, _letters(["a"]))
     assert _ids(f"{away},{url}") == ["a"]
+
+
+def test_what_headers_hold_does_not_stop_the_broker(
+    rabbitmq_vhost: VirtualHost, connect: Connect
+) -> None:
+    """A queue reads the history of what it dead-letters; over some it crashes, these it survives.
+
+    Where it crashed, that message and all behind it would stay, and the node would take no more.
+    """
+    death = {"count": 2**40, "queue": "ml.embed", "reason": "expired", "routing-keys": 1}
+    histories: list[Any] = ["a", {"a": 1}, None, [], [{}], [death], [{**death, "reason": 1}]]
+    messages = [
+        Message(
+            body=b"PRIVATE",
+            routing_key="ml.embed",
+            message_id=str(number),
+            headers={"x-death": deaths, "x-delivery-count": "a", "x-first-death-queue": 1},
+            expiration=0.01,
+        )
+        for number, deaths in enumerate(histories)
+    ]
+    producer = connect()
+    for message in messages:
+        assert producer.publish(message).confirmed
+    deadline = time.monotonic() + LIMIT
+    with open_channel(rabbitmq_vhost.url) as channel:
+        while channel.queue_declare(DEAD, passive=True).method.message_count < len(messages):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert sorted(_ids(rabbitmq_vhost.url)) == sorted(
+        str(message.message_id) for message in messages
+    )

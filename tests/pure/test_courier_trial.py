@@ -12,6 +12,7 @@ from mlproducer.errors import (
     NotConnectedError,
     RetriesExhaustedError,
 )
+from mlproducer.message import Outcome
 from tests.pure.fakes import World, error_of, receipt_of
 
 GOOD = [f"g{number}" for number in range(5)]
@@ -67,6 +68,23 @@ def test_only_the_guilty_is_rejected(world: World, code: int) -> None:
     assert all(receipt_of(delivery).confirmed for delivery in good)
     duplicates = [name for event, name in world.events.log if event == "possible duplicate"]
     assert duplicates == ["g0", "g1", "bad", "g2", "g3", "g4"]
+
+
+def test_what_others_are_guilty_of_uses_up_no_retry() -> None:
+    """However often a channel was closed over others, a message is tried again as often as any."""
+    world = World(max_retries=1)
+    world.up()
+    for number in range(5):
+        world.send(f"bad {number}", exchange=f"missing {number}")
+    [good] = world.send("good")
+    for _ in range(5):
+        close_over(world, 404)  # under all
+        close_over(world, 404)  # under the first alone, which is guilty
+    assert (good.attempts, good.place) == (6, Place.IN_FLIGHT)
+    world.down(320)
+    world.store(good)
+    assert receipt_of(good).outcome is Outcome.DEFERRED
+    assert not good.dead
 
 
 @pytest.mark.parametrize(("first", "possibly_sent"), [(406, False), (501, True)])
