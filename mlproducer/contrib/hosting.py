@@ -77,9 +77,15 @@ def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
     return made
 
 
-def under_pytest() -> bool:
-    """Whether a test of pytest runs in this process; not in one that such a test has started."""
-    return "pytest" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ
+def in_test_run() -> bool:
+    """Whether pytest, or ``python -m unittest``, runs tests in this process.
+
+    A process that such a test has started runs none itself.
+    """
+    if "pytest" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ:
+        return True
+    program = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return program is not None and program.name == "unittest.__main__"
 
 
 def _imported(dotted: str, name: str) -> Any:

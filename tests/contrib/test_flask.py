@@ -5,6 +5,9 @@ Runs on: pytest's main thread.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,31 @@ def test_an_app_in_a_test_records(monkeypatch: pytest.MonkeyPatch) -> None:
         producer.assert_published(SummarizationTask(7, {"text": "x"}))
         assert isinstance(producer_of(second), RecordingProducer)
         assert producer_of(second) is not producer
+        assert broker.accepted == 0
+
+
+UNITTEST = """
+import unittest
+import flask
+from mlproducer.contrib.flask import MLProducerExtension
+
+class Test(unittest.TestCase):
+    def test(self):
+        app, ml = flask.Flask(__name__), MLProducerExtension()
+        ml.init_app(app)
+        with app.app_context():
+            ml.producer.publish_summarization_task(7, {"text": "x"})
+            self.assertEqual(len(ml.producer.published), 1)
+"""
+
+
+def test_unittest_records_too(tmp_path: Path) -> None:
+    """Also where an app forgets to say that it is tested."""
+    (tmp_path / "test_app.py").write_text(UNITTEST)
+    with FakeBroker() as broker:
+        environ = {**os.environ, "RABBITMQ_URL": broker.url}
+        argv = [sys.executable, "-m", "unittest", "test_app"]
+        subprocess.run(argv, cwd=tmp_path, env=environ, check=True, timeout=60)
         assert broker.accepted == 0
 
 

@@ -22,9 +22,9 @@ SETTING = "MLPRODUCER"
 
 
 def in_tests() -> bool:
-    """Whether a test run is under way: that of Django's runners, of pytest-django, or of pytest."""
+    """Whether tests run: by Django's runners, pytest-django, pytest or unittest."""
     state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
-    return hasattr(state, "saved_data") or hosting.under_pytest()
+    return hasattr(state, "saved_data") or hosting.in_test_run()
 
 
 class ProcessProducer:

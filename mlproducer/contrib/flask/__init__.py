@@ -54,8 +54,9 @@ class MLProducerExtension:
 
     Configuration keys are the fields of `Settings` in upper case after ``MLPRODUCER_``; what is
     missing comes from the environment. ``MLPRODUCER_PRODUCER`` names another one: a callable that
-    takes the settings, its dotted name, or a producer. With ``TESTING``, and in tests of pytest, an
-    app has a `RecordingProducer` of its own instead, unless that key says otherwise.
+    takes the settings, its dotted name, or a producer. With ``TESTING``, and where pytest or
+    ``python -m unittest`` runs, an app has a `RecordingProducer` of its own instead, unless that
+    key says otherwise.
     """
 
     def __init__(self, app: Flask | None = None) -> None:
@@ -94,7 +95,7 @@ def _producer_of(app: Flask) -> MLProducer:
         for key, value in app.config.items()
         if key.startswith(PREFIX)
     }
-    testing = bool(app.config.get("TESTING")) or hosting.under_pytest()
+    testing = bool(app.config.get("TESTING")) or hosting.in_test_run()
     if testing and hosting.PRODUCER not in given:
         return _own(app, given)
     return _shared_one(given)
