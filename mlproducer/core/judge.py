@@ -193,7 +193,10 @@ class Judge:
         if left and not gone:
             delivery.doubtful, delivery.suspected = True, False
         if isinstance(error, StoreError):
+            ordered = delivery.stored
             self.refused(delivery, error, now)
+            if ordered and not delivery.open:
+                self.keeper.settle(delivery)  # behind the order to store it, which may succeed yet
         else:
             error.possibly_sent = error.possibly_sent or delivery.doubtful
             self._tell(delivery, error)

@@ -430,6 +430,7 @@ class House:
         failed = []
         for tag, record in self.channel.open.items():
             record.hits += 1
+            record.summoned += accuses(code) and not alone
             if tag not in self.channel.returned and not alone:
                 record.suspected = True
                 record.hidden = record.hidden or code not in SOFT_ACCUSATIONS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlproducer.core.delivery import Place
+from mlproducer.core.delivery import Delivery, Place
 from mlproducer.errors import (
     AuthenticationError,
     BrokerRejectedError,
@@ -293,6 +293,7 @@ def test_the_store_refuses_what_its_publisher_relies_on(buried: bool) -> None:
     assert list(world.keeper.rows) == [delivery]
     exchange = "dead" if buried else "x"
     assert (delivery.envelope.exchange, delivery.place) == (exchange, Place.STORED)
+    assert world.courier.waiting == (0 if buried else 1)
     assert not heir.done()
 
 
@@ -320,6 +321,74 @@ def test_the_store_is_silent_about_a_suspect(world: World) -> None:
     error = error_of(delivery)
     assert isinstance(error, StoreError)
     assert (error.attempts, error.possibly_sent) == (2, True)
+
+
+def written_ahead(world: World, *, leased_until: float) -> Delivery:
+    """Give a message that was stored before it was sent, and is in flight."""
+    world.keeper.durable = True
+    delivery = make_delivery("a")
+    delivery.claim()
+    delivery.stored, delivery.leased_until = True, leased_until
+    world.keeper.rows[delivery] = 0
+    world.courier.readmit(delivery, 0.0)
+    world.courier.pump(0.0)
+    return delivery
+
+
+def test_whose_row_it_is_has_to_be_known(world: World) -> None:
+    """Nothing is promised after the end of a lease before the store has been asked."""
+    for leased_until in (4.0, 6.0):
+        delivery = written_ahead(world, leased_until=leased_until)
+        world.now = 5.0
+        world.nack(len(world.carrier.written))
+        assert delivery.answer.done() == (leased_until > world.now)
+        world.courier.kept([delivery], world.now)
+        assert not receipt_of(delivery).confirmed
+        world.now = 0.0
+
+
+def test_rejected_while_its_row_comes_back(world: World) -> None:
+    """The row of what goes back to its publisher promises nothing, and is deleted."""
+    delivery = written_ahead(world, leased_until=20.0)
+    world.down(404)
+    assert world.keeper.withdrawn == [delivery]
+    world.courier.readmit(delivery, 1.0)
+    assert not delivery.answer.done()
+    world.courier.withdrawn([delivery], 1.0)
+    assert isinstance(error_of(delivery), BrokerRejectedError)
+    assert world.courier.waiting == 0
+
+
+def test_taken_over_while_it_is_being_stored(world: World) -> None:
+    """Another process has its row, so it was stored, and its publisher is told at once."""
+    world.keeper.durable = True
+    [delivery] = world.send("a")
+    world.nack(1)
+    assert not delivery.answer.done()
+    world.courier.taken_over([delivery], 1.0)
+    assert receipt_of(delivery).durable
+
+
+def test_time_is_up_amid_a_close(world: World) -> None:
+    """The store is about to answer: what is in flight is not counted as unconfirmed."""
+    world.keeper.durable = True
+    world.courier.farewell._durable = True
+    [delivery] = world.send("a")
+    world.courier.farewell.shelve(4.9)
+    world.courier.expire(delivery, 5.0)
+    assert (world.courier.timeouts, delivery.late) == (0, False)
+    world.store(delivery)
+    assert receipt_of(delivery).durable
+
+
+def test_room_behind_what_was_withdrawn(world: World) -> None:
+    """What has been withdrawn while it waited takes no room from those behind it."""
+    world.carrier.room_left = 0
+    [withdrawn, _] = world.send("a", "b")
+    withdrawn.open = False  # as by its publisher, whose call was interrupted
+    world.carrier.room_left = 1
+    world.courier.pump(0.0)
+    assert world.carrier.written == [("b", 1)]
 
 
 def test_what_is_entrusted_keeps_its_row(world: World) -> None:

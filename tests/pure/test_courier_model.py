@@ -609,6 +609,21 @@ def test_a_put_that_never_answers() -> None:
     assert record.ends == ["given back"]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_store_that_is_silent_until_the_end(ahead: bool) -> None:
+    """What was raised to its publisher leaves no row, also where no answer is heard any more."""
+    machine = CourierMachine()
+    machine.begin(fair=False, connected=True, durable=True, ahead=ahead, hurried=True)
+    machine.a_lease_runs_out(retry=True, waits=True)
+    if not ahead:
+        machine.settle(pick=1, multiple=False, good=False)
+    machine.the_store_is_late()
+    machine.teardown()
+    [record] = machine.house.records.values()
+    assert record.ends == ["given back"]
+    assert not machine.house.store.slots()
+
+
 def test_a_row_that_cannot_be_deleted_is_left() -> None:
     """Although the broker has its message, `flush` does not give 0 before the row is gone."""
     machine = stored_and_sent_again()

@@ -84,6 +84,7 @@ class Record:
     acked: bool = False
     hidden: bool = False  # written, its fate unknown: a queue may hold it
     suspected: bool = False  # the same, unless it turns out that it was this one that was rejected
+    summoned: int = 0  # how often it was in flight on a channel that was closed over a message
     lapsed: bool = False  # its lease was over: another process may have written it
     counted: int = -1  # the write whose failure the breaker has counted last
     not_before: float = 0.0
@@ -171,9 +172,9 @@ class Channel:
             record.letters += 1
         else:
             record.sends += 1
-            allowed = 1 + self._house.setup.max_retries + delivery.unrouted
-            suspects = record.suspected
-            assert suspects or record.sends <= allowed, "I14: one attempt too many"
+            more = delivery.unrouted + record.summoned
+            allowed = 1 + self._house.setup.max_retries + more
+            assert record.sends <= allowed, "I14: one attempt too many"
 
     def settle(self, tag: int, *, multiple: bool) -> list[tuple[Record, bool]]:
         """Give who is settled by a tag, and whether it had been returned."""
@@ -229,6 +230,10 @@ class Sink(EventSink):
         if isinstance(said, Receipt) and not record.robbed:
             assert self._house.closing, "I2: the call has returned, and it is dropped"
             assert record.stolen or not said.durable, "I20: durable, and given back"
+        astray = self._house.keeper.shelf.astray.get(delivery)
+        if isinstance(error, StoreError) and astray is not None and astray.told:
+            wanted = record.retry and delivery.retry and not self._house.closing
+            assert not wanted, "I2: given back, and another process has it"
         self._end(delivery, "given back")
 
     def _end(self, delivery: Delivery, end: str) -> None:
