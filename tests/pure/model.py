@@ -138,7 +138,9 @@ class House:
         self.courier.withdrawn(deliveries, self.clock.now, gone=gone)
 
     def taken_over(self, deliveries: Sequence[Delivery]) -> None:
-        """Pass it on."""
+        """Pass it on; from here on it is known that another process may have sent them."""
+        for delivery in deliveries:
+            self.record(delivery).lapsed = self.record(delivery).hidden = True
         self.courier.taken_over(deliveries, self.clock.now)
 
     def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:

@@ -82,7 +82,7 @@ class Record:
     letters: int = 0
     hits: int = 0
     acked: bool = False
-    hidden: bool = False  # written, its fate unknown: a queue may hold it
+    hidden: bool = False  # written, or taken over, its fate unknown: a queue may hold it
     suspected: bool = False  # the same, unless it turns out that it was this one that was rejected
     summoned: int = 0  # how often it was in flight on a channel that was closed over a message
     lapsed: bool = False  # its lease was over: another process may have written it
@@ -222,7 +222,6 @@ class Sink(EventSink):
         assert error.attempts == record.sends, "I14: attempts are writes"
         rejected = isinstance(error, BrokerRejectedError)
         hidden = record.hidden or (record.suspected and not rejected)
-        hidden = hidden or record.elsewhere == "delivers"
         assert error.possibly_sent or not hidden, "I13: it may be there"
         written = record.writes or record.lapsed
         assert written or not error.possibly_sent, "I13: it was never written"
