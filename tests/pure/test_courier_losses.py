@@ -354,7 +354,7 @@ def test_rejected_while_its_row_comes_back(world: World) -> None:
     assert world.keeper.withdrawn == [delivery]
     world.courier.readmit(delivery, 1.0)
     assert not delivery.answer.done()
-    world.courier.withdrawn([delivery], 1.0)
+    world.courier.withdrawn([delivery], 1.0, gone=True)
     assert isinstance(error_of(delivery), BrokerRejectedError)
     assert world.courier.waiting == 0
 
