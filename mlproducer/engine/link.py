@@ -25,6 +25,7 @@ from typing import Any
 import pika
 from pika import exceptions, spec
 from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.channel import Channel
 from pika.connection import Connection
@@ -308,7 +309,7 @@ def blocking_connection(route: Route) -> Any:
         return pika.BlockingConnection(found, _impl_class=BrokerConnection)
     except UnreachableError as error:
         loss = error.loss
-    except (exceptions.AMQPError, OSError) as error:
+    except (exceptions.AMQPError, AMQPConnectorException, OSError) as error:
         tls = route.tls is not None
         loss = translate(route.broker.address, error, route.broker.hint, tls=tls)
     raise NotConnectedError(loss.text, kind=loss.kind.value, reply_code=loss.reply_code)

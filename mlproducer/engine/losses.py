@@ -16,6 +16,7 @@ from typing import Any
 
 from attrs import evolve
 from pika import exceptions
+from pika.adapters.utils.connection_workflow import AMQPConnectorStackTimeout
 
 from mlproducer.core.ports import Loss, LossKind
 from mlproducer.core.trial import NO_PERMISSION
@@ -60,6 +61,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], LossKind, str], ...] = (
     (ConnectionRefusedError, LossKind.REFUSED, "connection refused"),
     (TimeoutError, LossKind.TIMEOUT, "no answer in time"),
     (socket.timeout, LossKind.TIMEOUT, "no answer in time"),  # a class of its own in Python 3.10
+    (AMQPConnectorStackTimeout, LossKind.TIMEOUT, "no answer in time"),
     (
         exceptions.IncompatibleProtocolError,
         LossKind.PROTOCOL,

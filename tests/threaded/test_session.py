@@ -15,7 +15,7 @@ from mlproducer.errors import NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection
 from tests.threaded.conftest import Serve
 
-STEPS = (spec.Channel.Open, spec.Queue.Declare, spec.Connection.Close)
+STEPS = (spec.Connection.StartOk, spec.Connection.Open, spec.Channel.Open, spec.Queue.Declare, spec.Connection.Close)
 SHORT = 0.3
 
 
