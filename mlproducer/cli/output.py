@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 BAR_WIDTH = 24
 BAR_INTERVAL = 0.1
@@ -137,14 +138,14 @@ class Console:
             sys.stderr.write(_CLEAR)
             sys.stderr.flush()
 
-    def _print(self, text: str, stream: object) -> None:
+    def _print(self, text: str, stream: TextIO) -> None:
         # Whatever a text was made of: nothing that a terminal would obey gets out here.
-        text = plain(text, lines=True)
+        text = _fit(plain(text, lines=True), stream)
         bar = self._bar
         if bar:
             sys.stderr.write(_CLEAR)
             sys.stderr.flush()
-        print(text, file=stream, flush=True)  # type: ignore[call-overload]
+        print(text, file=stream, flush=True)
         if bar:
             sys.stderr.write(bar)
             sys.stderr.flush()
@@ -179,6 +180,12 @@ def plain(text: str, *, lines: bool = False) -> str:
         each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
         for each in text
     )
+
+
+def _fit(text: str, stream: TextIO) -> str:
+    """Escape what the stream's encoding, a terminal's or a pipe's, does not have."""
+    encoding = stream.encoding or "utf-8"  # a StringIO has none
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def draw(share: float) -> str:

@@ -239,6 +239,15 @@ def test_the_bar(share: float, bar: str) -> None:
     assert output.draw(share) == f"[{bar}] {min(int(share * 100), 100):3d} %"
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+def test_what_the_output_cannot_encode(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is escaped, and ends no command amid its work."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    output.Console(as_json=False).say("\u65e5 \u20ac")
+    assert written.getvalue() == b"\\u65e5 \\u20ac\n"
+
+
 def test_people_and_programs_read_different_things(capsys: pytest.CaptureFixture[str]) -> None:
     """Programs find their JSON, and nothing else, on standard output; people find no JSON."""
     for as_json in (True, False):

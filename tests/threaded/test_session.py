@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlproducer.errors import NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection
 from tests.threaded.conftest import Serve
 
-STEPS = (spec.Connection.StartOk, spec.Connection.Open, spec.Channel.Open, spec.Queue.Declare, spec.Connection.Close)
+STEPS = (spec.Channel.Open, spec.Queue.Declare, spec.Connection.Close)
 SHORT = 0.3
 
 
@@ -46,6 +47,17 @@ def test_each_answer_has_a_limit(serve: Serve, step: type) -> None:
             _ask(settings)
         assert caught.value.kind == "timeout"
     assert time.monotonic() - started < SHORT + 1.5
+
+
+def test_the_handshake_has_a_limit() -> None:
+    """A broker that is frozen accepts by its kernel, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        url = f"amqp://guest:guest@127.0.0.1:{frozen.getsockname()[1]}/"
+        started = time.monotonic()
+        with pytest.raises(NotConnectedError, match="no answer in time") as caught:
+            _ask(Settings(url=url, connection_timeout=SHORT))
+        assert caught.value.kind == "timeout"
+        assert time.monotonic() - started < SHORT + 1.5
 
 
 def _ask(settings: Settings) -> None:
