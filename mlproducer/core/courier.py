@@ -180,9 +180,13 @@ class Courier:
             self.timeouts += 1
             self.judge.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
 
-    def release(self) -> list[Delivery]:
-        """Give up, for another connection, all that has not been written."""
-        return self._lanes.clear()
+    def release(self, *, suspects: bool) -> list[Delivery]:
+        """Give up, for another connection, what has not been written.
+
+        :param suspects: also those of a trial, who are tried nowhere else: among others they would
+            close the next channel under all that is in flight there
+        """
+        return self._lanes.clear() if suspects else self._lanes.clear_backlog()
 
     def pump(self, now: float) -> None:
         """Write what waits, as far as the link has room; half-open, one message as the probe."""

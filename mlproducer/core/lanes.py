@@ -79,6 +79,10 @@ class Lanes:
 
     def clear(self) -> list[Delivery]:
         """Take out all that waits."""
-        waiting = [*self.trial.discharge(), *self._backlog]
+        return [*self.trial.discharge(), *self.clear_backlog()]
+
+    def clear_backlog(self) -> list[Delivery]:
+        """Take out what waits, but for the suspects."""
+        waiting = list(self._backlog)
         self._backlog.clear()
         return waiting

@@ -233,10 +233,13 @@ class IOThread:
         return given
 
     def relieve(self, mine: Standing | None = None) -> None:
-        """Let another connection have what waits here, if there is one that is better off."""
+        """Let another connection have what waits here, if there is one that is better off.
+
+        :param mine: its standing, where an attempt to connect has failed: then suspects go, too
+        """
         peer = self.peer(mine) if self.courier.waiting else None
         if peer is not None:
-            self.pass_on(self.courier.release(), peer)
+            self.pass_on(self.courier.release(suspects=mine is Standing.REFUSES), peer)
 
     def _invite(self) -> None:
         """Offer to carry what waits on other connections, now that this one can."""

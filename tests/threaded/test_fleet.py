@@ -392,3 +392,43 @@ def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None
     assert lost.result(LIMIT).confirmed
     assert all_connected(producer)
     assert engines[0]._threads["io"] is not thread
+
+
+class SlowToReopen(Silent):
+    """Confirms nothing, and opens no second channel for publishing on one connection."""
+
+    def __init__(self) -> None:
+        self.slow: FakeConnection | None = None
+        self.asked = Latch()
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Whatever was asked for, but for a channel on that connection."""
+        if connection is self.slow and method.NAME == "Channel.Open":
+            self.asked.open()
+        else:
+            super().on_method(connection, channel, method)
+
+
+def test_suspects_stay_where_they_are(connect: Connect, serve: Serve) -> None:
+    """A connection whose channel was closed hands what was in flight there to no other."""
+    behaviour = SlowToReopen()
+    broker = serve(behaviour)
+    producer = connect(broker, connections=2, declare_topology="off")
+    assert all_connected(producer)
+    for name in "abcd":
+        producer.submit(make_message(name))
+    first = {each.properties.message_id: each for each in broker.wait_for_messages(4, LIMIT)}
+    suspects = [name for name in "abcd" if first[name].connection is first["a"].connection]
+    others = [name for name in "abcd" if name not in suspects]
+    assert len(suspects) == 2
+    behaviour.slow = first["a"].connection
+    behaviour.slow.close_channel(first["a"].channel, 404, "NOT_FOUND")
+    assert behaviour.asked.wait(LIMIT)
+    busy = first[others[0]]
+    busy.connection.close_channel(busy.channel, 404, "NOT_FOUND")
+    for count in (5, 6):  # of the other connection, whose new channel lets the first one know
+        ack(broker.wait_for_messages(count, LIMIT)[-1])
+    all_connected(producer)
+    producer.submit(make_message("e"))
+    later = [each.properties.message_id for each in broker.wait_for_messages(7, LIMIT)[4:]]
+    assert later == [*others, "e"]
