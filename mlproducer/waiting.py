@@ -150,6 +150,10 @@ class Line:
     def __init__(self) -> None:
         self._waits: deque[tuple[int, Engine, Delivery, Answer]] = deque()
         self._results: list[Receipt | PublishError] = []
+        self._at_gate: Delivery | None = None
+        self._asked = 0  # of those that wait, from the head, the courier has been asked
+        self._asked_at = 0.0
+        self._silent = False  # it has not answered
 
     def taken_from(self, tasks: Iterable[T]) -> Iterator[T]:
         """Take tasks one by one; where that raises, ``results`` is what came of those before."""
@@ -172,14 +176,17 @@ class Line:
                 break
             results[place] = ahead.given
             waits.popleft()
+            if self._asked:
+                self._asked -= 1
         waits.append((len(results), engine, delivery, answer))
         results.append(_UNANSWERED)
-        hand_in = engine.post
+        hand_in, self._at_gate = engine.post, delivery
         while not engine.gate.enter(delivery, (head := waits[0][2]).deadline):
             if head is delivery:
                 hand_in = engine.turn_away
                 break
             self._finish_next()
+        self._at_gate = None
         try:
             hand_in(delivery)
         except PublishError as error:
@@ -199,10 +206,34 @@ class Line:
     def _finish_next(self) -> None:
         place, engine, delivery, answer = self._waits[0]
         try:
-            self._results[place] = finish(engine, delivery, answer)
+            self._results[place] = self._answer_of(engine, delivery, answer)
         except PublishError as error:
             self._results[place] = error
         self._waits.popleft()  # not before: an interrupt has to find it, to withdraw it
+        if self._asked:
+            self._asked -= 1
+
+    def _answer_of(self, engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
+        """Do what `finish` does, but so that a silent courier costs the line one `GRACE`."""
+        if answer.given is None and not answer.wait(delivery.deadline - time.monotonic()):
+            if not self._asked:
+                self._expire_due()
+            ends = delivery.deadline if self._silent else self._asked_at
+            if not answer.wait(ends + GRACE - time.monotonic()):
+                self._silent = True
+                return unanswered(engine, delivery, answer)
+        self._silent = False
+        return answer.receipt()
+
+    def _expire_due(self) -> None:
+        """Ask the courier about all whose time is up, and not about one after the other."""
+        self._asked_at = now = time.monotonic()
+        for _, engine, delivery, answer in self._waits:
+            if delivery.deadline > now or delivery is self._at_gate:
+                return
+            self._asked += 1
+            if answer.given is None:
+                engine.expire(delivery)
 
 
 _UNANSWERED = PublishError("not answered yet")

@@ -6,23 +6,27 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Future, as_completed
 
 import pytest
 
-from mlproducer import EmbeddingTask, Message, Receipt
+from mlproducer import EmbeddingTask, Message, MLProducer, Receipt, Settings
 from mlproducer.errors import (
     BufferFullError,
     ConfirmTimeoutError,
     InvalidMessageError,
     MessageTooLargeError,
+    StoreError,
     UnroutableError,
 )
+from mlproducer.stores.memory import MemoryStore
+from mlproducer.stores.protocol import Claim, Entry
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT, Background, make_message
 from tests.threaded.brokers import Silent, ack, nack
-from tests.threaded.conftest import Connect, Serve
+from tests.threaded.conftest import QUICK, Connect, Serve
+from tests.threaded.moods import io_of
 
 
 def test_the_id_is_there_at_once(connect: Connect, serve: Serve) -> None:
@@ -266,6 +270,52 @@ def test_timeout_is_per_message(connect: Connect, serve: Serve) -> None:
     assert time.monotonic() - started < 6 * 0.2 + 0.5
     assert all(isinstance(result, ConfirmTimeoutError) for result in results)
     assert [result.possibly_sent for result in results] == [True] * 2 + [False] * 4  # type: ignore[union-attr]
+
+
+def test_many_with_an_io_thread_that_hangs(connect: Connect, serve: Serve) -> None:
+    """Fifty messages wait for it together, and not one after the other; none is sent later."""
+    broker = serve()
+    producer = connect(broker)
+    assert producer.publish(make_message("first")).confirmed
+    over = threading.Event()
+    io_of(producer).order(lambda: over.wait(4 * LIMIT))
+    started = time.monotonic()
+    results = producer.publish_many([make_message() for _ in range(50)], timeout=0.2)
+    took = time.monotonic() - started
+    over.set()
+    assert took < 0.2 + 1.0
+    assert [type(each) for each in results] == [ConfirmTimeoutError] * 50
+    assert not any(each.possibly_sent for each in results)  # type: ignore[union-attr]
+    assert producer.publish(make_message("last")).confirmed
+    assert [each.properties.message_id for each in broker.messages] == ["first", "last"]
+
+
+class SlowStore(MemoryStore):
+    """Takes what it is given a good while later."""
+
+    def __init__(self, over: threading.Event) -> None:
+        super().__init__()
+        self._over = over
+
+    def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+        """Store them in the end."""
+        assert self._over.wait(4 * LIMIT)
+        return super().put(entries, patience)
+
+
+def test_many_with_a_store_that_hangs(serve: Serve) -> None:
+    """Fifty that it is to take wait for it together."""
+    over = threading.Event()
+    settings = Settings(url=serve(Silent()).url, **QUICK)  # type: ignore[arg-type]
+    with MLProducer(settings, store=SlowStore(over)) as producer:
+        assert producer.wait_connected(LIMIT)
+        started = time.monotonic()
+        results = producer.publish_many([make_message() for _ in range(50)], timeout=0.2)
+        took = time.monotonic() - started
+        over.set()
+        assert took < 0.2 + 1.0
+        assert [type(each) for each in results] == [StoreError] * 50
+        producer.close(0.5)
 
 
 def test_an_iterable_that_raises(connect: Connect, serve: Serve) -> None:
