@@ -1,4 +1,4 @@
-"""From COMMIT on, nothing is lost: applications, relays, PostgreSQL and connections are killed.
+"""From COMMIT on, nothing is lost: applications, relays, PostgreSQL and the broker are killed.
 
 Runs on: pytest's main thread; processes of their own.
 """
@@ -18,7 +18,8 @@ import pytest
 
 from mlproducer.errors import StoreError
 from mlproducer.stores.postgres import PostgreSQLStore
-from mlproducer.testing import FakeBroker, PostgreSQLServer
+from mlproducer.testing import PostgreSQLServer, RabbitMQNode
+from tests.accounting import drain
 from tests.broker.commands import COMMAND, environ_of
 from tests.faults.traffic import FIGURES
 
@@ -32,7 +33,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "outbox_app.py"
 class Relays:
     """Two relays; the older one is killed, and another one started."""
 
-    def __init__(self, broker: FakeBroker, store: str, stack: ExitStack) -> None:
+    def __init__(self, broker: RabbitMQNode, store: str, stack: ExitStack) -> None:
         more = {"ML_STORE_URL": store, "ML_STORE_LEASE": f"{LEASE * 1000:.0f}"}
         more["ML_RETRY_SWEEP_INTERVAL"] = "200"
         self._environ = environ_of(broker.url, more)
@@ -62,11 +63,11 @@ def _end(program: subprocess.Popen[Any]) -> None:
 
 @pytest.mark.slow
 def test_every_committed_row_arrives_and_no_other() -> None:
-    """A third of the instants each: the relay is killed, PostgreSQL is, the connections are cut."""
+    """A third of the instants each: a relay is killed, PostgreSQL is, the broker is."""
     faults = Counter[str]()
     with ExitStack() as stack:
         server = stack.enter_context(PostgreSQLServer())
-        broker = stack.enter_context(FakeBroker())
+        broker = stack.enter_context(RabbitMQNode())
         with closing(PostgreSQLStore(server.url, lease=LEASE)) as store:
             store.create()
         server.call("CREATE TABLE orders (id text PRIMARY KEY)", user="app")
@@ -81,7 +82,7 @@ def test_every_committed_row_arrives_and_no_other() -> None:
         stack.enter_context(application.stdout)
         stack.callback(_end, application)
         for line in application.stdout:
-            fault = ("relay", "postgresql", "connections")[int(line) % 3]
+            fault = ("relay", "postgresql", "broker")[int(line) % 3]
             faults[fault] += 1
             if fault == "relay":
                 relays.kill_one()
@@ -89,12 +90,13 @@ def test_every_committed_row_arrives_and_no_other() -> None:
                 server.kill()
                 server.start()
             else:
-                for connection in broker.connections:
-                    connection.reset()
+                broker.save_queues()
+                broker.kill()
+                broker.start()
         assert application.wait(LIMIT) == 0
         committed = {row[0] for row in server.call("SELECT id FROM orders", user="app")}
         _wait_until_empty(server)
-        arrived = Counter(each.properties.message_id for each in broker.messages)
+        arrived = drain(broker.url, ["ml.embed"])
     assert sum(faults.values()) == INSTANTS
     assert set(arrived) == committed
     assert len(committed) > INSTANTS

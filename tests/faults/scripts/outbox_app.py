@@ -30,7 +30,7 @@ def business(child: int, begun: int) -> None:
                 for place in "ab":
                     order = f"{child}-{number}{place}"
                     session.execute(row, {"id": order})
-                    task = CeleryTask("t", routing_key="k", task_id=order)
+                    task = CeleryTask("t", routing_key="ml.embed", task_id=order)
                     outbox.add(session, task, producer=producer)
                 if number % 4 == 3:
                     session.rollback()
