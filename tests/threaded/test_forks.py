@@ -211,6 +211,32 @@ def test_a_fork_lets_go_of_dropped_producers(serve: Serve) -> None:
     assert names(broker) == {"dropped": 1}
 
 
+def test_a_fork_without_epoll(serve: Serve) -> None:
+    """Where gevent has taken epoll away, a child lets go of its parent's connection just so."""
+    broker = serve()
+    run_script(
+        """
+        import select
+        del select.epoll
+        producer = MLProducer(settings)
+        assert producer.publish(message("parent")).confirmed
+        child = os.fork()
+        if child == 0:
+            held = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
+                    if os.path.exists(f"/proc/self/fd/{name}")]
+            assert not any("socket" in each for each in held), held
+            assert producer.publish(message("child")).confirmed
+            producer.close(1)
+            os._exit(0)
+        wait_for(child)
+        assert producer.publish(message("parent again")).confirmed
+        """,
+        broker,
+    )
+    assert names(broker) == {"parent": 1, "child": 1, "parent again": 1}
+    assert broker.accepted == 2
+
+
 def test_a_fork_in_the_middle_of_the_start(serve: Serve) -> None:
     """A child that is forked while another thread starts the producer makes its own."""
     broker = serve()
