@@ -226,6 +226,13 @@ class Dialer:
         if self._machine.allows(LinkEvent.LOST):
             self._step(LinkEvent.LOST)
 
+    def leave(self) -> None:
+        """Have the link, in a forked child, tell nothing, and open no other one."""
+        link, self._link = self._link, None
+        self._loop = self._timer = self._renewal = None
+        if link is not None:
+            link.mute()
+
     def redial(self) -> None:
         """Try again after the delay that is due; each is longer than the one before."""
         self._redial_after(self._patience.backoff, self._delays)

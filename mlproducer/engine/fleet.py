@@ -236,9 +236,14 @@ class Fleet:
         """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
 
         Each number is pointed at ``/dev/null``, so that the objects that still hold it can do no
-        harm whenever they are collected.
+        harm whenever they are collected. What runs here are greenlets, if anything: gevent's go on
+        in a child, and must not answer, deliver or connect in their parent's stead.
         """
         left = [each for engine in self.engines for each in engine.descriptors()]
+        for engine in self.engines:
+            engine.io.leave()
+        self._keeper.thread.leave()
+        self._resolver.leave()
         if not left:
             return
         try:

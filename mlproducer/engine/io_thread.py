@@ -176,6 +176,13 @@ class IOThread:
         self._health.stop()
         self._cooldown.thread.stop()
 
+    def leave(self) -> None:
+        """Do nothing more, in a forked child; greenlets, unlike threads, go on in it."""
+        self.reactor.leave()
+        self.dialer.leave()
+        for thread in self.timers().values():
+            thread.leave()
+
     # --- what the reactor tells ----------------------------------------------------------------
 
     def begin(self, loop: EventLoop) -> None:

@@ -87,7 +87,7 @@ class EventLoop(IOLoop):
         yield from list(self._watched)
         for name in ("_poll", "_r_interrupt", "_w_interrupt"):
             holder = getattr(self._poller, name, None)
-            if hasattr(holder, "fileno"):  # poll(), which stands in for epoll under gevent, has none
+            if hasattr(holder, "fileno"):  # poll(), which gevent has in place of epoll, has none
                 yield holder.fileno()
 
     def sever(self, spared: int) -> None:
@@ -440,6 +440,10 @@ class Link:
             self._connection.close()
         else:
             self.cut()
+
+    def mute(self) -> None:
+        """Tell nobody anything any more."""
+        self._owner = None
 
     def abort(self) -> None:
         """End it at once, and tell nobody."""

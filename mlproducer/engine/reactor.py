@@ -17,6 +17,7 @@ from typing import Protocol
 from mlproducer.core.delivery import Delivery, Place
 from mlproducer.engine.link import EventLoop
 from mlproducer.engine.mailbox import Item, Mailbox, Order
+from mlproducer.engine.threads import IDLE
 from mlproducer.fence import write
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Reactor:
         self._loop = EventLoop()
         self._in_hand: list[Delivery] = []
         self._open = True
+        self._left = False
         self._never = threading.Event()
         self.mailbox = Mailbox()
 
@@ -78,8 +80,11 @@ class Reactor:
             try:
                 self._loop.start()
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
-                self._owner.failed(error)
-                self._put_back()
+                if not self._left:
+                    self._owner.failed(error)
+                    self._put_back()
+            while self._left:
+                self._never.wait(IDLE)
             self._clear_away()
             if self._open:
                 self._loop = self._next_loop()
@@ -103,12 +108,20 @@ class Reactor:
         self._open = False
         self._loop.stop()
 
+    def leave(self) -> None:
+        """Sleep for good, in a forked child: a greenlet, unlike a thread, goes on in it."""
+        self._left = True
+        self._open = False
+
     def discard(self) -> None:
         """Release what was never run."""
         self.mailbox.close()
         self._loop.close()
 
     def _on_bell(self, _fd: int, _events: int) -> None:
+        if self._left:
+            self._loop.stop()
+            return
         self._handle(self.mailbox.drain())
         self._owner.after_burst()
 

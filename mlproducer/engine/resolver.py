@@ -54,6 +54,10 @@ class Resolver:
         """End the thread, once it has done what it was told so far."""
         self._worker.stop()
 
+    def leave(self) -> None:
+        """Do nothing more, in a forked child."""
+        self._worker.leave()
+
     def join(self, deadline: float) -> None:
         """Wait for the thread, but hardly for one that is stuck in a look-up."""
         join_all(self.threads, min(deadline, time.monotonic() + STUCK_AT_THE_END))

@@ -94,6 +94,7 @@ class TimerThread:
         self._errand = errand
         self._orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._running = True
+        self._left = False
         self.due: float | None = None
 
     def order(self, function: Callable[[], object]) -> None:
@@ -104,6 +105,14 @@ class TimerThread:
         """End the thread once it has done what it was ordered so far."""
         self.order(self._stop)
 
+    def leave(self) -> None:
+        """Sleep for good, in a forked child: a greenlet, unlike a thread, goes on in it.
+
+        It must not end there, for Python has forgotten it and complains.
+        """
+        self._left = True
+        self.due = None
+
     def run(self) -> None:
         """Work until `stop`."""
         while self._running:
@@ -111,6 +120,8 @@ class TimerThread:
                 task = self._orders.get(timeout=self._patience())
             except queue.Empty:
                 task = self._errand if self.due is not None else _nothing
+            if self._left:
+                continue
             try:
                 task()
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread

@@ -40,6 +40,25 @@ def test_greenlets_go_on_during_a_publish(rabbitmq_vhost: VirtualHost, proxy: Pr
     assert drain(rabbitmq_vhost.url) == {f"m{n}": 1 for n in range(50)} | {"late": 1}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("gevent") is None, reason="needs gevent")
+def test_fork_under_gevent(rabbitmq_vhost: VirtualHost, proxy: Proxy) -> None:
+    """The parent's greenlets, which go on in the child, neither answer nor deliver there."""
+    url = proxy.url(rabbitmq_vhost.url)
+    with Program([sys.executable, str(SCRIPTS / "green_fork.py")], url) as program:
+        assert program.next() == {"connected": True}
+        proxy.stall("c2s")
+        program.go()
+        assert program.next() == {"code": 0}
+        proxy.resume()
+        program.go()
+        assert program.next() == {"attempts": [1] * 20, "left": 0}
+        ended = program.end()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert proxy.accepted == 1
+    expected = {"first": 1} | {f"pending-{n}": 1 for n in range(20)}
+    assert drain(rabbitmq_vhost.url) == expected
+
+
 @pytest.mark.skipif(importlib.util.find_spec("eventlet") is None, reason="needs eventlet")
 @pytest.mark.parametrize("order", ["early", "late"])
 def test_eventlet(rabbitmq_vhost: VirtualHost, order: str) -> None:
