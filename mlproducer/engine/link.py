@@ -87,7 +87,7 @@ class EventLoop(IOLoop):
         yield from list(self._watched)
         for name in ("_poll", "_r_interrupt", "_w_interrupt"):
             holder = getattr(self._poller, name, None)
-            if hasattr(holder, "fileno"):  # poll(), which gevent has in place of epoll, has none
+            if holder is not None and hasattr(holder, "fileno"):  # gevent's poll() has none
                 yield holder.fileno()
 
     def sever(self, spared: int) -> None:
