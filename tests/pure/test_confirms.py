@@ -98,6 +98,16 @@ TestConfirms = ConfirmsMachine.TestCase
 TestConfirms.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 
 
+def test_tags_apart_end_with_their_channel() -> None:
+    """A tag of the next channel that has the same number is not set apart."""
+    confirms = Confirms()
+    confirms.set_apart([confirms.register(make_delivery())])
+    confirms.abandon()
+    delivery = make_delivery()
+    confirms.register(delivery)
+    assert confirms.settle(0, multiple=True) == [delivery]
+
+
 @given(st.lists(st.booleans(), max_size=60))
 def test_tags_of_two_channels(elsewhere: list[bool]) -> None:
     """The broker counts what is on its channel, the courier what is on both."""

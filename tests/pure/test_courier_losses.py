@@ -313,10 +313,13 @@ def test_the_store_is_silent_about_what_its_publisher_relies_on(world: World) ->
 
 def test_the_store_is_silent_about_a_suspect(world: World) -> None:
     """It was sent again meanwhile, and its error counts that attempt."""
-    [delivery, _] = world.send("a", "b")
-    world.courier.expire(delivery, 5.0)
+    [delivery, other] = world.send("a", "b")
+    for each in (delivery, other):
+        world.courier.expire(each, 5.0)
     world.down(403)
     world.up()
+    world.courier.pay(other, 5.2)
+    assert (error_of(other).attempts, world.courier.waiting) == (1, 0)
     world.courier.pay(delivery, 5.2)
     error = error_of(delivery)
     assert isinstance(error, StoreError)
@@ -367,6 +370,24 @@ def test_taken_over_while_it_is_being_stored(world: World) -> None:
     assert not delivery.answer.done()
     world.courier.taken_over([delivery], 1.0)
     assert receipt_of(delivery).durable
+
+
+def test_promised_and_interrupted_at_the_end(world: World) -> None:
+    """What its publisher relies on goes into the store, whatever befell the call after that."""
+    world.courier.farewell._durable = True
+    [delivery] = world.send("a")
+    delivery.leave(Fate())
+    delivery.retry = False
+    world.courier.farewell.shelve(1.0)
+    assert list(world.keeper.rows) == [delivery]
+
+
+def test_handed_in_after_the_end(world: World) -> None:
+    """It is given back, since no answer of a durable store would be heard any more."""
+    world.courier.farewell._durable = True
+    world.courier.farewell.abandon([], (), 1.0)
+    [delivery] = world.send("a")
+    assert isinstance(error_of(delivery), ProducerClosedError)
 
 
 def test_time_is_up_amid_a_close(world: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlproducer.core.delivery import Delivery, Place
+from mlproducer.core.delivery import NOBODY, Delivery, Place
 from mlproducer.errors import (
     BrokerRejectedError,
     BufferFullError,
@@ -110,6 +110,28 @@ def test_what_the_broker_fails_over_may_be_routed(
     world.down(code)
     assert isinstance(error_of(alone), BrokerRejectedError)
     assert error_of(alone).possibly_sent is possibly_sent
+
+
+def test_a_doubt_outlives_a_later_trial(world: World) -> None:
+    """What went down with a connection may be there, also if a channel is closed over it later."""
+    world.send("bad", exchange="missing")
+    [delivery] = world.send("a")
+    close_over(world, 501)  # the connection, under both
+    close_over(world, 404)  # "bad" was alone
+    world.send("b")
+    close_over(world, 406)  # under "a" and "b"
+    close_over(world, 406)  # "a" was alone
+    assert error_of(delivery).possibly_sent
+
+
+def test_what_was_raised_is_no_suspect(world: World) -> None:
+    """Its publisher has left, and does not want it sent again."""
+    [delivery, _] = world.send("a", "b", retry=False)
+    delivery.recalled = True
+    delivery.leave(NOBODY)
+    world.down(406)
+    assert world.up().written == [("b", 1)]
+    assert not delivery.open
 
 
 def test_later_messages_wait_for_the_trial(world: World) -> None:

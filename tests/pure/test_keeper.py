@@ -12,11 +12,11 @@ from mlproducer.core.delivery import Delivery, Place
 from mlproducer.engine import keeper as module
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
-from mlproducer.errors import PublishError
+from mlproducer.errors import PublishError, StoreError
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import RetryPolicy
 from mlproducer.stores.memory import MemoryStore
-from mlproducer.stores.protocol import Depth
+from mlproducer.stores.protocol import Claim, Depth
 from tests.helpers import make_delivery
 from tests.pure.witnesses import Clock
 
@@ -152,6 +152,32 @@ def test_what_the_store_refuses(bench: Bench) -> None:
     bench.keep(delivery)
     assert bench.store.depth() == Depth()
     assert bench.keeper.shelf.deliveries() == []
+
+
+def test_a_row_that_is_not_there_counts_for_none(bench: Bench) -> None:
+    """What ends before it was stored is not subtracted from others."""
+    delivery, other = make_delivery(), make_delivery()
+    delivery.place = other.place = Place.WAITING
+    bench.keep(other)
+    delivery.kept = True
+    bench.keeper.settle(delivery)
+    assert bench.keeper.depth == Depth(1)
+    bench.work()
+    assert bench.keeper.depth == Depth(1)
+
+
+def test_a_store_that_fails_before_it_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are told whose messages it was given, also where it has not taken one."""
+
+    def fail(_entries: object, _patience: float) -> list[Claim]:
+        raise StoreError("locked")
+
+    monkeypatch.setattr(bench.store, "put", fail)
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    bench.keep(delivery)
+    assert bench.desk.refused == [delivery]
+    assert not bench.keeper.known
 
 
 def test_the_window_is_whole_again(bench: Bench) -> None:
