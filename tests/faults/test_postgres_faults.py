@@ -188,6 +188,23 @@ def test_a_put_that_ends_without_an_answer_is_undone(
     assert store.claim(10) == []
 
 
+def test_publishers_deadlines_hold(mortal: PostgreSQLServer, url: str) -> None:
+    """With messages written ahead: what raised while it was frozen is never sent."""
+    with FakeBroker() as broker:
+        settings = Settings(url=broker.url, store_url=f"{url}&write_ahead=1")
+        with MLProducer(settings) as producer:
+            producer.publish(Message(body=b"before", routing_key="k"))
+            with mortal.frozen():
+                for _ in range(3):
+                    started = time.monotonic()
+                    with pytest.raises(StoreError, match="has not answered in time"):
+                        producer.publish(Message(body=b"never", routing_key="k"), timeout=0.4)
+                    assert time.monotonic() - started < 0.4 + 0.25
+            until(lambda: producer.flush(LIMIT) == 0)
+            producer.publish(Message(body=b"after", routing_key="k"))
+        assert [each.body for each in broker.messages] == [b"before", b"after"]
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
