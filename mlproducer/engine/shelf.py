@@ -169,7 +169,8 @@ class Shelf:
             self._expected.pop(delivery, None)
             self.astray.pop(delivery, None)
             delivery.envelope = row.record.envelope
-            delivery.attempts = max(delivery.attempts, row.record.attempts)
+            counted = max(delivery.attempts - delivery.innocent, row.record.attempts)
+            delivery.attempts = counted + delivery.innocent
             delivery.dead = delivery.dead or row.record.dead
             delivery.doubtful = delivery.doubtful or row.record.doubtful
         self.hold(delivery, row.claim, now)
@@ -188,12 +189,16 @@ class Shelf:
 
 
 def record_of(delivery: Delivery, now: float) -> Record:
-    """Write down what is known of a delivery."""
+    """Write down what is known of a delivery.
+
+    Of its attempts those that count: another process takes more than there may be for returns from
+    a route that comes back, and would never give up one that was not there.
+    """
     reason, failed = delivery.reason, delivery.first_failed
     epoch = wall_clock()
     return Record(
         delivery.envelope,
-        attempts=delivery.attempts,
+        attempts=delivery.attempts if delivery.dead else delivery.attempts - delivery.innocent,
         doubtful=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
         dead=delivery.dead,
         reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],

@@ -12,6 +12,7 @@ from mlproducer.core.delivery import Delivery, Place
 from mlproducer.engine import keeper as module
 from mlproducer.engine.gate import Gate
 from mlproducer.engine.keeper import Keeper
+from mlproducer.engine.shelf import record_of
 from mlproducer.errors import PublishError, StoreError
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import RetryPolicy
@@ -191,3 +192,12 @@ def test_the_window_is_whole_again(bench: Bench) -> None:
     bench.work()
     bench.keeper.sweep()
     assert bench.keeper._gate._reserved == 0
+
+
+def test_a_row_counts_the_attempts_that_use_up_retries() -> None:
+    """Another process takes any beyond those for returns from a route that comes back."""
+    delivery = make_delivery("m")
+    delivery.attempts, delivery.innocent = 9, 8
+    assert record_of(delivery, 0.0).attempts == 1
+    delivery.dead = True
+    assert record_of(delivery, 0.0).attempts == 9
