@@ -452,6 +452,8 @@ class Courier:
     def vanished(self, deliveries: Iterable[Delivery]) -> None:
         """Their rows are gone, and no copy of them is here: they are their publishers' again."""
         for delivery in deliveries:
+            # Another process may have claimed the row before, and have or deliver its message.
+            delivery.doubtful, delivery.suspected = True, False
             text = f"the message is gone from the store, by no doing of ours: {self._keeper.name}"
             self.judge.lose(delivery, failure(StoreError, delivery, text))
 

@@ -223,7 +223,7 @@ class Sink(EventSink):
         rejected = isinstance(error, BrokerRejectedError)
         hidden = record.hidden or (record.suspected and not rejected)
         assert error.possibly_sent or not hidden, "I13: it may be there"
-        written = record.writes or record.lapsed
+        written = record.writes or record.lapsed or record.robbed
         assert written or not error.possibly_sent, "I13: it was never written"
         said = record.told or record.answer
         if isinstance(said, Receipt) and not record.robbed:

@@ -351,6 +351,19 @@ def test_close_knows_what_another_process_has(serve: Serve) -> None:
         assert [future.result(0).durable for future in futures] == [True] * 3
 
 
+def test_a_row_that_vanished_may_have_been_claimed_before(serve: Serve) -> None:
+    """Its publisher gets the message back with the doubt that another process delivers it."""
+    broker, store = serve(), Odd()
+    with produce(broker, store) as producer, away(broker):
+        receipt = producer.publish(make_message("m"))
+        assert receipt.outcome is Outcome.DEFERRED
+        store.take_over()
+        store.empty()
+        with pytest.raises(StoreError, match="by no doing of ours") as caught:
+            receipt.result(LIMIT)
+        assert (caught.value.attempts, caught.value.possibly_sent) == (0, True)
+
+
 def test_a_row_that_vanished_while_it_waited(serve: Serve) -> None:
     """Only the store held it: its receipt says that it is lost."""
     broker, store = serve(), Odd()
