@@ -609,6 +609,20 @@ def test_a_put_that_never_answers() -> None:
     assert record.ends == ["given back"]
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_lease_that_runs_out_without_a_retry(waits: bool) -> None:
+    """Whose row it is is not known any more: with `retry=False` it is given back, not kept."""
+    machine = CourierMachine()
+    machine.begin(fair=True, connected=True, durable=True, ahead=True)
+    machine.a_lease_runs_out(retry=False, waits=waits)
+    machine.check()
+    machine.the_retry_thread_works(1000)
+    machine.the_io_thread_looks(1000)
+    [record] = machine.house.records.values()
+    assert record.ends == ["given back"]
+    machine.teardown()
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_store_that_is_silent_until_the_end(ahead: bool) -> None:
     """What was raised to its publisher leaves no row, also where no answer is heard any more."""
