@@ -169,8 +169,8 @@ class Shelf:
             self._expected.pop(delivery, None)
             self.astray.pop(delivery, None)
             delivery.envelope = row.record.envelope
-            counted = max(delivery.attempts - delivery.innocent, row.record.attempts)
-            delivery.attempts = counted + delivery.innocent
+            uncounted = 0 if row.record.dead else delivery.innocent  # as `record_of` has it
+            delivery.attempts = max(delivery.attempts, row.record.attempts + uncounted)
             delivery.dead = delivery.dead or row.record.dead
             delivery.doubtful = delivery.doubtful or row.record.doubtful
         self.hold(delivery, row.claim, now)

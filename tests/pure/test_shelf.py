@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from mlproducer.engine.shelf import Shelf
+import pytest
+
+from mlproducer.engine.shelf import Shelf, record_of
 from mlproducer.stores.protocol import Claim, Record, Row
 from tests.helpers import make_delivery
 
@@ -24,6 +26,17 @@ def test_a_claim_that_was_lost_comes_back() -> None:
     assert (delivery.attempts, delivery.doubtful) == (2, True)
     assert (shelf.astray, shelf.claims) == ({}, {delivery: Claim(1, 3)})
     assert 40.0 < delivery.leased_until < 50.0
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_attempts_are_the_same_after_the_store(dead: bool) -> None:
+    """Those by another message's fault are not in the row of a message, and are in a letter's."""
+    shelf = Shelf(30.0, durable=True)
+    delivery = make_delivery()
+    delivery.attempts, delivery.innocent, delivery.dead = 3, 1, dead
+    shelf.park(delivery, Claim(1, 1))
+    shelf.take(Row(Claim(1, 2), record_of(delivery, 0.0)), 1.0, 0.0)
+    assert delivery.attempts == 3
 
 
 def test_what_has_found_its_end_is_forgotten() -> None:
