@@ -39,7 +39,7 @@ def test_confirmed(connect: Connect, serve: Serve) -> None:
 
 
 def test_ack_before_the_write_returns(connect: Connect, serve: Serve) -> None:
-    """Acks that are there at once, by the hundred, are all taken (faults.md, 53)."""
+    """Acks that are there at once, by the hundred, are all taken (53)."""
     producer = connect(serve())
     assert all(producer.publish(make_message()).confirmed for _ in range(300))
     assert producer.status().pending_confirms == 0
