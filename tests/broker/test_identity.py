@@ -113,6 +113,7 @@ def test_a_token_is_renewed(user: User, connect: Connect, caplog: pytest.LogCapt
     while len(asked) < 4:
         assert producer.publish(MESSAGE, timeout=LIMIT).confirmed
         threading.Event().wait(0.05)
+    happened.wait_for("connected")
     assert happened.seen == ["connected"]
 
 

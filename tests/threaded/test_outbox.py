@@ -327,7 +327,7 @@ def test_django(
     from django.db import connections, transaction
 
     if not settings.configured:
-        settings.configure()
+        settings.configure(SECRET_KEY="of a test")
         django.setup()
     server = postgresql_server
     connections.databases["outbox"] = connections.configure_settings(

@@ -397,23 +397,26 @@ def own(_request: object) -> object:
 
 def test_django(connect: Connect, serve: Serve) -> None:
     """It mounts beside a Django application, in its ``wsgi.py``."""
-    import django.conf
+    from django.conf import settings
     from django.core.wsgi import get_wsgi_application
+    from django.test import override_settings
     from django.urls import path
 
+    if not settings.configured:  # once for a process, so maybe by another test
+        settings.configure(SECRET_KEY="of a test")
     urls = type("urls", (), {"urlpatterns": [path("own", own)]})
-    django.conf.settings.configure(ROOT_URLCONF=urls, SECRET_KEY="s", ALLOWED_HOSTS=["*"])
     producer = connect(serve())
-    django_app, ml_app = get_wsgi_application(), make_app(producer)
+    with override_settings(ROOT_URLCONF=urls, ALLOWED_HOSTS=["*"]):
+        django_app, ml_app = get_wsgi_application(), make_app(producer)
 
-    def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        if environ["PATH_INFO"].startswith("/ml/"):
-            shift_path_info(environ)
-            return ml_app(environ, start_response)
-        return django_app(environ, start_response)
+        def application(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            if environ["PATH_INFO"].startswith("/ml/"):
+                shift_path_info(environ)
+                return ml_app(environ, start_response)
+            return django_app(environ, start_response)
 
-    assert producer.wait_connected(LIMIT)
-    check_mounted(application, b"Django's own")
+        assert producer.wait_connected(LIMIT)
+        check_mounted(application, b"Django's own")
 
 
 # --- its own server ----------------------------------------------------------------------------
