@@ -144,6 +144,7 @@ def test_a_silent_address_leaves_time_for_the_next(
         assert producer.publish(make_message(), timeout=LIMIT).confirmed
         assert time.monotonic() - begun < 4.0
         assert producer.status().reconnect_attempts == 0
+        states.wait_for("connected")
         assert states.seen == ["connected"]
         broker.connections[0].reset()  # from now on the good one is tried first
         states.wait_for("disconnected", "connected")
