@@ -176,6 +176,7 @@ def test_killed_in_the_middle_of_publish(
     first_confirm = FirstConfirm(producer)
     burst = Burst(producer, threads=32, each=150)
     burst.journal.wait_for(1000, LIMIT)
+    mortal_node.save_queues()  # they were declared a moment ago
     mortal_node.kill()
     recovery, due = first_confirm.restart(mortal_node, producer)
     longest = burst.finish()
@@ -208,6 +209,7 @@ def test_killed_in_the_middle_of_publish_many(
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(producer.publish_many, tasks())
         assert half_taken.wait(LIMIT)
+        mortal_node.save_queues()
         mortal_node.kill()
         recovery, due = first_confirm.restart(mortal_node, producer)
         answers = call.result(LIMIT)

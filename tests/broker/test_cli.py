@@ -378,6 +378,7 @@ def test_publish_outlives_a_broker_that_is_killed(
         process.stdin.write("PRIVATE\n" + _lines(SUMMARY) * 2000)
         process.stdin.flush()
         assert "line 1: bad" in process.stderr.readline()  # it reads: there is a connection
+        mortal_node.save_queues()
         mortal_node.kill()
         mortal_node.launch()
         stdout, stderr = process.communicate(_lines(SUMMARY) * 2000, LIMIT)

@@ -541,11 +541,12 @@ def test_why_there_are_no_letters(rabbitmq_vhost: VirtualHost, connect: Connect)
 
 
 def test_what_headers_hold_does_not_stop_the_broker(
-    rabbitmq_vhost: VirtualHost, connect: Connect
+    connect: Connect,
 ) -> None:
     """A queue reads the history of what it dead-letters; over some it crashes, these it survives.
 
-    Where it crashed, that message and all behind it would stay, and the node would take no more.
+    Where it crashed, that message and all behind it would stay, and the node would take no more:
+    so it has a node of its own.
     """
     death = {"count": 2**40, "queue": "ml.embed", "reason": "expired", "routing-keys": 1}
     histories: list[Any] = ["a", {"a": 1}, None, [], [{}], [death], [{**death, "reason": 1}]]
@@ -559,14 +560,14 @@ def test_what_headers_hold_does_not_stop_the_broker(
         )
         for number, deaths in enumerate(histories)
     ]
-    producer = connect()
-    for message in messages:
-        assert producer.publish(message).confirmed
-    deadline = time.monotonic() + LIMIT
-    with open_channel(rabbitmq_vhost.url) as channel:
-        while channel.queue_declare(DEAD, passive=True).method.message_count < len(messages):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    assert sorted(_ids(rabbitmq_vhost.url)) == sorted(
-        str(message.message_id) for message in messages
-    )
+    with RabbitMQNode() as node:
+        producer = connect(node.url)
+        for message in messages:
+            assert producer.publish(message).confirmed
+        deadline = time.monotonic() + LIMIT
+        with open_channel(node.url) as channel:
+            while channel.queue_declare(DEAD, passive=True).method.message_count < len(messages):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert sorted(_ids(node.url)) == sorted(str(message.message_id) for message in messages)
+        producer.close(0.0)

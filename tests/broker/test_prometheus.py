@@ -30,6 +30,7 @@ pytestmark = pytest.mark.broker
 UNHEALTHY, DISCONNECTED = "MLProducerConnectionUnhealthy", "MLProducerDisconnected"
 QUEUE_LONG, QUEUE_VERY_LONG = "MLProducerRetryQueueHigh", "MLProducerHighRetryQueueSize"
 BREAKER, SILENT = "MLProducerCircuitBreakerOpen", "MLProducerNotConfirming"
+OUTBOX_LATE, OUTBOX_LONG = "MLProducerOutboxLate", "MLProducerOutboxLong"
 
 SECONDS = {
     UNHEALTHY: 2,
@@ -38,6 +39,8 @@ SECONDS = {
     QUEUE_VERY_LONG: 5,
     BREAKER: 2,
     SILENT: 2,
+    OUTBOX_LATE: 2,
+    OUTBOX_LONG: 5,
 }
 """How long each fault has to last here; the exported rules say minutes."""
 

@@ -57,17 +57,18 @@ def test_memory_is_bounded() -> None:
 
 
 def test_open_breaker_needs_no_memory() -> None:
-    """With the breaker as documented ten are kept, and the others are refused at once (104)."""
-    report = outage(threshold=10)
-    FIGURES["broker down, 100,000 publishes, breaker of 10"] = (
+    """Once an attempt to connect has failed, a breaker of 1 refuses all others at once (104)."""
+    report = outage(threshold=1)
+    FIGURES["broker down, 100,000 publishes, breaker of 1"] = (
         f"{report['answers']}, memory + {report['grown'] / 1e6:.0f} MB, CircuitOpenError after "
         f"{report['median']['CircuitOpenError'] * 1e6:.0f} us (median), "
         f"{report['p99']['CircuitOpenError'] * 1e6:.0f} us (99 %), "
         f"{report['longest']['CircuitOpenError'] * 1000:.2f} ms (longest)"
     )
-    assert report["answers"]["DEFERRED"] <= 11
+    kept = report["answers"].get("DEFERRED", 0)
+    assert kept <= 11
     assert sum(report["answers"].values()) == 100_000
-    assert report["kept"] == report["answers"]["DEFERRED"]
+    assert report["kept"] == kept
     assert report["grown"] < 5_000_000
     assert report["median"]["CircuitOpenError"] < 0.0001
     assert report["p99"]["CircuitOpenError"] < 0.005

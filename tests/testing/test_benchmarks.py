@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,24 @@ from mlproducer.testing.plugin import VirtualHost
 
 COUNT = 2
 
+COUNT_CALLS = """
+from contextlib import closing
+from benchmarks.suite import guard
+from benchmarks.way import Way
+with closing(Way()) as way:
+    print(guard.calls_per_message(way))
+"""
+
 
 def test_calls_per_message() -> None:
-    """A message makes no more calls than it used to, from its task to its receipt."""
-    with closing(Way()) as way:
-        assert guard.calls_per_message(way) <= guard.MAX_CALLS
+    """A message makes no more calls than it used to, from its task to its receipt.
+
+    In a process of its own: Celery or OpenTelemetry, imported by another test, cost calls too.
+    """
+    counted = subprocess.run(
+        [sys.executable, "-c", COUNT_CALLS], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert float(counted.stdout) <= guard.MAX_CALLS
 
 
 def test_cost_of_a_message() -> None:
