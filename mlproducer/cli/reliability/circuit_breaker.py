@@ -80,12 +80,12 @@ def _closes(lab: Lab) -> str:
     producer = lab.shared()
     closed = lab.events(producer, "circuit_closed")
     lab.node.thaw()
-    see(lambda: _is(lab, CircuitState.HALF_OPEN), COOLDOWN + MARGIN, "half-open")
+    # A late confirm of what is in flight closes it at once; where there is none, the probe's does.
+    see(lambda: not _is(lab, CircuitState.OPEN), COOLDOWN + MARGIN, "half-open or closed")
     lab.check(producer)
     closed.get(timeout=BACK)
     state = producer.status().circuit_state
-    lab.check(producer)
-    return expect(state is CircuitState.CLOSED, f"the probe was confirmed; then {state.name}")
+    return expect(state is CircuitState.CLOSED, f"a message was confirmed; then {state.name}")
 
 
 def _is(lab: Lab, state: CircuitState) -> bool:
@@ -112,6 +112,6 @@ SCENARIO = Scenario(
             "one of them is the probe; open again when it fails",
             _probes,
         ),
-        Trial("let the broker go on, and publish once half-open", "closed", _closes),
+        Trial("let the broker go on, and publish", "closed by the first confirm", _closes),
     ),
 )
