@@ -176,8 +176,12 @@ class Scribe:
 
     def count(self) -> None:
         """Ask the store how much it holds."""
-        self.known = False
-        depth = self._store.depth()
+        try:
+            depth = self._store.depth()
+        except BaseException:
+            # Here and not before the call: a flush() that looks meanwhile goes by the last count.
+            self.known = False
+            raise
         others = max(0, depth.ahead - len(self._shelf.ahead))
         counted = Depth(depth.waiting, depth.dead, others)
         self._counted = _Count(counted, self._carried[False], self._carried[True])

@@ -220,7 +220,7 @@ def test_submit_and_a_put_that_takes_as_long_as_it_may(serve: Serve) -> None:
     offsets = iter(range(10_000))
 
     def take_about_that_long(_entries: list[Entry]) -> None:
-        end = time.monotonic() + limit - 0.001 + next(offsets) % 40 * 0.00005
+        end = time.monotonic() + limit - 0.001 + next(offsets) % 40 * 0.0003
         while time.monotonic() < end:
             pass
 
