@@ -98,7 +98,7 @@ def test_ten_failures_open_it(connect: Connect, serve: Serve, kind: str, count: 
     moves = started(producer)
     assert failing(producer, broker, count) == {error}
     assert producer.status().consecutive_failures == count
-    assert moves.seen == ([OPEN] if count == THRESHOLD else [])
+    moves.wait_until(lambda: moves.seen == ([OPEN] if count == THRESHOLD else []))
     assert producer.status().circuit_breaker_open is (count == THRESHOLD)
 
 
@@ -157,7 +157,7 @@ def test_by_the_share_of_attempts(connect: Connect, serve: Serve) -> None:
         assert moves.seen == []
         mood.mood = "nack"
         fail(producer, broker, 1)
-    assert moves.seen == [OPEN]
+    moves.wait_until(lambda: moves.seen == [OPEN])
 
 
 class Refusing(Moody):
@@ -264,7 +264,7 @@ def test_open_with_a_durable_store(serve: Serve) -> None:
         with pytest.raises(NackError):
             producer.publish(make_message(), retry=False)
         mood.mood = "ack"
-        assert moves.seen == [OPEN]
+        moves.wait_until(lambda: moves.seen == [OPEN])
         receipt = producer.publish(make_message("kept"))
         assert receipt.outcome is Outcome.DEFERRED
         assert isinstance(receipt.reason, CircuitOpenError)
