@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from attrs import field, frozen
 
-from mlproducer.core.backoff import Backoff
+from mlproducer._core.backoff import Backoff
 
 Delay = Callable[[int, random.Random], float]
 """Seconds before the next attempt, after so many failures before this one."""

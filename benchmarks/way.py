@@ -1,8 +1,8 @@
 """The way of a message through the real classes, without threads, sockets or a broker.
 
 Each step is one stage for a burst of messages, from making the tasks to handing their receipts to
-their publishers. On the way of a success nothing is stored and nothing is buried, so that keeper
-and undertaker are never asked to do anything.
+their publishers. On the way of a success nothing is stored and nothing is buried, so that retry
+worker and dead-letter maker are never asked to do anything.
 
 Runs on: the caller's thread.
 """
@@ -15,25 +15,25 @@ from typing import Any
 
 from benchmarks.contestants.work import TEXT
 from mlproducer import Settings, SummarizationTask
-from mlproducer.core.breaker import Breaker, Consecutive
-from mlproducer.core.courier import Courier
-from mlproducer.core.delivery import Delivery
-from mlproducer.engine.gate import Gate
-from mlproducer.engine.mailbox import Mailbox
-from mlproducer.latch import Relay
+from mlproducer._core.breaker import Breaker, Consecutive
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.sender import Sender
+from mlproducer._engine.gate import Gate
+from mlproducer._engine.mailbox import Mailbox
+from mlproducer._latch import Relay
+from mlproducer._waiting import Answer, finish
+from mlproducer._wire.amqp import FRAME_MAX
+from mlproducer._wire.encode import Encoder
+from mlproducer._wire.frames import FrameWriter
 from mlproducer.message import Envelope
 from mlproducer.observe.events import EventSink
-from mlproducer.waiting import Answer, finish
-from mlproducer.wire.amqp import FRAME_MAX
-from mlproducer.wire.encode import Encoder
-from mlproducer.wire.frames import FrameWriter
 
 BURST = 32
 """Messages that one wake-up of the I/O thread finds in the mailbox."""
 
 
 class _Idle:
-    """A keeper that keeps nothing, an undertaker without work, an engine nobody waits for."""
+    """A retry worker that keeps nothing, no dead letters, and an engine without waiters."""
 
     name = "memory"
     durable = False
@@ -57,8 +57,8 @@ class Way:
         self._batch: list[tuple[Envelope, int]] = []
         self._tag = 0
         breaker = Breaker(Consecutive(10), 30.0, 5.0, lambda _state: None, lambda _when: None)
-        self._courier = Courier(3, breaker, _IDLE, _IDLE, self._gate, EventSink())
-        self._courier.up(self)
+        self._sender = Sender(3, breaker, _IDLE, _IDLE, self._gate, EventSink())
+        self._sender.up(self)
 
     def close(self) -> None:
         """Release the mailbox's descriptors."""
@@ -87,9 +87,9 @@ class Way:
         yield "delivery and answer", lambda: waits.extend(map(_wait, envelopes))
         yield "enter the gate", lambda: self._enter(waits)
         yield "mailbox, in and out", lambda: self._post(waits)
-        yield "courier: accept, write", lambda: self._accept(waits)
+        yield "sender: accept, write", lambda: self._accept(waits)
         yield "frames", self._write
-        yield "courier: confirm, leave", self._confirm
+        yield "sender: confirm, leave", self._confirm
         yield "take the receipt", lambda: [finish(_IDLE, *wait) for wait in waits]
 
     def _enter(self, waits: list[tuple[Delivery, Answer]]) -> None:
@@ -104,14 +104,14 @@ class Way:
 
     def _accept(self, waits: list[tuple[Delivery, Answer]]) -> None:
         now = time.monotonic()
-        self._courier.accept([delivery for delivery, _ in waits], now)
-        self._courier.pump(now)
+        self._sender.accept([delivery for delivery, _ in waits], now)
+        self._sender.pump(now)
 
     def _write(self) -> None:
         self._frames.publish(self._batch)
 
     def _confirm(self) -> None:
-        self._courier.acked(self._tag, time.monotonic(), multiple=True)
+        self._sender.acked(self._tag, time.monotonic(), multiple=True)
 
 
 def _tasks() -> list[SummarizationTask]:

@@ -9,7 +9,7 @@ Runs on: any thread.
 """
 
 from mlproducer import errors
-from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.message import Message, Outcome, Receipt
 from mlproducer.producer import MLProducer
 from mlproducer.settings import RetryPolicy, Settings, TLSSettings

@@ -16,9 +16,9 @@ from typing import Protocol
 
 from attrs import evolve, frozen
 
-from mlproducer.engine.directory import Directory
-from mlproducer.engine.letterbox import Letter, Letterbox, stored_letter
-from mlproducer.engine.session import Session
+from mlproducer._engine.dead_letter_reader import DeadLetterReader, Letter, stored_letter
+from mlproducer._engine.endpoints import Endpoints
+from mlproducer._engine.session import Session
 from mlproducer.errors import (
     AuthenticationError,
     InvalidMessageError,
@@ -153,9 +153,9 @@ class DeadLetters:
                     told(letter, None)
         return purged
 
-    def _open(self) -> Letterbox:
-        session = Session(Directory(self._settings).routes, self._settings.connection_timeout)
-        return Letterbox(session, self._queue, self._settings.prefetch)
+    def _open(self) -> DeadLetterReader:
+        session = Session(Endpoints(self._settings).routes, self._settings.connection_timeout)
+        return DeadLetterReader(session, self._queue, self._settings.prefetch)
 
 
 class StoredDeadLetters:

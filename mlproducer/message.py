@@ -18,11 +18,11 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from mlproducer import clock as time
-from mlproducer import shapes
+from mlproducer import _clock as time
+from mlproducer import _schema as shapes
+from mlproducer._latch import seconds
+from mlproducer._schema import Check
 from mlproducer.errors import PublishError, frameless_init
-from mlproducer.latch import seconds
-from mlproducer.shapes import Check
 
 RAW_TASK_TYPE = "raw"
 
@@ -127,7 +127,7 @@ class Envelope:
 
     :ivar task_type: the metric label
     :ivar properties: AMQP property flags and values, up to the last, which names the attempt
-        (`mlproducer.wire.amqp.properties`)
+        (`mlproducer._wire.amqp.properties`)
     """
 
     message_id: str

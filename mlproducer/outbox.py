@@ -22,18 +22,18 @@ from typing import Any
 
 from attrs import evolve
 
-from mlproducer import clock as time
-from mlproducer.core.delivery import NOBODY, Delivery, Place
+from mlproducer import _clock as time
+from mlproducer._core.delivery import NO_WAITER, Delivery, Place
+from mlproducer._fate import Fate
+from mlproducer._store_url import NAME, TABLE, check_table, read_postgresql
+from mlproducer._wire.encode import Task
 from mlproducer.errors import ConfigurationError, frameless
-from mlproducer.fate import Fate
 from mlproducer.message import Envelope, Receipt
 from mlproducer.producer import MLProducer, Retry, made
 from mlproducer.settings import RetryPolicy, Settings
-from mlproducer.store_url import NAME, TABLE, check_table, read_postgresql
 from mlproducer.stores import postgres_rows as rows
 from mlproducer.stores import postgres_sql as sql
 from mlproducer.stores.protocol import Claim, Entry, Store, policy_text
-from mlproducer.wire.encode import Task
 
 __all__ = ["add", "schema"]
 
@@ -160,7 +160,7 @@ def _receipt(
 ) -> Receipt:
     """Give a receipt whose fate the producer learns, if it runs."""
     left = evolve(envelope, properties=b"", body=b"")  # the row has them
-    delivery = Delivery(left, NOBODY, started=started, deadline=started, answer_deferral=False)
+    delivery = Delivery(left, NO_WAITER, started=started, deadline=started, answer_deferral=False)
     delivery.place, delivery.policy = Place.STORED, policy
     delivery.stored = delivery.kept = True
     delivery.fate = fate = Fate()

@@ -21,11 +21,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from mlproducer import awaiting
-from mlproducer import clock as time
-from mlproducer.awaiting import AwaitedAnswer
-from mlproducer.core.delivery import Delivery, Handshake
-from mlproducer.engine.lifecycle import Lifecycle
+from mlproducer import _awaiting as awaiting
+from mlproducer import _clock as time
+from mlproducer._awaiting import AwaitedAnswer
+from mlproducer._core.delivery import Delivery, Waiter
+from mlproducer._engine.lifecycle import Lifecycle
+from mlproducer._guard import guarded, write
+from mlproducer._latch import seconds
+from mlproducer._waiting import Answer, Line, finish
+from mlproducer._wire.encode import Encoder, Task
 from mlproducer.errors import (
     BufferFullError,
     ConfigurationError,
@@ -34,8 +38,6 @@ from mlproducer.errors import (
     PublishError,
     frameless,
 )
-from mlproducer.fence import fenced, write
-from mlproducer.latch import seconds
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, Event, EventName
 from mlproducer.observe.recent import Recent, Recorder
@@ -45,12 +47,10 @@ from mlproducer.stores import anchored
 from mlproducer.stores.protocol import Claim, Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
 from mlproducer.topology import Declaration
-from mlproducer.waiting import Answer, Line, finish
-from mlproducer.wire.encode import Encoder, Task
 
 if TYPE_CHECKING:
-    from mlproducer.engine.engine import Engine
-    from mlproducer.engine.fleet import Fleet
+    from mlproducer._engine.engine import Engine
+    from mlproducer._engine.runtime import Runtime
     from mlproducer.observe.meter import Meter
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class MLProducer:
         :raises PublishError: as for `publish`
         """
         started = time.monotonic()
-        if self._life.fleet is None:
+        if self._life.runtime is None:
             await asyncio.to_thread(self._life.started)  # imports and files, once
         engine = self._life.started().choose()
         answer = AwaitedAnswer(engine.relay)
@@ -210,11 +210,11 @@ class MLProducer:
         :param timeout: seconds for each message, from when it is taken
         :returns: for each task, in order, its receipt or its error
         """
-        fleet = self._life.started()
+        runtime = self._life.started()
         line = Line()
         try:
             for task in line.taken_from(tasks):
-                engine = fleet.choose()
+                engine = runtime.choose()
                 answer = Answer(engine.relay)
                 try:
                     delivery = self._delivery(
@@ -276,7 +276,7 @@ class MLProducer:
         self,
         engine: Engine,
         task: Task,
-        answer: Handshake,
+        answer: Waiter,
         timeout: float | None,
         started: float,
         *,
@@ -363,12 +363,12 @@ class MLProducer:
 
     def _tell(self, event: Event) -> None:
         """Call those who want to know of an event that no part of the engine tells."""
-        fleet = self._life.fleet
+        runtime = self._life.runtime
         for callback in self._callbacks.of(event.name):
             call = partial(callback, event)
-            if fleet is not None:
-                fleet.dispatcher.events.call(call)
-            elif (raised := fenced(call)) is not None:
+            if runtime is not None:
+                runtime.dispatcher.events.call(call)
+            elif (raised := guarded(call)) is not None:
                 write(logger, logging.ERROR, "a callback raised", error=raised)
 
     def _encode_hooked(self, task: Task) -> Envelope:
@@ -433,14 +433,14 @@ class MLProducer:
 
     def follow(self, delivery: Delivery, claim: Claim) -> None:
         """Learn the fate of a row of an outbox, while this producer runs and something waits."""
-        fleet = self._life.fleet
-        if fleet is not None and self.running:
-            fleet.expect(delivery, claim)
+        runtime = self._life.runtime
+        if runtime is not None and self.running:
+            runtime.expect(delivery, claim)
 
     @property
     def running(self) -> bool:
         """Whether it has been started, and not been closed."""
-        return self._life.fleet is not None and not self._life.closed
+        return self._life.runtime is not None and not self._life.closed
 
     @property
     def closed(self) -> bool:
@@ -507,7 +507,7 @@ class MLProducer:
         :param timeout: seconds; ``None`` waits without a limit
         :returns: how many messages are left
         """
-        unused = self._life.fleet is None
+        unused = self._life.runtime is None
         if self._life.closed or (unused and not self._plan.stores_durably()):
             return 0
         deadline = None if timeout is None else time.monotonic() + seconds(timeout)
@@ -547,9 +547,9 @@ class MLProducer:
 
 
 @lru_cache(1)
-def _assemble() -> Callable[..., Fleet]:
+def _assemble() -> Callable[..., Runtime]:
     """Import what makes the running part, once: by name, a later import might find another copy."""
-    from mlproducer.engine.fleet import assemble  # noqa: PLC0415 - pika is slow to import
+    from mlproducer._engine.runtime import assemble  # noqa: PLC0415 - pika is slow to import
 
     return assemble
 
@@ -580,7 +580,7 @@ class _Plan:
         _assemble()
         self.meter()
 
-    def make(self, tend: Callable[[], None]) -> Fleet:
+    def make(self, tend: Callable[[], None]) -> Runtime:
         """Make the running part, not started."""
         return _assemble()(
             self._settings,

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from attrs import Attribute, evolve, field, fields_dict, frozen
 
-from mlproducer import brokers
-from mlproducer.brokers import AUTH_MECHANISMS, Broker, TLSSettings, redact, redact_one
+from mlproducer import _broker_url as brokers
+from mlproducer._broker_url import AUTH_MECHANISMS, Broker, TLSSettings, redact, redact_one
+from mlproducer._store_url import check as check_store_url
 from mlproducer.errors import ConfigurationError, frameless, frameless_init
-from mlproducer.store_url import check as check_store_url
 from mlproducer.topology import Topology
 
 __all__ = ["Broker", "Settings", "TLSSettings", "redact", "redact_one"]

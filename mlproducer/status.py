@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import frozen
 
-from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer._core.states import CircuitState, ConnectionState
 
 
 @frozen(kw_only=True)

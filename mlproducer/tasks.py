@@ -17,9 +17,9 @@ from uuid import UUID
 
 from attrs import field, frozen
 
-from mlproducer import shapes
+from mlproducer import _schema as shapes
+from mlproducer._schema import Schema
 from mlproducer.errors import InvalidTaskError, frameless
-from mlproducer.shapes import Shape
 
 API, LOCAL = "api", "local"
 
@@ -206,8 +206,8 @@ class _ContentTask(_ShareTask):
     :cvar options_shape: the keys of the options
     """
 
-    content_shape: ClassVar[Shape]
-    options_shape: ClassVar[Shape]
+    content_shape: ClassVar[Schema]
+    options_shape: ClassVar[Schema]
 
     content: Mapping[str, Any] = field(repr=False)
 

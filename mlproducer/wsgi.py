@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
-from mlproducer import page
+from mlproducer import _status_page as page
+from mlproducer._http_server import Server
 from mlproducer.errors import ConfigurationError
-from mlproducer.observe import catalog, metrics
-from mlproducer.observe.catalog import Family
+from mlproducer.observe import metric_families as catalog
+from mlproducer.observe import metrics
+from mlproducer.observe.metric_families import Family
 from mlproducer.producer import MLProducer
-from mlproducer.web import Server
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

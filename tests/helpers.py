@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlproducer import Message
-from mlproducer.core.delivery import Delivery
+from mlproducer._core.delivery import Delivery
 from mlproducer.message import Envelope
 
 LIMIT = 5.0

@@ -4,7 +4,7 @@
  *
  * Says "{"ready": "c"}", then answers each line of standard input, "COUNT WINDOW", with a line of
  * figures as JSON. Messages are persistent and mandatory. They have no headers unless a task's name
- * is given: then they have the headers and properties that mlproducer/wire/celery.py writes, which
+ * is given: then they have the headers and properties that mlproducer/_wire/celery.py writes, which
  * the broker has to decode. Whenever the window is full it waits for a confirm, takes all that have
  * come, and fills up again.
  */

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 from benchmarks.lab import Lab
 from benchmarks.report import Figure, Report, at_most
-from mlproducer.core.delivery import Delivery
+from mlproducer._core.delivery import Delivery
 from mlproducer.message import Envelope
 from mlproducer.observe.events import EventSink, Fanout
 from mlproducer.observe.log import LogSink

@@ -19,8 +19,8 @@ from benchmarks.lab import Lab
 from benchmarks.report import Figure, Report
 from benchmarks.way import BURST, Way
 from mlproducer import SummarizationTask
+from mlproducer._wire import strict_json
 from mlproducer.tasks import PreferredBackends
-from mlproducer.wire import strict_json
 
 UNIT = "us/message"
 REPEATS = 9

@@ -27,11 +27,11 @@ from typing import Any
 from attrs import evolve, frozen
 
 from mlproducer import MLProducer, Settings, Topology
+from mlproducer._core.interfaces import Loss
+from mlproducer._engine.endpoints import Endpoints
+from mlproducer._engine.session import Session
 from mlproducer.cli import reach
 from mlproducer.cli.output import Console
-from mlproducer.core.ports import Loss
-from mlproducer.engine.directory import Directory
-from mlproducer.engine.session import Session
 from mlproducer.errors import (
     BrokerRejectedError,
     NotConnectedError,
@@ -135,7 +135,7 @@ def _broker_steps(producer: MLProducer) -> Iterator[Step]:
 def _session_steps(producer: MLProducer) -> Iterator[Step]:
     settings = producer.settings
     topology = Topology.of(settings)
-    with Session(Directory(settings).routes, settings.connection_timeout) as session:
+    with Session(Endpoints(settings).routes, settings.connection_timeout) as session:
         declared = _declare(session, topology, settings)
         yield declared
         yield from _publish(producer)

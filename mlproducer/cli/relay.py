@@ -14,10 +14,10 @@ import threading
 from contextlib import ExitStack
 
 from mlproducer import MLProducer, Settings
+from mlproducer._store_url import NAME, read_postgresql
 from mlproducer.cli.output import Console, UsageError
 from mlproducer.errors import StoreError
 from mlproducer.outbox import Mover, schema
-from mlproducer.store_url import NAME, read_postgresql
 from mlproducer.stores import open_store
 from mlproducer.wsgi import serve
 

@@ -23,9 +23,9 @@ from typing import Any
 from attrs import frozen
 
 from mlproducer import Settings, Topology
+from mlproducer._engine.endpoints import Endpoints
+from mlproducer._engine.session import Session
 from mlproducer.cli.output import Console
-from mlproducer.engine.directory import Directory
-from mlproducer.engine.session import Session
 from mlproducer.topology import Declaration
 
 HELP = "show what is declared on the broker, and how it differs"
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     """
     settings: Settings = arguments.settings()
     topology = Topology.of(settings)
-    with Session(Directory(settings).routes, settings.connection_timeout) as session:
+    with Session(Endpoints(settings).routes, settings.connection_timeout) as session:
         findings = list(compare(session, topology, apply=arguments.apply))
     _show(findings, console)
     advice = [line for each in findings for line in _advise(each, topology, settings)]

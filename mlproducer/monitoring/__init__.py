@@ -1,8 +1,8 @@
 """The Grafana dashboard and the Prometheus alert rules, made from the catalog of metrics.
 
 Owns their file names and their texts. It must not know a producer: it speaks of series by the names
-in `mlproducer.observe.catalog`, and somebody else collects them. ``mlproducer monitoring export``
-writes the files.
+in `mlproducer.observe.metric_families`, and somebody else collects them. ``mlproducer monitoring
+export`` writes the files.
 
 Runs on: any thread.
 """

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 from attrs import frozen
 
-from mlproducer.core.states import ConnectionState
+from mlproducer._core.states import ConnectionState
 from mlproducer.monitoring.queries import gauge, grown
-from mlproducer.observe import catalog
+from mlproducer.observe import metric_families as catalog
 
 GROUP = "mlproducer"
 

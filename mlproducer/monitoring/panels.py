@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from attrs import frozen
 
-from mlproducer.core.states import ConnectionState
+from mlproducer._core.states import ConnectionState
 from mlproducer.monitoring.alerts import OUTBOX_LATE, RETRY_QUEUE_LONG, RETRY_QUEUE_VERY_LONG
 from mlproducer.monitoring.queries import (
     gauge,
@@ -22,7 +22,7 @@ from mlproducer.monitoring.queries import (
     share,
     total_rate,
 )
-from mlproducer.observe import catalog
+from mlproducer.observe import metric_families as catalog
 
 EACH = "{{instance}}"
 """Legend of a reading that every scraped process has."""

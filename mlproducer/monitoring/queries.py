@@ -10,8 +10,8 @@ Runs on: any thread.
 
 from __future__ import annotations
 
-from mlproducer.observe import catalog
-from mlproducer.observe.catalog import Family, Kind
+from mlproducer.observe import metric_families as catalog
+from mlproducer.observe.metric_families import Family, Kind
 
 WINDOW = "$__rate_interval"
 """Grafana's own choice: long enough for four scrapes, and for one point of the graph."""

@@ -23,14 +23,14 @@ from typing import Literal, get_args
 
 from attrs import frozen
 
-from mlproducer.core.delivery import Delivery
-from mlproducer.core.ports import Loss
-from mlproducer.core.states import CircuitState
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.interfaces import Loss
+from mlproducer._core.states import CircuitState
+from mlproducer._fate import Fate
+from mlproducer._guard import guarded
 from mlproducer.errors import PublishError
-from mlproducer.fate import Fate
-from mlproducer.fence import fenced
 from mlproducer.message import Receipt
-from mlproducer.observe import catalog
+from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.lines import Lines
 from mlproducer.observe.tally import Cells
@@ -150,7 +150,7 @@ class Lane:
                     self._make(function)
 
     def _make(self, function: Call) -> None:
-        error = fenced(function)
+        error = guarded(function)
         if error is not None:
             self._lines.log(logging.ERROR, "a callback raised", error=error)
         self.after_call()
@@ -212,8 +212,8 @@ class Dispatcher:
     @property
     def threads(self) -> list[threading.Thread]:
         """The threads that have been started."""
-        lanes = (self.events, self.futures, self.spans)
-        return [lane.thread for lane in lanes if lane.thread is not None]
+        send_queue = (self.events, self.futures, self.spans)
+        return [lane.thread for lane in send_queue if lane.thread is not None]
 
     def start(self) -> None:
         """Start the threads that every producer has.

@@ -9,17 +9,17 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from mlproducer.core.ports import Events, Loss
-from mlproducer.core.states import ConnectionState
+from mlproducer._core.interfaces import Events, Loss
+from mlproducer._core.states import ConnectionState
+from mlproducer._guard import stopped
 from mlproducer.errors import PublishError, StoreError
-from mlproducer.fence import stopped
 from mlproducer.observe.lines import Lines
 
 logger = logging.getLogger(__name__)
 
 
 class EventSink(Events):
-    """Takes every event, also the courier's, and does nothing; subclasses take what they want."""
+    """Takes every event, also the sender's, and does nothing; subclasses take what they want."""
 
     def store_failed(self, error: StoreError) -> None:
         """The store could not be used; told on the retry thread."""

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from mlproducer import clock as time
-from mlproducer.fence import write
+from mlproducer import _clock as time
+from mlproducer._guard import write
 from mlproducer.observe.limiter import Limiter
 
 

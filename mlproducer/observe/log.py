@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from mlproducer import clock as time
-from mlproducer.core.delivery import Delivery
-from mlproducer.core.ports import Loss, LossKind
-from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer import _clock as time
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import PublishError, StoreError
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.lines import Lines
@@ -26,21 +26,21 @@ MAX_WORDS = 200
 
 
 SPEAK_OF = {
-    "connected": "engine.link",
-    "disconnected": "engine.link",
-    "channel closed": "engine.link",
-    "blocked by the broker": "engine.link",
-    "unblocked by the broker": "engine.link",
-    "cannot connect": "engine.dialer",
-    "gave up connecting": "engine.dialer",
+    "connected": "_engine.connection",
+    "disconnected": "_engine.connection",
+    "channel closed": "_engine.connection",
+    "blocked by the broker": "_engine.connection",
+    "unblocked by the broker": "_engine.connection",
+    "cannot connect": "_engine.connector",
+    "gave up connecting": "_engine.connector",
     "cannot declare": "topology",
-    "health check": "engine.health",
-    "no answer to the health check; reconnecting": "engine.health",
-    "circuit breaker": "core.breaker",
+    "health check": "_engine.health",
+    "no answer to the health check; reconnecting": "_engine.health",
+    "circuit breaker": "_core.breaker",
     "dead-lettered": "dead_letters",
     "the store fails": "stores",
-    "confirm for a delivery tag that is not open": "core.confirms",
-    "the I/O loop failed; going on with a new one": "engine.reactor",
+    "confirm for a delivery tag that is not open": "_core.confirms",
+    "the I/O loop failed; going on with a new one": "_engine.io_loop",
     "cannot hand over": "producer",
 }
 """The module that each kind of line speaks of, and by whose logger it goes."""

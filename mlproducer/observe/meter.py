@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from mlproducer import clock as time
-from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.ports import Loss, LossKind
-from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer import _clock as time
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import (
     CircuitOpenError,
     ConfirmTimeoutError,
@@ -27,9 +27,9 @@ from mlproducer.errors import (
     UnroutableError,
 )
 from mlproducer.message import Message
-from mlproducer.observe import catalog
-from mlproducer.observe.catalog import Family, Merge
+from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.events import EventSink
+from mlproducer.observe.metric_families import Family, Merge
 from mlproducer.observe.tally import Counts, Labels, Series
 from mlproducer.status import Status
 from mlproducer.tasks import CeleryTask, MLTask

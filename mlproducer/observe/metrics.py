@@ -36,9 +36,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from mlproducer import forks
+from mlproducer import _forks as forks
 from mlproducer.errors import ConfigurationError
-from mlproducer.observe.catalog import (
+from mlproducer.observe.lines import Lines
+from mlproducer.observe.meter import Meter, Watched
+from mlproducer.observe.metric_families import (
     CONNECTION_STATE,
     FAMILIES,
     PREFIX,
@@ -46,8 +48,6 @@ from mlproducer.observe.catalog import (
     Kind,
     Merge,
 )
-from mlproducer.observe.lines import Lines
-from mlproducer.observe.meter import Meter, Watched
 from mlproducer.observe.tally import Labels, Tally
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from datetime import datetime, timezone
 
 from attrs import frozen
 
-from mlproducer import clock as time
-from mlproducer.core.delivery import Delivery
-from mlproducer.core.ports import Loss, LossKind
-from mlproducer.core.states import CircuitState
+from mlproducer import _clock as time
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.states import CircuitState
 from mlproducer.errors import PublishError, StoreError
-from mlproducer.observe import catalog
+from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.tally import Cells
 

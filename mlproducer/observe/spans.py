@@ -27,9 +27,9 @@ from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from mlproducer import tracing
-from mlproducer.core.delivery import Delivery
+from mlproducer._core.delivery import Delivery
+from mlproducer._guard import guarded
 from mlproducer.errors import PublishError, RetriesExhaustedError
-from mlproducer.fence import fenced
 from mlproducer.message import Envelope
 from mlproducer.observe.callbacks import Dispatcher
 from mlproducer.observe.events import EventSink
@@ -140,7 +140,7 @@ class Spans(EventSink):
         if not span.recording:
             opened.take()
             return envelope, None
-        self._report(fenced(span.describe, envelope))
+        self._report(guarded(span.describe, envelope))
         return envelope, opened
 
     def follow(self, delivery: Delivery, span: OpenSpan) -> None:
@@ -227,12 +227,12 @@ class Spans(EventSink):
     def _note(self, delivery: Delivery, name: str) -> None:
         opened = self._open.get(delivery)
         if opened is not None:
-            self._report(fenced(opened.note, name, delivery.reason))
+            self._report(guarded(opened.note, name, delivery.reason))
 
     def _end_stored(self, delivery: Delivery) -> None:
         opened = self._open.get(delivery)
         if opened is not None:
-            self._report(fenced(opened.note, "stored", None))
+            self._report(guarded(opened.note, "stored", None))
             self._end((delivery,), "")
 
     def _end(self, deliveries: Iterable[Delivery], error: str) -> None:
@@ -245,4 +245,4 @@ class Spans(EventSink):
 
     def _end_all(self, spans: Iterable[Span], error: str, at: int) -> None:
         for span in spans:
-            self._report(fenced(span.end, error, at))
+            self._report(guarded(span.end, error, at))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from threading import get_ident
 from typing import Protocol
 
-from mlproducer.observe.catalog import FAMILIES, Family, Kind
+from mlproducer.observe.metric_families import FAMILIES, Family, Kind
 
 Labels = tuple[str, ...]
 

@@ -9,9 +9,9 @@ import copy
 import os
 from urllib.parse import quote
 
+from mlproducer._store_url import NAME, read_local
 from mlproducer.errors import ConfigurationError, frameless
 from mlproducer.settings import Settings
-from mlproducer.store_url import NAME, read_local
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Store
 
@@ -34,7 +34,7 @@ def anchored(settings: Settings) -> Settings:
             f"{NAME} has a relative path, and the current directory was removed: use an absolute "
             "one, sqlite:////path"
         ) from None
-    made = copy.copy(settings)  # not evolve(), which would judge, and warn, once more
+    made = copy.copy(settings)  # not evolve(), which would failure handler, and warn, once more
     object.__setattr__(made, "store_url", f"{scheme}{quote(here)}/{path}")
     return made
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from attrs import define, evolve
 
-from mlproducer import clock as time
+from mlproducer import _clock as time
 from mlproducer.errors import BufferFullError
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row, RowFate
 

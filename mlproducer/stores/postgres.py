@@ -18,10 +18,10 @@ from typing import Any
 
 from attrs import frozen
 
-from mlproducer import clock as time
+from mlproducer import _clock as time
+from mlproducer._guard import write
+from mlproducer._store_url import read_postgresql
 from mlproducer.errors import StoreError, frameless
-from mlproducer.fence import write
-from mlproducer.store_url import read_postgresql
 from mlproducer.stores import postgres_sql as sql
 from mlproducer.stores.postgres_link import TIMEOUT, Link
 from mlproducer.stores.postgres_listen import Listener

@@ -16,9 +16,9 @@ import select
 from collections.abc import Mapping
 from typing import Any
 
-from mlproducer import clock as time
+from mlproducer import _clock as time
+from mlproducer._store_url import PostgreSQLAddress
 from mlproducer.errors import ConfigurationError, StoreError
-from mlproducer.store_url import PostgreSQLAddress
 from mlproducer.stores import postgres_sql as sql
 
 try:

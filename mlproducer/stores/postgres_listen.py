@@ -15,9 +15,9 @@ import select
 import socket
 from collections.abc import Callable
 
-from mlproducer import clock as time
-from mlproducer.fence import write
-from mlproducer.store_url import PostgreSQLAddress
+from mlproducer import _clock as time
+from mlproducer._guard import write
+from mlproducer._store_url import PostgreSQLAddress
 from mlproducer.stores import postgres_sql as sql
 from mlproducer.stores.postgres_link import CONNECT_TIMEOUT, FOREIGN, describe, dial
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from attrs import frozen
 
-from mlproducer import clock as time
+from mlproducer import _clock as time
+from mlproducer._guard import write
+from mlproducer._store_url import check_prefix
 from mlproducer.errors import StoreError, frameless
-from mlproducer.fence import write
-from mlproducer.store_url import check_prefix
 from mlproducer.stores import redis_scripts as scripts
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.redis_link import Link

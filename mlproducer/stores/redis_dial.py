@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from mlproducer._guard import write
+from mlproducer._store_url import RedisAddress
 from mlproducer.errors import ConfigurationError
-from mlproducer.fence import write
-from mlproducer.store_url import RedisAddress
 
 try:
     import redis

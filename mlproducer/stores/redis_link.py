@@ -15,9 +15,9 @@ import ssl
 from collections.abc import Sequence
 from typing import Any
 
-from mlproducer import clock as time
+from mlproducer import _clock as time
+from mlproducer._store_url import RedisAddress
 from mlproducer.errors import StoreError
-from mlproducer.store_url import RedisAddress
 from mlproducer.stores.redis_dial import TIMEOUT, connect, exceptions, warn_of_eviction
 from mlproducer.stores.redis_rows import MICROSECONDS, Field
 

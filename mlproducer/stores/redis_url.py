@@ -1,6 +1,6 @@
 """What a Redis store's URL names on this machine: files of certificates, looked at when it is made.
 
-The grammar is in `mlproducer.store_url`. Nothing here ever shows a user or a password.
+The grammar is in `mlproducer._store_url`. Nothing here ever shows a user or a password.
 
 Runs on: the publisher's thread that starts the producer.
 """
@@ -11,9 +11,9 @@ import logging
 import ssl
 from pathlib import Path
 
+from mlproducer._guard import write
+from mlproducer._store_url import NAME, RedisAddress, read_redis
 from mlproducer.errors import ConfigurationError, frameless
-from mlproducer.fence import write
-from mlproducer.store_url import NAME, RedisAddress, read_redis
 
 logger = logging.getLogger(__name__)
 

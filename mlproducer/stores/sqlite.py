@@ -15,8 +15,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from mlproducer import clock as time
-from mlproducer.fence import write
+from mlproducer import _clock as time
+from mlproducer._guard import write
 from mlproducer.stores import sqlite_rows as rows_of
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.sqlite_link import Connection, Link

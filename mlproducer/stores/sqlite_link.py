@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from mlproducer import clock as time
-from mlproducer import forks
+from mlproducer import _clock as time
+from mlproducer import _forks as forks
+from mlproducer._latch import Token
 from mlproducer.errors import StoreError
-from mlproducer.latch import Token
 from mlproducer.stores import sqlite_rows as rows_of
 from mlproducer.stores.sqlite_file import Connections, corrupt, is_there, open_file
 from mlproducer.stores.sqlite_owners import Owner

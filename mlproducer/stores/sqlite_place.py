@@ -16,8 +16,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlproducer._guard import write
 from mlproducer.errors import StoreError
-from mlproducer.fence import write
 from mlproducer.stores.sqlite_owners import Owner
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import Any
 
 from attrs import NOTHING, fields
 
+from mlproducer._wire.encode import TASKS
 from mlproducer.message import Message
-from mlproducer.wire.encode import TASKS
 
 KINDS = (*TASKS, Message)
 WIDTH = 88

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 import pytest
 from attrs import field, frozen
 
-from mlproducer.brokers import Defaults, parse
+from mlproducer._broker_url import Defaults, parse
 from mlproducer.settings import Settings
 from mlproducer.testing.differences import are_tasks, differences, is_task
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from mlproducer.core.states import ConnectionState
+from mlproducer._core.states import ConnectionState
+from mlproducer._latch import seconds
+from mlproducer._wire.encode import Task
 from mlproducer.errors import (
     BufferFullError,
     CircuitOpenError,
@@ -23,7 +25,6 @@ from mlproducer.errors import (
     StoreError,
     WouldDeadlockError,
 )
-from mlproducer.latch import seconds
 from mlproducer.message import Receipt
 from mlproducer.observe.callbacks import DeliveryFuture, Dispatcher, Event, EventName, Lane
 from mlproducer.producer import MLProducer, Retry
@@ -32,7 +33,6 @@ from mlproducer.status import CloseReport, Status
 from mlproducer.stores.protocol import Store
 from mlproducer.testing.differences import differences
 from mlproducer.topology import Declaration
-from mlproducer.wire.encode import Task
 
 __all__ = ["RecordingProducer"]
 

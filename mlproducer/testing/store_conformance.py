@@ -40,7 +40,7 @@ from mlproducer.testing.store_kit import (
 )
 from mlproducer.testing.store_letters import Counts, Letters
 
-NOBODY = Claim(2**40, 1)
+NO_WAITER = Claim(2**40, 1)
 
 
 class _BrokenOffError(Exception):
@@ -206,11 +206,11 @@ class Changing(StoreTests):
     def test_unknown_claims_do_nothing(self, store: Store) -> None:
         """Neither a row that never was nor one that is gone is an error."""
         (gone,) = store.put(entries_of("a", delay=None), PATIENCE)
-        store.done([gone, NOBODY])
+        store.done([gone, NO_WAITER])
         store.done([])
-        assert store.renew([gone, NOBODY]) == [gone, NOBODY]
-        changes = [Change(gone, record_of(), 0.0), Change(NOBODY, record_of("b", dead=True))]
-        assert store.release(changes) == [gone, NOBODY]
+        assert store.renew([gone, NO_WAITER]) == [gone, NO_WAITER]
+        changes = [Change(gone, record_of(), 0.0), Change(NO_WAITER, record_of("b", dead=True))]
+        assert store.release(changes) == [gone, NO_WAITER]
         assert store.release([]) == store.renew([]) == []
         assert store.depth() == Depth()
         assert store.claim(10) == []
@@ -300,7 +300,7 @@ class Fates(StoreTests):
         store.release([Change(second, record_of("b"), 0.0)])
         (row,) = store.claim(1)
         store.done([row.claim])
-        fates = store.trace([NOBODY, first, second, row.claim])
+        fates = store.trace([NO_WAITER, first, second, row.claim])
         assert fates == [RowFate.MISSING] * 4
 
     def test_what_another_delivered_can_be_learned(self, store: Store, other: Store) -> None:

@@ -93,7 +93,7 @@ producer.close(0.0)
 
 
 def test_each_process_begins_with_another_broker() -> None:
-    """The order is shuffled per process, so that a fleet spreads over the brokers."""
+    """The order is shuffled per process, so that a runtime spreads over the brokers."""
     with ExitStack() as stack:  # deaf, so that each process stays with its first
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(8)]
         ports = [server.getsockname()[1] for server in servers]

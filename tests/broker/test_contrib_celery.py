@@ -25,9 +25,9 @@ from attrs import frozen
 from celery import Celery
 from kombu import Exchange, Queue
 
+from mlproducer._store_url import read_redis
 from mlproducer.contrib.celery import PublishFailedError, install, producer_of, uninstall
 from mlproducer.contrib.celery.notes import RedisNotes
-from mlproducer.store_url import read_redis
 from mlproducer.testing import Certificates, RabbitMQNode, RedisServer
 from mlproducer.testing.plugin import VirtualHost
 from tests.accounting import open_channel

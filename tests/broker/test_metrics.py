@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mlproducer import MLProducer, Settings
 from mlproducer.observe import metrics
-from mlproducer.observe.catalog import FAMILIES
+from mlproducer.observe.metric_families import FAMILIES
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import ROUTING_KEYS
 from tests.broker.scripts import Program, run

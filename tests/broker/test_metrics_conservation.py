@@ -21,7 +21,7 @@ from mlproducer.testing import Proxy
 from mlproducer.testing.plugin import VirtualHost
 from tests.accounting import Journal
 from tests.broker.conftest import CLOSE_TIMEOUT
-from tests.faults.nemesis import LIGHT, Nemesis, Verdict, Victims, judge
+from tests.faults.nemesis import LIGHT, Decision, Nemesis, Victims, failures
 from tests.faults.test_nemesis import HASTY
 from tests.faults.traffic import LIMIT, Traffic
 
@@ -58,7 +58,7 @@ def total(registry: CollectorRegistry, name: str, label: str = "") -> Counter[st
     return counts
 
 
-def said(journal: Journal, verdict: Verdict) -> Counter[str]:
+def said(journal: Journal, verdict: Decision) -> Counter[str]:
     """Count the statuses that the calls' own answers amount to."""
     refused = sum(isinstance(error, CircuitOpenError) for error in journal.given_back)
     return +Counter(
@@ -82,7 +82,7 @@ def test_after_faults(
     finally:
         proxy.heal()
         victims.stop()
-    verdict = judge(victims, rabbitmq_vhost.url)
+    verdict = failures(victims, rabbitmq_vhost.url)
     counted = +total(registry, "tasks_sent_total", "status")
     print(counted, nemesis.played)
     assert counted == said(victims.journal, verdict)

@@ -211,7 +211,7 @@ def _answer(name: str, future: Future[Receipt]) -> Receipt | PublishError:
 
 
 @frozen
-class Verdict:
+class Decision:
     """What became of all messages.
 
     :ivar account: the journal against the queues and the dead letters
@@ -232,7 +232,7 @@ class Verdict:
     unexplained: frozenset[str]
 
 
-def judge(victims: Victims, url: str) -> Verdict:
+def failures(victims: Victims, url: str) -> Decision:
     """Look for each message in the queues and among the dead letters."""
     alive, dead = drain(url), drain(url, [DEAD_LETTERS])
     fates = {each.message_id: _fate(each) for each in victims.journal.receipts}
@@ -242,7 +242,7 @@ def judge(victims: Victims, url: str) -> Verdict:
     returned = {name for name, why in victims.reasons.items() if why == "UnroutableError"}
     # A dead letter stands beside the copies that earlier attempts may have left in the queue.
     only_dead = Counter({name: n for name, n in dead.items() if name not in alive})
-    return Verdict(
+    return Decision(
         account=victims.journal.check(alive + only_dead),
         undecided=frozenset(name for name, (fate, _) in fates.items() if fate == "undecided"),
         buried=frozenset(name for name, (fate, _) in fates.items() if fate == "buried"),

@@ -15,7 +15,7 @@ import pytest
 from mlproducer.testing import Proxy, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from tests.broker.conftest import Connect
-from tests.faults.nemesis import ALL, LIGHT, Nemesis, Verdict, Victims, judge
+from tests.faults.nemesis import ALL, LIGHT, Decision, Nemesis, Victims, failures
 from tests.faults.traffic import FIGURES, LIMIT
 
 pytestmark = pytest.mark.broker
@@ -46,7 +46,7 @@ HASTY = {
 
 def torment(
     vhost: VirtualHost, connect: Connect, proxy: Proxy, faults: dict[str, int], seconds: float
-) -> tuple[Victims, Verdict]:
+) -> tuple[Victims, Decision]:
     """Let the nemesis loose, and check what became of every message."""
     print(f"\nMLPRODUCER_NEMESIS_SEED={SEED}")
     producer = connect(proxy.url(vhost.url), **HASTY)
@@ -60,7 +60,7 @@ def torment(
     finally:
         proxy.heal()
         victims.stop()
-    verdict = judge(victims, vhost.url)
+    verdict = failures(victims, vhost.url)
     faults_played = ", ".join(f"{n} {name}" for name, n in sorted(nemesis.played.items()))
     FIGURES[f"nemesis for {seconds:g} s"] = (
         f"seed {SEED}, {len(victims.journal)} messages, {nemesis.played.total()} faults "
@@ -73,7 +73,7 @@ def torment(
     return victims, verdict
 
 
-def check(victims: Victims, verdict: Verdict) -> None:
+def check(victims: Victims, verdict: Decision) -> None:
     """Nothing lost or leaked; each copy too many belongs to a message that was written again."""
     assert victims.left == 0
     assert verdict.account.lost == verdict.account.leaked == frozenset()

@@ -1,4 +1,4 @@
-"""The house: floors, foreign libraries, heads of files, locks, waits and loggers."""
+"""The architecture: layers, foreign libraries, heads of files, locks, waits and loggers."""
 
 from __future__ import annotations
 
@@ -6,43 +6,49 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mlproducer"
 
-FLOORS = [
-    {"errors", "fence", "clock"},
-    {"latch", "forks"},
-    {"topology", "brokers", "shapes", "store_url"},
-    {"settings", "message", "tracing"},
-    {"tasks", "fate"},
-    {"wire"},
-    {"core"},
-    {"status"},
+LAYERS = [
+    {"errors", "_guard", "_clock", "_latch", "_forks"},
+    {
+        "settings",
+        "message",
+        "tasks",
+        "topology",
+        "tracing",
+        "_broker_url",
+        "_fate",
+        "_schema",
+        "_store_url",
+    },
+    {"_core", "_wire", "status"},
     {"observe", "stores"},
-    {"engine"},
-    {"waiting"},
-    {"awaiting"},
-    {"producer"},
-    {"dead_letters", "outbox"},
-    {"__init__"},
-    {"monitoring", "page", "web"},
-    {"wsgi"},
-    {"testing"},
-    {"cli"},
-    {"contrib"},
-    {"__main__"},
+    {"_engine", "_waiting", "_awaiting"},
+    {
+        "__init__",
+        "producer",
+        "outbox",
+        "dead_letters",
+        "wsgi",
+        "monitoring",
+        "_status_page",
+        "_http_server",
+    },
+    {"testing", "cli", "contrib", "__main__"},
 ]
-"""Rooms by floor, the ground first; a folder is one room."""
+"""Modules and packages by layer, the lowest first."""
 
 FOREIGN = {
-    "pika": {"engine"},
+    "pika": {"_engine"},
     "sqlite3": {"stores", "contrib"},
     "redis": {"stores", "contrib"},
     "psycopg": {"stores", "outbox", "contrib"},
     "prometheus_client": {"observe"},
-    "orjson": {"wire"},
+    "orjson": {"_wire"},
     "opentelemetry": {"observe"},
     "celery": {"contrib"},
     "kombu": {"contrib"},
@@ -50,7 +56,7 @@ FOREIGN = {
     "flask": {"contrib"},
     "sqlalchemy": {"outbox", "contrib"},
 }
-"""Foreign libraries, and the rooms that may know them; `testing` talks to what it likes."""
+"""Foreign libraries, and the parts that may import them; `testing` talks to what it likes."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIBRARY = [path for path in MODULES if "testing" not in path.parts]
@@ -90,47 +96,61 @@ def _all_imports(paths: list[Path]) -> Iterator[tuple[Path, int, str]]:
     yield from ((path, line, dotted) for path in paths for line, dotted in _imports(path))
 
 
-def _room(dotted: str) -> str | None:
+def _part(dotted: str) -> str | None:
+    """Return the module or package, directly below `mlproducer`, that a dotted name is of."""
     parts = dotted.split(".")
     if parts[0] != "mlproducer":
         return None
-    known = len(parts) > 1 and any(parts[1] in floor for floor in FLOORS)
+    known = len(parts) > 1 and any(parts[1] in layer for layer in LAYERS)
     return parts[1] if known else "__init__"
 
 
-def _floor(room: str) -> int:
-    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+def _part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def _runs_down(path: Path, dotted: str) -> bool:
-    """Tell whether a file may import that, by its floor; inside a room there is no order."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    room = _room(dotted)
-    if room is None or (room == "__init__" and dotted == "mlproducer" and len(parts) == 1):
-        return True
-    if room != parts[0]:
+def _layer(part: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if part in layer)
+
+
+def _arrows() -> Iterator[tuple[Path, int, str, str]]:
+    """Give each import of one part by another: file, line, importing part, imported part."""
+    for path, line, dotted in _all_imports(MODULES):
+        part, own = _part(dotted), _part_of(path)
         package_itself = dotted == "mlproducer" and any(
             each.startswith("mlproducer.") for _, each in _imports(path)
         )
-        return package_itself or _floor(room) < _floor(parts[0])
-    return True
+        if part is not None and part != own and not package_itself:
+            yield path, line, own, part
 
 
-def test_every_file_has_a_floor() -> None:
-    """Each file has its place in the table above."""
-    rooms = {_name(path): path.relative_to(PACKAGE).with_suffix("").parts[0] for path in MODULES}
-    homeless = [name for name, room in rooms.items() if not any(room in each for each in FLOORS)]
+def test_every_file_has_a_layer() -> None:
+    """Each file has its place in the table above, and the layers are few."""
+    homeless = [
+        _name(path) for path in MODULES if not any(_part_of(path) in layer for layer in LAYERS)
+    ]
     assert not homeless, "\n".join(homeless)
+    assert len(LAYERS) <= 7
 
 
 def test_imports_run_downwards() -> None:
-    """A file imports only from floors below its own, and from its own room."""
+    """A file imports only from its own layer and those below; lazy imports count."""
     wrong = [
-        f"{_name(path)}:{line} imports {dotted}, which is not below it"
-        for path, line, dotted in _all_imports(MODULES)
-        if not _runs_down(path, dotted)
+        f"{_name(path)}:{line} imports {part}, which is in a layer above"
+        for path, line, own, part in _arrows()
+        if _layer(part) > _layer(own)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_parts_of_a_layer_import_each_other_in_one_direction() -> None:
+    """There is an order in which the parts could be written, each with those before it."""
+    needs: dict[str, set[str]] = {}
+    for _, _, own, part in _arrows():
+        if own != "__init__":  # the package itself only gathers the public names
+            needs.setdefault(own, set()).add(part)
+    order = TopologicalSorter(needs)
+    order.prepare()  # raises CycleError, which shows the circle
 
 
 def test_imports_are_absolute() -> None:
@@ -144,14 +164,11 @@ def test_imports_are_absolute() -> None:
 
 
 def test_foreign_libraries_are_known_at_the_edge() -> None:
-    """A foreign library is known to the rooms that turn it into terms of ours, and to no other."""
+    """A foreign library is known to the parts that turn it into terms of ours, and to no other."""
     strangers = [
         f"{_name(path)}:{line} imports {dotted}"
         for path, line, dotted in _all_imports(LIBRARY)
-        if path.relative_to(PACKAGE).with_suffix("").parts[0]
-        not in FOREIGN.get(
-            dotted.split(".")[0], {path.relative_to(PACKAGE).with_suffix("").parts[0]}
-        )
+        if _part_of(path) not in FOREIGN.get(dotted.split(".")[0], {_part_of(path)})
     ]
     assert not strangers, "\n".join(strangers)
 
@@ -161,7 +178,7 @@ def test_judgement_is_pure() -> None:
     forbidden = {"time", "threading", "random", "socket", "logging", "queue", "os", "datetime"}
     used = [
         f"{_name(path)}:{line} imports {dotted}"
-        for path, line, dotted in _all_imports(sorted((PACKAGE / "core").glob("*.py")))
+        for path, line, dotted in _all_imports(sorted((PACKAGE / "_core").glob("*.py")))
         if dotted.split(".")[0] in forbidden
     ]
     assert not used, "\n".join(used)
@@ -206,12 +223,12 @@ def test_every_wait_has_a_limit_and_nothing_sleeps() -> None:
 
 
 def test_one_monotonic_clock() -> None:
-    """The library's clock is `mlproducer.clock`, which libraries for tests cannot stop."""
+    """The library's clock is `mlproducer._clock`, which libraries for tests cannot stop."""
     others = [
-        f"{_name(path)} uses time.monotonic: write 'from mlproducer import clock as time'"
+        f"{_name(path)} uses time.monotonic: write 'from mlproducer import _clock as time'"
         for path in LIBRARY
-        if "cli" not in path.parts and _name(path) != "clock.py"
-        if "time.monotonic" in _text(path) and "import clock as time" not in _text(path)
+        if "cli" not in path.parts and _name(path) != "_clock.py"
+        if "time.monotonic" in _text(path) and "import _clock as time" not in _text(path)
     ]
     assert not others, "\n".join(others)
 

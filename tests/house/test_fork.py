@@ -10,7 +10,7 @@ from tests.helpers import LIMIT
 FORK = """
 import os
 from mlproducer import Settings, SummarizationTask
-from mlproducer.wire.encode import Encoder
+from mlproducer._wire.encode import Encoder
 
 encode = Encoder(Settings(url="amqp://localhost/")).encode
 task = SummarizationTask("s", {"text": "t"})

@@ -1,4 +1,4 @@
-"""The courier's world, written by hand: a carrier, a keeper, a door and a sink that only note.
+"""The sender's world, written by hand: a carrier, a retry worker, a door and a sink that only note.
 
 Runs on: the test's thread.
 """
@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 
 from attrs import evolve
 
-from mlproducer.core.breaker import Breaker, Consecutive
-from mlproducer.core.courier import Courier
-from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.ports import Loss
+from mlproducer._core.breaker import Breaker, Consecutive
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.interfaces import Loss
+from mlproducer._core.sender import Sender
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.events import EventSink
@@ -39,7 +39,7 @@ class FakeCarrier:
         self.written += [(envelope.message_id, tag) for envelope, tag in batch]
 
 
-class FakeKeeper:
+class FakeRetryWorker:
     """Notes what is kept and settled; storing succeeds when the test says so."""
 
     name = "fake"
@@ -66,7 +66,7 @@ class FakeKeeper:
         self.rows.pop(delivery, None)
 
 
-class FakeUndertaker:
+class FakeDeadLetterMaker:
     """Addresses dead letters to the exchange ``dead``."""
 
     def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
@@ -127,11 +127,11 @@ class Recorder(EventSink):
 
 
 class World:
-    """A courier among fakes, and what a publisher would do with it."""
+    """A sender among fakes, and what a publisher would do with it."""
 
     def __init__(self, *, max_retries: int = 1000, threshold: int = 1000) -> None:
         self.now = 0.0
-        self.keeper, self.door, self.events = FakeKeeper(), FakeDoor(), Recorder()
+        self.retry_worker, self.door, self.events = FakeRetryWorker(), FakeDoor(), Recorder()
         self.wakes: list[float] = []
         breaker = Breaker(
             Consecutive(threshold),
@@ -140,50 +140,50 @@ class World:
             self.events.circuit_changed,
             self.wakes.append,
         )
-        self.courier = Courier(
-            max_retries, breaker, self.keeper, FakeUndertaker(), self.door, self.events
+        self.sender = Sender(
+            max_retries, breaker, self.retry_worker, FakeDeadLetterMaker(), self.door, self.events
         )
         self.carrier = FakeCarrier()
 
     def up(self, carrier: FakeCarrier | None = None) -> FakeCarrier:
         """Open a channel."""
         self.carrier = carrier or FakeCarrier()
-        self.courier.up(self.carrier)
-        self.courier.pump(self.now)
+        self.sender.up(self.carrier)
+        self.sender.pump(self.now)
         return self.carrier
 
     def down(self, code: int = 0, text: str = "connection lost") -> None:
         """Lose the channel."""
-        self.courier.down(Loss(text, code), self.now)
+        self.sender.down(Loss(text, code), self.now)
 
     def send(self, *names: str, retry: bool = True, exchange: str = "x") -> list[Delivery]:
         """Accept messages, and write what can be written."""
         deliveries = [make_delivery(name, retry=retry, exchange=exchange) for name in names]
-        self.courier.accept(deliveries, self.now)
-        self.courier.pump(self.now)
+        self.sender.accept(deliveries, self.now)
+        self.sender.pump(self.now)
         return deliveries
 
     def ack(self, tag: int, *, multiple: bool = False) -> None:
         """Confirm, then write on, as the I/O thread does."""
-        self.courier.acked(tag, self.now, multiple=multiple)
-        self.courier.pump(self.now)
+        self.sender.acked(tag, self.now, multiple=multiple)
+        self.sender.pump(self.now)
 
     def nack(self, tag: int, *, multiple: bool = False) -> None:
         """Refuse."""
-        self.courier.nacked(tag, self.now, multiple=multiple)
-        self.courier.pump(self.now)
+        self.sender.nacked(tag, self.now, multiple=multiple)
+        self.sender.pump(self.now)
 
     def store(self, delivery: Delivery) -> None:
-        """Have the keeper report that it has stored the message, whose slot is free now."""
-        if delivery.place is Place.STORED and self.courier.judge.owes(delivery):
+        """Have the retry worker report that it has stored the message, whose slot is free now."""
+        if delivery.place is Place.STORED and self.sender.failures.owes(delivery):
             self.door.leave([delivery])
-        self.courier.kept([delivery], self.now)
+        self.sender.kept([delivery], self.now)
 
     def retry(self, delivery: Delivery) -> None:
-        """Have the keeper send a stored message again."""
+        """Have the retry worker send a stored message again."""
         assert delivery.place is Place.STORED
-        self.courier.readmit(delivery, self.now)
-        self.courier.pump(self.now)
+        self.sender.readmit(delivery, self.now)
+        self.sender.pump(self.now)
 
 
 def receipt_of(delivery: Delivery) -> Receipt:

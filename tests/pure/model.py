@@ -1,4 +1,4 @@
-"""A producer without its threads: the real courier, keeper, gate and store, on a test's clock.
+"""A producer without its threads: the real sender, retry worker, gate and store, on a test's clock.
 
 What its threads tell one another waits here in queues, so that a test can interleave them as it
 likes; what they do is checked by the witnesses that are built in.
@@ -14,17 +14,17 @@ from functools import partial
 
 from attrs import evolve
 
-from mlproducer import waiting
-from mlproducer.core.courier import Courier
-from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.failure import silent_store
-from mlproducer.core.ports import Loss
-from mlproducer.core.recovery import SOFT_ACCUSATIONS, accuses
-from mlproducer.core.states import CircuitState
-from mlproducer.engine.gate import Gate
-from mlproducer.engine.scribe import Put
+from mlproducer import _waiting as waiting
+from mlproducer._core.decision import SOFT_ACCUSATIONS, accuses
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery_errors import silent_store
+from mlproducer._core.interfaces import Loss
+from mlproducer._core.sender import Sender
+from mlproducer._core.states import CircuitState
+from mlproducer._engine.gate import Gate
+from mlproducer._engine.store_writer import Put
+from mlproducer._latch import Latch
 from mlproducer.errors import PublishError, RetriesExhaustedError
-from mlproducer.latch import Latch
 from mlproducer.message import Envelope
 from tests.helpers import make_delivery
 from tests.pure.witnesses import (
@@ -33,12 +33,12 @@ from tests.pure.witnesses import (
     Clock,
     Handed,
     ModelBreaker,
-    ModelKeeper,
+    ModelRetryWorker,
     ModelStore,
     NoAnswerError,
     Record,
-    Setup,
     Sink,
+    TopologyDeclarer,
 )
 
 MANY = 1000
@@ -50,14 +50,14 @@ WINDOW_BYTES = 40
 class House:
     """One producer, its broker and its publishers."""
 
-    def __init__(self, setup: Setup, clock: Clock) -> None:
+    def __init__(self, setup: TopologyDeclarer, clock: Clock) -> None:
         self.setup = setup
         self.clock = clock
         self.records: dict[Delivery, Record] = {}
         self.by_id: dict[str, Record] = {}
         self.last_first = 0
         self.channel: Channel | None = None
-        self.new_link = False
+        self.new_connection = False
         self.blocked = self.closing = self.closed = False
         self.stuck = False  # the retry thread waits for an answer that never comes
         self.owing: list[Delivery] = []
@@ -66,18 +66,18 @@ class House:
         self.mailbox: deque[Delivery | Callable[[], None]] = deque()
         self.gate = Gate(setup.window, WINDOW_BYTES)
         self.store = ModelStore(setup, clock)
-        self.keeper = ModelKeeper(self)
+        self.retry_worker = ModelRetryWorker(self)
         self.breaker = ModelBreaker(self)
-        self.courier = Courier(
-            setup.max_retries, self.breaker, self.keeper, self, self.gate, Sink(self)
+        self.sender = Sender(
+            setup.max_retries, self.breaker, self.retry_worker, self, self.gate, Sink(self)
         )
-        self.keeper.serve([self], lambda: None)  # type: ignore[list-item]
+        self.retry_worker.serve([self], lambda: None)  # type: ignore[list-item]
 
     def record(self, delivery: Delivery) -> Record:
         """Give what is known of a message."""
         return self.by_id[delivery.envelope.message_id]
 
-    # --- the undertaker ---
+    # --- the dead-letter maker ---
 
     def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
         """Make a letter, once, and only of what has used up its retries or is hopeless (I14)."""
@@ -87,7 +87,7 @@ class House:
         assert not isinstance(reason, RetriesExhaustedError)
         return evolve(delivery.envelope, exchange="dead")
 
-    # --- the desk ---
+    # --- the owner ---
 
     def order(self, method: partial[None]) -> bool:
         """Have something done by the I/O thread."""
@@ -97,7 +97,7 @@ class House:
 
     def ready(self) -> int:
         """As the I/O thread says it."""
-        if not self.courier.able:
+        if not self.sender.able:
             return 0
         return MANY if self.breaker.state is CircuitState.CLOSED else 1
 
@@ -105,43 +105,45 @@ class House:
         """Send again what was stored, and not before its time."""
         for delivery in deliveries:
             if delivery.open:
-                owed = self.courier.judge.owes(delivery)
+                owed = self.sender.failures.owes(delivery)
                 given_back = owed and delivery.place is Place.RETIRED
                 assert delivery.place is Place.STORED or given_back, delivery.place
                 assert self.clock.now >= self.record(delivery).not_before, "I15: early"
                 inside = delivery in self.gate._inside or given_back
                 assert inside, "I6: inside without a slot"
-            self.courier.readmit(delivery, self.clock.now)
+            self.sender.readmit(delivery, self.clock.now)
 
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """Send for the first time what is stored."""
         for delivery in deliveries:
-            stored = self.keeper.shelf.claim_of(delivery) or self.record(delivery).stolen
+            stored = (
+                self.retry_worker.stored_rows.claim_of(delivery) or self.record(delivery).stolen
+            )
             assert stored, "I20: sent before it was stored"
-            self.courier.readmit(delivery, self.clock.now)
+            self.sender.readmit(delivery, self.clock.now)
             if delivery.deadline <= self.clock.now and self.record(delivery).asked:
                 self._expire(delivery)  # its publisher has asked while it was being stored
 
     def kept(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on."""
-        self.courier.kept(deliveries, self.clock.now)
+        self.sender.kept(deliveries, self.clock.now)
 
     def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Pass it on."""
         for delivery, error in refusals:
-            self.courier.not_kept(delivery, error, self.clock.now)
+            self.sender.not_kept(delivery, error, self.clock.now)
 
     def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
         """Pass it on; what is another process's is sent there."""
         for delivery in deliveries:
             assert gone or self.record(delivery).shared, "there was no other process"
-        self.courier.withdrawn(deliveries, self.clock.now, gone=gone)
+        self.sender.withdrawn(deliveries, self.clock.now, gone=gone)
 
     def taken_over(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on; from here on it is known that another process may have sent them."""
         for delivery in deliveries:
             self.record(delivery).lapsed = self.record(delivery).hidden = True
-        self.courier.taken_over(deliveries, self.clock.now)
+        self.sender.taken_over(deliveries, self.clock.now)
 
     def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
         """Pass it on; it is an end of which the other process has told."""
@@ -150,13 +152,13 @@ class House:
             assert record.elsewhere == ("buries" if dead else "delivers")
             if delivery.open:
                 record.ends.append("elsewhere")
-        self.courier.ended(deliveries, self.clock.now, dead=dead)
+        self.sender.ended(deliveries, self.clock.now, dead=dead)
 
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on; it is only true of what was in the store alone."""
         for delivery in deliveries:
             assert self.record(delivery).robbed, "the row was there, or a copy was here"
-        self.courier.vanished(deliveries)
+        self.sender.vanished(deliveries)
 
     # --- publishers ---
 
@@ -205,10 +207,10 @@ class House:
 
     def _write_ahead(self, delivery: Delivery, *, waits: bool) -> None:
         if waits:
-            self.keeper.write_ahead(delivery)
+            self.retry_worker.write_ahead(delivery)
         else:
             done = Latch()
-            self.submits[delivery] = self.keeper.write_ahead(delivery, done), done
+            self.submits[delivery] = self.retry_worker.write_ahead(delivery, done), done
 
     def look(self) -> None:
         """Let those who submit see whether their messages are stored."""
@@ -252,8 +254,8 @@ class House:
         self.mailbox.append(partial(self._expire, delivery))
 
     def _expire(self, delivery: Delivery) -> None:
-        self.courier.expire(delivery, self.clock.now)
-        owes = self.courier.judge.owes(delivery)
+        self.sender.expire(delivery, self.clock.now)
+        owes = self.sender.failures.owes(delivery)
         if owes:
             self.owing.append(delivery)
         done = delivery.answer.done() or not (delivery.answer_deferral and delivery.open)
@@ -263,21 +265,21 @@ class House:
         """Let the time be over that the store has beyond a publisher's."""
         owing, self.owing = self.owing, []
         for delivery in owing:
-            if self.courier.judge.owes(delivery):
+            if self.sender.failures.owes(delivery):
                 self.record(delivery).lapsed = True  # what it does not delete, others may send
-            self.courier.pay(delivery, self.clock.now)
+            self.sender.pay(delivery, self.clock.now)
 
     def _turn_away(self, delivery: Delivery) -> None:
-        self.courier.turn_away(delivery, self.clock.now)
+        self.sender.turn_away(delivery, self.clock.now)
 
     # --- the end ---
 
     def shelve(self) -> None:
         """Have a durable store take what is left, as a close does before anything else."""
         self.closing = True
-        if self.store.durable and not self.courier.farewell.begun:
-            self.courier.farewell.shelve(self.clock.now)
-            self.keeper.verify()
+        if self.store.durable and not self.sender.shutdown.begun:
+            self.sender.shutdown.shelve(self.clock.now)
+            self.retry_worker.verify()
 
     # --- the store, and another process that shares it ---
 
@@ -285,7 +287,7 @@ class House:
         """Lose a row; its message is lost with it where this process holds no copy."""
         record = self.by_id[self.store._slots[key].record.envelope.message_id]
         record.stolen = True
-        record.robbed = record.delivery not in self.keeper.shelf.claims
+        record.robbed = record.delivery not in self.retry_worker.stored_rows.claims
         self.taken.pop(key, None)
         self.store.remove(key)
 
@@ -340,7 +342,7 @@ class House:
         for _ in range(min(limit, len(self.mailbox))):
             item = self.mailbox.popleft()
             if isinstance(item, Delivery):
-                self.courier.accept([item], self.clock.now)
+                self.sender.accept([item], self.clock.now)
             else:
                 item()
         self.pump()
@@ -348,18 +350,18 @@ class House:
     def pump(self) -> None:
         """Let it write."""
         self.note_lapsed()
-        self.courier.pump(self.clock.now)
+        self.sender.pump(self.clock.now)
 
     def keep_house(self) -> None:
         """Let the retry thread carry out one order, or sweep where that is due."""
-        orders, due = self.keeper.thread._orders, self.keeper.thread.due
+        orders, due = self.retry_worker.thread._orders, self.retry_worker.thread.due
         try:
             if self.stuck:
                 return
             if not orders.empty():
                 orders.get(timeout=0)()
             elif due is not None and due <= self.clock.now:
-                self.keeper.sweep()
+                self.retry_worker.sweep()
         except NoAnswerError as silence:
             self.stuck = True
             for key in silence.keys:
@@ -368,7 +370,7 @@ class House:
     @property
     def ordered(self) -> bool:
         """Whether the retry thread has something to do, and can do it."""
-        return not (self.stuck or self.keeper.thread._orders.empty())
+        return not (self.stuck or self.retry_worker.thread._orders.empty())
 
     def work(self, seconds: float) -> Iterator[None]:
         """Let every thread do all that it has to do, now and after a time, thing by thing."""
@@ -400,29 +402,29 @@ class House:
             elif not returned:
                 record.hidden = True
                 failed.append(record)
-        judge = self.courier.acked if good else self.courier.nacked
-        judge(tag, self.clock.now, multiple=multiple)
+        failures = self.sender.acked if good else self.sender.nacked
+        failures(tag, self.clock.now, multiple=multiple)
         self._check_counted(failed)
         self.pump()
 
     def block(self, *, blocked: bool) -> None:
         """Let the alarm come or go."""
         self.blocked = blocked
-        self.courier.block(blocked=blocked)
+        self.sender.block(blocked=blocked)
         if not blocked:
             self.pump()
-            self.keeper.sweep_soon()
+            self.retry_worker.sweep_soon()
 
     def up(self, room: int = PLENTY, *, narrow: bool = False, first: bool = True) -> None:
         """Open a channel; the first of a connection ends a cooldown."""
         self.channel = Channel(self, room, narrow=narrow)
-        self.courier.up(self.channel)
+        self.sender.up(self.channel)
         if first:
-            self.new_link = True
+            self.new_connection = True
             self.breaker.reconnected()
-            self.new_link = False
+            self.new_connection = False
         self.pump()
-        self.keeper.sweep_soon()
+        self.retry_worker.sweep_soon()
 
     def down(self, code: int) -> None:
         """Lose the channel; telling it twice changes nothing."""
@@ -439,7 +441,7 @@ class House:
                 failed.append(record)
         self.channel = None
         for _ in range(2):
-            self.courier.down(Loss("gone", code), self.clock.now)
+            self.sender.down(Loss("gone", code), self.clock.now)
         if not accuses(code):
             self._check_counted(failed)
 
@@ -447,13 +449,13 @@ class House:
         """Lose the channel, and the broker's Blocked with it."""
         self.down(code)
         self.blocked = False
-        self.courier.disconnected()
+        self.sender.disconnected()
 
     def cool(self) -> None:
         """Let the breaker thread look at the clock."""
         self.breaker.cool(self.clock.now)
         self.pump()
-        self.keeper.sweep_soon()
+        self.retry_worker.sweep_soon()
 
     def _check_counted(self, failed: list[Record]) -> None:
         for record in failed:

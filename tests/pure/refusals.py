@@ -45,13 +45,13 @@ def tells_nothing(error: BaseException, canary: str = CANARY, *, frames: bool = 
     """Look for a text in all that an error reporter would send: words, chains, local variables."""
     links: list[BaseException | None] = [error]
     while links:
-        link = links.pop()
-        if link is not None:
-            assert canary not in f"{link} {link!r} {vars(link)}"
+        connection = links.pop()
+        if connection is not None:
+            assert canary not in f"{connection} {connection!r} {vars(connection)}"
             if frames:
-                in_frames(link.__traceback__, canary)
-            hidden = link.__suppress_context__ and not frames
-            links += (link.__cause__, None if hidden else link.__context__)
+                in_frames(connection.__traceback__, canary)
+            hidden = connection.__suppress_context__ and not frames
+            links += (connection.__cause__, None if hidden else connection.__context__)
 
 
 def in_frames(traceback: TracebackType | None, canary: str) -> None:

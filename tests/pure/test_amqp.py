@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from pika import frame, spec
 from pika.exceptions import ShortStringTooLong, UnsupportedAMQPFieldException
 
+from mlproducer._wire import amqp, raw
+from mlproducer._wire.frames import FrameWriter
 from mlproducer.errors import (
     InvalidMessageError,
     InvalidTaskError,
@@ -23,8 +25,6 @@ from mlproducer.errors import (
     MLProducerError,
 )
 from mlproducer.message import Message
-from mlproducer.wire import amqp, raw
-from mlproducer.wire.frames import FrameWriter
 
 from .refusals import CANARY, refused
 from .tables import each_row

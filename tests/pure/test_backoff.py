@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlproducer.core.backoff import Backoff
+from mlproducer._core.backoff import Backoff
 
 SECONDS = st.floats(min_value=0.001, max_value=3600)
 SHARE = st.floats(min_value=0, max_value=1)
@@ -33,8 +33,8 @@ def test_never_shrinks(initial: float, maximum: float, failures: int) -> None:
 
 def test_the_contracts_series() -> None:
     """0.5 s, doubled up to 32 s, for connections; 1, 2, 4 ... 10 s for messages."""
-    link = Backoff(0.5, 32, 0.3)
-    assert [link.delay(n) for n in range(8)] == [0.5, 1, 2, 4, 8, 16, 32, 32]
-    assert link.delay(7, 1.0) == 32 * 1.3
+    connection = Backoff(0.5, 32, 0.3)
+    assert [connection.delay(n) for n in range(8)] == [0.5, 1, 2, 4, 8, 16, 32, 32]
+    assert connection.delay(7, 1.0) == 32 * 1.3
     message = Backoff(1.0, 10.0)
     assert [message.delay(n) for n in range(5)] == [1, 2, 4, 8, 10]

@@ -11,9 +11,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlproducer.core.breaker import LONGEST, SHORTEST, Adaptive, Breaker, Consecutive, Trip
-from mlproducer.core.delivery import Delivery
-from mlproducer.core.states import CircuitState
+from mlproducer._core.breaker import LONGEST, SHORTEST, Adaptive, Breaker, Consecutive, Trip
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.states import CircuitState
 from mlproducer.message import Envelope
 
 THRESHOLD, COOLDOWN, PATIENCE = 10, 30.0, 5.0

@@ -21,6 +21,8 @@ from kombu.message import Message as KombuMessage
 from kombu.utils import json as kombu_json
 from pika.spec import BasicProperties
 
+from mlproducer._wire import celery as wire
+from mlproducer._wire import strict_json
 from mlproducer.errors import InvalidMessageError, InvalidTaskError, MessageTooLargeError
 from mlproducer.message import Envelope
 from mlproducer.tasks import (
@@ -33,8 +35,6 @@ from mlproducer.tasks import (
     SummarizationTask,
     TranscriptionTask,
 )
-from mlproducer.wire import celery as wire
-from mlproducer.wire import strict_json
 
 from .refusals import CANARY, refused
 from .tables import each_row

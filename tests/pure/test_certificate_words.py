@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mlproducer.brokers import TLSSettings
-from mlproducer.engine.tls import TLSFiles, describe
+from mlproducer._broker_url import TLSSettings
+from mlproducer._engine.tls import TLSFiles, describe
 
 ROOT = ["-addext", "keyUsage=critical,keyCertSign"]
 BARE = "subjectAltName=DNS:localhost\nsubjectKeyIdentifier=none\nauthorityKeyIdentifier=none\n"
@@ -69,7 +69,7 @@ def test_a_certificate_without_key_identifiers(tmp_path: Path) -> None:
 
 
 def test_a_context_is_made_again_only_for_other_files(tmp_path: Path) -> None:
-    """The same files give the same context; a link that leads to others gives another."""
+    """The same files give the same context; a connection that leads to others gives another."""
     ones, others = tmp_path / "1", tmp_path / "2"
     for each in (ones, others):
         each.mkdir()
@@ -87,7 +87,7 @@ def test_a_context_is_made_again_only_for_other_files(tmp_path: Path) -> None:
     assert files.context() is first
     swapped = tmp_path / "swapped"  # as Kubernetes renews a secret
     swapped.symlink_to(others)
-    os.replace(swapped, current)  # noqa: PTH105 - the link itself
+    os.replace(swapped, current)  # noqa: PTH105 - the connection itself
     second = files.context()
     assert second is not first
     (others / "cert.key").unlink()

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlproducer.core.confirms import Confirms
-from mlproducer.core.delivery import Delivery
-from mlproducer.engine.letters import Tags
+from mlproducer._core.confirms import Confirms
+from mlproducer._core.delivery import Delivery
+from mlproducer._engine.dead_letter_channel import Tags
 from tests.helpers import make_delivery
 
 
@@ -110,12 +110,12 @@ def test_tags_apart_end_with_their_channel() -> None:
 
 @given(st.lists(st.booleans(), max_size=60))
 def test_tags_of_two_channels(elsewhere: list[bool]) -> None:
-    """The broker counts what is on its channel, the courier what is on both."""
+    """The broker counts what is on its channel, the sender what is on both."""
     tags, here = Tags(), []
     for tag, skipped in enumerate(elsewhere, start=1):
         if skipped:
             tags.skip(tag)
         else:
             here.append(tag)
-        assert [tags.courier(n) for n in range(1, len(here) + 1)] == here
-    assert tags.courier(0) == 0
+        assert [tags.sender(n) for n in range(1, len(here) + 1)] == here
+    assert tags.sender(0) == 0

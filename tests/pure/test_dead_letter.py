@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika import spec
 
+from mlproducer._wire import amqp, raw
+from mlproducer._wire.dead_letter import dead_letter
 from mlproducer.message import Message
-from mlproducer.wire import amqp, raw
-from mlproducer.wire.dead_letter import dead_letter
 
 SAID: dict[str, str | int] = {"x-death-reason": "NackError: refused", "x-attempts": 4}
 TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20)

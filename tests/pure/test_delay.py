@@ -13,11 +13,11 @@ from kombu.transport.native_delayed_delivery import calculate_routing_key, level
 from pika import spec
 
 from mlproducer import CeleryTask, Queue, Topology
+from mlproducer._wire import celery
+from mlproducer._wire.delay import MAX_SECONDS, Delays
 from mlproducer.message import Envelope
 from mlproducer.tasks import PreferredBackends
 from mlproducer.topology import Declaration
-from mlproducer.wire import celery
-from mlproducer.wire.delay import MAX_SECONDS, Delays
 
 EXCHANGE, KEY = "bookmarkai.ml", "ml.embed"
 DELAYS = Delays.of(Topology())

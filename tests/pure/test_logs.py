@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mlproducer.core.ports import Loss, LossKind
-from mlproducer.core.states import CircuitState, ConnectionState
+from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import NackError, StoreError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher, Event
 from mlproducer.observe.events import EventSink, Fanout
@@ -208,10 +208,13 @@ def test_lines_speak_for_their_modules(sink: LogSink, caplog: pytest.LogCaptureF
         sink.circuit_changed(CircuitState.OPEN)
     sink.state_changed(ConnectionState.CLOSED)
     told = [(each.name, each.getMessage()) for each in caplog.records]
-    assert {name for name, _ in told} == {"mlproducer.engine.dialer", "mlproducer.core.breaker"}
+    assert {name for name, _ in told} == {
+        "mlproducer._engine.connector",
+        "mlproducer._core.breaker",
+    }
     assert told[-2:] == [
-        ("mlproducer.engine.dialer", "cannot connect suppressed=1"),
-        ("mlproducer.core.breaker", "circuit breaker suppressed=1"),
+        ("mlproducer._engine.connector", "cannot connect suppressed=1"),
+        ("mlproducer._core.breaker", "circuit breaker suppressed=1"),
     ]
 
 

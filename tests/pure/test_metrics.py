@@ -25,8 +25,8 @@ from mlproducer import (
     Status,
     SummarizationTask,
 )
-from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.ports import Loss, LossKind
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer.errors import (
     BrokerBlockedError,
     BrokerRejectedError,
@@ -43,10 +43,11 @@ from mlproducer.errors import (
     UnroutableError,
 )
 from mlproducer.message import Envelope
-from mlproducer.observe import catalog, metrics
-from mlproducer.observe.catalog import FAMILIES, Kind
+from mlproducer.observe import metric_families as catalog
+from mlproducer.observe import metrics
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.meter import Meter
+from mlproducer.observe.metric_families import FAMILIES, Kind
 from mlproducer.observe.tally import Cells
 from tests.helpers import make_delivery
 

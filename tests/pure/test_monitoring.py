@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from mlproducer._core.states import ConnectionState
 from mlproducer.cli import main
-from mlproducer.core.states import ConnectionState
 from mlproducer.monitoring import ALERTS_FILE, DASHBOARD_FILE, files, queries
 from mlproducer.monitoring.panels import CIRCUIT_WORDS, CONNECTION_WORDS
-from mlproducer.observe import catalog, meter
-from mlproducer.observe.catalog import FAMILIES, Kind
+from mlproducer.observe import meter
+from mlproducer.observe import metric_families as catalog
+from mlproducer.observe.metric_families import FAMILIES, Kind
 from tests.pure.tables import each_row
 
 BY_SERIES = {

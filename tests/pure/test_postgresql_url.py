@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mlproducer import Settings
+from mlproducer._store_url import TABLE, read_postgresql
 from mlproducer.errors import ConfigurationError
-from mlproducer.store_url import TABLE, read_postgresql
 from mlproducer.stores.postgres_rows import read_text, text
 
 

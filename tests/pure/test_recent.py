@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mlproducer.core.delivery import Delivery
-from mlproducer.core.ports import Loss, LossKind
-from mlproducer.core.states import CircuitState
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.states import CircuitState
 from mlproducer.errors import (
     CircuitOpenError,
     ConfirmTimeoutError,

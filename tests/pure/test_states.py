@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
-from mlproducer.core.states import (
+from mlproducer._core.states import (
     CIRCUIT_MOVES,
     FLOW_MOVES,
     LINK_MOVES,
     CircuitEvent,
     CircuitState,
+    ConnectionEvent,
     ConnectionState,
     FlowEvent,
     FlowState,
     IllegalMoveError,
-    LinkEvent,
     Machine,
 )
 from tests.pure.tables import each_row
 
 TABLES = [
-    pytest.param(LINK_MOVES, LinkEvent, ConnectionState.DISCONNECTED, id="link"),
+    pytest.param(LINK_MOVES, ConnectionEvent, ConnectionState.DISCONNECTED, id="connection"),
     pytest.param(FLOW_MOVES, FlowEvent, FlowState.FLOWING, id="flow"),
     pytest.param(CIRCUIT_MOVES, CircuitEvent, CircuitState.CLOSED, id="circuit"),
 ]
@@ -55,7 +55,7 @@ def test_tables_are_total(moves: Any, events: type[enum.Enum], start: enum.Enum)
 
 @pytest.mark.parametrize("state", ConnectionState)
 def test_closed_is_reachable_from_everywhere(state: ConnectionState) -> None:
-    """Whatever a link is doing, it can be closed."""
+    """Whatever a connection is doing, it can be closed."""
     assert ConnectionState.CLOSED in reachable(LINK_MOVES, state)
 
 

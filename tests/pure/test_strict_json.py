@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlproducer import shapes
+from mlproducer import _schema as shapes
+from mlproducer._wire.strict_json import dumps
 from mlproducer.errors import InvalidMessageError, InvalidTaskError
-from mlproducer.wire.strict_json import dumps
 
 from .refusals import CANARY, refused
 from .tables import each_row

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, frozen
 
-from mlproducer.core.backoff import Backoff
-from mlproducer.core.breaker import Breaker, Consecutive
-from mlproducer.core.delivery import Delivery, Place
-from mlproducer.core.states import CircuitState
-from mlproducer.engine.keeper import Keeper
+from mlproducer._core.backoff import Backoff
+from mlproducer._core.breaker import Breaker, Consecutive
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.states import CircuitState
+from mlproducer._engine.retry_worker import RetryWorker
+from mlproducer._latch import Relay
+from mlproducer._waiting import Answer
 from mlproducer.errors import BrokerRejectedError, PublishError, StoreError
-from mlproducer.latch import Relay
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.events import EventSink
 from mlproducer.stores.memory import MemoryStore, _Slot
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
-from mlproducer.waiting import Answer
 
 if TYPE_CHECKING:
     from tests.pure.model import House
@@ -37,7 +37,7 @@ WIDE = b"properties that do not fit a narrow frame"
 
 
 @frozen
-class Setup:
+class TopologyDeclarer:
     """The settings of one run."""
 
     max_retries: int = 3
@@ -111,7 +111,7 @@ class Handed(Answer):
         super().__init__(Relay(lambda: None))
 
     def done(self) -> bool:
-        """Whether the courier has spoken."""
+        """Whether the sender has spoken."""
         return self.given is not None
 
     def cancelled(self) -> bool:
@@ -185,7 +185,7 @@ class Channel:
 
 
 class Sink(EventSink):
-    """Hears what the courier says of each message's end."""
+    """Hears what the sender says of each message's end."""
 
     def __init__(self, house: House) -> None:
         self._house = house
@@ -207,9 +207,9 @@ class Sink(EventSink):
     def deferred(self, delivery: Delivery) -> None:
         """Only what the store holds, and what its publisher did not want back."""
         record = self._house.record(delivery)
-        stored = self._house.keeper.shelf.claim_of(delivery) or record.stolen
+        stored = self._house.retry_worker.stored_rows.claim_of(delivery) or record.stolen
         assert stored, "I20: deferred before it was stored"
-        astray = self._house.keeper.shelf.astray.get(delivery)
+        astray = self._house.retry_worker.stored_rows.astray.get(delivery)
         known = astray is None or astray.told or record.elsewhere
         assert known, "I20: deferred while nobody knows where its row is"
         assert record.retry, "I2: retry=False, and deferred"
@@ -229,7 +229,7 @@ class Sink(EventSink):
         if isinstance(said, Receipt) and not record.robbed:
             assert self._house.closing, "I2: the call has returned, and it is dropped"
             assert record.stolen or not said.durable, "I20: durable, and given back"
-        astray = self._house.keeper.shelf.astray.get(delivery)
+        astray = self._house.retry_worker.stored_rows.astray.get(delivery)
         if isinstance(error, StoreError) and astray is not None and astray.told:
             wanted = record.retry and delivery.retry and not self._house.closing
             assert not wanted, "I2: given back, and another process has it"
@@ -276,7 +276,7 @@ class ModelBreaker(Breaker):
             if state is CircuitState.CLOSED:
                 assert not self.in_row, "I17: closed without a confirm"
                 return
-            assert self._house.new_link or self._house.clock.now >= self._since + COOLDOWN
+            assert self._house.new_connection or self._house.clock.now >= self._since + COOLDOWN
             if self._house.channel is not None:
                 self._house.channel.probes.clear()
         if state is CircuitState.OPEN:
@@ -293,7 +293,7 @@ class ModelStore(MemoryStore):
     :ivar puts_left: after so many puts it never answers again
     """
 
-    def __init__(self, setup: Setup, clock: Clock) -> None:
+    def __init__(self, setup: TopologyDeclarer, clock: Clock) -> None:
         super().__init__(setup.rows, clock=clock.monotonic)
         self.durable = setup.durable
         self.write_ahead = setup.durable and setup.ahead
@@ -435,7 +435,7 @@ class ModelStore(MemoryStore):
         super().done(unanswered)
 
 
-class ModelKeeper(Keeper):
+class ModelRetryWorker(RetryWorker):
     """Notes when a message may be sent again at the earliest, by the contract (I15)."""
 
     def __init__(self, house: House) -> None:

@@ -112,7 +112,7 @@ def cut_publishing(way: str) -> dict[str, Any]:
 
         calls = {"publish": producer.publish, "submit": producer.submit}
         call: Callable[[Message], Any] = calls.get(way, publish_three)
-        fleet: Any = producer._life.fleet
+        runtime: Any = producer._life.runtime
         steps, leaks, futures = 0, [], []
         while True:
             cut = Cut(steps, "opcode")
@@ -120,7 +120,7 @@ def cut_publishing(way: str) -> dict[str, Any]:
             answer = cut.run(lambda message=message: call(message))
             if not isinstance(answer, KeyboardInterrupt):
                 futures += answer if isinstance(answer, list) else [answer]
-            if not wait_until(lambda: not len(fleet.gate)):
+            if not wait_until(lambda: not len(runtime.gate)):
                 leaks.append(cut.where)
                 break
             if not cut.made:

@@ -10,10 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from mlproducer import MLProducer, Outcome, Receipt, awaiting
-from mlproducer.awaiting import AwaitedAnswer
-from mlproducer.core.delivery import Delivery
-from mlproducer.engine.engine import Engine
+from mlproducer import MLProducer, Outcome, Receipt
+from mlproducer import _awaiting as awaiting
+from mlproducer._awaiting import AwaitedAnswer
+from mlproducer._core.delivery import Delivery
+from mlproducer._engine.engine import Engine
+from mlproducer._latch import Relay
 from mlproducer.errors import (
     BufferFullError,
     ConfirmTimeoutError,
@@ -22,7 +24,6 @@ from mlproducer.errors import (
     ProducerClosedError,
     PublishError,
 )
-from mlproducer.latch import Relay
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT, make_delivery, make_message
 from tests.threaded.brokers import Silent, SlowOpen, ack
@@ -208,7 +209,7 @@ def test_written_ahead(connect: Connect, serve: Serve, tmp_path: Any) -> None:
 
 
 def test_an_answer_that_has_begun() -> None:
-    """Where the courier speaks just as the wait ends, what it says is the answer."""
+    """Where the sender speaks just as the wait ends, what it says is the answer."""
     receipt = Receipt("m", 1, 0.1)
 
     async def work() -> Receipt:
@@ -218,7 +219,7 @@ def test_an_answer_that_has_begun() -> None:
         speaking = delivery._listener()
         assert speaking is answer
 
-        class Courier:
+        class Sender:
             """Has the message, and is a moment late."""
 
             def expire(self, delivery: Delivery) -> None:
@@ -229,6 +230,6 @@ def test_an_answer_that_has_begun() -> None:
                 asyncio.get_running_loop().call_soon(answer.set_result, receipt)
                 return False
 
-        return await awaiting.finish(cast(Engine, Courier()), delivery, answer)
+        return await awaiting.finish(cast(Engine, Sender()), delivery, answer)
 
     assert run(work()) is receipt

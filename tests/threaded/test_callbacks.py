@@ -154,7 +154,7 @@ def test_events(connect: Connect, serve: Serve) -> None:
         producer.on("exploded", print)
 
 
-# --- lanes -------------------------------------------------------------------------------------
+# --- send queue ----------------------------------------------------------------------------------
 
 
 def names_of_threads() -> set[str]:

@@ -86,7 +86,7 @@ def test_a_probe_that_costs_the_connection(connect: Connect, serve: Serve) -> No
 
 def checks_of(producer: MLProducer) -> Happenings:
     """Watch the health thread ask."""
-    engine: Any = producer._life.fleet.engines[0]  # type: ignore[union-attr]
+    engine: Any = producer._life.runtime.engines[0]  # type: ignore[union-attr]
     seen = Happenings()
     probe = engine.io.probe
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from mlproducer import MLProducer, Receipt
-from mlproducer.core.delivery import Delivery
+from mlproducer._core.delivery import Delivery
 from mlproducer.errors import (
     BrokerBlockedError,
     ConfirmTimeoutError,
@@ -210,7 +210,7 @@ def test_a_callback_in_the_loop_raises(
     broker = serve()
     producer = connect(broker)
     assert producer.publish(make_message()).confirmed
-    io_thread = producer._life.fleet.engines[0]._io  # type: ignore[union-attr]
+    io_thread = producer._life.runtime.engines[0]._io  # type: ignore[union-attr]
     acked, failures = io_thread.acked, [ValueError("bug")]
 
     def failing(tag: int, *, multiple: bool) -> None:
@@ -234,15 +234,15 @@ def test_what_the_loop_had_in_hand(
     broker = serve()
     producer = connect(broker)
     assert producer.publish(make_message()).confirmed
-    courier = producer._life.fleet.engines[0]._io.courier  # type: ignore[union-attr]
-    accept, failures = courier.accept, [ValueError("bug")]
+    sender = producer._life.runtime.engines[0]._io.sender  # type: ignore[union-attr]
+    accept, failures = sender.accept, [ValueError("bug")]
 
     def failing(delivery: Delivery, now: float) -> None:
         if failures:
             raise failures.pop()
         accept(delivery, now)
 
-    monkeypatch.setattr(courier, "accept", failing)
+    monkeypatch.setattr(sender, "accept", failing)
     assert producer.publish(make_message("m"), timeout=2.0).confirmed
     assert [each.properties.message_id for each in broker.messages].count("m") == 1
 

@@ -11,7 +11,7 @@ import pytest
 from pika import spec
 
 from mlproducer import CeleryTask, Outcome
-from mlproducer.engine import delays
+from mlproducer._engine import delayed_delivery as delays
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection
 from tests.helpers import LIMIT, make_message
 from tests.threaded.conftest import Connect, Serve

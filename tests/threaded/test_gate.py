@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from mlproducer.core.delivery import Delivery
-from mlproducer.engine.gate import Gate
+from mlproducer._core.delivery import Delivery
+from mlproducer._engine.gate import Gate
+from mlproducer._latch import Watch
 from mlproducer.errors import PublishError, WouldDeadlockError
-from mlproducer.latch import Watch
 from tests.helpers import LIMIT, Background, make_delivery, make_message
 from tests.threaded.conftest import Connect, Serve
 

@@ -10,7 +10,7 @@ import pytest
 from pika import spec
 
 from mlproducer import MLProducer
-from mlproducer.engine import health
+from mlproducer._engine import health
 from mlproducer.errors import ConfirmTimeoutError
 from mlproducer.testing.fake_broker import FakeConnection
 from mlproducer.testing.proxy import Proxy
@@ -100,7 +100,7 @@ def test_a_silent_broker_is_given_up(connect: Connect, serve: Serve) -> None:
 def test_a_path_dead_in_one_direction(
     connect: Connect, serve: Serve, impatient: float, direction: Literal["c2s", "s2c", "both"]
 ) -> None:
-    """Without any traffic the interval's check finds it, and a new link takes over (23, 25)."""
+    """Without traffic the interval's check finds it, and a new connection takes over (23, 25)."""
     broker = serve(Moody())
     with Proxy(("127.0.0.1", broker.port)) as proxy:
         producer = connect(proxy.url(broker.url), health_check_interval=0.1)

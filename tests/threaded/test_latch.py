@@ -15,13 +15,13 @@ from typing import NoReturn
 
 import pytest
 
-from mlproducer.engine.io_thread import SLOW
+from mlproducer._engine.io_thread import SLOW
+from mlproducer._fate import Fate
+from mlproducer._latch import Latch, Relay, Token
+from mlproducer._waiting import Answer
 from mlproducer.errors import StoreError
-from mlproducer.fate import Fate
-from mlproducer.latch import Latch, Relay, Token
 from mlproducer.message import Receipt
 from mlproducer.stores.sqlite_link import Link, _forks
-from mlproducer.waiting import Answer
 from tests.helpers import LIMIT, Background
 
 

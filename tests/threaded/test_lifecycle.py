@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 
 from mlproducer import ConnectionState, MLProducer, Settings
+from mlproducer._latch import Latch
 from mlproducer.errors import (
     ConfigurationError,
     ConfirmTimeoutError,
     ProducerClosedError,
     PublishError,
 )
-from mlproducer.latch import Latch
 from mlproducer.testing.proxy import Proxy
 from tests.helpers import LIMIT, Background, descriptors, make_message
 from tests.threaded.brokers import Silent, SlowOpen, ack

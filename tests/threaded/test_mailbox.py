@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from mlproducer.engine.mailbox import Mailbox
+from mlproducer._engine.mailbox import Mailbox
 from tests.helpers import LIMIT, Background, make_delivery
 from tests.threaded.conftest import Connect, Serve
 
@@ -116,7 +116,7 @@ def test_an_idle_loop_is_woken_once(
     """A burst that comes while the I/O thread is busy costs one wake."""
     producer = connect(serve())
     assert producer.wait_connected(LIMIT)
-    io_thread = producer._life.fleet.engines[0]._io  # type: ignore[union-attr]
+    io_thread = producer._life.runtime.engines[0]._io  # type: ignore[union-attr]
     busy, free = threading.Event(), threading.Event()
 
     def occupy() -> None:
@@ -126,8 +126,8 @@ def test_an_idle_loop_is_woken_once(
     io_thread.order(functools.partial(occupy))
     assert busy.wait(LIMIT)
     rung: list[None] = []
-    ring = io_thread.reactor.mailbox.ring
-    monkeypatch.setattr(io_thread.reactor.mailbox, "ring", lambda: (rung.append(None), ring()))
+    ring = io_thread.io_loop.mailbox.ring
+    monkeypatch.setattr(io_thread.io_loop.mailbox, "ring", lambda: (rung.append(None), ring()))
     ran = threading.Event()
     orders: list[int] = []
     for number in range(1000):

@@ -211,9 +211,9 @@ def test_closed_meanwhile(
     """A message that comes just after close() is rejected once, whichever way it came."""
     producer = produce(serve())
     assert producer.publish(make_message()).confirmed
-    fleet = producer._life.started()
+    runtime = producer._life.started()
     producer.close(SHORT)
-    monkeypatch.setattr(producer._life, "started", lambda: fleet)
+    monkeypatch.setattr(producer._life, "started", lambda: runtime)
     with pytest.raises(ProducerClosedError):
         producer.publish(make_message())
     with pytest.raises(ProducerClosedError):

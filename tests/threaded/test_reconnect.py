@@ -12,7 +12,7 @@ import pytest
 from pika import spec
 
 from mlproducer import ConnectionState, MLProducer, Settings
-from mlproducer.core.backoff import Backoff
+from mlproducer._core.backoff import Backoff
 from mlproducer.errors import NotConnectedError, ProducerClosedError
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
 from mlproducer.testing.proxy import Proxy
@@ -217,15 +217,15 @@ def test_no_reconnect_while_blocked(connect: Connect, serve: Serve) -> None:
 def looks_of(producer: MLProducer) -> Happenings:
     """Watch the I/O thread's looks at what is overdue."""
     seen = Happenings()
-    courier = io_of(producer).courier
-    overdue = courier.overdue
+    sender = io_of(producer).sender
+    overdue = sender.overdue
 
     def note(now: float, limit: float) -> bool:
         found = bool(overdue(now, limit))
         seen.note(found)
         return found
 
-    courier.overdue = note
+    sender.overdue = note
     return seen
 
 

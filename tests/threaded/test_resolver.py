@@ -21,11 +21,11 @@ from pika import spec
 
 import mlproducer
 from mlproducer import ConnectionState, MLProducer, Settings
-from mlproducer.brokers import Broker
-from mlproducer.engine import dialer as dialer_module
-from mlproducer.engine import reactor as reactor_module
-from mlproducer.engine.directory import Directory, Route, UnreachableError
-from mlproducer.engine.fleet import Fleet
+from mlproducer._broker_url import Broker
+from mlproducer._engine import connector as connector_module
+from mlproducer._engine import io_loop as io_loop_module
+from mlproducer._engine.endpoints import Endpoints, Route, UnreachableError
+from mlproducer._engine.runtime import Runtime
 from mlproducer.errors import AuthenticationError, NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection
 from tests.helpers import LIMIT, make_message
@@ -371,7 +371,7 @@ def test_after_403_only_a_call_hurries(
     connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused credentials are tried again at the longest delay; a call starts an attempt."""
-    monkeypatch.setattr(dialer_module, "CALL_AFTER", 0.3)
+    monkeypatch.setattr(connector_module, "CALL_AFTER", 0.3)
     asks = Asks(lambda password: False)
     broker = serve(asks)
     producer = connect(broker, reconnect_initial_delay=0.01, reconnect_max_delay=30.0)
@@ -514,7 +514,7 @@ def test_what_cannot_be_started_is_an_error_of_ours(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Fleet, "__init__", refuse)
+    monkeypatch.setattr(Runtime, "__init__", refuse)
     with pytest.raises(NotConnectedError, match="cannot be started"):
         connect("amqp://u:p@127.0.0.1/").publish(make_message())
 
@@ -612,7 +612,7 @@ def test_brokers_keep_their_order_when_files_are_read_again(tmp_path: Path) -> N
     file = tmp_path / "url"
     hosts = [f"host{number}" for number in range(20)]
     file.write_text(",".join(f"amqp://u:p@{host}/" for host in hosts))
-    directory = Directory(Settings(url_file=str(file)))
+    directory = Endpoints(Settings(url_file=str(file)))
     before = [route.broker.host for route in directory.routes]
     file.write_text(",".join(f"amqp://u:q@{host}/" for host in reversed(hosts)))
     with pytest.raises(UnreachableError):
@@ -631,8 +631,8 @@ def test_a_loop_without_descriptors_comes_back(
     producer = connect(broker)
     assert producer.wait_connected(LIMIT)
     refusals: list[Exception] = [AssertionError(), OSError(errno.EMFILE, "Too many open files")]
-    monkeypatch.setattr(reactor_module, "BREAK", 0.05)
-    make = reactor_module.EventLoop
+    monkeypatch.setattr(io_loop_module, "BREAK", 0.05)
+    make = io_loop_module.EventLoop
 
     class Refusing(make):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
@@ -641,7 +641,7 @@ def test_a_loop_without_descriptors_comes_back(
             super().__init__()
 
     def fail() -> None:
-        monkeypatch.setattr(reactor_module, "EventLoop", Refusing)
+        monkeypatch.setattr(io_loop_module, "EventLoop", Refusing)
         raise RuntimeError("a failure of the loop")
 
     io_of(producer).order(fail)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlproducer import MLProducer, Outcome, RetryPolicy, Settings
-from mlproducer.core.backoff import Backoff
+from mlproducer._core.backoff import Backoff
 from mlproducer.errors import (
     BrokerBlockedError,
     ConfigurationError,
@@ -360,12 +360,12 @@ def test_close_drains_retries(connect: Connect, serve: Serve) -> None:
 def sweeps_of(producer: MLProducer) -> Happenings:
     """Watch the retry thread's sweeps."""
     seen = Happenings()
-    keeper = io_of(producer)._keeper
-    sweep = keeper.thread._errand
+    retry_worker = io_of(producer)._retry_worker
+    sweep = retry_worker.thread._errand
 
     def note() -> None:
         sweep()
         seen.note(time.monotonic())
 
-    keeper.thread._errand = note
+    retry_worker.thread._errand = note
     return seen

@@ -10,8 +10,8 @@ import pytest
 from pika import spec
 
 from mlproducer import Settings
-from mlproducer.engine.directory import Directory
-from mlproducer.engine.session import Session
+from mlproducer._engine.endpoints import Endpoints
+from mlproducer._engine.session import Session
 from mlproducer.errors import NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection
 from tests.threaded.conftest import Serve
@@ -61,5 +61,5 @@ def test_the_handshake_has_a_limit() -> None:
 
 
 def _ask(settings: Settings) -> None:
-    with Session(Directory(settings).routes, settings.connection_timeout) as session:
+    with Session(Endpoints(settings).routes, settings.connection_timeout) as session:
         session.ask("queue_declare", "q", passive=True)

@@ -84,7 +84,7 @@ def test_cancel_before_the_hand_over(connect: Connect, serve: Serve) -> None:
     broker = serve(Silent())
     producer = connect(broker, max_in_flight=2)
     assert producer.wait_connected(LIMIT)
-    io_thread = producer._life.fleet.engines[0]._io  # type: ignore[union-attr]
+    io_thread = producer._life.runtime.engines[0]._io  # type: ignore[union-attr]
     busy, free = threading.Event(), threading.Event()
 
     def occupy() -> None:

@@ -583,6 +583,6 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
 
 
 def _spans_of(producer: MLProducer) -> dict[Any, Any]:
-    engine: Any = producer._life.fleet.engines[0]
+    engine: Any = producer._life.runtime.engines[0]
     spans: dict[Any, Any] = engine.spans._open
     return spans

@@ -25,10 +25,20 @@ import pytest
 from prometheus_client import CollectorRegistry
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from mlproducer import CircuitState, ConnectionState, MLProducer, Settings, Status, web, wsgi
+from mlproducer import (
+    CircuitState,
+    ConnectionState,
+    MLProducer,
+    Settings,
+    Status,
+    wsgi,
+)
+from mlproducer import (
+    _http_server as web,
+)
+from mlproducer._status_page import reason
 from mlproducer.errors import BrokerRejectedError, CircuitOpenError, ConfigurationError, NackError
 from mlproducer.observe import metrics
-from mlproducer.page import reason
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection, ReceivedMessage
 from mlproducer.wsgi import Server, make_app
 from tests.helpers import LIMIT, descriptors, make_message
@@ -623,7 +633,7 @@ def test_an_application_that_fails(
         with Server(fail, 0, "127.0.0.1") as server:
             for _ in range(2):
                 assert ask(server.port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 500 ")
-    assert [each.name for each in caplog.records] == ["mlproducer.web"] * 4
+    assert [each.name for each in caplog.records] == ["mlproducer._http_server"] * 4
     assert capfd.readouterr() == ("", "")
 
 

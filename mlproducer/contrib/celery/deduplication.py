@@ -21,11 +21,11 @@ from celery import Celery
 from celery.exceptions import Ignore
 from celery.signals import celeryd_after_setup, task_failure, task_retry, task_success
 
-from mlproducer import clock as time
+from mlproducer import _clock as time
+from mlproducer._guard import write
+from mlproducer._latch import seconds
 from mlproducer.contrib.celery.notes import Notes, notes_at
 from mlproducer.errors import ConfigurationError
-from mlproducer.fence import write
-from mlproducer.latch import seconds
 
 logger = logging.getLogger(__name__)
 

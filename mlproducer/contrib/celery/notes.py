@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlproducer import store_url
+from mlproducer import _store_url as store_url
+from mlproducer._store_url import RedisAddress
 from mlproducer.errors import ConfigurationError
-from mlproducer.store_url import RedisAddress
 
 NAME = "deduplicate()'s url"
 

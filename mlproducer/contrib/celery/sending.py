@@ -31,12 +31,12 @@ from kombu.exceptions import OperationalError
 from kombu.serialization import dumps
 
 from mlproducer import Message, MLProducer
-from mlproducer import clock as time
+from mlproducer import _clock as time
+from mlproducer._guard import write
 from mlproducer.contrib.celery import brokers
 from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
 from mlproducer.errors import ConfigurationError, MLProducerError
-from mlproducer.fence import write
-from mlproducer.observe import catalog
+from mlproducer.observe import metric_families as catalog
 from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)

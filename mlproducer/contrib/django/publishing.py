@@ -15,11 +15,11 @@ from attrs import define
 from django.db import transaction
 
 from mlproducer import MLProducer, Receipt, outbox
-from mlproducer import clock as time
+from mlproducer import _clock as time
+from mlproducer._guard import write
+from mlproducer._wire.encode import Task
 from mlproducer.contrib.django.process import one, producer
 from mlproducer.errors import ConfigurationError, PublishError
-from mlproducer.fence import write
-from mlproducer.wire.encode import Task
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 from django.db import migrations
 
 from mlproducer import outbox
+from mlproducer._store_url import TABLE, read_postgresql
 from mlproducer.contrib.django.process import one
 from mlproducer.errors import ConfigurationError
-from mlproducer.store_url import TABLE, read_postgresql
 
 
 def make(_apps: Any, editor: Any) -> None:

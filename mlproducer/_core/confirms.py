@@ -1,0 +1,76 @@
+"""Publisher confirms: which delivery tag stands for which delivery (RabbitMQ guide, *Confirms*).
+
+Tags count from 1 on each channel, in the order of writing. A tag settles once; tags that are
+unknown, settled or never given out settle nothing.
+
+Runs on: the I/O thread, its only owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from mlproducer._core.delivery import Delivery
+
+
+class Confirms:
+    """The open tags of one channel, oldest first."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, Delivery] = {}
+        self._apart: set[int] = set()
+        self._last = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __iter__(self) -> Iterator[Delivery]:
+        return iter(list(self._open.values()))
+
+    def register(self, delivery: Delivery) -> int:
+        """Give the next tag; before the write, since the confirm can be there first."""
+        self._last += 1
+        self._open[self._last] = delivery
+        return self._last
+
+    def set_apart(self, tags: Iterable[int]) -> None:
+        """Have tags settled singly: a confirm of several on this channel does not speak of them."""
+        self._apart.update(tags)
+
+    def find(self, tag: int) -> Delivery | None:
+        """Give the delivery whose tag is open."""
+        return self._open.get(tag)
+
+    def settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
+        """Close a tag, or with ``multiple`` all up to it (0: all), and give their deliveries."""
+        if not multiple:
+            delivery = self._open.pop(tag, None)
+            self._apart.discard(tag)
+            return [] if delivery is None else [delivery]
+        if tag > self._last:
+            return []  # an ack for what was never sent must not settle what was
+        if self._apart:
+            spoken_of = [each for each in self._open if each <= (tag or self._last)]
+            return [self._open.pop(each) for each in spoken_of if each not in self._apart]
+        if tag in (0, self._last):
+            settled = list(self._open.values())
+            self._open.clear()
+            return settled
+        tags = []
+        for each in self._open:
+            if each > tag:
+                break
+            tags.append(each)
+        return [self._open.pop(each) for each in tags]
+
+    def abandon(self) -> list[Delivery]:
+        """Forget all open tags, whose channel is gone, and give their deliveries in order."""
+        lost = list(self._open.values())
+        self._open.clear()
+        self._apart.clear()
+        self._last = 0
+        return lost
+
+    def oldest(self) -> Delivery | None:
+        """Give the delivery that has waited longest."""
+        return next(iter(self._open.values()), None)

@@ -1,0 +1,88 @@
+"""What waits for the connection, and what is on it.
+
+Messages wait in one lane, suspects of a trial in another, which goes first and one at a time; what
+is written has its tag open in the confirms. Whether anything may be written depends on the channel
+and on the broker's flow.
+
+Runs on: the I/O thread, its only owner.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from mlproducer._core.confirms import Confirms
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.interfaces import Carrier
+from mlproducer._core.poison import PoisonIsolation
+from mlproducer._core.states import FLOW_MOVES, FlowEvent, FlowState, Machine
+
+
+class SendQueue:
+    """Deliveries between their acceptance and their confirm."""
+
+    def __init__(self) -> None:
+        self.carrier: Carrier | None = None
+        self.confirms = Confirms()
+        self.poison = PoisonIsolation()
+        self._backlog: deque[Delivery] = deque()
+        self._flow = Machine(FLOW_MOVES, FlowState.FLOWING)
+
+    @property
+    def waiting(self) -> int:
+        """Messages accepted and not written."""
+        return len(self._backlog) + len(self.poison)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker has blocked publishers."""
+        return self._flow.state is FlowState.BLOCKED
+
+    def flow(self, event: FlowEvent) -> None:
+        """Note what the broker says of its resources; an Unblocked without a Blocked is nothing."""
+        if self._flow.allows(event):
+            self._flow.step(event)
+
+    def add(self, delivery: Delivery) -> None:
+        """Let a message wait for its turn."""
+        delivery.place = Place.WAITING
+        self._backlog.append(delivery)
+
+    def add_first(self, deliveries: list[Delivery]) -> None:
+        """Let messages go before those that wait."""
+        self._backlog.extendleft(reversed(deliveries))
+
+    def withdraw(self, delivery: Delivery) -> None:
+        """Take out a message that waits."""
+        suspects = self.poison.suspects
+        (suspects if delivery in suspects else self._backlog).remove(delivery)
+
+    def next(self, room: int) -> Iterable[Delivery]:
+        """Take out what may be written now, as far as there is room for its bytes."""
+        if self.poison:
+            if not self.confirms:
+                yield self.poison.suspects.popleft()
+            return
+        while self._backlog and room > 0:
+            delivery = self._backlog.popleft()
+            room -= delivery.size
+            yield delivery
+
+    def lose_channel(self) -> list[Delivery]:
+        """Forget the channel, and give what was in flight on it, in order."""
+        self.carrier = None
+        lost = self.confirms.abandon()
+        for delivery in lost:
+            delivery.place = Place.WAITING
+        return lost
+
+    def clear(self) -> list[Delivery]:
+        """Take out all that waits."""
+        return [*self.poison.discharge(), *self.clear_backlog()]
+
+    def clear_backlog(self) -> list[Delivery]:
+        """Take out what waits, but for the suspects."""
+        waiting = list(self._backlog)
+        self._backlog.clear()
+        return waiting

@@ -1,0 +1,506 @@
+"""The life of deliveries: accepted, sent, then confirmed, kept for a retry, or given back.
+
+The sender owns every delivery from the moment it is accepted until it retires, and holds to one
+rule above all: a message is on the wire at most once per live channel. A confirm that is late
+therefore only ends the publisher's wait; the tag stays open until the broker settles it or its
+channel is gone.
+
+Runs on: the I/O thread, its only owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mlproducer._core.breaker import Breaker
+from mlproducer._core.decision import INTERNAL_ERROR, SOFT_ACCUSATIONS, accuses
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery_errors import (
+    exhausted,
+    failure,
+    rejected,
+    silent_store,
+    unreachable,
+    unroutable,
+)
+from mlproducer._core.failures import FailureHandler
+from mlproducer._core.interfaces import Carrier, DeadLetterMaker, Door, Events, Loss, RetryWorker
+from mlproducer._core.send_queue import SendQueue
+from mlproducer._core.shutdown import CLOSED, Shutdown
+from mlproducer._core.states import CircuitState, FlowEvent
+from mlproducer.errors import (
+    BrokerBlockedError,
+    CircuitOpenError,
+    ConfirmTimeoutError,
+    ConnectionLostError,
+    MessageTooLargeError,
+    NackError,
+    NotConnectedError,
+    ProducerClosedError,
+    PublishError,
+    StoreError,
+)
+from mlproducer.message import Envelope
+
+SILENCE = 3
+"""Confirm timeouts without a confirm between them after which the broker does not confirm."""
+
+
+MAX_ROUTES = 10_000
+"""Routes that are remembered; with more of them, those that come later are as if never seen."""
+
+
+class Sender:
+    """Carries deliveries over the connection and answers their publishers.
+
+    :param max_retries: attempts after the first
+    :ivar failure handler: who decides what is done with failures
+    :ivar shutdown: what happens when the producer is closed
+    :ivar confirmed: messages that the broker has confirmed; anyone may read it
+    :ivar timeouts: confirm timeouts since the last confirm
+    """
+
+    def __init__(
+        self,
+        max_retries: int,
+        breaker: Breaker,
+        retry_worker: RetryWorker,
+        dead_letter_maker: DeadLetterMaker,
+        door: Door,
+        events: Events,
+    ) -> None:
+        self.breaker = breaker
+        self._retry_worker = retry_worker
+        self._door = door
+        self._events = events
+        self.failures = FailureHandler(
+            max_retries, breaker, retry_worker, dead_letter_maker, door, events
+        )
+        self._send_queue = SendQueue()
+        self.shutdown = Shutdown(self._send_queue, self.failures)
+        self._refusal: PublishError | None = None
+        self._attempt_counted = False
+        self.confirmed = 0
+        self._exchange = self._key = ""
+        self.timeouts = 0
+
+    # --- what others may see -------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Messages written and neither confirmed nor lost."""
+        return len(self._send_queue.confirms)
+
+    @property
+    def waiting(self) -> int:
+        """Messages accepted and not written."""
+        return self._send_queue.waiting
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker has blocked publishers."""
+        return self._send_queue.blocked
+
+    @property
+    def able(self) -> bool:
+        """Whether a message handed over now would be written."""
+        return (
+            self._send_queue.carrier is not None and not self.blocked and not self.breaker.refuses()
+        )
+
+    @property
+    def refused(self) -> bool:
+        """Whether what is handed over now fails at once, since no connection could be made."""
+        return self._refusal is not None
+
+    @property
+    def confirming(self) -> bool:
+        """Whether the broker confirms what it is sent, as far as is known; anyone may ask."""
+        return self.timeouts < SILENCE
+
+    def overdue(self, now: float, limit: float) -> bool:
+        """Whether some message has been in flight, unconfirmed, for ``limit`` seconds."""
+        oldest = self._send_queue.confirms.oldest()
+        return oldest is not None and now - oldest.sent_at >= limit
+
+    # --- publishers ----------------------------------------------------------------------------
+
+    def accept(self, deliveries: Iterable[Delivery], now: float) -> None:
+        """Take messages from their publishers, unless they were withdrawn meanwhile.
+
+        What a publisher waits for, it may withdraw until it is written; a future, until now.
+        """
+        for delivery in deliveries:
+            if delivery.answer_deferral or delivery.claim():
+                self.readmit(delivery, now)
+            else:
+                self.failures.leave(delivery, Place.RETIRED)
+
+    def readmit(self, delivery: Delivery, now: float) -> None:
+        """Take a message that is to be sent, maybe from the store."""
+        if delivery.stored and not self._wants(delivery, now):
+            return
+        delivery.place = Place.WAITING
+        if not delivery.open:
+            self.failures.drop(delivery)
+        elif self.shutdown.begun:
+            self.shutdown.see_off(delivery, now)
+        elif self._circuit_is_full():
+            self.failures.fail(delivery, self._circuit_open(delivery, now), now)
+        elif self._refusal is not None:
+            self._refuse_one(delivery, self._refusal, now)
+        else:
+            self._send_queue.add(delivery)
+
+    def _wants(self, delivery: Delivery, now: float) -> bool:
+        """Whether a message whose row this process has claimed again is to be sent."""
+        if delivery.place is Place.IN_FLIGHT:
+            return False  # another had its row for a while; its tag, which is open, decides
+        if self.failures.owes(delivery):
+            self.failures.promise(delivery, now)  # its row is there after all
+        if delivery.open and delivery.place is Place.RETIRED:
+            self.failures.leave(delivery, Place.RETIRED)  # it goes back once its row is deleted
+            return False
+        return True
+
+    def turn_away(self, delivery: Delivery, now: float) -> None:
+        """Judge a message for which the in-flight window had no room in time."""
+        self._fail_unsent(delivery, now)
+
+    def expire(self, delivery: Delivery, now: float) -> None:
+        """End the wait of a publisher whose time is up; its message may live on."""
+        if not (delivery.open and delivery.answer_deferral):
+            return
+        if self.failures.owes(delivery):
+            return  # the store has a moment more, then it is paid
+        if delivery.place is Place.MAILBOX:
+            self._store_is_silent(delivery, now)
+        elif delivery.place is Place.WAITING:
+            self._send_queue.withdraw(delivery)
+            self._fail_unsent(delivery, now)
+        elif delivery.place is Place.IN_FLIGHT:
+            delivery.late = True
+            self.timeouts += 1
+            self.failures.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
+
+    def release(self, *, suspects: bool) -> list[Delivery]:
+        """Give up, for another connection, what has not been written.
+
+        :param suspects: also those of a trial, who are tried nowhere else: among others they would
+            close the next channel under all that is in flight there
+        """
+        return self._send_queue.clear() if suspects else self._send_queue.clear_backlog()
+
+    def pump(self, now: float) -> None:
+        """Write what waits, as far as there is room; half-open, one message as the probe."""
+        carrier = self._send_queue.carrier
+        if carrier is None or not self._send_queue.waiting or not self.able:
+            return
+        waited = self._send_queue.waiting
+        room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
+        batch: list[tuple[Envelope, int]] = []
+        for delivery in self._send_queue.next(room):
+            if not (delivery.open and (delivery.taken or delivery.claim())):
+                self.failures.leave(delivery, Place.RETIRED)  # withdrawn while it waited
+            elif delivery.leased_until < now or (delivery.recalled and not delivery.promised):
+                self._hold_back(delivery, now)
+            elif len(delivery.envelope.properties) <= carrier.longest_properties:
+                batch.append((delivery.envelope, self._dispatch(delivery, now)))
+            else:
+                text = "the headers exceed the frame size"
+                self.failures.fail(delivery, failure(MessageTooLargeError, delivery, text), now)
+        if batch:
+            apart = carrier.carry(batch)
+            if apart:
+                self._send_queue.confirms.set_apart(apart)
+        elif self._send_queue.waiting < waited:
+            self.pump(now)  # there is room for those behind what has not been written
+
+    def _hold_back(self, delivery: Delivery, now: float) -> None:
+        """Do not write what has been raised to its publisher, or may be another process's by now.
+
+        Its lease ended while this process, or the store, was frozen: what is right is known once
+        the store has been asked.
+        """
+        if delivery.recalled and not delivery.promised:
+            self.failures.fail(delivery, failure(PublishError, delivery, "taken back"), now)
+            return
+        delivery.doubtful, delivery.suspected = True, False
+        if delivery.retry or delivery.kept or delivery.promised:
+            self.failures.keep(delivery, now)
+        else:
+            text = f"the message may have been taken over from the store: {self._retry_worker.name}"
+            self.failures.fail(delivery, failure(StoreError, delivery, text), now)
+
+    def _dispatch(self, delivery: Delivery, now: float) -> int:
+        """Note an attempt before it is written, and give its tag."""
+        if delivery.attempts or delivery.kept:
+            self._begin_retry(delivery)
+        delivery.place = Place.IN_FLIGHT
+        delivery.attempts += not delivery.dead
+        delivery.sent_at = now
+        if self.breaker.state is CircuitState.HALF_OPEN:
+            self.breaker.sent(delivery, now)
+        return self._send_queue.confirms.register(delivery)
+
+    def _begin_retry(self, delivery: Delivery) -> None:
+        """Forget what came of the attempt before, and tell of this one."""
+        delivery.counted = delivery.late = False
+        delivery.returned = None
+        self._events.resumed(delivery)
+        if delivery.doubtful:
+            self._events.possible_duplicate(delivery)
+        if delivery.attempts and not delivery.dead:
+            self._events.retried(delivery)
+
+    # --- the broker ----------------------------------------------------------------------------
+
+    def acked(self, tag: int, now: float, *, multiple: bool) -> None:
+        """Settle what the broker has taken; what it returned before is unroutable."""
+        settled = self._settle(tag, multiple=multiple)
+        taken = [delivery for delivery in settled if delivery.returned is None]
+        for delivery in settled:
+            if delivery.returned is not None:
+                self.failures.fail(delivery, unroutable(delivery), now)
+        if settled:
+            self.timeouts = 0
+        if taken:
+            self.breaker.succeeded(taken, now)
+        for delivery in taken:
+            delivery.place = Place.RETIRED
+            if delivery.stored or delivery.late or delivery.dead:
+                self._conclude(delivery)
+            envelope = delivery.envelope
+            if envelope.routing_key is not self._key or envelope.exchange is not self._exchange:
+                self._note_route(envelope)
+        delivered = [delivery for delivery in taken if delivery.open]
+        if delivered:
+            self.confirmed += len(delivered)
+            self._events.confirmed(delivered, now)
+            for delivery in delivered:
+                delivery.confirm(now)
+        self._door.leave(taken)
+
+    def _note_route(self, envelope: Envelope) -> None:
+        """Remember that a route was there; most messages have that of the one before them."""
+        self._exchange, self._key = envelope.exchange, envelope.routing_key
+        if len(self.failures.routes) < MAX_ROUTES:
+            self.failures.routes.add((self._exchange, self._key))
+
+    def nacked(self, tag: int, now: float, *, multiple: bool) -> None:
+        """Settle what the broker has refused; another queue it was routed to may hold it."""
+        self._fail_all(
+            self._settle(tag, multiple=multiple), NackError, "the broker nacked the message", now
+        )
+
+    def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
+        """Note that a message has no queue; its ack follows (RabbitMQ guide, *Publishers*)."""
+        delivery = self._send_queue.confirms.find(tag)
+        if delivery is not None:
+            delivery.returned = (reply_code, reply_text)
+
+    def block(self, *, blocked: bool) -> None:
+        """Stop or go on writing, as the broker's alarm comes or goes."""
+        self._send_queue.flow(FlowEvent.BLOCKED if blocked else FlowEvent.UNBLOCKED)
+
+    def _settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
+        settled = self._send_queue.confirms.settle(tag, multiple=multiple)
+        if not settled and tag != 0:
+            self._events.stray_confirm(tag)
+        for delivery in settled:
+            delivery.place = Place.WAITING
+        return settled
+
+    def _conclude(self, delivery: Delivery) -> None:
+        """Do what is left where the broker has taken a message that was in trouble before."""
+        if delivery.stored:
+            self._retry_worker.settle(delivery)
+        if delivery.late:
+            self._events.late_confirm(delivery)
+        if delivery.dead:
+            self._events.dead_lettered(delivery)
+            delivery.give_back(exhausted(delivery))
+
+    # --- the connection --------------------------------------------------------------------------
+
+    def up(self, carrier: Carrier) -> None:
+        """Use a new channel; its tags start at 1."""
+        self._send_queue.carrier = carrier
+        self._refusal = None
+        self._attempt_counted = False
+
+    def down(self, loss: Loss, now: float) -> None:
+        """Decide for all that were in flight on a channel that is gone. Idempotent."""
+        lost = self._send_queue.lose_channel()
+        if not accuses(loss.reply_code):
+            self._fail_all(lost, ConnectionLostError, loss.text, now, **loss.facts)
+        elif len(lost) == 1:
+            self._convict(lost[0], loss, now)
+        else:
+            linked = loss.reply_code in SOFT_ACCUSATIONS
+            self._send_queue.poison.summon(self._still_wanted(lost, linked=linked))
+
+    def disconnected(self) -> None:
+        """The connection is gone, and with it the broker's Blocked."""
+        self._send_queue.flow(FlowEvent.RECONNECTED)
+
+    def refuse(self, error: PublishError, now: float) -> None:
+        """Fail what waits for a connection, and what follows: an attempt to connect has failed.
+
+        :param error: the template of what they are told
+        """
+        self._refusal = error
+        self._count_attempt(error, now)
+        self._attempt_counted = False  # the next attempt is another one
+        for delivery in self._send_queue.clear():
+            self._refuse_one(delivery, error, now)
+
+    def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
+        self.failures.fail(delivery, unreachable(delivery, error), now)
+
+    def _fail_all(
+        self,
+        deliveries: list[Delivery],
+        kind: type[PublishError],
+        text: str,
+        now: float,
+        /,
+        **facts: Any,
+    ) -> None:
+        """Fail attempts whose message may be in a queue, but for those that were returned."""
+        for delivery in deliveries:
+            if delivery.returned is None:
+                delivery.doubtful, delivery.suspected = True, False
+                self.failures.fail(delivery, failure(kind, delivery, text, **facts), now)
+            else:
+                self.failures.fail(delivery, unroutable(delivery), now)
+
+    def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:
+        """Give those whose publishers do not get them back, to be sent again.
+
+        :param linked: the connection is still there: the guilty one was not routed by it either
+        """
+        wanted = []
+        for delivery in lost:
+            delivery.suspected = linked and (delivery.suspected or not delivery.doubtful)
+            delivery.doubtful = True
+            delivery.innocent += 1
+            self.breaker.released(delivery)
+            if delivery.open and not self.failures.goes_back(delivery):
+                wanted.append(delivery)
+            else:
+                self.failures.leave(delivery, Place.RETIRED)
+        return wanted
+
+    def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
+        """Reject the one that closed the channel alone; the others are free."""
+        if loss.reply_code == INTERNAL_ERROR:
+            guilty.doubtful, guilty.suspected = True, False
+        for delivery in self._send_queue.poison.convict(guilty, loss.reply_code):
+            self.failures.fail(delivery, rejected(delivery, loss.reply_code, loss.text), now)
+        self._send_queue.add_first(self._send_queue.poison.discharge())
+
+    # --- the retry worker ------------------------------------------------------------------------
+
+    def kept(self, deliveries: Iterable[Delivery], now: float) -> None:
+        """Messages are stored: now their publishers may be told so."""
+        for delivery in deliveries:
+            if self.failures.owes(delivery) or not delivery.open:
+                self.failures.promise(delivery, now)
+
+    def not_kept(self, delivery: Delivery, error: PublishError, now: float) -> None:
+        """The store cannot take it. A publisher gets it back; what is in flight stays there."""
+        if delivery.place is Place.WAITING:
+            self._send_queue.withdraw(delivery)
+        self.failures.refused(delivery, error, now)
+
+    def withdrawn(self, deliveries: Iterable[Delivery], now: float, *, gone: bool) -> None:
+        """Messages go back to their publishers.
+
+        :param gone: their rows are deleted; else another process has them, and sends them
+        """
+        for delivery in deliveries:
+            self.pay(delivery, now, gone=gone)
+
+    def pay(self, delivery: Delivery, now: float, *, gone: bool = False) -> None:
+        """Tell a publisher what it is owed, since the store has had its time.
+
+        :param gone: its row is known to be gone; else another process may send the message
+        """
+        owes = self.failures.owes(delivery) and not delivery.promised
+        if owes and delivery.place is Place.WAITING:
+            self._send_queue.withdraw(delivery)  # a suspect, of which nothing could be stored
+        self.failures.pay(delivery, now, gone=gone)
+
+    def taken_over(self, deliveries: Iterable[Delivery], now: float) -> None:
+        """Another process has claimed their rows: it sends them, and they are not sent here.
+
+        What is in flight stays there, since its confirm would be the first to come.
+        """
+        for delivery in deliveries:
+            delivery.doubtful, delivery.suspected = True, False
+            if delivery.place is Place.WAITING:
+                self._send_queue.withdraw(delivery)
+                self._hold_back(delivery, now)
+            if delivery.place is Place.STORED and self.failures.owes(delivery):
+                self.failures.promise(delivery, now)
+
+    def ended(self, deliveries: Iterable[Delivery], now: float, *, dead: bool) -> None:
+        """Another process has delivered or dead-lettered them, and counted that: tell it here."""
+        for delivery in deliveries:
+            if delivery.place is Place.WAITING:
+                self._send_queue.withdraw(delivery)
+            self.failures.learn(delivery, now, dead=dead)
+
+    def vanished(self, deliveries: Iterable[Delivery]) -> None:
+        """Their rows are gone, and no copy of them is here: they are their publishers' again."""
+        for delivery in deliveries:
+            # Another process may have claimed the row before, and have or deliver its message.
+            delivery.doubtful, delivery.suspected = True, False
+            store = self._retry_worker.name
+            text = f"the message is gone from the store, by no doing of ours: {store}"
+            self.failures.lose(delivery, failure(StoreError, delivery, text))
+
+    def _store_is_silent(self, delivery: Delivery, now: float) -> None:
+        """Give back a message that was to be stored before it is sent, unless its row is there."""
+        if delivery.claim():
+            self.failures.refused(delivery, silent_store(delivery, self._retry_worker.name), now)
+
+    # --- why a message was not sent ------------------------------------------------------------
+
+    def _circuit_is_full(self) -> bool:
+        """Whether the breaker has no place for another message; half-open, it has one."""
+        if self.breaker.state is CircuitState.CLOSED:
+            return False
+        half_open = self.breaker.state is CircuitState.HALF_OPEN
+        return self.breaker.refuses() or (half_open and self.waiting > 0)
+
+    def _circuit_open(self, delivery: Delivery, now: float) -> CircuitOpenError:
+        error = failure(CircuitOpenError, delivery, "the circuit breaker is open")
+        error.retry_after = self.breaker.retry_after(now)
+        return error
+
+    def _fail_unsent(self, delivery: Delivery, now: float) -> None:
+        error = self._unsent(delivery, now)
+        if isinstance(error, NotConnectedError):
+            self._count_attempt(error, now)
+        self.failures.fail(delivery, error, now)
+
+    def _count_attempt(self, error: PublishError, now: float) -> None:
+        """Tell the breaker of an attempt to connect, once, however many messages it fails."""
+        if error.counts_for_breaker and not self._attempt_counted:
+            self._attempt_counted = True
+            self.breaker.failed(None, now)
+
+    def _unsent(self, delivery: Delivery, now: float) -> PublishError:
+        """Why a message that waits for the connection has not been written (again) in time."""
+        if self.shutdown.begun:
+            return failure(ProducerClosedError, delivery, CLOSED)
+        if self.breaker.refuses():
+            return self._circuit_open(delivery, now)
+        if self.blocked:
+            return failure(BrokerBlockedError, delivery, "the broker blocks publishers")
+        if self._send_queue.carrier is None:
+            return failure(NotConnectedError, delivery, "not connected in time")
+        return failure(ConfirmTimeoutError, delivery, "not written in time")

@@ -1,0 +1,72 @@
+"""How a producer parts with its messages when it is closed, and tells everybody how it stands.
+
+First a durable store takes what it may; then whatever it has is entrusted to it, and what lives in
+this process alone goes back to its publishers.
+
+Runs on: the I/O thread, its only owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery_errors import failure
+from mlproducer._core.failures import FailureHandler
+from mlproducer._core.send_queue import SendQueue
+from mlproducer.errors import ProducerClosedError
+
+CLOSED = "the producer was closed"
+
+
+class Shutdown:
+    """The end of one sender's work.
+
+    :ivar begun: nothing is sent any more
+    """
+
+    def __init__(self, send_queue: SendQueue, failures: FailureHandler) -> None:
+        self.begun = False
+        self._send_queue = send_queue
+        self._failures = failures
+        self._durable = failures.retry_worker.durable
+        self._heard = True  # the retry worker's answers still arrive
+
+    def shelve(self, now: float) -> None:
+        """Have a durable store take all that it may."""
+        self.begun = True
+        for delivery in [*self._send_queue.confirms, *self._send_queue.clear()]:
+            self.see_off(delivery, now)
+
+    def abandon(self, stored: list[Delivery], rowless: Collection[Delivery], now: float) -> None:
+        """Tell everybody, also those whose message is in the store.
+
+        :param rowless: those of ``stored`` that the store has lost, or never had
+        """
+        self.begun = True
+        self._heard = False
+        lost = self._send_queue.lose_channel()
+        for delivery in lost:
+            delivery.doubtful = True
+        owed = self._failures.owed
+        unsafe = owed.keys() | rowless
+        for delivery in dict.fromkeys([*lost, *self._send_queue.clear(), *stored, *owed]):
+            if not (delivery.open and delivery.is_ours):
+                self._failures.leave(delivery, Place.RETIRED)
+            elif delivery.kept and self._durable and delivery not in unsafe:
+                delivery.entrust(now)
+            else:
+                self._failures.part(delivery, failure(ProducerClosedError, delivery, CLOSED))
+
+    def see_off(self, delivery: Delivery, now: float) -> None:
+        """Part with a message: have it stored, or give it back; what is in flight stays there."""
+        error = failure(ProducerClosedError, delivery, CLOSED)
+        if not (delivery.open and delivery.is_ours):
+            self._failures.leave(delivery, Place.RETIRED)
+            return
+        ours = delivery.retry or delivery.promised
+        if ours and self._durable and (delivery.stored or self._heard):
+            delivery.reason = delivery.reason or error
+            self._failures.keep(delivery, now)
+        elif delivery.place is not Place.IN_FLIGHT:
+            self._failures.part(delivery, error)

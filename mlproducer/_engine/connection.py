@@ -1,0 +1,766 @@
+"""One connection to one broker, from the first packet to the last, by way of pika.
+
+A `Connection` is used once: it opens at one address, declares the topology, hands a channel in
+confirm mode to its owner as often as the broker closes one, and ends. Once it has ended or was
+aborted, whatever pika still says for it is dropped. What pika raises is translated in `losses`.
+
+pika logs callbacks at DEBUG, so it is given bound methods without arguments, never a payload.
+
+Runs on: the I/O thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pika
+from pika import exceptions, spec
+from pika.adapters.select_connection import IOLoop
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
+from pika.channel import Channel
+from pika.connection import Connection as PikaConnection
+
+from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.poison import NOT_FOUND
+from mlproducer._engine.close_reasons import (
+    CONNECTION_FORCED,
+    ClosedInWaiterError,
+    NoMechanismError,
+    OversizedFrameError,
+    closed_by_broker,
+    printable,
+    translate,
+)
+from mlproducer._engine.dead_letter_channel import Batch, DeadLetterChannel, Tags
+from mlproducer._engine.declarer import TopologyDeclarer
+from mlproducer._engine.endpoints import Address, Identity, Route, UnreachableError, Way
+from mlproducer._engine.roles import ConnectionOwner
+from mlproducer._engine.timers import Timers
+from mlproducer._wire.amqp import NOT_MANDATORY
+from mlproducer._wire.frames import FrameWriter
+from mlproducer.errors import NotConnectedError
+from mlproducer.message import Envelope
+from mlproducer.topology import Declaration
+
+HIGH_WATER = 1024 * 1024
+"""Bytes in pika's write buffer, which has no limit of its own, above which nothing is added."""
+
+VAIN_CHANNELS = 2
+"""Channels in a row that the broker may close before any use, until the connection is given up."""
+
+Answer = Callable[..., None]
+"""Takes ``good=``: whether something was done that was asked for."""
+
+_FRAME_HEADER = struct.Struct(">BHL")
+
+
+class EventLoop(IOLoop):
+    """pika's loop, which knows its descriptors, and has timers that no test library can stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._timer = Timers()
+        self._watched: dict[int, None] = {}
+
+    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
+        """Watch a descriptor."""
+        super().add_handler(fd, handler, events)
+        self._watched[fd] = None
+
+    def remove_handler(self, fd: int) -> None:
+        """Watch it no longer."""
+        self._watched.pop(fd, None)
+        super().remove_handler(fd)
+
+    def descriptors(self) -> Iterator[int]:
+        """Give every descriptor that this loop holds, for a forked child to let go of."""
+        yield from list(self._watched)
+        for name in ("_poll", "_r_interrupt", "_w_interrupt"):
+            holder = getattr(self._poller, name, None)
+            if holder is not None and hasattr(holder, "fileno"):  # gevent's poll() has none
+                yield holder.fileno()
+
+    def sever(self, spared: int) -> None:
+        """Shut down every socket but one, so that pika sees their end at once."""
+        _shut_down(fd for fd in list(self._watched) if fd != spared)
+
+
+def _shut_down(descriptors: Iterable[int]) -> None:
+    """Shut down what is connected; pika fails over a socket that is shut down before it is."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            # Not a duplicate, for which there may be no descriptor left; so it is let go of again.
+            twin = socket.socket(fileno=descriptor)
+            try:
+                twin.getpeername()
+                twin.shutdown(socket.SHUT_RDWR)
+            finally:
+                twin.detach()
+
+
+class IOServices(SelectorIOServicesAdapter):
+    """pika's services for one connection, which save a thread and a turn of the loop.
+
+    The address was looked up before, so that pika starts no thread for it. What is written to a
+    plain socket is sent at once, and not when the loop has found that it may be.
+
+    :param address: where to connect
+    :param failed: told what pika raises while it begins, which would end the loop
+    """
+
+    _stream: int | None = None
+    _unsent = False
+
+    def __init__(
+        self, loop: EventLoop, address: Address, failed: Callable[[Exception], None]
+    ) -> None:
+        super().__init__(loop)
+        self._address = address
+        self._failed = failed
+
+    def set_writer(self, fd: int, on_writable: Callable[[], None]) -> None:
+        """Have a descriptor written; what it does not take now, when it can."""
+        self._unsent = True
+        if fd == self._stream:
+            on_writable()  # which ends in `remove_writer` if everything was taken
+        if self._unsent:
+            super().set_writer(fd, on_writable)
+
+    def remove_writer(self, fd: int) -> bool:
+        """Have it written no longer; false if it was not to be."""
+        self._unsent = False
+        return bool(super().remove_writer(fd))
+
+    def connect_socket(
+        self, sock: socket.socket, resolved_addr: Any, on_done: Callable[[Any], None]
+    ) -> Any:
+        """Connect; the socket may have the number of an earlier one, whose stream has failed."""
+        self._stream = None
+        return super().connect_socket(sock, resolved_addr, on_done)
+
+    def sever(self) -> None:
+        """Shut down this connection's socket, so that pika sees its end at once."""
+        _shut_down(list(getattr(self, "_watchers", ())))
+
+    def getaddrinfo(
+        self,
+        host: str,
+        port: int,
+        on_done: Callable[[Any], None],
+        family: int = 0,
+        socktype: int = 0,
+        proto: int = 0,
+        flags: int = 0,
+    ) -> Any:
+        """Give ``on_done`` the address, soon."""
+        return self.call_later(0, functools.partial(self._begin, on_done))
+
+    def _begin(self, on_done: Callable[[Any], None]) -> None:
+        try:
+            on_done([self._address])
+        except Exception as error:  # noqa: BLE001 - no descriptor left, no such family, ...
+            self._failed(error)
+
+    def create_streaming_connection(
+        self, protocol_factory: Any, sock: socket.socket, on_done: Callable[[Any], None], **tls: Any
+    ) -> Any:
+        """Give ``on_done`` a stream, or an error; a reset may have come since the connect."""
+        self._stream = None if tls.get("ssl_context") else sock.fileno()
+        try:
+            return super().create_streaming_connection(protocol_factory, sock, on_done, **tls)
+        except ValueError as error:  # pika's word for a socket that is not connected any more
+            sock.close()
+            lost = ConnectionResetError(str(error))
+            return self.call_later(0, functools.partial(on_done, lost))
+
+
+class BrokerConnection(pika.SelectConnection):
+    """pika's connection, which keeps the broker's reply code, and believes no absurd length.
+
+    It overrides methods that are private to pika. Where a later pika has others, they are merely
+    not called: then a refusal counts as a lost connection, and a frame without end as silence.
+    """
+
+    @property
+    def _client_properties(self) -> dict[str, Any]:
+        """Say what we are; pika would add itself and the version of Python."""
+        everything: dict[str, Any] = super()._client_properties
+        own = (*(self.params.client_properties or ()), "capabilities")
+        return {name: value for name, value in everything.items() if name in own}
+
+    def _on_connection_close_from_broker(self, method_frame: Any) -> None:
+        method = method_frame.method
+        if self._opened:
+            super()._on_connection_close_from_broker(method_frame)
+        else:
+            self._terminate_stream(ClosedInWaiterError(method.reply_code, method.reply_text))
+
+    def _read_frame(self) -> Any:
+        buffer: bytes = self._frame_buffer
+        # A protocol header is no frame; a frame of any kind is judged by its announced length.
+        if len(buffer) >= _FRAME_HEADER.size and not buffer.startswith(b"AMQP"):
+            length = _FRAME_HEADER.unpack_from(buffer)[2] + spec.FRAME_HEADER_SIZE
+            if length + spec.FRAME_END_SIZE > (self.params.frame_max or spec.FRAME_MAX_SIZE):
+                self._terminate_stream(self._nonsense())
+                return 0, None
+        return super()._read_frame()
+
+    def _nonsense(self) -> Any:
+        if self.connection_state == PikaConnection.CONNECTION_PROTOCOL:
+            return exceptions.IncompatibleProtocolError("no AMQP frame")
+        return OversizedFrameError("a frame over frame_max")
+
+
+class PlainCredentials(pika.PlainCredentials):
+    """User and password; pika's own do not tell what a broker offers that takes none."""
+
+    def response_for(self, start: Any) -> Any:
+        """Answer Connection.Start.
+
+        :raises NoMechanismError: it does not offer PLAIN
+        """
+        return _answered(self.TYPE, start, super().response_for(start))
+
+
+class ExternalCredentials(pika.credentials.ExternalCredentials):
+    """The client's certificate."""
+
+    def response_for(self, start: Any) -> Any:
+        """Answer Connection.Start.
+
+        :raises NoMechanismError: it does not offer EXTERNAL
+        """
+        return _answered(self.TYPE, start, super().response_for(start))
+
+
+def _answered(wanted: str, start: Any, answer: tuple[Any, Any]) -> tuple[Any, Any]:
+    if answer[0] is None:
+        offered = start.mechanisms
+        text = offered.decode(errors="replace") if isinstance(offered, bytes) else str(offered)
+        raise NoMechanismError(wanted, text or "nothing")
+    return answer
+
+
+def _credentials(mechanism: str, identity: Identity) -> Any:
+    if mechanism == ExternalCredentials.TYPE:
+        return ExternalCredentials()
+    return PlainCredentials(identity.user, identity.password)
+
+
+def parameters(way: Way, timeouts: tuple[float, float]) -> pika.ConnectionParameters:
+    """Put a way as pika wants it.
+
+    :param timeouts: seconds for TCP, and for TCP, TLS and AMQP together
+    """
+    route = way.route
+    server_name = (route.tls and route.tls.settings.server_name) or route.broker.host
+    return pika.ConnectionParameters(
+        host=route.broker.host,
+        port=route.broker.port,
+        virtual_host=route.broker.virtual_host,
+        credentials=_credentials(route.broker.auth_mechanism, way.identity),
+        heartbeat=route.broker.heartbeat,
+        socket_timeout=timeouts[0],
+        stack_timeout=timeouts[1],
+        ssl_options=way.context and pika.SSLOptions(way.context, server_name),
+        client_properties={
+            "product": "mlproducer",
+            "version": _VERSION,
+            "connection_name": route.connection_name or _program(),
+        },
+    )
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("mlproducer")
+    except importlib.metadata.PackageNotFoundError:  # run from a copy that is not installed
+        return "unknown"
+
+
+_VERSION = _own_version()
+
+
+def _program() -> str:
+    """Name the running program and its process, as operators look for it."""
+    path = Path(sys.argv[0] if sys.argv else "")
+    name = path.parent.name if path.name == "__main__.py" else path.name
+    shown = name.encode(errors="replace").decode()[:100]
+    return f"{shown if shown not in ('', '-c') else 'python'}:{os.getpid()}"
+
+
+def blocking_connection(route: Route) -> Any:
+    """Open a connection of pika's blocking kind, for commands that ask questions.
+
+    :raises NotConnectedError: it cannot be opened; the text says why
+    """
+    try:
+        found = parameters(route.find(), (route.broker.connection_timeout,) * 2)
+        return pika.BlockingConnection(found, _impl_class=BrokerConnection)
+    except UnreachableError as error:
+        loss = error.loss
+    except (exceptions.AMQPError, AMQPConnectorException, OSError) as error:
+        tls = route.tls is not None
+        loss = translate(route.broker.address, error, route.broker.hint, tls=tls)
+    raise NotConnectedError(loss.text, kind=loss.kind.value, reply_code=loss.reply_code)
+
+
+def decode_properties(envelope: Envelope) -> spec.BasicProperties:
+    """Read an envelope's properties as pika gives those of a delivery."""
+    return spec.BasicProperties().decode(FrameWriter(0, 0).properties(envelope, 0))
+
+
+class ConfirmChannel:
+    """A channel in confirm mode, on which envelopes are written.
+
+    :ivar used: whether anything was written on it
+    :ivar letters: where dead letters go instead; ``None``: nowhere else
+    :ivar tags: which of the sender's tags are here
+    """
+
+    def __init__(self, channel: Channel, connection: pika.SelectConnection) -> None:
+        self._channel = channel
+        self.used = False
+        self.letters: DeadLetterChannel | None = None
+        self.tags = Tags()
+        self._frames = FrameWriter(int(channel), connection.params.frame_max)
+        self.longest_properties = self._frames.longest_properties
+        # pika's own encoder takes half of the time of a publish; where its inside has changed,
+        # its public call is used instead.
+        self._emit = getattr(connection, "_output_marshaled_frames", None)
+        self._buffered = getattr(connection, "_get_write_buffer_size", None)
+
+    def room(self) -> int:
+        """Bytes that may be written before the buffer is too full."""
+        return HIGH_WATER - (self._buffered() if self._buffered is not None else 0)
+
+    def carry(self, batch: Batch) -> Sequence[int]:
+        """Write messages, each with its delivery tag, and give the tags that went elsewhere."""
+        letters: Batch = ()
+        if self.letters is not None and self.letters.usable:
+            exchange = self.letters.exchange
+            letters = [each for each in batch if each[0].exchange == exchange]
+        if self.letters is None or not letters:
+            self.write(batch)
+            return ()
+        tags = {tag: None for _, tag in letters}
+        for tag in tags:
+            self.tags.skip(tag)
+        if len(letters) < len(batch):
+            self.write([each for each in batch if each[1] not in tags])
+        self.letters.send(letters)
+        return tuple(tags)
+
+    def write(self, batch: Batch) -> None:
+        """Write messages, each with its delivery tag, in one piece."""
+        self.used = True
+        if self._emit is None:
+            for envelope, tag in batch:
+                self._carry_by_pika(envelope, tag)
+        else:
+            self._emit([self._frames.publish(batch)])
+
+    def _carry_by_pika(self, envelope: Envelope, tag: int) -> None:
+        properties = spec.BasicProperties().decode(self._frames.properties(envelope, tag))
+        self._channel.basic_publish(
+            envelope.exchange,
+            envelope.routing_key,
+            envelope.body,
+            properties,
+            mandatory=not envelope.properties[1] & NOT_MANDATORY,
+        )
+
+
+class Connection:
+    """One connection, and on it one channel at a time for publishing.
+
+    :param address: of those that the way has
+    :param timeouts: seconds until TCP must be connected, and until all must be ready
+    :param skipped: declarations that the broker has answered with the end of a connection
+    :param probes: whether the broker has a channel for questions beside the one for publishing
+    :ivar fatal: the declaration over which this connection ended
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        way: Way,
+        address: Address,
+        timeouts: tuple[float, float],
+        owner: ConnectionOwner,
+        skipped: Iterable[Declaration] = (),
+        *,
+        probes: bool = True,
+    ) -> None:
+        self._loop = loop
+        self._route = way.route
+        self._address = way.route.broker.address
+        self._owner: ConnectionOwner | None = owner
+        self._skipped = tuple(skipped)
+        self._closing = False
+        self._channel: Channel | None = None
+        self._carrier: ConfirmChannel | None = None
+        self._setup: TopologyDeclarer | None = None
+        self._is_set_up = False
+        self._declared = 0  # of what was added
+        self._adding: TopologyDeclarer | None = None
+        self._askers: list[Answer] = []
+        self._vain = 0
+        self._asking: set[int] = set()
+        self.probes = probes
+        self.fatal: Declaration | None = None
+        self._timer: Any = None
+        self._start_timer(timeouts[1])
+        self._services = IOServices(loop, address, self._on_beginning_failed)
+        self._connection = BrokerConnection(
+            parameters(way, timeouts),
+            self._on_open,
+            self._on_open_error,
+            self._on_close,
+            self._services,
+        )
+
+    # --- how it ends ---------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close in good order; the owner is told by `ConnectionOwner.connection_failed`."""
+        self._closing = True
+        self._stop_timer()
+        if self._connection.is_open:
+            self._connection.close()
+        else:
+            self.cut()
+
+    def mute(self) -> None:
+        """Tell nobody anything any more."""
+        self._owner = None
+
+    def abort(self) -> None:
+        """End it at once, and tell nobody."""
+        self._owner = None
+        self._stop_timer()
+        self._answer(good=True)
+        self.cut()
+
+    def cut(self) -> None:
+        """Drop the connection without a handshake."""
+        if self._connection.connection_state == PikaConnection.CONNECTION_INIT:
+            self._connection.close()  # no stream yet: pika ends the attempt
+        elif not self._connection.is_closed:
+            self._services.sever()
+
+    def give_up(self, why: str) -> None:
+        """Drop a connection that is of no use although it stands, and tell the owner."""
+        self._drop(Loss(f"{self._address}: {why}", kind=LossKind.TIMEOUT))
+
+    def _drop(self, loss: Loss) -> None:
+        self._fail(loss)
+        self.cut()
+
+    def _on_timeout(self) -> None:
+        """Give up on a broker that accepts and does not answer."""
+        self._timer = None
+        self.give_up("no answer in time")
+
+    def _on_beginning_failed(self, error: Exception) -> None:
+        """Give up where pika has failed before it had a socket."""
+        text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else ""
+        why = text or type(error).__name__
+        self._drop(Loss(f"{self._address}: no connection can be made: {why}"))
+
+    def _on_open_error(self, _connection: PikaConnection, error: BaseException | str) -> None:
+        route = self._route
+        self._fail(translate(self._address, error, route.broker.hint, tls=route.tls is not None))
+
+    def _on_close(self, _connection: PikaConnection, error: BaseException) -> None:
+        if self._closing:  # also where the broker did not answer it in time
+            error = exceptions.ConnectionClosedByClient(200, "")
+        loss = translate(self._address, error)
+        by_broker = isinstance(error, exceptions.ConnectionClosedByBroker)
+        if by_broker and loss.reply_code != CONNECTION_FORCED:
+            self._blame(loss)
+        self._fail(loss)
+
+    def _blame(self, loss: Loss) -> None:
+        """Find what of ours the broker has answered by closing the connection."""
+        if self._owner is None:
+            return
+        if self._setup is not None and self._setup.asked is not None:
+            self.fatal = self._setup.asked
+            self._owner.topology_fault(self.fatal, loss)
+        elif self._adding is not None and self._adding.asked is not None:
+            self.fatal = self._adding.asked
+            self._owner.topology_fault(self.fatal, loss)
+        elif self._asking:
+            self._owner.probe_refused(loss)
+
+    def _fail(self, loss: Loss) -> None:
+        self._stop_timer()
+        if self._carrier is not None and self._carrier.letters is not None:
+            self._carrier.letters.mute()
+        owner, self._owner = self._owner, None
+        self._answer(good=True)  # the next connection begins with it
+        if owner is not None:
+            owner.connection_failed(loss)
+
+    # --- how it begins -------------------------------------------------------------------------
+
+    def _on_open(self, connection: PikaConnection) -> None:
+        if self._owner is None:
+            self.cut()
+            return
+        if not (connection.publisher_confirms and connection.basic_nack):
+            self._drop(Loss(f"{self._address}: no publisher confirms", kind=LossKind.PROTOCOL))
+            return
+        connection.add_on_connection_blocked_callback(self._on_blocked)
+        connection.add_on_connection_unblocked_callback(self._on_unblocked)
+        self._declare()
+
+    def _declare(self) -> None:
+        """Declare the topology on a new channel, which is then for publishing."""
+        self._is_set_up = False
+        self._declared = len(self._route.added)
+        wanted = [*self._route.declarations, *self._route.added[: self._declared]]
+        self._setup = self._round(wanted, self._confirm)
+        self._open_channel()
+
+    def _round(
+        self, wanted: Iterable[Declaration], done: Callable[[Channel], None]
+    ) -> TopologyDeclarer:
+        return TopologyDeclarer(
+            [each for each in wanted if each not in self._skipped], self._on_fault, done
+        )
+
+    def _added(self) -> Sequence[Declaration]:
+        """Take what was added since this was asked last."""
+        added = self._route.added[self._declared :]
+        self._declared += len(added)
+        return added
+
+    def _open_channel(self) -> None:
+        """Open the channel, for what is left of the set-up or at once for publishing."""
+        if not self._connection.is_open or self._owner is None:
+            return
+        try:
+            channel = self._connection.channel(on_open_callback=self._on_channel_open)
+        except exceptions.NoFreeChannels:  # ours was the only one, and the broker gives none
+            self._drop(Loss(f"{self._address}: no channel is left", kind=LossKind.PROTOCOL))
+            return
+        channel.add_on_close_callback(self._on_channel_closed)
+        self._channel = channel
+
+    def _on_channel_open(self, channel: Channel) -> None:
+        if channel is not self._channel:
+            return
+        if self._setup is not None:
+            self._setup.run(channel)
+        else:
+            self._confirm(channel)
+
+    def _on_fault(self, declaration: Declaration, loss: Loss) -> None:
+        if self._owner is not None:
+            self._owner.topology_fault(declaration, loss)
+
+    def _confirm(self, channel: Channel) -> None:
+        added = self._added()
+        if added:  # meanwhile
+            self._setup = self._round(added, self._confirm)
+            self._setup.run(channel)
+            return
+        self._setup = None
+        self._is_set_up = True
+        channel.add_on_return_callback(self._on_return)
+        channel.confirm_delivery(self._on_confirm, callback=self._on_ready)
+
+    def _on_ready(self, _frame: object) -> None:
+        self._stop_timer()
+        if self._owner is not None and self._channel is not None:
+            carrier = ConfirmChannel(self._channel, self._connection)
+            if self.probes and self._route.letters:
+                carrier.letters = DeadLetterChannel(
+                    self._route.letters, self._open_letters, self._write_letters, self._owner
+                )
+            self._carrier = carrier
+            self._owner.connection_ready(carrier)
+
+    # --- what is added later -------------------------------------------------------------------
+
+    def declare_added(self, answer: Answer) -> None:
+        """Declare what was added since this connection was set up, on a channel beside publishing.
+
+        :param answer: told once it is done, or left to the set-up of this connection or the next
+        one
+        """
+        if not self._is_set_up or self._owner is None:
+            answer(good=True)
+            return
+        self._askers.append(answer)
+        if self._adding is None:
+            self._add()
+
+    def _add(self) -> None:
+        added = self._added()
+        if not added:
+            self._answer(good=True)
+            return
+        self._adding = self._round(added, self._on_added)
+        self.side_channel(self._adding.run, self._on_adding_closed)
+
+    def _on_added(self, channel: Channel) -> None:
+        channel.close()
+        self._adding = None
+        self._add()
+
+    def _on_adding_closed(self, loss: Loss) -> None:
+        adding = self._adding
+        if adding is None:
+            return
+        if adding.closed(loss):
+            self._soon(functools.partial(self.side_channel, adding.run, self._on_adding_closed))
+        else:  # there is no second channel
+            self._adding = None
+            self._answer(good=False)
+
+    def _answer(self, *, good: bool) -> None:
+        askers, self._askers = self._askers, []
+        for answer in askers:
+            answer(good=good)
+
+    # --- what the broker says ------------------------------------------------------------------
+
+    def _on_confirm(self, frame: Any) -> None:
+        owner, method, carrier = self._owner, frame.method, self._carrier
+        if owner is None or carrier is None:
+            return
+        self._vain = 0
+        tag = carrier.tags.sender(method.delivery_tag)
+        if isinstance(method, spec.Basic.Ack):
+            owner.acked(tag, multiple=method.multiple)
+        else:
+            owner.nacked(tag, multiple=method.multiple)
+
+    def _on_return(
+        self, channel: Channel, method: Any, properties: spec.BasicProperties, _body: bytes
+    ) -> None:
+        if method.exchange in self._route.delayed and "x-delay" in (properties.headers or ()):
+            return  # the plugin has taken it, and delivers it later; it answers so all the same
+        attempt = str(properties.cluster_id)
+        letters = self._carrier.letters if self._carrier is not None else None
+        known = channel is self._channel or (letters is not None and letters.is_of(channel))
+        if self._owner is not None and known and attempt.isdecimal():
+            self._owner.returned(int(attempt), method.reply_code, printable(method.reply_text))
+
+    def _on_blocked(self, _connection: PikaConnection, frame: Any) -> None:
+        if self._owner is not None:
+            self._owner.flow_changed(blocked=True, reason=printable(frame.method.reason))
+
+    def _on_unblocked(self, _connection: PikaConnection, _frame: Any) -> None:
+        if self._owner is not None:
+            self._owner.flow_changed(blocked=False, reason="")
+
+    def _on_channel_closed(self, channel: Channel, reason: Exception) -> None:
+        if self._owner is None or not isinstance(reason, exceptions.ChannelClosedByBroker):
+            return  # the end of the connection, which is told on its own, or our own doing
+        if channel is not self._channel:
+            return
+        loss = closed_by_broker(reason)
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None and carrier.letters is not None:
+            carrier.letters.end()
+        if self._setup is not None and self._setup.closed(loss):
+            self._soon(self._open_channel)
+            return
+        if carrier is None or not carrier.used:
+            self._vain += 1
+        self._start_timer(self._route.broker.connection_timeout)
+        if carrier is not None:
+            self._owner.channel_lost(loss)
+        if self._vain >= VAIN_CHANNELS:
+            text = f"{self._address}: closes each channel: {loss.reply_code} {loss.text}"
+            self._drop(Loss(text, loss.reply_code, LossKind.CLOSED_BY_BROKER))
+        elif carrier is not None and loss.reply_code == NOT_FOUND:
+            self._soon(self._declare)
+        else:
+            self._soon(self._open_channel)
+
+    def _soon(self, function: Callable[[], None]) -> None:
+        """Go on once pika has let go of the closed channel's number: there may be no other."""
+        self._loop.call_later(0, function)
+
+    # --- questions beside publishing -----------------------------------------------------------
+
+    def side_channel(
+        self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
+    ) -> None:
+        """Open a channel for questions; the broker may close it without harm to any other."""
+        if not self._connection.is_open:
+            return
+        if not self.probes:
+            self._without_side_channels(on_closed)
+            return
+        try:
+            channel = self._connection.channel(on_open_callback=on_open)
+        except exceptions.NoFreeChannels:
+            self._without_side_channels(on_closed)
+            return
+        self._asking.add(int(channel))
+        channel.add_on_close_callback(functools.partial(self._on_side_closed, on_closed))
+
+    def _without_side_channels(self, on_closed: Callable[[Loss], None]) -> None:
+        loss = Loss("the broker allows no second channel")
+        if self.probes and self._owner is not None:
+            self._owner.probe_refused(loss)
+        self.probes = False
+        on_closed(loss)
+
+    def _on_side_closed(
+        self, on_closed: Callable[[Loss], None], channel: Channel, reason: Exception
+    ) -> None:
+        if not isinstance(reason, exceptions.ConnectionClosed):
+            self._asking.discard(int(channel))
+        if isinstance(reason, exceptions.ChannelClosedByBroker):
+            on_closed(closed_by_broker(reason))
+
+    def _open_letters(
+        self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
+    ) -> None:
+        """Open the channel for dead letters, once pika has let go of one that was closed."""
+
+        def opened(channel: Channel) -> None:
+            self._asking.discard(int(channel))  # it stays open: there was no harm in it
+            channel.add_on_return_callback(self._on_return)
+            on_open(channel)
+
+        self._soon(functools.partial(self.side_channel, opened, on_closed))
+
+    def _write_letters(self, channel: Channel, batch: Batch) -> None:
+        ConfirmChannel(channel, self._connection).write(batch)
+
+    def renew(self, password: str) -> None:
+        """Tell the broker a new password, or token, on the open connection."""
+        if self._connection.is_open:
+            self._connection.update_secret(password, "renewed", self._on_renewed)
+
+    def _on_renewed(self, _frame: object) -> None:
+        """Go on; a broker that does not take it closes the connection."""
+
+    # --- time ----------------------------------------------------------------------------------
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()  # one that goes on would end a connection that is well by then
+        self._timer = self._loop.call_later(seconds, self._on_timeout)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._loop.remove_timeout(self._timer)
+            self._timer = None

@@ -1,0 +1,585 @@
+"""What works on the I/O thread: the sender that judges, the connector that keeps the connection
+alive.
+
+Others hand deliveries and orders in by the I/O loop's mailbox and read the few plain attributes
+that are marked for them. A delivery belongs to one connection at a time. What has not been written
+goes to another one that can carry it while this one cannot; the thread that has it hands it over.
+
+Runs on: the I/O thread, except where a method says otherwise.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+
+from attrs import evolve
+
+from mlproducer import _clock as time
+from mlproducer._core.backoff import Backoff
+from mlproducer._core.breaker import Adaptive, Breaker, Consecutive, Trip
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.interfaces import Carrier, Loss, LossKind, Owner
+from mlproducer._core.poison import NOT_FOUND
+from mlproducer._core.sender import Sender
+from mlproducer._core.states import CircuitState, ConnectionState
+from mlproducer._engine.breaker_timer import BreakerTimer
+from mlproducer._engine.connection import Answer, EventLoop
+from mlproducer._engine.connector import Connector, Patience
+from mlproducer._engine.dead_letter_maker import DeadLetterMaker
+from mlproducer._engine.delayed_delivery import DelayedDelivery, OpenChannel
+from mlproducer._engine.gate import Gate
+from mlproducer._engine.health import Health, settle
+from mlproducer._engine.health_probe import HealthProbe
+from mlproducer._engine.io_loop import IOLoop
+from mlproducer._engine.resolver import Resolver
+from mlproducer._engine.retry_worker import RetryWorker
+from mlproducer._engine.threads import TimerThread
+from mlproducer._latch import Latch, Relay, Watch
+from mlproducer._wire.delay import Delays
+from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
+from mlproducer.observe.events import EventSink
+from mlproducer.settings import Settings
+from mlproducer.topology import Declaration, Topology
+
+TICK = 1.0
+"""Seconds between looks at what is overdue."""
+
+MANY = 1000
+"""Messages that one sweep sends at most, so that it does not starve new ones."""
+
+STORE_LIMIT = 0.1
+"""Seconds beyond a publisher's deadline that the store may take to store, or delete, a message."""
+
+SLOW = 0.02
+"""Seconds after which publishers are let through whoever has not passed on."""
+
+BREATH = 0.01
+"""Seconds until the next write where pika's buffer was too full for all that waits."""
+
+
+class Standing(enum.IntEnum):
+    """What becomes of a message handed over now, the best first."""
+
+    CARRIES = 1  # it is written
+    WAITS = 2  # it waits for a connection, or for the end of the broker's alarm
+    PROBES = 3  # it is written if it is the first: half-open, the breaker lets one through
+    REFUSES = 4  # it fails, since the last attempt to connect has
+    SHUT = 5  # it fails, since the breaker is open
+
+
+class IOThread:
+    """Everything that one connection's I/O thread owns.
+
+    :ivar peers: the other connections of the producer
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        resolver: Resolver,
+        gate: Gate,
+        retry_worker: RetryWorker,
+        events: EventSink,
+        connected: Watch,
+        number: int,
+    ) -> None:
+        self._give_up = settings.confirm_give_up
+        self._events = events
+        self._gate = gate
+        self._retry_worker = retry_worker
+        self.io_loop = IOLoop(self)
+        self.order = self.io_loop.order
+        self._connected = connected
+        self.relay = Relay(self._remind)
+        self.is_connected = False
+        self._topology = Topology.of(settings)
+        self._health_probe = HealthProbe(self._topology, events)
+        self._health = Health(self, settings.health_check_interval)
+        self._cooldown = BreakerTimer(self)
+        breaker = Breaker(
+            _trip(settings),
+            settings.circuit_breaker_cooldown,
+            settings.publish_timeout,
+            self._circuit_changed,
+            self._cooldown.wait_until,
+        )
+        self._delayed = DelayedDelivery(
+            Delays.of(self._topology, settings.queue_prefix),
+            active=settings.declare_topology == "active",
+            call_later=self.io_loop.call_later,
+            fault=self.topology_fault,
+            resume=self._pump,
+        )
+        self._dead_letter_maker = DeadLetterMaker(
+            self._topology.dead_letter_exchange, self._delayed.plain
+        )
+        self.sender = Sender(
+            settings.max_message_retries,
+            breaker,
+            retry_worker,
+            self._dead_letter_maker,
+            gate,
+            events,
+        )
+        self.connector = Connector(resolver, _patience(settings), self, number)
+        self.peers: Sequence[IOThread] = ()
+        self._breathing = False
+        self._closes = False
+        self._faults: set[tuple[str, str, int]] = set()
+
+    # --- for any thread ------------------------------------------------------------------------
+
+    def ready(self) -> int:
+        """How many messages handed over now would be written: none, one as a probe, or many."""
+        if not self.sender.able:
+            return 0
+        return MANY if self.sender.breaker.state is CircuitState.CLOSED else 1
+
+    def standing(self) -> Standing:
+        """What would become of a message handed over now."""
+        sender = self.sender
+        if sender.able:
+            closed = sender.breaker.state is CircuitState.CLOSED
+            return Standing.CARRIES if closed else Standing.PROBES
+        if sender.breaker.refuses():
+            return Standing.SHUT
+        return Standing.REFUSES if sender.refused else Standing.WAITS
+
+    def burden(self) -> int:
+        """How many messages are here; some may be counted twice, or not, on their way through."""
+        sender = self.sender
+        return len(self.io_loop.mailbox) + sender.waiting + sender.in_flight
+
+    def peer(self, mine: Standing | None = None) -> IOThread | None:
+        """Give another connection for what this one cannot carry, unless none is better off.
+
+        :param mine: this one's standing, where it is about to change
+        """
+        if not self.peers:
+            return None
+        mine = mine or self.standing()
+        if mine is Standing.CARRIES or (mine is Standing.PROBES and not self.sender.waiting):
+            return None
+        peer = min(self.peers, key=IOThread.rank)
+        theirs = peer.standing()
+        hopeful = theirs is Standing.WAITS and mine in (Standing.REFUSES, Standing.SHUT)
+        return peer if theirs is Standing.CARRIES or hopeful else None
+
+    def rank(self) -> tuple[Standing, int]:
+        """Say how well it would carry the next message; the lowest does best."""
+        return self.standing(), self.burden()
+
+    def timers(self) -> dict[str, TimerThread]:
+        """Give the timer threads by their roles."""
+        return {
+            "health": self._health.thread,
+            "breaker": self._cooldown.thread,
+        }
+
+    def stop_timers(self) -> None:
+        """End the timer threads, once they have done what they were told so far."""
+        self._health.stop()
+        self._cooldown.thread.stop()
+
+    def leave(self) -> None:
+        """Do nothing more, in a forked child; greenlets, unlike threads, go on in it."""
+        self.io_loop.leave()
+        self.connector.leave()
+        for thread in self.timers().values():
+            thread.leave()
+
+    # --- what the I/O loop tells ----------------------------------------------------------------
+
+    def begin(self, loop: EventLoop) -> None:
+        """Connect on a new loop, at once or, where an earlier loop failed, after a delay."""
+        self.connector.attach(loop)
+        self._breathing = False
+        self.relay.hurry()
+        self._tick()
+        if self.connector.failures:
+            self.connector.redial()
+        else:
+            self.connector.dial()
+
+    def accept(self, deliveries: Sequence[Delivery]) -> None:
+        """Take deliveries from publishers, who start attempts over that were used up."""
+        self._take(self._delayed.hold(deliveries, self._take, self._channels()))
+        self._wake()
+
+    def _take(self, deliveries: Sequence[Delivery]) -> None:
+        now = time.monotonic()
+        if not self.peers or self.standing() is Standing.CARRIES:
+            self.sender.accept(deliveries, now)
+        else:
+            for delivery in deliveries:
+                if not self._give(delivery):
+                    self.sender.accept((delivery,), now)
+
+    def _channels(self) -> OpenChannel | None:
+        """Give what opens a channel for declarations on a connection that carries messages."""
+        connection = self.connector.connection
+        return None if connection is None or not self.is_connected else connection.side_channel
+
+    def after_burst(self) -> None:
+        """Write what has come."""
+        self._pump()
+
+    def failed(self, error: BaseException) -> None:
+        """Tell those who wait that the loop failed."""
+        self._events.crashed(error)
+        self.is_connected = False
+        self._delayed.forget()
+        self.connector.crashed()
+        self.sender.down(Loss("the I/O loop failed"), time.monotonic())
+        self.sender.disconnected()
+
+    def _give(self, delivery: Delivery) -> bool:
+        """Let another connection accept a delivery, if there is one that is better off."""
+        peer = self.peer()
+        if peer is None:
+            return False
+        delivery.owner = peer
+        given = peer.io_loop.mailbox.put(delivery)
+        if not given:
+            delivery.owner = self
+        return given
+
+    def relieve(self, mine: Standing | None = None) -> None:
+        """Let another connection have what waits here, if there is one that is better off.
+
+        :param mine: its standing, where an attempt to connect has failed: then suspects go, too
+        """
+        peer = self.peer(mine) if self.sender.waiting else None
+        if peer is not None:
+            self.pass_on(self.sender.release(suspects=mine is Standing.REFUSES), peer)
+
+    def _invite(self) -> None:
+        """Offer to carry what waits on other connections, now that this one can."""
+        for peer in self.peers:
+            peer.order(peer.relieve)
+
+    def _wake(self) -> None:
+        """Tell the connectors of all connections that something is to be sent."""
+        self.connector.called()
+        for peer in self.peers:
+            if peer.connector.hears_calls:
+                peer.order(peer.connector.called)
+
+    def _pump(self) -> None:
+        sender = self.sender
+        sender.pump(time.monotonic())
+        if sender.waiting and sender.able and not self._breathing:
+            self._breathing = True
+            self.io_loop.call_later(BREATH, self._breathe)
+
+    def _breathe(self) -> None:
+        self._breathing = False
+        self._pump()
+
+    def ended(self) -> None:
+        """Let publishers through whose turn would have come by a timer."""
+        self.relay.hurry()
+
+    def _remind(self) -> None:
+        """See that publishers come through; asked by any thread that has an answer for one."""
+        if not self.order(self._hurry_later):
+            self.relay.hurry()
+
+    def _hurry_later(self) -> None:
+        if not self.io_loop.call_later(SLOW, self.relay.hurry):
+            self.relay.hurry()
+
+    def _tick(self) -> None:
+        self.io_loop.call_later(TICK, self._tick)
+        if self.sender.overdue(time.monotonic(), self._give_up) and not self.sender.blocked:
+            self.connector.give_up("confirms are overdue")
+
+    # --- orders, by way of the mailbox ---------------------------------------------------------
+
+    def turn_away(self, delivery: Delivery) -> None:
+        """Judge a message for which there was no room in time."""
+        self.sender.turn_away(delivery, time.monotonic())
+
+    def expire(self, delivery: Delivery) -> None:
+        """End a publisher's wait."""
+        self._delayed.release(delivery)
+        if delivery.owner is not None and delivery.owner is not self:
+            delivery.owner.order(partial(delivery.owner.expire, delivery))  # it was handed over
+            return
+        self.sender.expire(delivery, time.monotonic())
+        if delivery.place is Place.IN_FLIGHT:
+            self._health.check_soon()
+        if self.sender.failures.owes(delivery):
+            self.io_loop.call_later(STORE_LIMIT, partial(self._pay, delivery))
+
+    def _pay(self, delivery: Delivery) -> None:
+        self.sender.pay(delivery, time.monotonic())
+
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
+        """Send messages that the retry worker held."""
+        self._take_again(self._delayed.hold(deliveries, self._take_again, self._channels()))
+
+    def _take_again(self, deliveries: Sequence[Delivery]) -> None:
+        now = time.monotonic()
+        for delivery in deliveries:
+            self.sender.readmit(delivery, now)
+        self.relieve()
+
+    def pass_on(self, deliveries: Sequence[Delivery], owner: Owner) -> None:
+        """Have another connection send messages that belong to this one, and are not written."""
+        for delivery in deliveries:
+            delivery.owner = owner
+        if not owner.order(partial(owner.readmit, deliveries)):
+            for delivery in deliveries:
+                delivery.owner = self
+            self.readmit(deliveries)  # the producer is being closed, and they are told here
+
+    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
+        """Send messages that are stored, as `accept` and `after_burst` do with others."""
+        self.readmit(deliveries)
+        now = time.monotonic()
+        for delivery in deliveries:
+            if delivery.deadline <= now:
+                self.expire(delivery)  # its publisher has asked while it was being stored
+        self._wake()
+
+    def kept(self, deliveries: Sequence[Delivery]) -> None:
+        """Tell publishers that their messages are stored."""
+        self.sender.kept(deliveries, time.monotonic())
+
+    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """Tell publishers that the store cannot take their messages."""
+        for delivery, error in refusals:
+            self.sender.not_kept(delivery, error, time.monotonic())
+
+    def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
+        """Tell publishers that their messages are their own again."""
+        self.sender.withdrawn(deliveries, time.monotonic(), gone=gone)
+
+    def taken_over(self, deliveries: Sequence[Delivery]) -> None:
+        """Send no more what another process has claimed."""
+        self.sender.taken_over(deliveries, time.monotonic())
+
+    def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+        """Tell what became of messages in another process."""
+        self.sender.ended(deliveries, time.monotonic(), dead=dead)
+
+    def vanished(self, deliveries: Sequence[Delivery]) -> None:
+        """Give back what the store has lost."""
+        self.sender.vanished(deliveries)
+
+    def declare(self, answer: Answer) -> None:
+        """Declare what was added; a connection that is still to come begins with that."""
+        connection = self.connector.connection
+        if connection is None:
+            answer(good=True)
+        elif self.sender.blocked:
+            answer(good=False)  # a broker that blocks does not read it
+        else:
+            connection.declare_added(answer)
+
+    def dial(self) -> None:
+        """Connect, now, unless the broker is there and merely blocks."""
+        self.connector.dial()
+
+    def shelve(self, done: Latch) -> None:
+        """Have a durable store take what is left; the latch is opened once it has.
+
+        A close() that was cut by an interrupt orders it again; it is done once.
+        """
+        if not self.sender.shutdown.begun:
+            self._delayed.release()
+            self.sender.shutdown.shelve(time.monotonic())
+            self._retry_worker.verify()
+        self._retry_worker.thread.order(done.open)
+
+    def close(self) -> None:
+        """Tell everybody how it stands, and end the connection and the thread; once."""
+        if self._closes:
+            return
+        self._closes = True
+        self._delayed.release()
+        stored = [
+            each for each in self._retry_worker.stored_rows.deliveries() if each.owner is self
+        ]
+        rowless = frozenset(self._retry_worker.stored_rows.rowless)
+        self.sender.shutdown.abandon(stored, rowless, time.monotonic())
+        self.connector.close()
+
+    def probe(self, reply: Future[None]) -> None:
+        """Ask the broker whether it is there, unless it is known why it would not answer."""
+        connection = self.connector.connection
+        if (
+            connection is None
+            or not connection.probes
+            or not self.is_connected
+            or self.sender.blocked
+        ):
+            settle(reply)
+            return
+        self._health_probe.begin(connection.side_channel, reply)
+
+    def silent(self, reply: Future[None]) -> None:
+        """Give up a broker that has not answered, unless the answer came meanwhile."""
+        if self._health_probe.waits_for(reply):
+            self._events.health_checked(alive=False)
+            self.connector.give_up("no answer to the health check")
+
+    def cool(self) -> None:
+        """Let a probe through the breaker, and look for one in the store.
+
+        A probe whose time is up says as much as any confirm timeout: the broker is asked whether it
+        is there.
+        """
+        probing = self.sender.breaker.state is CircuitState.HALF_OPEN
+        self.sender.breaker.cool(time.monotonic())
+        if probing and self.sender.breaker.state is CircuitState.OPEN:
+            self._health.check_soon()
+        self._pump()
+        self._retry_worker.sweep_soon()
+
+    def _circuit_changed(self, state: CircuitState) -> None:
+        if state is CircuitState.OPEN:
+            self.order(self.relieve)  # not at once: the sender is in the middle of something
+        self._events.circuit_changed(state)
+
+    # --- what the connector tells -----------------------------------------------------------------
+
+    def attempt_failed(self, loss: Loss) -> None:
+        """Let nobody wait for a connection that does not come."""
+        self._events.connection_error(loss)
+        if loss.kind is LossKind.AUTHENTICATION:
+            error: PublishError = AuthenticationError(loss.text, **loss.facts)
+        else:
+            error = NotConnectedError(f"not connected: {loss.text}", **loss.facts)
+        self.relieve(Standing.REFUSES)
+        self.sender.refuse(error, time.monotonic())
+
+    def gave_up(self, loss: Loss) -> None:
+        """Say that attempts are rare from now on, until a call starts them over."""
+        self._events.gave_up(self.connector.failures, loss)
+
+    def state_changed(self, state: ConnectionState) -> None:
+        """Tell whoever wants to know."""
+        self._events.state_changed(state)
+
+    def finished(self) -> None:
+        """End the thread."""
+        self.is_connected = False
+        self.io_loop.stop()
+
+    # --- what the connection tells ---------------------------------------------------------------
+
+    def connection_ready(self, channel: Carrier) -> None:
+        """Let the sender carry on the new channel, once what it needs is declared."""
+        connection = self.connector.connection
+        if connection is not None:
+            self._delayed.prepare(connection.side_channel, partial(self._connection_ready, channel))
+
+    def _connection_ready(self, channel: Carrier) -> None:
+        first = self.connector.state is ConnectionState.CONNECTING
+        self.connector.ready()
+        self._dead_letter_maker.longest = channel.longest_properties
+        self.sender.up(self._delayed.carrier(channel))
+        if first:
+            self.sender.breaker.reconnected()
+            if not (self._retry_worker.depth.stored or len(self._gate)):
+                self.sender.timeouts = 0  # nothing is left that could be confirmed
+            self.is_connected = True
+            self._connected.changed()
+            self._events.connected(self.connector.route.broker.address)
+        self._pump()
+        self._invite()
+        self._retry_worker.sweep_soon()
+
+    def connection_failed(self, loss: Loss) -> None:
+        """Let the sender decide for what was in flight, and the connector go on."""
+        was_up = self.is_connected
+        self.is_connected = False
+        self._health_probe.end()
+        self._delayed.forget()
+        self.sender.down(loss, time.monotonic())
+        self.sender.disconnected()
+        if was_up:
+            self._events.disconnected(loss)
+        self.connector.failed(loss)
+        self.relieve()
+
+    def channel_lost(self, loss: Loss) -> None:
+        """Let the sender find out whose fault it was."""
+        self._events.channel_lost(loss)
+        if loss.reply_code == NOT_FOUND:
+            self._delayed.forget()
+        self.sender.down(loss, time.monotonic())
+
+    def flow_changed(self, *, blocked: bool, reason: str) -> None:
+        """Stop writing, or go on."""
+        self.sender.block(blocked=blocked)
+        self._events.flow_changed(blocked=blocked, reason=reason)
+        if blocked:
+            self._health_probe.end()  # a broker that blocks does not read our question
+            self.relieve()
+        else:
+            self._pump()
+            self._invite()
+            self._retry_worker.sweep_soon()
+
+    def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
+        """Report what could not be declared, once: it is tried on every connection."""
+        fault = declaration.method, declaration.target, loss.reply_code
+        if fault not in self._faults:
+            self._faults.add(fault)
+            self._events.topology_fault(declaration.target, loss)
+
+    def probe_refused(self, loss: Loss) -> None:
+        """Ask this broker no more: it is well, and its silence is noticed by heartbeats."""
+        self._health_probe.end()
+        if self.connector.without_probes():
+            text = f"no health check: only heartbeats notice its silence: {loss.text}"
+            self._events.health_fault(self._topology.exchange, evolve(loss, text=text))
+
+    def acked(self, tag: int, *, multiple: bool) -> None:
+        """Settle, and write what could not be written before."""
+        self.connector.settle()
+        self.sender.acked(tag, time.monotonic(), multiple=multiple)
+        if self.sender.waiting:
+            self._pump()
+        elif self._retry_worker.hurries and self._gate.welcomes():
+            self._retry_worker.sweep_soon()
+
+    def nacked(self, tag: int, *, multiple: bool) -> None:
+        """Settle what was refused."""
+        self.sender.nacked(tag, time.monotonic(), multiple=multiple)
+        if self.sender.waiting:
+            self._pump()
+
+    def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
+        """Keep dead letters for later, as if they had been returned; no other message is hit."""
+        self._events.channel_lost(loss)
+        now = time.monotonic()
+        for tag in tags:
+            self.sender.returned(tag, loss.reply_code, loss.text)
+            self.sender.acked(tag, now, multiple=False)
+
+    def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
+        """Note what has no queue."""
+        self.sender.returned(tag, reply_code, reply_text)
+
+
+def _trip(settings: Settings) -> Trip:
+    if settings.circuit_breaker_mode == "adaptive" and settings.circuit_breaker_threshold:
+        return Adaptive()
+    return Consecutive(settings.circuit_breaker_threshold)
+
+
+def _patience(settings: Settings) -> Patience:
+    jitter, rare = settings.reconnect_jitter, settings.gave_up_interval
+    first, longest = settings.reconnect_initial_delay, settings.reconnect_max_delay
+    return Patience(
+        Backoff(first, longest, jitter),
+        settings.max_reconnect_attempts,
+        Backoff(rare, rare, jitter) if rare else None,
+    )

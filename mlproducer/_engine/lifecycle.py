@@ -1,0 +1,318 @@
+"""When a producer's running part begins and ends: at its first use, and once.
+
+Four things happen to it, each of which an interrupt, or the end of a thread, may cut anywhere, and
+which the next caller finishes:
+
+- *start* is made on a thread of its own, which no signal interrupts; callers only wait for it;
+- *close* is steps that may be taken again, and by several threads at once: the shortest limit of
+  those who close decides how long is waited, and all have the same report;
+- *exit* takes the same steps for all producers of the process;
+- *fork* makes it new in the child.
+
+No lock is held on the way, so that a signal handler or a finaliser may call in at any moment.
+
+Runs on: the users' threads; the start on a thread ``mlproducer-start``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from mlproducer import _clock as time
+from mlproducer import _forks as forks
+from mlproducer._core.states import ConnectionState
+from mlproducer._engine import process_hooks as process
+from mlproducer._engine import threads
+from mlproducer._latch import Watch
+from mlproducer.errors import (
+    ConfigurationError,
+    MLProducerError,
+    NotConnectedError,
+    ProducerClosedError,
+    WouldDeadlockError,
+)
+from mlproducer.status import CloseReport, Status
+
+if TYPE_CHECKING:
+    from mlproducer._engine.runtime import Runtime
+
+START_LIMIT = 30.0
+"""Seconds for which a call waits for the start, which takes a few milliseconds."""
+
+CLAIM_LIMIT = 0.1
+"""Seconds after which a thread that was to start it, and has not begun, is taken for lost."""
+
+CLOSE_TIMEOUT = 10.0
+"""Seconds that a close may take to deliver what is inside, unless it is told otherwise."""
+
+SHELVE_LIMIT = 0.2
+"""Seconds of a close's grace that a durable store has for what could not be delivered."""
+
+CLOSE_MARGIN = 0.4
+"""Seconds of a close's grace that ending the connections and the threads may take."""
+
+ENDED = "the process ends: producers have been closed"
+
+_inherited: list[object] = []
+"""What ran in parent processes: kept, so that nothing of theirs is collected, closed or flushed."""
+
+
+class Plan(Protocol):
+    """What the running part is made of. It must not hold the producer, which may be dropped."""
+
+    exit_timeout: float
+
+    def prepare(self) -> None:
+        """Import what is needed; on the caller's thread, which may hold locks of the import."""
+
+    def make(self, tend: Callable[[], None]) -> Runtime:
+        """Make the running part, not started.
+
+        :param tend: is to be called at each sweep
+        """
+
+    def forked(self) -> None:
+        """Begin afresh in a child."""
+
+
+class Lifecycle:
+    """The life of a producer's running part in one process.
+
+    :param is_held: whether something of the program still holds the producer
+    :ivar runtime: ``None`` until the first use
+    :ivar closed: nothing is taken any more
+    """
+
+    def __init__(self, plan: Plan, is_held: Callable[[], bool]) -> None:
+        self._plan = plan
+        self._is_held = is_held
+        self.closed = False
+        self._left: Runtime | None = None
+        self._begin()
+        process.remember(self)
+
+    def _begin(self) -> None:
+        self.runtime: Runtime | None = None
+        self._made: Runtime | None = None  # the same, from before it is started, for a fork
+        self._starts: dict[str, _Start] = {}  # the one under way, if there is one
+        self._reports: list[CloseReport] = []  # the first counts
+
+    # --- start ---------------------------------------------------------------------------------
+
+    def started(self, *, blocking: bool = True) -> Runtime:
+        """Give the running part, started.
+
+        :param blocking: the caller is going to wait, which it must not on one of our threads
+        :raises ProducerClosedError: it is closed
+        :raises WouldDeadlockError: the wait would never end
+        """
+        forks.notice()
+        runtime = self.runtime
+        if runtime is None or self.closed:
+            runtime = self._start()
+        if blocking and threads.here.owner is runtime:
+            raise WouldDeadlockError("a blocking call on the producer's own thread")
+        return runtime
+
+    def _start(self) -> Runtime:
+        self._check_open()
+        if threads.here.owner is self:
+            raise WouldDeadlockError("called by a finaliser while the producer starts")
+        try:
+            self._plan.prepare()
+        except ImportError as error:  # by a signal handler in the middle of the same import
+            raise WouldDeadlockError(f"the library is being imported: {error}") from None
+        start = self._starts.setdefault("now", _Start(self._make_and_start))
+        runtime = start.wait(self)
+        if runtime is None:
+            if self._starts.get("now") is start:
+                del self._starts["now"]
+            raise _fresh(start.error)
+        self._check_open()
+        return runtime
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ProducerClosedError("the producer is closed")
+        if process.is_over():
+            raise ProducerClosedError(ENDED)
+
+    def _make_and_start(self) -> Runtime:
+        """Make and start it; on a thread that no signal interrupts."""
+        process.finish_in_children()
+        runtime = self._made = self._plan.make(self._tend)
+        process.hold(self)
+        try:
+            runtime.start()
+        except BaseException:
+            self._made = None
+            process.release(self)
+            raise
+        self.runtime = runtime
+        if self.closed or process.is_over():  # by one who did not wait, and may not have seen it
+            runtime.close(0.0)
+            process.release(self)
+        return runtime
+
+    def _tend(self) -> None:
+        """Close what has delivered everything, and is held by nothing of the program."""
+        runtime = self.runtime
+        if runtime is not None and not self._is_held() and runtime.is_idle():
+            self.close(0.0)
+
+    # --- close ---------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None) -> CloseReport:
+        """Drain and close, or finish what another caller has begun; give the one report.
+
+        :param timeout: ``None`` is `CLOSE_TIMEOUT`, or less where waiting is in vain
+        """
+        forks.notice()
+        now = time.monotonic()
+        deadline = now + (CLOSE_TIMEOUT if timeout is None else timeout)
+        self.drain(deadline, deadline if timeout is not None else now + self.exit_timeout)
+        self.end(deadline)
+        return self.join(deadline + CLOSE_MARGIN)
+
+    def drain(self, deadline: float, in_vain: float | None = None) -> None:
+        """Take nothing more, and deliver what is inside until a monotonic deadline.
+
+        :param in_vain: monotonic time after which this ends where there is no broker
+        """
+        self.closed = True
+        start = self._starts.get("now")
+        if start is not None and not start.withdraw() and threads.here.owner is not self:
+            start.over.wait_for(start.is_over, deadline)
+        runtime = self.runtime
+        if runtime is not None and not self._reports and threads.here.owner is not runtime:
+            runtime.drain(deadline, deadline if in_vain is None else in_vain)
+
+    def end(self, deadline: float) -> None:
+        """Have connections and threads end, and every publisher told how it stands."""
+        self.closed = True
+        if self.runtime is not None and not self._reports:
+            self.runtime.end(deadline + SHELVE_LIMIT)
+
+    def join(self, deadline: float) -> CloseReport:
+        """Wait for the threads until a monotonic deadline."""
+        if not self._reports:
+            report = CloseReport() if self.runtime is None else self.runtime.join(deadline)
+            self._reports.append(report)
+        process.release(self)
+        return self._reports[0]
+
+    # --- what the process tells ----------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """It has been started, and is not closed to the end."""
+        return self._made is not None and not self._reports
+
+    @property
+    def exit_timeout(self) -> float:
+        """Seconds for which the end of the process waits for it."""
+        return self._plan.exit_timeout
+
+    def lost(self) -> int:
+        """Count the messages that are lost with this process."""
+        return sum(len(report.abandoned) for report in self._reports[:1])
+
+    def forked(self) -> None:
+        """Begin afresh in a child, which must touch nothing of its parent's."""
+        self._left = self._made
+        _inherited.append((self._left, self._starts))
+        self._begin()
+        self._plan.forked()
+
+    def disown(self) -> None:
+        """Let go, in a child, of the parent's descriptors."""
+        left, self._left = self._left, None
+        if left is not None:
+            left.disown()
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Say how things stand, without asking the broker."""
+        runtime = self.runtime
+        if runtime is not None:
+            return runtime.status()
+        closed = ConnectionState.CLOSED if self.closed else ConnectionState.DISCONNECTED
+        return Status(connection_state=closed)
+
+
+class _Start:
+    """One attempt to start, carried out once by the first of the threads that come to do it."""
+
+    def __init__(self, make: Callable[[], Runtime]) -> None:
+        self._make = make
+        self._unclaimed = [None]
+        self._runtime: Runtime | None = None
+        self.error: Exception | None = None
+        self.over = Watch()
+
+    def is_over(self) -> bool:
+        """Whether it has come to an end, good or bad."""
+        return self._runtime is not None or self.error is not None
+
+    def wait(self, owner: object) -> Runtime | None:
+        """Wait until it is over; ``None`` where it failed.
+
+        A caller may be interrupted before it has a thread do it, or in the middle of having one do
+        it; so each caller sees to it that there is one.
+        """
+        deadline = time.monotonic() + START_LIMIT
+        while not self.is_over() and time.monotonic() < deadline:
+            if self._unclaimed:
+                try:
+                    threads.spawn("start", 1, self._run, owner)
+                except RuntimeError as error:  # Python 3.12 and later at the end of the interpreter
+                    self._fail(NotConnectedError(f"no thread can be started: {error}"))
+                    break
+            self.over.wait_for(self.is_over, time.monotonic() + CLAIM_LIMIT)
+        return self._runtime
+
+    def withdraw(self) -> bool:
+        """Have it not made any more; false if it is under way, or over."""
+        if not self._claim():
+            return False
+        self._fail(ProducerClosedError("the producer is closed"))
+        self.over.changed()
+        return True
+
+    def _claim(self) -> bool:
+        """Decide what becomes of it; true for one thread only."""
+        try:
+            self._unclaimed.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _run(self) -> None:
+        if not self._claim():
+            return
+        try:
+            self._runtime = self._make()
+        except MLProducerError as error:
+            self._fail(error)
+        except RuntimeError as error:
+            self._fail(NotConnectedError(f"no thread can be started: {error}"))
+        except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
+            why = getattr(error, "strerror", None) or "out of descriptors"
+            self._fail(NotConnectedError(f"the producer cannot be started: {why}"))
+        except BaseException as error:  # noqa: BLE001 - the callers have to be told whatever it is
+            self._fail(NotConnectedError(f"the producer cannot be started: {type(error).__name__}"))
+        self.over.changed()
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def _fresh(error: Exception | None) -> Exception:
+    """Give an error of its own to each caller."""
+    if isinstance(error, (ConfigurationError, NotConnectedError, ProducerClosedError)):
+        return type(error)(str(error))
+    if error is not None:
+        return error.with_traceback(None)
+    return NotConnectedError("the start takes too long")

@@ -1,0 +1,248 @@
+"""Looks after messages in the store: has them written there, and sends out what is due.
+
+There is one retry worker for all connections of a producer. Senders give orders and do not wait;
+what became of them goes back by the mailbox of the connection that the message belongs to. What is
+due goes out on any connection that can carry it. The store is touched on the retry worker's thread
+and nowhere else, so that a slow one never holds up a connection. What the store writer cannot write
+now it writes at the next sweep, and before that nothing is claimed: so a store that fails for a
+while delays, and makes neither losses nor duplicates.
+
+Runs on: the retry thread; orders come from the I/O thread, `RetryWorker.write_ahead` from
+publishers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from mlproducer import _clock as time
+from mlproducer._core.backoff import Backoff
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.interfaces import Owner
+from mlproducer._engine.gate import Gate
+from mlproducer._engine.store_writer import End, Note, Put, StoreWriter
+from mlproducer._engine.stored_rows import StoredRows, record_of, wall_clock
+from mlproducer._engine.threads import TimerThread
+from mlproducer._latch import Latch
+from mlproducer.errors import StoreError, UnroutableError
+from mlproducer.observe.events import EventSink
+from mlproducer.stores.protocol import Claim, Depth, Entry, Store
+
+MIN_PAUSE = 0.5
+"""Seconds between two sweeps at least, where leases have to begin anew."""
+
+
+class RetryWorker:
+    """Keeps the messages of one producer.
+
+    :param interval: seconds between sweeps
+    :ivar asked: the store has been asked how much it holds, or could not be
+    :ivar hurries: the last sweep left some that are due, and the next need not wait
+    """
+
+    def __init__(
+        self, store: Store, gate: Gate, backoff: Backoff, interval: float, events: EventSink
+    ) -> None:
+        self.name = store.name
+        self.durable = store.durable
+        self.writes_ahead = store.write_ahead
+        self.thread = TimerThread(self.sweep)
+        self.stored_rows = StoredRows(store.lease, durable=store.durable)
+        self.hurries = False
+        self.asked = not store.durable
+        self._store = store
+        self._gate = gate
+        self._backoff = backoff
+        self._interval = interval
+        self._store_writer = StoreWriter(store, self.stored_rows, gate, events, self._ring)
+        self._watch: Callable[[], None] | None = None
+        self._woken = False
+
+    @property
+    def depth(self) -> Depth:
+        """Count the rows, whoever wrote them; anyone may ask."""
+        return self._store_writer.depth
+
+    @property
+    def backlog(self) -> tuple[int, float]:
+        """How many rows are due, and the age of the oldest in seconds, where the store knows."""
+        found: tuple[int, float] = getattr(self._store, "backlog", (0, 0.0))
+        return found
+
+    @property
+    def known(self) -> bool:
+        """Whether the store has said how much it holds, and has not failed since."""
+        return self._store_writer.known
+
+    def serve(self, owners: Sequence[Owner], watch: Callable[[], None]) -> None:
+        """Say whom to answer, and what to look after at each sweep."""
+        self._store_writer.owners = owners
+        self._watch = watch
+        self.thread.due = time.monotonic() + (0.0 if self.durable else self._interval)
+
+    # --- orders --------------------------------------------------------------------------------
+
+    def write_ahead(self, delivery: Delivery, done: Latch | None = None) -> Put:
+        """Store a message before it is sent, then hand it to the I/O thread.
+
+        :param done: opened once it is stored, or refused
+        """
+        record = record_of(delivery, delivery.started)
+        put = Put(delivery, Entry(record, ahead=True), done=done)
+        self._store_writer.order(put)
+        return put
+
+    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
+        """Store a message, or note in its row what came of the last attempt."""
+        record, delay = record_of(delivery, now), self._delay(delivery)
+        if known:
+            new = not delivery.kept
+            told = new and delivery.leased_until < now
+            self._store_writer.order(Note(delivery, record, delay, first=new, told=told))
+        else:
+            self._store_writer.order(Put(delivery, Entry(record, delay)))
+
+    def settle(self, delivery: Delivery) -> None:
+        """Delete the row of a message that has found its end."""
+        self._store_writer.order(End(delivery, delivery.dead, kept=delivery.kept))
+
+    def withdraw(self, delivery: Delivery) -> None:
+        """Delete the row of a message, and say so."""
+        self._store_writer.order(End(delivery, delivery.dead, kept=delivery.kept, told=True))
+
+    def verify(self) -> None:
+        """See soon that the rows are still there, and store what has none although it should."""
+        self.thread.order(self._verify)
+
+    def sweep_soon(self) -> None:
+        """Send out what is due without waiting for the next sweep."""
+        self.hurries = False
+        self.thread.order(self.sweep)
+
+    def wake(self) -> None:
+        """Look soon for rows that others have brought; from any thread, as often as one likes."""
+        if not self._woken:
+            self._woken = True
+            self.thread.order(self.sweep)
+
+    def expect(self, delivery: Delivery, claim: Claim) -> None:
+        """Follow a row that becomes visible with another's COMMIT, if it does; from any thread."""
+        self.thread.order(partial(self.stored_rows.expect, delivery, claim))
+
+    def stop(self) -> None:
+        """End the thread once all orders are carried out, and let go of the store."""
+        self.thread.order(self._close)
+        self.thread.stop()
+
+    def _ring(self) -> None:
+        self.thread.order(self._store_writer.carry_out)
+
+    def _delay(self, delivery: Delivery) -> float | None:
+        """Say when a message is due again; never while its tag is open and may be confirmed."""
+        if delivery.place is Place.IN_FLIGHT:
+            return None
+        if delivery.dead:
+            buried, delivery.buried = delivery.buried, True
+            return self._backoff.maximum if buried else 0.0
+        if delivery.attempts == 0:
+            return 0.0
+        policy, backoff = delivery.policy, self._backoff
+        if policy is not None:
+            backoff = Backoff(policy.base_delay, policy.max_delay)
+        if delivery.unrouted and isinstance(delivery.reason, UnroutableError):
+            return backoff.maximum
+        return backoff.delay(delivery.attempts - 1)
+
+    # --- the thread: sweeps --------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Hand what is due back to the sender, as far as connection and window have room."""
+        self._woken = False
+        now = time.monotonic()
+        self.thread.due = now + min(self._interval, max(MIN_PAUSE, self.stored_rows.renew_at - now))
+        if self._watch is not None:
+            self._watch()
+        try:
+            self._renew(now)
+            self._store_writer.put_again()
+            if self._store_writer.carry_out():
+                self._store_writer.trace()
+                self._store_writer.count()
+                self._send_out()
+        except StoreError as error:
+            self._store_writer.failed(error)
+        if not self.asked:
+            self.asked = True
+            self._gate.emptied.changed()
+
+    def _send_out(self) -> None:
+        if not self.depth.stored:
+            self._gate.share(backlog=False)
+            return
+        ready = {owner: owner.ready() for owner in self._store_writer.owners}
+        room = min(sum(ready.values()), self._gate.room())
+        if room == 0:
+            return
+        now, epoch = time.monotonic(), wall_clock()
+        rows = self._store.claim(room)
+        self.hurries = bool(rows)
+        self._gate.share(backlog=self.hurries)
+        taken = []
+        for row in rows:
+            delivery = self.stored_rows.take(row, now, epoch)
+            if not delivery.open:
+                self.settle(delivery)  # it was given back, and its row left to whoever held it
+            elif delivery.place is Place.IN_FLIGHT:
+                continue  # its row was another process's for a while; its tag decides
+            elif self._gate.try_enter(delivery):
+                taken.append(delivery)
+            else:
+                self.hurries = True
+                self._store_writer.order(Note(delivery, row.record, 0.0, first=False))
+        self._hand_out(taken, ready)
+
+    def _hand_out(self, deliveries: Sequence[Delivery], ready: dict[Owner, int]) -> None:
+        """Divide messages among the connections that can carry them.
+
+        One that belongs to another connection goes by way of that one's mailbox, behind the answers
+        that it may still find there; so no two threads ever have it.
+        """
+        batches: dict[tuple[Owner, Owner], list[Delivery]] = {}
+        for delivery in deliveries:
+            home = delivery.owner
+            owner = home if home and ready.get(home) else max(ready, key=ready.__getitem__)
+            ready[owner] -= 1
+            if home is None:
+                delivery.owner = home = owner
+            batches.setdefault((home, owner), []).append(delivery)
+        for (home, owner), batch in batches.items():
+            if home is owner:
+                owner.order(partial(owner.readmit, batch))
+            else:
+                home.order(partial(home.pass_on, batch, owner))
+
+    def _renew(self, when: float) -> None:
+        """Let the leases of what is on its way begin anew, and see which have been lost."""
+        if when >= self.stored_rows.renew_at:
+            now = time.monotonic()
+            claims = list(self.stored_rows.claims.values())
+            lost = self._store.renew(claims) if claims else []
+            self.stored_rows.renewed(lost, now)
+
+    def _verify(self) -> None:
+        try:
+            self._renew(math.inf)
+            self._store_writer.trace()
+        except StoreError as error:
+            self._store_writer.failed(error)
+        self._store_writer.put_again()
+
+    def _close(self) -> None:
+        self._store_writer.put_again()
+        self._store_writer.carry_out()
+        try:
+            self._store.close()
+        except StoreError as error:
+            self._store_writer.failed(error)

@@ -1,0 +1,85 @@
+"""Who tells whom: the roles that the rooms of the engine play for one another.
+
+The I/O thread plays all of them; each room knows only the role that it needs.
+
+Runs on: the I/O thread; `Post.order` on any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+from mlproducer._core.interfaces import Carrier, Loss
+from mlproducer._core.states import ConnectionState
+from mlproducer.topology import Declaration
+
+
+class ConnectionOwner(Protocol):
+    """Who is told what happens on a connection."""
+
+    def connection_ready(self, channel: Carrier) -> None:
+        """A channel in confirm mode is open, the first one or the next."""
+
+    def connection_failed(self, loss: Loss) -> None:
+        """The connection ended, or never came to be; the connection is of no more use."""
+
+    def channel_lost(self, loss: Loss) -> None:
+        """The broker closed the channel; another one is being opened."""
+
+    def flow_changed(self, *, blocked: bool, reason: str) -> None:
+        """The broker's alarm came or went."""
+
+    def topology_fault(self, declaration: Declaration, loss: Loss) -> None:
+        """Something could not be declared; publishing goes on without it."""
+
+    def probe_refused(self, loss: Loss) -> None:
+        """The broker has no channel for questions, or ends the connection over one."""
+
+    def acked(self, tag: int, *, multiple: bool) -> None:
+        """The broker has taken a message."""
+
+    def nacked(self, tag: int, *, multiple: bool) -> None:
+        """The broker has refused a message."""
+
+    def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
+        """A message has no queue."""
+
+    def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
+        """The broker does not take dead letters, over which it has closed their own channel."""
+
+
+class ConnectorOwner(ConnectionOwner, Protocol):
+    """Who is told how dialling goes."""
+
+    def order(self, order: Callable[[], None]) -> bool:
+        """Have something done on the I/O thread; false if that has ended. From any thread."""
+
+    def attempt_failed(self, loss: Loss) -> None:
+        """No broker of the list could be reached."""
+
+    def gave_up(self, loss: Loss) -> None:
+        """The attempts are used up; now they are rare, until `Connector.dial` starts over."""
+
+    def state_changed(self, state: ConnectionState) -> None:
+        """The connection moved."""
+
+    def finished(self) -> None:
+        """The connection is closed for good."""
+
+
+class Post(Protocol):
+    """What the timer threads tell an I/O thread."""
+
+    def order(self, order: Callable[[], None]) -> bool:
+        """Have something done on the I/O thread; false if that has ended."""
+
+    def probe(self, reply: Future[None]) -> None:
+        """Ask the broker whether it is there; the future is resolved when it answers."""
+
+    def silent(self, reply: Future[None]) -> None:
+        """The broker has not answered in time."""
+
+    def cool(self) -> None:
+        """The breaker's cooldown may be over."""

@@ -1,0 +1,406 @@
+"""The running part of one producer: what belongs to it, and its connections; mostly there is one.
+
+The store and its thread, the in-flight window, the resolver, callbacks and spans are the producer's
+and hang on no connection. A message is handed to the connection with the fewest messages of those
+that can send now; messages of one thread keep their order on one connection, and so not across
+several.
+
+A runtime is made at the first publish, ends with `Runtime.close`, and is not used again. A forked
+child makes its own and only lets go of the descriptors of its parent's.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from attrs import evolve
+
+from mlproducer import _clock as time
+from mlproducer._core.backoff import Backoff
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.shutdown import CLOSED
+from mlproducer._engine import threads
+from mlproducer._engine.endpoints import Endpoints
+from mlproducer._engine.engine import Engine, Shared
+from mlproducer._engine.gate import Gate
+from mlproducer._engine.io_thread import Standing
+from mlproducer._engine.lifecycle import CLOSE_MARGIN, SHELVE_LIMIT
+from mlproducer._engine.pika_logging import quieten_pika
+from mlproducer._engine.resolver import Resolver
+from mlproducer._engine.retry_worker import RetryWorker
+from mlproducer._latch import Latch, Watch
+from mlproducer.errors import ProducerClosedError
+from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
+from mlproducer.observe.events import EventSink, Fanout
+from mlproducer.observe.log import LogSink
+from mlproducer.observe.meter import Meter
+from mlproducer.observe.recent import Recorder
+from mlproducer.observe.spans import Spans
+from mlproducer.settings import Settings
+from mlproducer.status import CloseReport, Status
+from mlproducer.stores import open_store
+from mlproducer.stores.foreign import foreign
+from mlproducer.stores.protocol import Claim, Depth, Store
+from mlproducer.topology import Declaration
+
+
+class Runtime:
+    """Connections that are started, used and closed together, and what they share.
+
+    :ivar engines: the connections, at least one
+    :ivar dispatcher: makes users' calls
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        callbacks: Callbacks,
+        meter: Meter,
+        recorder: Recorder,
+        tend: Callable[[], None],
+        added: Sequence[Declaration] = (),
+    ) -> None:
+        self.gate = Gate(settings.max_in_flight)
+        self.dispatcher = Dispatcher(self._spawn, self._event_dropped)
+        self.durable = store.durable
+        self._callbacks = callbacks
+        self._meter = meter
+        self._recorder = recorder
+        self._spans = Spans(self.dispatcher, durable=store.durable)
+        self._log = LogSink()
+        self._connected = Watch()
+        numbers = range(settings.connections)
+        events = [self._events(self.gate.inside if number == 0 else tuple) for number in numbers]
+        self._events_of_all = events[0]
+        backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
+        interval = settings.retry_sweep_interval
+        self._retry_worker = RetryWorker(store, self.gate, backoff, interval, self._events_of_all)
+        self._resolver = Resolver(Endpoints(settings, added), self._spawn)
+        shared = Shared(
+            self.gate,
+            self._retry_worker,
+            self.dispatcher,
+            self._spans,
+            self._connected,
+            self._resolver,
+        )
+        self.engines: Sequence[Engine] = [
+            Engine(settings, shared, each, number) for number, each in enumerate(events)
+        ]
+        ios = [engine.io for engine in self.engines]
+        for io in ios:
+            io.peers = [each for each in ios if each is not io]
+        self._retry_worker.serve(ios, self._sweep)
+        listener = getattr(store, "listener", None)
+        self._listener = None if listener is None else listener(self._retry_worker.wake)
+        self._tend = tend
+        self._ordinal = 0
+        self._threads: list[threading.Thread] = []
+        # Noted by each who closes, before the next step; the first counts, the others come late.
+        self._confirmed_before: list[int] = []
+        self._abandoned: list[tuple[str, ...]] = []
+        self._shelved: list[Latch] = []
+        self._ended = False
+
+    def _events(self, inside: Callable[[], Sequence[Delivery]]) -> EventSink:
+        """Make the sinks of one connection; they count without a lock, each on its own thread.
+
+        :param inside: the messages under way, which one connection counts for all
+        """
+        return Fanout(
+            [
+                self._log,
+                CallbackSink(self._callbacks, self.dispatcher),
+                self._meter.sink(),
+                self._recorder.sink(inside),
+                self._spans,
+            ]
+        )
+
+    def choose(self) -> Engine:
+        """Give the connection for the next message.
+
+        One whose breaker is half-open is chosen by one thread only, for the message that probes it.
+        """
+        engines = self.engines
+        if len(engines) == 1:
+            return engines[0]
+        ranks = [engine.rank() for engine in engines]
+        for engine, (standing, _) in zip(engines, ranks, strict=True):
+            if standing is Standing.PROBES and engine.takes_probe():
+                return engine
+        return engines[ranks.index(min(ranks))]
+
+    # --- life ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads.
+
+        :raises RuntimeError: the interpreter is shutting down
+        """
+        try:
+            self._ordinal = self.engines[0].take_ordinal()
+            self.dispatcher.start()
+            self._resolver.start()
+            for engine in self.engines:
+                engine.start(self)
+            self._threads.append(self._spawn("retry", self._retry_worker.thread.run))
+            if self._listener is not None:
+                self._threads.append(self._spawn("listen", self._listener.run))
+        except RuntimeError:
+            self.close(0.0)
+            raise
+
+    def close(self, timeout: float) -> CloseReport:
+        """Drain, then end connections and threads, all within ``timeout`` and a margin."""
+        deadline = time.monotonic() + timeout
+        self.drain(deadline, deadline)
+        self.end(deadline + SHELVE_LIMIT)
+        return self.join(deadline + CLOSE_MARGIN)
+
+    # The steps of a close. Each may be cut by an interrupt, taken again, and taken by several
+    # threads at once. One who closes several fleets takes each step with all of them before the
+    # next, so that they share one deadline.
+
+    def drain(self, deadline: float, in_vain: float) -> None:
+        """Deliver what is inside, until a monotonic deadline; then have the store take the rest.
+
+        :param in_vain: monotonic time after which this ends where there is no broker
+        """
+        self._confirmed_before.append(self._confirmed())
+        self._watch()
+        self._wait_until_quiet(min(deadline, in_vain))
+        if not self._is_away():
+            self._wait_until_quiet(deadline)
+        self._shelve()
+
+    def end(self, deadline: float) -> None:
+        """Have connections and threads end, and everybody told how it stands.
+
+        :param deadline: monotonic time until which a durable store may take what is left
+        """
+        self._confirmed_before.append(self._confirmed())
+        for shelved in self._shelved or self._shelve():
+            if shelved.wait(deadline - time.monotonic()):
+                shelved.open()  # for another thread that closes at the same time
+        self._abandoned.append(tuple(each.envelope.message_id for each in self._unsettled()))
+        for engine in self.engines:
+            engine.end()
+        self._ended = True
+        self.gate.emptied.changed()  # for those in flush() and wait_connected()
+        self._connected.changed()
+
+    def _shelve(self) -> list[Latch]:
+        self._shelved = [engine.shelve() for engine in self.engines]
+        return self._shelved
+
+    def join(self, deadline: float) -> CloseReport:
+        """Wait for the threads, until a monotonic deadline, and give what became of messages."""
+        ended = [engine.join(deadline) for engine in self.engines]
+        if all(ended):
+            self._retry_worker.thread.order(
+                self._settle_rest
+            )  # by one thread, which no signal cuts
+        self._retry_worker.stop()
+        if self._listener is not None:
+            self._listener.stop()
+        self._resolver.stop()
+        self._spans.close()
+        self.dispatcher.stop()
+        self._resolver.join(deadline)
+        threads.join_all([*self._threads, *self.dispatcher.threads], deadline)
+        for engine in self.engines:
+            engine.join_timers(deadline)
+        stored = self._depth().stored if self.durable else 0
+        confirmed = self._confirmed() - self._confirmed_before[0]
+        return CloseReport(confirmed, stored, self._abandoned[0])
+
+    def _confirmed(self) -> int:
+        return sum(engine.confirmed for engine in self.engines)
+
+    def _settle_rest(self) -> None:
+        """Tell those whose message no I/O thread had any more, now that all have ended."""
+        now = time.monotonic()
+        for delivery in self._still_open():
+            if self.durable and delivery.kept:
+                delivery.entrust(now)
+            else:
+                error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
+                self._events_of_all.given_back(delivery, error)
+                delivery.give_back(error)
+
+    def disown(self) -> None:
+        """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
+
+        Each number is pointed at ``/dev/null``, so that the objects that still hold it can do no
+        harm whenever they are collected. What runs here are greenlets, if anything: gevent's go on
+        in a child, and must not answer, deliver or connect in their parent's stead.
+        """
+        left = [each for engine in self.engines for each in engine.descriptors()]
+        for engine in self.engines:
+            engine.io.leave()
+        self._retry_worker.thread.leave()
+        self._resolver.leave()
+        if not left:
+            return
+        try:
+            nothing = os.open(os.devnull, os.O_RDWR)
+        except OSError:  # no descriptor is to be had: one of these makes room
+            os.close(left[0])
+            nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in left:
+            if descriptor != nothing:
+                os.dup2(nothing, descriptor, inheritable=False)
+        if nothing not in left:
+            os.close(nothing)
+
+    def _spawn(self, role: str, target: Callable[[], None]) -> threading.Thread:
+        return threads.spawn(role, self._ordinal, target, self)
+
+    def _event_dropped(self) -> None:
+        self._events_of_all.events_dropped()
+
+    def _sweep(self) -> None:
+        self._watch()
+        self._tend()
+
+    def _watch(self) -> None:
+        """Write the gauges down, and see that the I/O threads are alive."""
+        self._meter.refresh()
+        self._recorder.sample()
+        for engine in self.engines:
+            engine.watch()
+
+    # --- the whole -----------------------------------------------------------------------------
+
+    def wait_connected(self, timeout: float | None) -> bool:
+        """Wait until a connection carries messages; one will do, as it does for ``is_healthy``."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._connected.wait_for(lambda: self._ended or self._is_connected(), deadline)
+        return self._is_connected()
+
+    def _is_connected(self) -> bool:
+        return any(engine.connected for engine in self.engines)
+
+    def _is_away(self) -> bool:
+        """Whether it is known that there is no broker, on any connection."""
+        return all(engine.away for engine in self.engines)
+
+    def declare(self, deadline: float) -> bool:
+        """Have declared what was added, on each connection or when it comes to be.
+
+        :returns: false where a broker has not answered by a monotonic deadline
+        """
+        asked = [engine.declare() for engine in self.engines]
+        return all(each.wait(deadline - time.monotonic()) for each in asked)
+
+    def reconnect(self) -> None:
+        """Connect now where there is no connection."""
+        for engine in self.engines:
+            engine.reconnect()
+
+    def flush(self, deadline: float | None) -> int:
+        """Wait until nothing is in flight or waiting, and give how many are left.
+
+        This is about the whole store, whatever process wrote a row or has claimed it; while it
+        cannot be read, at least one is left.
+
+        :raises WouldDeadlockError: it is called by a signal handler amid another call
+        """
+        self.gate.check()
+        self._wait_until(self._quiet, deadline)
+        left = self._inside() + self._depth().total
+        return left if self._retry_worker.known else max(1, left)
+
+    def _wait_until_quiet(self, deadline: float | None) -> None:
+        self._wait_until(self._quiet_here, deadline)
+
+    def _wait_until(self, quiet: Callable[[], bool], deadline: float | None) -> None:
+        for engine in self.engines:
+            if engine.idle:
+                engine.reconnect()
+        self.gate.emptied.wait_for(lambda: self._ended or quiet(), deadline)
+
+    def _quiet(self) -> bool:
+        return not self.gate and self._retry_worker.known and not self._depth().total
+
+    def _quiet_here(self) -> bool:
+        """Whether there is nothing to close for: no wait for other processes, or a broken store."""
+        return not self.gate and self._retry_worker.asked and not self._depth().stored
+
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight, and nothing waits that is lost with this process."""
+        depth = self._depth()
+        left = depth.waiting if self.durable else depth.stored
+        return not self.gate and self._retry_worker.asked and not left
+
+    def _depth(self) -> Depth:
+        """Count the messages in the store, whoever wrote them there."""
+        return self._retry_worker.depth
+
+    def _inside(self) -> int:
+        """Count the messages inside that the store does not count."""
+        has_row = self._retry_worker.stored_rows.has_row
+        ahead = self._retry_worker.stored_rows.ahead
+        inside = [each for each in self.gate.inside() if each.open]
+        return sum(each in ahead or not (each.kept and has_row(each)) for each in inside)
+
+    def _still_open(self) -> list[Delivery]:
+        """Give those whose publishers have not been told their fate, or may still learn it."""
+        held = dict.fromkeys([*self.gate.inside(), *self._retry_worker.stored_rows.deliveries()])
+        return [each for each in held if each.open]
+
+    def _unsettled(self) -> list[Delivery]:
+        """Give those that would be lost with this process."""
+        if not self.durable:
+            return self._still_open()
+        stored_rows = self._retry_worker.stored_rows
+        held = dict.fromkeys([*self.gate.inside(), *stored_rows.rowless])
+        stored = stored_rows.has_row, stored_rows.astray.__contains__
+        return [each for each in held if each.open and not any(has(each) for has in stored)]
+
+    def expect(self, delivery: Delivery, claim: Claim) -> None:
+        """Follow a row of an outbox, whose transaction is not over."""
+        self._retry_worker.expect(delivery, claim)
+
+    def status(self) -> Status:
+        """Say how things stand: with the connection that is best off, and with the sizes of all."""
+        statuses = [engine.status() for engine in self.engines]
+        best = max(statuses, key=lambda each: (each.healthy, each.connection_state))
+        depth = self._depth()
+        due, oldest = self._retry_worker.backlog
+        return evolve(
+            best,
+            outbox_rows=due,
+            outbox_oldest=oldest,
+            pending_confirms=sum(each.pending_confirms for each in statuses),
+            retry_queue_size=depth.waiting,
+            dead_letters=depth.dead,
+            store=self._retry_worker.name if self.durable else "",
+        )
+
+
+def assemble(
+    settings: Settings,
+    store: Store | None,
+    callbacks: Callbacks,
+    meter: Meter,
+    recorder: Recorder,
+    tend: Callable[[], None],
+    added: Sequence[Declaration] = (),
+) -> Runtime:
+    """Make the running part that the settings ask for, not started.
+
+    :param tend: is called at each sweep, on the retry thread
+    :param store: ``None`` is what the settings name
+    :param added: what is to be declared beside the topology; others may append to it
+    :raises ConfigurationError: the settings do not fit together
+    """
+    quieten_pika()
+    made = open_store(settings) if store is None else foreign(store)
+    return Runtime(settings, made, callbacks, meter, recorder, tend, added)

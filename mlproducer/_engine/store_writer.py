@@ -1,0 +1,496 @@
+"""Writes to the store what the retry worker is ordered to, together what has come together.
+
+Orders that come in a burst share one transaction, and so one fsync. A store that is full for one
+kind of orders may be fit for another. What cannot be noted or deleted now stays ordered.
+
+Runs on: the retry thread; `StoreWriter.order` and `StoreWriter.depth` on any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+from attrs import define, field
+
+from mlproducer import _clock as time
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.interfaces import Owner
+from mlproducer._core.shutdown import CLOSED
+from mlproducer._engine.gate import Gate
+from mlproducer._engine.stored_rows import StoredRows, record_of
+from mlproducer._latch import Latch
+from mlproducer.errors import BufferFullError, ProducerClosedError, PublishError, StoreError
+from mlproducer.observe.events import EventSink
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate, Store
+
+MIN_PATIENCE, MAX_PATIENCE = 0.05, 5.0
+"""Seconds for which messages wait for a store that somebody else is writing to."""
+
+
+@define(eq=False)
+class Put:
+    """Store a message.
+
+    :ivar done: opened once it is stored, or refused
+    :ivar restores: its row is gone from the store, or could not be written although it was promised
+    :ivar refusal: why it is not
+    """
+
+    delivery: Delivery
+    entry: Entry
+    done: Latch | None = None
+    restores: bool = False
+    refusal: PublishError | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is still to be stored; not what has gone back to its publisher."""
+        if self.entry.ahead or self.restores:
+            return self.delivery.open
+        return self.delivery.stored
+
+
+@define(eq=False)
+class Note:
+    """Note in a message's row what came of the last attempt.
+
+    :ivar first: the row did not count among those that wait before
+    :ivar told: its publisher waits for the store's word that the row is still there
+    """
+
+    delivery: Delivery
+    record: Record = field(repr=False)
+    delay: float | None
+    first: bool
+    told: bool = False
+
+    @property
+    def dead(self) -> bool:
+        """Whether it counts among the dead."""
+        return self.record.dead
+
+    @property
+    def change(self) -> int:
+        """By how much it changes their number."""
+        return int(self.first)
+
+
+@define(eq=False)
+class End:
+    """Delete the row of a message that has found its end, or goes back to its publisher.
+
+    :ivar kept: the message waited for a retry, or is dead
+    :ivar told: its publisher waits for the deletion
+    :ivar counted: the row was counted among those that wait or are dead when this was ordered
+    """
+
+    delivery: Delivery
+    dead: bool
+    kept: bool
+    told: bool = False
+    counted: bool = False
+
+    @property
+    def change(self) -> int:
+        """By how much it changes their number."""
+        return -self.counted
+
+
+@define(eq=False)
+class _Count:
+    """What the store held when it was last asked.
+
+    :ivar waiting: by how much orders that were carried out by then had changed that number
+    :ivar dead: by how much that of the dead
+    :ivar new: what has been stored since, and whether it is dead
+    """
+
+    depth: Depth
+    waiting: int = 0
+    dead: int = 0
+    new: dict[Delivery, bool] = field(factory=dict)
+
+
+Order = TypeVar("Order", Put, Note, End)
+
+_ENDS = (RowFate.CONFIRMED, RowFate.DEAD_LETTERED)
+
+TRACED = 500
+"""Rows whose fate is asked for in one call."""
+
+
+class StoreWriter:
+    """Carries out orders.
+
+    :param ring: has `carry_out` called soon, on the retry thread
+    :ivar owners: the connections; each is answered for the messages that belong to it
+    :ivar known: the store has been counted, and has not failed since
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        stored_rows: StoredRows,
+        gate: Gate,
+        events: EventSink,
+        ring: Callable[[], None],
+    ) -> None:
+        self.owners: Sequence[Owner] = ()
+        self._store = store
+        self._stored_rows = stored_rows
+        self._gate = gate
+        self._events = events
+        self._ring = ring
+        self._orders: deque[Put | Note | End] = deque()
+        self._rung = False
+        # By how much rows become more or fewer, by whether they are dead.
+        self._ordered = Counter[bool]()
+        self._carried = Counter[bool]()
+        self._counted = _Count(Depth())
+        self.known = not store.durable
+
+    @property
+    def depth(self) -> Depth:
+        """Count the rows, whoever wrote them, as they will be after all orders; anyone may ask.
+
+        Of those stored ahead these are other processes' alone; this one's are inside the window.
+        """
+        count = self._counted
+        new = list(count.new.values())
+        return Depth(
+            max(0, count.depth.waiting + new.count(False) + self._ordered[False] - count.waiting),
+            max(0, count.depth.dead + new.count(True) + self._ordered[True] - count.dead),
+            count.depth.ahead,
+        )
+
+    def order(self, order: Put | Note | End) -> None:
+        """Have something written."""
+        if isinstance(order, End):
+            # A row that is not there yet is not counted, and must not be subtracted from others.
+            order.counted = order.kept and self._stored_rows.claim_of(order.delivery) is not None
+        if not isinstance(order, Put):
+            self._ordered[order.dead] += order.change
+        self._orders.append(order)
+        if not self._rung:
+            self._rung = True
+            self._ring()
+
+    def count(self) -> None:
+        """Ask the store how much it holds."""
+        try:
+            depth = self._store.depth()
+        except BaseException:
+            # Here and not before the call: a flush() that looks meanwhile goes by the last count.
+            self.known = False
+            raise
+        others = max(0, depth.ahead - len(self._stored_rows.ahead))
+        counted = Depth(depth.waiting, depth.dead, others)
+        self._counted = _Count(counted, self._carried[False], self._carried[True])
+        self.known = True
+        if not self.depth.total:
+            self._gate.emptied.changed()
+
+    def carry_out(self) -> bool:
+        """Do all that was ordered so far; what the store does not take now stays ordered."""
+        self._rung = False
+        orders = [self._orders.popleft() for _ in range(len(self._orders))]
+        puts = [order for order in orders if isinstance(order, Put)]
+        notes = [order for order in orders if isinstance(order, Note)]
+        ends = [order for order in orders if isinstance(order, End)]
+        steps = (
+            self._attempt(self._put, puts, again=False),  # it has told those whom it refused
+            self._attempt(self._note, notes),
+            self._attempt(self._end, ends),
+        )
+        return all(steps)
+
+    def _attempt(
+        self,
+        step: Callable[[Sequence[Order]], None],
+        orders: Sequence[Order],
+        *,
+        again: bool = True,
+    ) -> bool:
+        """Do one kind of orders; a store that is full for one may be fit for another."""
+        if not orders:
+            return True
+        try:
+            step(orders)
+        except Exception as error:  # noqa: BLE001 - also where a user's store fails in its own way
+            self.failed(self._as_store_error(error))
+            if again:
+                self._orders.extendleft(reversed(orders))
+            return False
+        return True
+
+    def put_again(self) -> None:
+        """Store what was promised, and what the store has lost, as far as it can be done now.
+
+        They are remembered until they are stored: a close finds them although the store is silent.
+        """
+        puts = list(self._stored_rows.rowless.values())
+        self._attempt(self._put, puts, again=False)
+        for put in puts:
+            if not put.wanted:
+                self._stored_rows.rowless.pop(put.delivery, None)
+
+    def _put(self, puts: Sequence[Put]) -> None:
+        """Store messages, but for those whose publishers have given up waiting for it."""
+        taken: list[Put] = []
+        entries = self._wanted(puts, taken)
+        now = time.monotonic()
+        try:
+            claims = self._store.put(entries, _patience(puts))
+        except BufferFullError as error:
+            if len(taken) == 1:
+                self._refuse(taken, error)
+            else:  # for some of them there may be room
+                for put in taken:
+                    self._attempt(self._put, [put], again=False)
+        except Exception as error:
+            taken += [put for put in puts if put not in taken and put.wanted]
+            self._refuse(taken, self._as_store_error(error))
+            raise
+        else:
+            self._stored(taken, claims, now)
+
+    def _wanted(self, puts: Sequence[Put], taken: list[Put]) -> Iterator[Entry]:
+        for put in puts:
+            if put.wanted:
+                taken.append(put)
+                yield put.entry
+
+    def _stored(self, puts: Sequence[Put], claims: Sequence[Claim], now: float) -> None:
+        """Tell that messages are stored; what can fail, as counting can, comes after that."""
+        ahead, kept = [], []
+        for put, claim in zip(puts, claims, strict=True):
+            delivery = put.delivery
+            self._stored_rows.rowless.pop(delivery, None)
+            if put.entry.ahead:
+                self._stored_rows.ahead.add(delivery)
+            else:
+                self._counted.new[delivery] = put.entry.record.dead
+            if put.entry.delay is None:
+                self._stored_rows.hold(delivery, claim, now)
+            else:
+                self._stored_rows.park(delivery, claim)
+            if not put.entry.ahead:
+                kept.append(delivery)
+            elif put.restores:
+                continue
+            elif delivery.claim():
+                delivery.stored = True
+                ahead.append(delivery)
+            else:  # its publisher has given up while it was being stored
+                self.order(End(delivery, dead=False, kept=False))
+        _open(puts)
+        self._gate.leave([put.delivery for put in puts if put.entry.delay is not None])
+        for delivery in self._tell(kept, lambda owner, some: owner.kept(some)):
+            if not delivery.open:
+                self.order(End(delivery, delivery.dead, kept=True))
+        self._part(self._tell(ahead, lambda owner, some: owner.stored_ahead(some)), now)
+        if kept:
+            self._count_again()
+
+    def _part(self, deliveries: Sequence[Delivery], now: float) -> None:
+        """Answer those whose message was stored when the producer had been closed already."""
+        for delivery in deliveries:
+            if delivery.retry:
+                delivery.entrust(now)
+            else:
+                self.order(End(delivery, delivery.dead, kept=delivery.kept))
+                message_id = delivery.envelope.message_id
+                error = ProducerClosedError(CLOSED, message_id=message_id)
+                self._events.given_back(delivery, error)
+                delivery.give_back(error)
+
+    def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
+        """Tell that messages are not stored; but what was promised is put again at each sweep."""
+        refusals: dict[Delivery, PublishError] = {}
+        for put in puts:
+            if put.restores or put.delivery.promised:
+                self._stored_rows.rowless[put.delivery] = put
+            else:
+                put.refusal = refusals[put.delivery] = _copy(error, put.delivery)
+        for delivery in self._tell(
+            list(refusals),
+            lambda owner, some: owner.not_kept([(each, refusals[each]) for each in some]),
+        ):
+            if delivery.open and delivery.is_ours:
+                self._events.given_back(delivery, refusals[delivery])
+                delivery.give_back(refusals[delivery])
+        _open(puts)
+
+    def _as_store_error(self, error: Exception) -> StoreError:
+        if isinstance(error, StoreError):
+            return error
+        return StoreError(f"the store {self._store.name} failed: {type(error).__name__}")
+
+    def _note(self, notes: Sequence[Note]) -> None:
+        held = [(note, self._stored_rows.claims.get(note.delivery)) for note in notes]
+        known = [(note, claim) for note, claim in held if claim is not None]
+        lost = set(
+            self._store.release([Change(claim, note.record, note.delay) for note, claim in known])
+        )
+        sure = []
+        for note, claim in held:
+            delivery = note.delivery
+            if claim is None or claim in lost:
+                self._miss(note)
+                astray = self._stored_rows.astray.get(delivery)
+                safe = astray is not None and astray.told
+            else:
+                safe = True
+                self._stored_rows.ahead.discard(delivery)
+                if note.delay is not None:
+                    self._stored_rows.park(delivery, claim)
+            if note.told and safe:
+                sure.append(delivery)
+        self._done(notes)
+        self._tell(sure, lambda owner, some: owner.kept(some))
+
+    def _miss(self, note: Note) -> None:
+        """Remember what is to be stored of a message, should its row turn out to be gone."""
+        delivery = note.delivery
+        self._stored_rows.lose(delivery)
+        put = Put(delivery, Entry(note.record, note.delay), restores=True)
+        if delivery in self._stored_rows.astray:
+            self._stored_rows.astray[delivery].put = put
+        elif delivery in self._stored_rows.rowless or (
+            delivery.promised and not self._stored_rows.claim_of(delivery)
+        ):
+            self._stored_rows.rowless[delivery] = put  # it could not be written so far
+
+    def trace(self) -> None:
+        """Learn what became of rows that are not this process's any more, or may not be.
+
+        These are rows whose claim was lost, and those that wait, and that another process may have
+        delivered, as far as somebody can be told.
+        """
+        asked = self._stored_rows.astray_and_waiting()
+        for begin in range(0, len(asked), TRACED):
+            piece = asked[begin : begin + TRACED]
+            fates = self._store.trace([claim for _, claim in piece])
+            self._learn([delivery for delivery, _ in piece], fates)
+
+    def _learn(self, deliveries: Sequence[Delivery], fates: Sequence[RowFate]) -> None:
+        by_fate: dict[RowFate, list[Delivery]] = {fate: [] for fate in RowFate}
+        for delivery, fate in zip(deliveries, fates, strict=True):
+            by_fate[fate].append(delivery)
+        taken = [
+            each for each in by_fate[RowFate.TAKEN] if self._stored_rows.first_seen_taken(each)
+        ]
+        self._tell(taken, lambda owner, some: owner.taken_over(some))
+        vanished = []
+        for delivery in by_fate[RowFate.MISSING]:
+            if self._stored_rows.expects(delivery):
+                continue  # its transaction is not over, or was rolled back
+            astray = self._stored_rows.astray.get(delivery)
+            self._stored_rows.drop(delivery)
+            if astray is None:
+                vanished.append(delivery)
+            elif delivery.open:
+                delivery.leased_until = math.inf  # there is nothing that another could have
+                self._stored_rows.rowless[delivery] = astray.put or self._restoring(delivery)
+        self._tell(vanished, lambda owner, some: owner.vanished(some))
+        for fate in _ENDS:
+            for delivery in by_fate[fate]:
+                self._stored_rows.drop(delivery)
+            self._tell_end(by_fate[fate], fate)
+
+    def _restoring(self, delivery: Delivery) -> Put:
+        record = record_of(delivery, time.monotonic())
+        return Put(delivery, Entry(record, ahead=not delivery.kept), restores=True)
+
+    def _end(self, ends: Sequence[End]) -> None:
+        claims = [self._stored_rows.claim_of(end.delivery) for end in ends]
+        self._store.done([claim for claim in claims if claim is not None])
+        told = [(end.delivery, claim) for end, claim in zip(ends, claims, strict=True) if end.told]
+        fates = self._fates([claim for _, claim in told])
+        for end in ends:
+            self._stored_rows.drop(end.delivery)
+            self._stored_rows.rowless.pop(end.delivery, None)
+        self._withdraw([delivery for delivery, _ in told], fates)
+        self._done(ends)
+
+    def _fates(self, claims: Sequence[Claim | None]) -> list[RowFate]:
+        """Ask what became of rows that have just been deleted, unless they were another's by then.
+
+        So it was if the lease had ended while this process, or the store, was frozen.
+        """
+        held = [claim for claim in claims if claim is not None]
+        fates = iter(self._store.trace(held) if held else ())
+        return [RowFate.MISSING if claim is None else next(fates) for claim in claims]
+
+    def _withdraw(self, deliveries: Sequence[Delivery], fates: Sequence[RowFate]) -> None:
+        """Tell whose row is gone, and what another process does, or has done, with the others."""
+        by_fate: dict[RowFate, list[Delivery]] = {}
+        for delivery, fate in zip(deliveries, fates, strict=True):
+            by_fate.setdefault(fate, []).append(delivery)
+        for fate, some in by_fate.items():
+            if fate in _ENDS:
+                self._tell_end(some, fate)
+            else:
+                gone = fate is RowFate.MISSING
+                self._tell(some, partial(_say_withdrawn, gone=gone))
+
+    def _tell_end(self, deliveries: Sequence[Delivery], fate: RowFate) -> None:
+        dead = fate is RowFate.DEAD_LETTERED
+        self._tell(deliveries, lambda owner, some: owner.learned(some, dead=dead))
+
+    def _done(self, orders: Sequence[Note] | Sequence[End]) -> None:
+        """Count anew, if it can be done, where the orders have made a difference."""
+        for order in orders:
+            self._carried[order.dead] += order.change
+        if any(isinstance(order, Note) or order.kept for order in orders):
+            self._count_again()
+
+    def _count_again(self) -> None:
+        """Count, if it can be done; a store that cannot is told of, and harms nothing."""
+        try:
+            self.count()
+        except Exception as error:  # noqa: BLE001 - also where a user's store fails in its own way
+            self.failed(self._as_store_error(error))
+
+    def failed(self, error: StoreError) -> None:
+        """Tell that the store cannot be used: what is left is unknown until it is counted."""
+        self.known = False
+        self._events.store_failed(error)
+
+    def _tell(
+        self, deliveries: Sequence[Delivery], say: Callable[[Owner, list[Delivery]], None]
+    ) -> list[Delivery]:
+        """Have something said on the I/O thread of each; give those whose thread has ended."""
+        batches: dict[Owner, list[Delivery]] = {}
+        for delivery in deliveries:
+            batches.setdefault(delivery.owner or self.owners[0], []).append(delivery)
+        unheard = []
+        for owner, batch in batches.items():
+            if not owner.order(partial(say, owner, batch)):
+                unheard += batch
+        return unheard
+
+
+def _say_withdrawn(owner: Owner, deliveries: list[Delivery], *, gone: bool) -> None:
+    owner.withdrawn(deliveries, gone=gone)
+
+
+def _open(puts: Sequence[Put]) -> None:
+    for put in puts:
+        if put.done is not None:
+            put.done.open()
+
+
+def _patience(puts: Sequence[Put]) -> float:
+    """How long the publishers of these will wait."""
+    left = max(put.delivery.deadline for put in puts) - time.monotonic()
+    return min(max(left, MIN_PATIENCE), MAX_PATIENCE)
+
+
+def _copy(error: BufferFullError | StoreError, delivery: Delivery) -> BufferFullError | StoreError:
+    message_id = delivery.envelope.message_id
+    return type(error)(str(error), message_id=message_id, attempts=delivery.attempts)

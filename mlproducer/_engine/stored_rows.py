@@ -1,0 +1,245 @@
+"""Which delivery belongs to which row of the store.
+
+In a durable store a row may outlive its delivery, and may be another process's: then a delivery
+is made of the record, and nobody waits for it. While a row waits there, its delivery is remembered
+only as long as somebody holds the receipt or future that it is to resolve, and without its body; so
+a backlog takes no memory. In the memory store the delivery is all there is, and stays.
+
+Runs on: the retry thread; `StoredRows.deliveries` and `StoredRows.has_row` on any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import MutableMapping, Sequence
+from datetime import datetime, timezone
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from attrs import define, evolve
+
+from mlproducer import errors
+from mlproducer._core.delivery import Delivery, NoWaiter, Place
+from mlproducer.errors import PublishError
+from mlproducer.stores.protocol import Claim, Record, Row
+
+if TYPE_CHECKING:
+    from mlproducer._engine.store_writer import Put
+
+_REASON_MAX = 255
+
+
+SAFETY = 0.9
+"""The part of a lease in which its holder relies on it."""
+
+
+@define(eq=False)
+class Astray:
+    """A row whose claim was lost: it is gone, or another process's.
+
+    :ivar put: what is to be stored should it be gone; ``None``: the message as it is then
+    :ivar told: its connection has been told that another process has it
+    """
+
+    claim: Claim
+    put: Put | None = None
+    told: bool = False
+
+
+class StoredRows:
+    """Deliveries whose message is in the store.
+
+    :param lease: seconds for which a claim holds
+    :ivar claims: the claim of each row that is this process's now
+    :ivar ahead: those stored ahead of their first attempt, which is under way
+    :ivar astray: those whose claim was lost, until their fate is known
+    :ivar rowless: those that are ours and have no row, though they should
+    :ivar renew_at: monotonic time at which leases have to begin anew
+    """
+
+    def __init__(self, lease: float, *, durable: bool) -> None:
+        self._lease = lease
+        self._durable = durable
+        self.renew_at = math.inf
+        self._parked: MutableMapping[int, Delivery] = WeakValueDictionary() if durable else {}
+        self._last: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
+        self._expected: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
+        self.claims: dict[Delivery, Claim] = {}
+        self.ahead: set[Delivery] = set()
+        self.astray: dict[Delivery, Astray] = {}
+        self.rowless: dict[Delivery, Put] = {}
+
+    def has_row(self, delivery: Delivery) -> bool:
+        """Whether its row is there, and this process's."""
+        return delivery in self.claims
+
+    def deliveries(self) -> list[Delivery]:
+        """Give all that are remembered."""
+        if not isinstance(self._parked, WeakValueDictionary):
+            kept = [*self.claims, *self.astray, *self.rowless, *self._parked.values()]
+            return list(dict.fromkeys(kept))
+        alive = [reference() for reference in self._parked.valuerefs()]
+        waiting = (delivery for delivery in alive if delivery is not None)
+        return list(dict.fromkeys([*self.claims, *self.astray, *self.rowless, *waiting]))
+
+    def astray_and_waiting(self) -> list[tuple[Delivery, Claim]]:
+        """Give the last claims of rows that another process may have, or have ended."""
+        astray = [(delivery, row.claim) for delivery, row in self.astray.items()]
+        if not self._durable:
+            return astray
+        waiting = [(each, claim) for each, claim in self._last.items() if each.open]
+        expected = [(each, claim) for each, claim in self._expected.items() if each.open]
+        return astray + waiting + expected
+
+    def expect(self, delivery: Delivery, claim: Claim) -> None:
+        """Remember a row of a transaction that is not over: it comes with the COMMIT, or never."""
+        self._parked[claim.key] = delivery
+        self._expected[delivery] = claim
+
+    def expects(self, delivery: Delivery) -> bool:
+        """Whether its row may still come, and it is no news that it is not there."""
+        return delivery in self._expected
+
+    def first_seen_taken(self, delivery: Delivery) -> bool:
+        """Note that another process has a row; false where that is no news, or harms nobody."""
+        row = self.astray.get(delivery)
+        if row is None or row.told:
+            return False
+        row.told = True
+        return True
+
+    def hold(self, delivery: Delivery, claim: Claim, now: float) -> None:
+        """Remember a claim, whose lease began at ``now`` or later."""
+        self._begin_lease(delivery, now)
+        self.claims[delivery] = claim
+
+    def renewed(self, lost: Sequence[Claim], now: float) -> None:
+        """Let all leases begin anew, but for those that have been lost."""
+        self.renew_at = math.inf
+        gone = set(lost)
+        for delivery, claim in list(self.claims.items()):
+            if claim in gone:
+                self.lose(delivery)
+            else:
+                self._begin_lease(delivery, now)
+
+    def lose(self, delivery: Delivery) -> None:
+        """Note that a claim does not hold any more; what is the matter is seen by
+        `StoreWriter.trace`.
+
+        Should the row come back to this process, its delivery is found by the row's key.
+        """
+        claim = self.claims.pop(delivery, None)
+        if claim is not None:
+            delivery.leased_until = -math.inf
+            self.ahead.discard(delivery)
+            self.astray[delivery] = Astray(claim)
+            self._parked[claim.key] = delivery
+
+    def _begin_lease(self, delivery: Delivery, now: float) -> None:
+        self.renew_at = min(self.renew_at, now + self._lease / 3)
+        delivery.leased_until = now + self._lease * SAFETY
+
+    def park(self, delivery: Delivery, claim: Claim) -> None:
+        """Remember a delivery whose row waits, and is nobody's."""
+        self.claims.pop(delivery, None)
+        if self._durable:
+            delivery.envelope = evolve(delivery.envelope, properties=b"", body=b"")
+        self._parked[claim.key] = delivery
+        self._last[delivery] = claim
+
+    def claim_of(self, delivery: Delivery) -> Claim | None:
+        """Give the last claim of its row, which still holds if nobody has claimed it since."""
+        astray = self.astray.get(delivery)
+        claim = self.claims.get(delivery) or self._last.get(delivery)
+        claim = claim or self._expected.get(delivery)
+        return claim or (None if astray is None else astray.claim)
+
+    def take(self, row: Row, now: float, epoch: float) -> Delivery:
+        """Give the delivery of a row that was claimed; it is not open where it was given back.
+
+        :param epoch: what `wall_clock` says at ``now``
+        """
+        delivery = self._parked.pop(row.claim.key, None)
+        if delivery is None:
+            delivery = _revived(row.record, now, epoch)
+            delivery.open = self._durable  # memory forgets only what has found its end
+        else:
+            self._last.pop(delivery, None)
+            self._expected.pop(delivery, None)
+            self.astray.pop(delivery, None)
+            delivery.envelope = row.record.envelope
+            uncounted = 0 if row.record.dead else delivery.innocent  # as `record_of` has it
+            delivery.attempts = max(delivery.attempts, row.record.attempts + uncounted)
+            delivery.dead = delivery.dead or row.record.dead
+            delivery.doubtful = delivery.doubtful or row.record.doubtful
+        self.hold(delivery, row.claim, now)
+        return delivery
+
+    def drop(self, delivery: Delivery) -> Claim | None:
+        """Forget a delivery that has found its end, and give the last claim of its row."""
+        claim = self.claim_of(delivery)
+        self.claims.pop(delivery, None)
+        self.ahead.discard(delivery)
+        waited = self._last.pop(delivery, None) or self.astray.pop(delivery, None)
+        waited = self._expected.pop(delivery, None) or waited
+        if waited is not None and claim is not None:
+            self._parked.pop(claim.key, None)
+        return claim
+
+
+def record_of(delivery: Delivery, now: float) -> Record:
+    """Write down what is known of a delivery.
+
+    Of its attempts those that count: another process takes more than there may be for returns from
+    a route that comes back, and would never give up one that was not there.
+    """
+    reason, failed = delivery.reason, delivery.first_failed
+    epoch = wall_clock()
+    return Record(
+        delivery.envelope,
+        attempts=delivery.attempts if delivery.dead else delivery.attempts - delivery.innocent,
+        doubtful=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
+        dead=delivery.dead,
+        reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
+        first_failed_at=epoch - (now - failed) if failed else 0.0,
+        retry=delivery.policy,
+        accepted_at=epoch - (now - delivery.started),
+    )
+
+
+def _revived(record: Record, now: float, epoch: float) -> Delivery:
+    """Make the delivery of a message that another process, or another life of this one, stored."""
+    delivery = Delivery(
+        record.envelope, NoWaiter(), started=now, deadline=now, answer_deferral=False
+    )
+    delivery.policy = record.retry
+    delivery.place = Place.STORED
+    delivery.stored = delivery.kept = True
+    delivery.dead = delivery.buried = record.dead
+    delivery.attempts = record.attempts
+    delivery.doubtful = record.doubtful
+    if record.reason:
+        delivery.reason = _error(record)
+    if record.accepted_at:
+        delivery.started = now - max(0.0, epoch - record.accepted_at)
+    if record.first_failed_at:
+        delivery.first_failed = now - max(0.0, epoch - record.first_failed_at)
+    return delivery
+
+
+def _error(record: Record) -> PublishError:
+    name, _, text = record.reason.partition(": ")
+    return _kind(name)(text, message_id=record.envelope.message_id, attempts=record.attempts)
+
+
+@lru_cache(maxsize=64)
+def _kind(name: str) -> type[PublishError]:
+    kind = getattr(errors, name, PublishError)
+    return kind if isinstance(kind, type) and issubclass(kind, PublishError) else PublishError
+
+
+def wall_clock() -> float:
+    """Give the seconds since the epoch."""
+    return datetime.now(timezone.utc).timestamp()

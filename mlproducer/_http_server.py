@@ -1,0 +1,381 @@
+"""A small web server for a page, health and metrics: one thread, which waits for no client.
+
+It takes the stdlib's HTTP and WSGI, and not its server, in which each connection holds a thread and
+a descriptor for as long as its client likes. Here connections are limited, of which the oldest has
+to go when others wait; a client has one limit for all that it sends and reads; and what
+clients do wrong is not logged. A request ends its connection, as in HTTP/1.0.
+
+Runs on: the thread ``mlproducer-http``; `Server` itself on any.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from http import HTTPStatus
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from wsgiref.simple_server import ServerHandler, WSGIRequestHandler
+
+from attrs import define, field
+
+from mlproducer import _clock as time
+from mlproducer import _forks as forks
+from mlproducer._guard import guarded, write
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 32
+"""Clients at a time, so that no number of them uses up the descriptors of the application."""
+
+REQUEST_LIMIT = 10.0
+"""Seconds that a client has to send its request and to read the answer."""
+
+MAX_HEAD = 65_536
+"""Bytes of a request's line and headers."""
+
+BACKLOG = 512
+"""Clients that the kernel holds until the thread comes to them."""
+
+GRACE = 0.5
+"""Seconds that each client has, however many wait for its place."""
+
+PAUSE = 0.2
+"""Seconds for which no connection is taken where the process has no descriptor for it."""
+
+IDLE = 3600.0
+"""Seconds after which a thread with nothing to do looks again."""
+
+CLOSE_LIMIT = 2.0
+"""Seconds that ending a server may take."""
+
+_PIECE = 65_536
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+@define(eq=False)
+class _Client:
+    """A connection.
+
+    :ivar began: monotonic time at which it was taken
+    :ivar received: the request, as far as it has come
+    :ivar unsent: what is left of the answer, once there is one
+    :ivar lingers: the client may still send, which has to be read: a connection that is closed over
+        unread bytes is reset, and the answer with it
+    """
+
+    socket: socket.socket
+    address: Any
+    began: float
+    received: bytearray = field(factory=bytearray)
+    unsent: memoryview | None = None
+    lingers: bool = False
+
+    @property
+    def ends(self) -> float:
+        """Monotonic time at which it is dropped."""
+        return self.began + REQUEST_LIMIT
+
+
+class Server:
+    """A web server on a daemon thread of its own.
+
+    :param port: 0 takes a free one
+    :ivar port: where it listens
+    :raises OSError: the port is taken, or the host is not this machine
+    """
+
+    def __init__(self, app: WSGIApplication, port: int, host: str) -> None:
+        self._app = app
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        self._listener.setblocking(False)
+        self.port: int = self._listener.getsockname()[1]
+        self._environ = {
+            "SERVER_NAME": host,
+            "SERVER_PORT": str(self.port),
+            "GATEWAY_INTERFACE": "CGI/1.1",
+            "REMOTE_HOST": "",
+            "CONTENT_LENGTH": "",
+            "SCRIPT_NAME": "",
+        }
+        ear, bell = os.pipe()
+        self._ear, self._bell = io.FileIO(ear, "r"), io.FileIO(bell, "w")
+        os.set_blocking(ear, False)
+        os.set_blocking(bell, False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._ear, selectors.EVENT_READ, self._hear)
+        self._clients: dict[_Client, None] = {}
+        self._deaf_until: float | None = None
+        self._listen()
+        self._open = True
+        self._untold = [None]
+        self._thread = threading.Thread(target=self._run, name="mlproducer-http", daemon=True)
+        self._thread.start()
+        _servers.add(self)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening, and drop all clients; any number of times, also in a forked child."""
+        forks.notice()
+        with suppress(IndexError, ValueError):  # it was told before; it is closed, in a child
+            self._untold.pop()  # one write, which the thread reads before it closes the pipe
+            self._bell.write(b"\0")
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_LIMIT)
+
+    def let_go(self) -> None:
+        """Close the descriptors, and touch nothing that they lead to, which may be a parent's."""
+        _servers.discard(self)
+        self._selector.close()
+        self._ear.close()
+        self._bell.close()
+        for each in (self._listener, *(client.socket for client in self._clients)):
+            each.close()
+        self._clients.clear()
+
+    # --- the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._open:
+            error = guarded(self._turn)
+            if error is not None:
+                write(logger, logging.ERROR, "the web server failed; going on", error=error)
+                for client in list(self._clients):
+                    self._drop(client)
+        # Not only closed: a child may hold these as well, until its own hook has run.
+        for each in (self._listener, *(client.socket for client in self._clients)):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        self.let_go()
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(self._patience()):
+            key.data()
+        now = time.monotonic()
+        for client in [each for each in self._clients if each.ends <= now]:
+            self._drop(client)
+        if self._deaf_until is not None and self._deaf_until <= now:
+            self._deaf_until = None
+            self._listen()
+
+    def _patience(self) -> float:
+        ends = [client.ends for client in self._clients]
+        if self._deaf_until is not None:
+            ends.append(self._deaf_until)
+        return max(0.0, min(ends) - time.monotonic()) if ends else IDLE
+
+    def _hear(self) -> None:
+        self._open = not self._ear.read(_PIECE)
+
+    def _listen(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _accept(self) -> None:
+        now = time.monotonic()
+        if len(self._clients) >= MAX_CONNECTIONS:
+            oldest = next(iter(self._clients))
+            if now - oldest.began < GRACE:
+                self._be_deaf(oldest.began + GRACE)
+                return
+            self._drop(oldest)
+        try:
+            accepted, address = self._listener.accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED and not self._drop_oldest():
+                self._be_deaf(now + PAUSE)
+            return
+        accepted.setblocking(False)
+        client = _Client(accepted, address, now)
+        self._clients[client] = None
+        self._await(client, selectors.EVENT_READ, self._receive)
+
+    def _be_deaf(self, until: float) -> None:
+        """Leave those who come to the kernel, until then or until a client is gone."""
+        self._selector.unregister(self._listener)
+        self._deaf_until = until
+
+    def _await(self, client: _Client, event: int, then: Callable[[_Client], None]) -> None:
+        step = partial(self._step, client, then)
+        if client.socket.fileno() in self._selector.get_map():
+            self._selector.modify(client.socket, event, step)
+        else:
+            self._selector.register(client.socket, event, step)
+
+    def _step(self, client: _Client, then: Callable[[_Client], None]) -> None:
+        """Go on with a client; one that is gone, in whatever way, is dropped without a word."""
+        try:
+            if client in self._clients:  # else it was dropped in this very turn
+                then(client)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+        except Exception as error:  # noqa: BLE001 - it concerns this client alone
+            write(logger, logging.ERROR, "a request failed", error=error)
+            self._drop(client)
+
+    def _receive(self, client: _Client) -> None:
+        piece = client.socket.recv(_PIECE)
+        if not piece:
+            self._drop(client)
+            return
+        client.received += piece
+        head, found, rest = _cut(bytes(client.received))
+        if found or len(client.received) > MAX_HEAD:
+            client.lingers = bool(rest) or b"content-length" in head.lower() or not found
+            request = _Request(self._app, self._environ, client.address, head, complete=found)
+            client.unsent = memoryview(request.answer())
+            self._await(client, selectors.EVENT_WRITE, self._send)
+
+    def _send(self, client: _Client) -> None:
+        if client.unsent:
+            client.unsent = client.unsent[client.socket.send(client.unsent) :]
+        if client.unsent:
+            return
+        if not client.lingers:
+            self._drop(client)
+            return
+        client.socket.shutdown(socket.SHUT_WR)
+        self._await(client, selectors.EVENT_READ, self._discard)
+
+    def _discard(self, client: _Client) -> None:
+        if not client.socket.recv(_PIECE):
+            self._drop(client)
+
+    def _drop(self, client: _Client) -> None:
+        if self._clients.pop(client, self) is self:
+            return
+        self._selector.unregister(client.socket)
+        with suppress(OSError):
+            client.socket.shutdown(socket.SHUT_RDWR)
+        client.socket.close()
+        if self._deaf_until is not None:
+            self._deaf_until = 0.0
+
+    def _drop_oldest(self) -> bool:
+        """Drop the client that has been here for longest; false where there is none."""
+        for client in self._clients:
+            self._drop(client)
+            return True
+        return False
+
+
+def _cut(received: bytes) -> tuple[bytes, bool, bytes]:
+    """Cut a request after its head; the empty line that ends it may lack the carriage return."""
+    request = received.lstrip(b"\r\n")
+    ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := request.find(mark)) >= 0]
+    if not ends:
+        return request, False, b""
+    at, length = min(ends)
+    return request[: at + length], True, request[at + length :]
+
+
+class _Request(WSGIRequestHandler):
+    """One request, as the stdlib reads and answers it, from bytes to bytes."""
+
+    default_request_version = "HTTP/1.0"  # of a line that names none; 0.9 has no status line
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        environ: dict[str, str],
+        address: Any,
+        head: bytes,
+        *,
+        complete: bool,
+    ) -> None:
+        # Not that of the base class, which would talk to a socket at once.
+        self._app = app
+        self._complete = complete
+        self.server = _Environ(environ)  # type: ignore[assignment]
+        self.client_address = address
+        self._read, self._written = io.BytesIO(head), io.BytesIO()
+        self.wfile = self._written  # where the base class writes
+        self.rfile = io.BufferedReader(self._read)
+
+    def answer(self) -> bytes:
+        """Return the answer."""
+        self.raw_requestline = self.rfile.readline(MAX_HEAD + 1)
+        if len(self.raw_requestline) > MAX_HEAD:
+            self._refuse(HTTPStatus.REQUEST_URI_TOO_LONG)
+        elif not self._complete:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif self.parse_request():
+            handler = _Handler(
+                self._read, self._written, io.StringIO(), self.get_environ(), multithread=False
+            )
+            handler.request_handler = self
+            handler.run(self._app)
+        return self._written.getvalue()
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self.requestline = self.command = ""
+        self.request_version = "HTTP/1.0"
+        self.send_error(status)
+
+    def parse_request(self) -> bool:
+        """Read the request's line and headers; its target may be a URL (RFC 9112, 3.2.2)."""
+        if not super().parse_request():
+            return False
+        if self.path[:1] != "/" and "://" in self.path:
+            try:
+                target = urlsplit(self.path)
+            except ValueError:
+                self.send_error(HTTPStatus.BAD_REQUEST)
+                return False
+            self.path = f"{target.path or '/'}?{target.query}"
+        return True
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name is given
+        """Log nothing: one page would be a line a second."""
+
+
+@define
+class _Environ:
+    """All that the stdlib's request wants of its server."""
+
+    base_environ: dict[str, str]
+
+
+class _Handler(ServerHandler):
+    request_handler: _Request
+
+    def log_exception(self, exc_info: Any) -> None:
+        """Log what the application raised where the library logs, and not on stderr."""
+        write(logger, logging.ERROR, "a request failed", error=exc_info[1])
+
+
+_servers: set[Server] = set()
+"""Those that are open, also such as nothing else holds."""
+
+
+def _in_child() -> None:
+    """Let go of ports and connections, which would stay open as long as a child lives."""
+    for server in list(_servers):
+        server.let_go()
+
+
+forks.in_child(_in_child)

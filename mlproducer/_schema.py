@@ -1,0 +1,575 @@
+"""What a task's fields may hold: checks, and the tables of keys for `content` and `options`.
+
+A check takes a field's name and a value, and gives back what is kept. A refusal names the field,
+the type that was given and what is accepted, and quotes nothing. What becomes of a task is not
+known here.
+
+Runs on: any thread.
+"""
+
+from __future__ import annotations
+
+import re
+from calendar import timegm
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime, time, timezone
+from decimal import Decimal
+from math import isfinite
+from typing import Any, NoReturn
+from uuid import UUID
+
+from attrs import field, frozen
+
+from mlproducer.errors import InvalidTaskError
+
+Check = Callable[[str, Any], Any]
+
+JSON_TYPES = "str, bool, None, int, finite float, list, tuple or dict"
+CELERY_TYPES = f"{JSON_TYPES}, UUID, datetime, date, time, Decimal or bytes"
+TABLE_TYPES = "str, bytes, bool, int of 64 bits, finite float, datetime, None, list or dict"
+
+_CONTROL = frozenset(map(chr, [*range(32), 127]))
+_MAX_INT = (1 << 63) - 1
+_MAX_SECONDS = (1 << 31) - 1
+_JSON_DEPTH = 200  # stock readers recurse, Python's to about 1,000
+_TABLE_DEPTH = 32
+_INT_END = 10**4300  # CPython refuses to read an int of more than 4,300 digits
+_PLAIN = frozenset({bool, type(None)})
+_EXTRA_ROUTES = frozenset({"CC", "BCC"})
+_MARKS = {"__type__", "__value__"}
+_AS_KOMBU = (datetime, date, time, Decimal, UUID, bytes)
+
+
+def refuse(name: str, value: object, accepted: str, why: str = "") -> NoReturn:
+    """Say what is wrong with a field, without showing its value.
+
+    :raises InvalidTaskError: always
+    """
+    given = "missing" if value is None else f"of type {type(value).__name__}{why}"
+    raise InvalidTaskError(f"{name} is {given}; accepted is {accepted}")
+
+
+def a_str(name: str, value: Any) -> Any:
+    """Accept a str; what it may hold is not looked at."""
+    if not isinstance(value, str):
+        refuse(name, value, "a str")
+    return value
+
+
+def an_int(name: str, value: Any) -> Any:
+    """Accept an int, and no bool; its range is not looked at."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        refuse(name, value, "an int")
+    return value
+
+
+def a_number(name: str, value: Any) -> Any:
+    """Accept an int or a float, and no bool; its range is not looked at."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        refuse(name, value, "an int or a float")
+    return value
+
+
+def string(name: str, value: Any) -> Any:
+    """Accept a str."""
+    if not isinstance(value, str):
+        refuse(name, value, "a str")
+    _check_unicode(name, value)
+    return value
+
+
+def text(name: str, value: Any) -> Any:
+    """Accept a str that is not empty."""
+    if not isinstance(value, str):
+        refuse(name, value, "a non-empty str")
+    if not value:
+        refuse(name, value, "a non-empty str", " but empty")
+    _check_unicode(name, value)
+    return value
+
+
+def line(name: str, value: Any) -> Any:
+    """Accept a str that is not empty and holds no control characters."""
+    if not _CONTROL.isdisjoint(text(name, value)):
+        refuse(name, value, "a str without them", " and holds control characters")
+    return value
+
+
+def short(name: str, value: Any) -> Any:
+    """Accept what AMQP 0-9-1 calls a short string: at most 255 bytes, no control characters."""
+    if not isinstance(value, str):
+        refuse(name, value, "a str")
+    if not _CONTROL.isdisjoint(value):
+        refuse(name, value, "a str without them", " and holds control characters")
+    _check_unicode(name, value)
+    size = len(value) if value.isascii() else len(value.encode())
+    if size > 255:
+        refuse(name, value, "at most 255 bytes", f" and has {size} bytes in UTF-8")
+    return value
+
+
+def task_id(name: str, value: Any) -> Any:
+    """Accept a short string that is not empty."""
+    return short(name, text(name, value))
+
+
+def share(name: str, value: Any) -> str:
+    """Accept a str that is not empty, an int or a UUID, and keep its text."""
+    if type(value) is str:
+        text(name, value)
+        return value
+    if isinstance(value, (int, UUID)) and not isinstance(value, bool):
+        number = int(value)
+        if not -(1 << 128) < number < 1 << 128:
+            refuse(name, value, "an int of 128 bits", " but out of range")
+        return str(value) if isinstance(value, UUID) else str(number)
+    if not isinstance(value, str):
+        refuse(name, value, "a non-empty str, an int or a UUID")
+    return str(text(name, value))
+
+
+def _check_unicode(name: str, value: str) -> None:
+    if not value.isascii() and _lone_surrogate(value):
+        refuse(name, value, "Unicode text", " and holds a lone surrogate")
+
+
+def _lone_surrogate(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def boolean(name: str, value: Any) -> Any:
+    """Accept a bool."""
+    if not isinstance(value, bool):
+        refuse(name, value, "a bool")
+    return value
+
+
+def one_of(*choices: str) -> Check:
+    """Accept one of a few words."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value not in choices:
+            why = " but none of these words" if isinstance(value, str) else ""
+            refuse(name, value, f"one of {', '.join(choices)}", why)
+        return value
+
+    return check
+
+
+def integer(low: int, high: int = _MAX_INT) -> Check:
+    """Accept an int within bounds, and no bool."""
+
+    def check(name: str, value: Any) -> Any:
+        accepted = f"an int from {low} to {high}"
+        if not isinstance(value, int) or isinstance(value, bool):
+            refuse(name, value, accepted)
+        if not low <= value <= high:
+            refuse(name, value, accepted, " but out of range")
+        return value
+
+    return check
+
+
+def seconds(name: str, value: Any) -> Any:
+    """Accept seconds from now: an int or a float from 0 to what 32 bits hold, as in Celery."""
+    accepted = f"a number of seconds from 0 to {_MAX_SECONDS}"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        refuse(name, value, accepted)
+    if not 0 <= value <= _MAX_SECONDS:
+        refuse(name, value, accepted, " but out of range")
+    return value
+
+
+def moment(name: str, value: Any) -> Any:
+    """Accept a point in time, and keep it in UTC: a worker could not parse each odd offset."""
+    accepted = "a datetime with a time zone"
+    if not isinstance(value, datetime):
+        refuse(name, value, accepted)
+    if value.utcoffset() is None:
+        refuse(name, value, accepted, " but without one")
+    try:
+        return value.astimezone(timezone.utc)
+    except OverflowError:
+        why = " but outside of the years 1 to 9999 in UTC"
+    return refuse(name, value, accepted, why)
+
+
+def moment_or_seconds(name: str, value: Any) -> Any:
+    """Accept what `moment` or `seconds` does."""
+    return moment(name, value) if isinstance(value, datetime) else seconds(name, value)
+
+
+def optional(check: Check, name: str, value: Any) -> Any:
+    """Accept ``None``, or what the check does."""
+    return None if value is None else check(name, value)
+
+
+def limit(name: str, value: Any) -> Any:
+    """Accept a time limit: seconds above 0."""
+    if seconds(name, value) == 0:
+        refuse(name, value, "a number of seconds above 0", " but 0")
+    return value
+
+
+def timestamp(name: str, value: Any) -> Any:
+    """Accept a point in time from 1970 on: a datetime with a time zone, or seconds."""
+    if isinstance(value, datetime):
+        value = int(moment(name, value).timestamp())
+        if value < 0:
+            refuse(name, value, "a moment from 1970 on", " but before")
+        return value
+    return integer(0)(name, value)
+
+
+def body(name: str, value: Any) -> bytes:
+    """Accept bytes, and keep them as what nobody can change."""
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        refuse(name, value, "bytes")
+    return bytes(value)
+
+
+def json_sequence(name: str, value: Any) -> tuple[tuple[Any, ...], bool]:
+    """Accept a list or a tuple of what Celery carries; give a copy, and whether JSON is enough."""
+    if not isinstance(value, (list, tuple)):
+        refuse(name, value, "a list or a tuple")
+    copy, plain = _CELERY.copy(name, list(value))
+    return tuple(copy), plain
+
+
+def json_mapping(name: str, value: Any) -> tuple[dict[str, Any], bool]:
+    """Accept a mapping of what Celery carries; give a copy, and whether JSON is enough."""
+    return _CELERY.copy(name, _mapping(name, value))
+
+
+def mapping(name: str, value: Any) -> Any:
+    """Accept a mapping of what strict JSON (RFC 8259) carries, and keep a copy."""
+    return _JSON.copy(name, _mapping(name, value))[0]
+
+
+def headers(name: str, value: Any) -> Any:
+    """Accept a mapping that an AMQP field table can carry, and keep a copy."""
+    copy, _ = _TABLE.copy(name, _mapping(name, value))
+    extra = _EXTRA_ROUTES.intersection(copy)
+    if extra:
+        raise InvalidTaskError(
+            f"{name} holds {min(extra)}, which RabbitMQ takes for more routing keys; not accepted"
+        )
+    if "x-death" in copy and not is_history(copy["x-death"]):
+        raise InvalidTaskError(f"{name}.x-death is {NO_HISTORY}")
+    return copy
+
+
+NO_HISTORY = "no list of tables with an int as count; the queue that dead-letters it would break"
+
+
+def is_history(deaths: Any) -> bool:
+    """Say whether a header ``x-death`` is such as RabbitMQ writes it, as far as it relies on that.
+
+    A queue that dead-letters a message adds to the list. Over an entry that is no table, or a count
+    that is no int, its process crashes, again and again, until RabbitMQ (seen with 3.10) ends
+    the part of it that keeps quorum queues: one message, and the whole node takes none any more.
+    """
+    if not isinstance(deaths, list):
+        return not isinstance(deaths, tuple)  # RabbitMQ puts aside what is no list
+    return all(isinstance(each, dict) and _is_count(each.get("count", 1)) for each in deaths)
+
+
+def _is_count(count: Any) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool)
+
+
+def _mapping(name: str, value: Any) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        refuse(name, value, "a mapping")
+    return dict(value)
+
+
+class _WrongError(Exception):
+    """What is wrong with a value whose path is not known where that is found."""
+
+
+class _Grammar:
+    """What may be inside of a value of free form.
+
+    :param leaf: raises `_WrongError` for what is not accepted; says whether JSON alone carries it
+    :param key: likewise for the keys of mappings
+    :param kinds: the types that hold others, and of which copies are kept
+    :param depth: how many of these may stand inside each other
+    """
+
+    def __init__(
+        self,
+        leaf: Callable[[Any], bool],
+        key: Callable[[Any], None],
+        kinds: tuple[type[Any], ...],
+        depth: int,
+    ) -> None:
+        self._leaf = leaf
+        self._key = key
+        self._kinds = kinds
+        self._depth = depth
+        self._marks = tuple in kinds  # for JSON, not for AMQP
+
+    def copy(self, name: str, value: Any) -> tuple[Any, bool]:
+        """Check a value, and copy its containers, so that the caller may go on changing them.
+
+        It walks without recursion, since the caller may stand deep already. A value that holds
+        itself is endlessly deep, and refused as such.
+        """
+        root, plain = [value], True
+        levels: list[tuple[Iterator[Any], Any]] = [(iter([(0, value)]), root)]
+        path: list[Any] = []
+        key: Any = None
+        try:
+            while levels:
+                items, parent = levels[-1]
+                for key, item in items:
+                    kind = type(item)
+                    if kind is str:
+                        if not item.isascii():
+                            self._leaf(item)
+                    elif kind in _PLAIN:
+                        continue
+                    elif isinstance(item, self._kinds):
+                        copy, inner = self._open(item)
+                        parent[key] = copy
+                        levels.append((inner, copy))
+                        path.append(key)
+                        if len(levels) > self._depth + 1:
+                            raise _WrongError(
+                                f"holds itself or is nested deeper than {self._depth} levels"
+                            )
+                        break
+                    elif not self._leaf(item):
+                        plain = False
+                else:
+                    levels.pop()
+                    if path:
+                        path.pop()
+        except _WrongError as wrong:
+            words = str(wrong)
+            deep = len(levels) > self._depth + 1
+            where = name if deep else _path(name, [*path[1:], *([key] if path else [])])
+        else:
+            return root[0], plain
+        raise InvalidTaskError(f"{where} {words}")
+
+    def _open(self, item: Any) -> tuple[Any, Iterator[Any]]:
+        if isinstance(item, dict):
+            copy: Any = dict(item)
+            for key in copy:
+                self._key(key)
+            if self._marks and copy.keys() == _MARKS:
+                raise _WrongError(
+                    "is a mapping with __type__ and __value__, which kombu takes for a value of "
+                    "another type; give the value itself"
+                )
+            return copy, iter(copy.items())
+        copy = list(item)
+        return copy, iter(enumerate(copy))
+
+
+def _path(name: str, keys: list[Any]) -> str:
+    """Name a place inside a value; a key is shown where it is a plain short word."""
+    steps = [f"[{key}]" if isinstance(key, int) else f".{word(key)}" for key in keys]
+    return name + "".join(steps)
+
+
+def word(key: str) -> str:
+    """Show a key that is a plain short word; anything else may be content."""
+    return key if len(key) <= 24 and key.isascii() and key.isidentifier() else "(key)"
+
+
+def _json_leaf(item: Any) -> bool:
+    if isinstance(item, str):
+        if _lone_surrogate(item):
+            raise _WrongError("holds a lone surrogate, no Unicode text")
+    elif isinstance(item, float):
+        if not isfinite(item):
+            raise _WrongError(f"is a float that is not finite; accepted is {JSON_TYPES}")
+    elif isinstance(item, int):
+        if not -_INT_END < item < _INT_END:
+            raise _WrongError("is an int of more than 4300 digits, which readers refuse")
+    else:
+        raise _WrongError(f"is of type {type(item).__name__}; accepted is {JSON_TYPES}")
+    return True
+
+
+def _celery_leaf(item: Any) -> bool:
+    if isinstance(item, _AS_KOMBU):
+        return False
+    if isinstance(item, (str, float, int)):
+        return _json_leaf(item)
+    raise _WrongError(f"is of type {type(item).__name__}; accepted is {CELERY_TYPES}")
+
+
+def _json_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise _WrongError(f"holds a key of type {type(key).__name__}; accepted is a str")
+    if not key.isascii() and _lone_surrogate(key):
+        raise _WrongError("holds a key with a lone surrogate, no Unicode text")
+
+
+def _table_leaf(item: Any) -> bool:
+    if isinstance(item, str):
+        if _lone_surrogate(item):
+            raise _WrongError("holds a lone surrogate, no Unicode text")
+    elif isinstance(item, int):
+        if not -(1 << 63) <= item < 1 << 63:
+            raise _WrongError(f"is an int of more than 64 bits; accepted is {TABLE_TYPES}")
+    elif isinstance(item, float):
+        if not isfinite(item):
+            raise _WrongError("is a float that is not finite, which RabbitMQ cannot read")
+    elif isinstance(item, datetime):
+        if item.year < 1970 or timegm(item.utctimetuple()) < 0:
+            raise _WrongError("is a datetime before 1970, which AMQP cannot carry")
+    elif not isinstance(item, bytes):
+        raise _WrongError(f"is of type {type(item).__name__}; accepted is {TABLE_TYPES}")
+    return True
+
+
+def _table_key(key: Any) -> None:
+    if not isinstance(key, str):
+        raise _WrongError(f"holds a key of type {type(key).__name__}; accepted is a str")
+    if not _CONTROL.isdisjoint(key) or (not key.isascii() and _lone_surrogate(key)):
+        raise _WrongError("holds a key with a control character or a lone surrogate")
+    size = len(key.encode())
+    if size > 255:
+        raise _WrongError(f"holds a key of {size} bytes in UTF-8; accepted are at most 255")
+
+
+_JSON = _Grammar(_json_leaf, _json_key, (dict, list, tuple), _JSON_DEPTH)
+_CELERY = _Grammar(_celery_leaf, _json_key, (dict, list, tuple), _JSON_DEPTH)
+_TABLE = _Grammar(_table_leaf, _table_key, (dict, list), _TABLE_DEPTH)
+
+
+@frozen
+class Key:
+    """One key of a `Shape`.
+
+    :ivar name: as documented; its snake_case spelling is accepted as well
+    :ivar wire: as it is kept and travels
+    :ivar default: what is checked and kept where nothing, or ``None``, is given
+    """
+
+    name: str
+    check: Check
+    default: Any = None
+    required: bool = False
+    wire: str = field()
+
+    @wire.default
+    def _wire(self) -> str:
+        return self.name
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Both spellings, the documented one first; equal where the name is one word."""
+        return self.name, re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", self.name)
+
+
+class Schema:
+    """A table of keys, and what a mapping that follows it is turned into."""
+
+    def __init__(self, *keys: Key) -> None:
+        self._rows = [
+            (key.wire, f".{key.name}", key.check, key.default, key.required) for key in keys
+        ]
+        self._spellings = {spelling: key.wire for key in keys for spelling in key.spellings}
+        self._accepted = ", ".join(key.name for key in keys)
+        self._may_be_empty = not any(key.required or key.default is not None for key in keys)
+
+    def read(self, name: str, given: Any) -> dict[str, Any]:
+        """Check a mapping and give it as it travels: in the table's order, with its defaults.
+
+        :raises InvalidTaskError: an unknown or missing key, or a value that is not accepted
+        """
+        if type(given) is not dict and not isinstance(given, Mapping):
+            refuse(name, given, f"a mapping with {self._accepted}")
+        if not given and self._may_be_empty:
+            return {}
+        found = self._by_wire(name, given)
+        result = {}
+        for wire, label, check, default, required in self._rows:
+            value = found.get(wire)
+            if value is None:
+                value = default
+            if value is not None or required:
+                result[wire] = check(name + label, value)
+        return result
+
+    def _by_wire(self, name: str, given: Mapping[Any, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for spelling, value in given.items():
+            wire = self._spellings.get(spelling)
+            if wire is None:
+                raise InvalidTaskError(
+                    f"{name} has an unknown key{_quoted(spelling)}; accepted are {self._accepted}"
+                )
+            if wire in found:
+                raise InvalidTaskError(f"{name} has a key in both of its spellings: {spelling}")
+            found[wire] = value
+        return found
+
+
+def _quoted(key: object) -> str:
+    """Quote a key that is a plain short word, most likely a slip; anything else may be content."""
+    if isinstance(key, str) and len(key) <= 24 and key.isascii() and key.isidentifier():
+        return f" {key!s}"
+    return f" of type {type(key).__name__}"
+
+
+_BACKEND = Key("backend", one_of("api", "local"))
+SUMMARY_CONTENT = Schema(
+    Key("text", text, required=True),
+    Key("title", string),
+    Key("url", text),
+    Key("contentType", string),
+)
+SUMMARY_OPTIONS = Schema(
+    Key("provider", one_of("openai", "anthropic", "local")),
+    Key("model", string),
+    Key("maxLength", integer(1)),
+    Key("style", one_of("brief", "detailed", "bullets")),
+    _BACKEND,
+)
+TRANSCRIPTION_OPTIONS = Schema(
+    Key("language", string),
+    _BACKEND,
+    Key("normalize", boolean, default=True),
+    Key("prompt", string),
+)
+EMBEDDING_CONTENT = Schema(
+    Key("text", text, required=True),
+    Key(
+        "type",
+        one_of("caption", "transcript", "article", "comment", "tweet"),
+        default="caption",
+    ),
+    Key("metadata", mapping, default={}),
+)
+EMBEDDING_OPTIONS = Schema(
+    Key(
+        "embeddingType",
+        one_of("content", "summary", "composite"),
+        default="content",
+        wire="embedding_type",
+    ),
+    Key("forceModel", string, wire="force_model"),
+    Key(
+        "chunkStrategy",
+        one_of("none", "transcript", "paragraph", "sentence", "fixed"),
+        default="none",
+        wire="chunk_strategy",
+    ),
+    _BACKEND,
+)
+BATCH_ITEM = Schema(
+    Key("share_id", lambda _name, value: value),
+    Key("content", lambda _name, value: value),
+    Key("options", lambda _name, value: value),
+)

@@ -1,0 +1,203 @@
+"""When a stored message is due again, by the retry worker itself, without its thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+
+from mlproducer._core.backoff import Backoff
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._engine import retry_worker as module
+from mlproducer._engine.gate import Gate
+from mlproducer._engine.retry_worker import RetryWorker
+from mlproducer._engine.stored_rows import record_of
+from mlproducer.errors import PublishError, StoreError
+from mlproducer.observe.events import EventSink
+from mlproducer.settings import RetryPolicy
+from mlproducer.stores.memory import MemoryStore
+from mlproducer.stores.protocol import Claim, Depth
+from tests.helpers import make_delivery
+from tests.pure.witnesses import Clock
+
+STEP = 0.25
+
+
+class Owner:
+    """Takes what the retry worker says, and has room for everything."""
+
+    def __init__(self) -> None:
+        self.readmitted: list[Delivery] = []
+        self.refused: list[Delivery] = []
+
+    def order(self, method: partial[None]) -> bool:
+        """Do it at once."""
+        method()
+        return True
+
+    def ready(self) -> int:
+        """Many."""
+        return 1000
+
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
+        """Note them."""
+        self.readmitted += deliveries
+
+    def kept(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored."""
+
+    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """Note them."""
+        self.refused += [delivery for delivery, _ in refusals]
+
+
+class Bench:
+    """A retry worker with a fake clock."""
+
+    def __init__(self, rows: int = 10) -> None:
+        self.clock = Clock()
+        self.owner = Owner()
+        self.store = MemoryStore(rows, clock=self.clock.monotonic)
+        self.retry_worker = RetryWorker(self.store, Gate(10), Backoff(1.0, 10.0), 1.0, EventSink())
+        self.retry_worker.serve([self.owner], lambda: None)  # type: ignore[list-item]
+
+    def keep(self, delivery: Delivery, attempts: int = 1) -> None:
+        """Have it stored."""
+        delivery.attempts = attempts
+        known, delivery.stored = delivery.stored, True
+        delivery.kept = True
+        self.retry_worker.keep(delivery, self.clock.now, known=known)
+        self.work()
+
+    def work(self) -> None:
+        """Let the thread carry out its orders."""
+        while not self.retry_worker.thread._orders.empty():
+            self.retry_worker.thread._orders.get(timeout=0)()
+
+    def wait_for(self, delivery: Delivery, limit: float = 20.0) -> float | None:
+        """Sweep all the time, and say how long it took until it went out."""
+        begun = self.clock.now
+        while self.clock.now - begun < limit:
+            self.retry_worker.sweep()
+            if delivery in self.owner.readmitted:
+                return self.clock.now - begun
+            self.clock.now += STEP
+        return None
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A retry worker on a fake clock."""
+    bench = Bench()
+    monkeypatch.setattr(module, "time", bench.clock)
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("attempts", "due"), [(0, 0.0), (1, 1.0), (2, 2.0), (3, 4.0), (4, 8.0), (5, 10.0), (9, 10.0)]
+)
+def test_due(bench: Bench, attempts: int, due: float) -> None:
+    """After an attempt 1, 2, 4 ... s, 10 at the most; at once where nothing was sent (I15)."""
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    bench.keep(delivery, attempts)
+    assert bench.wait_for(delivery) == due
+
+
+@pytest.mark.parametrize(("attempts", "due"), [(0, 0.0), (1, 0.5), (2, 1.0), (4, 3.0), (9, 3.0)])
+def test_due_by_its_own_policy(bench: Bench, attempts: int, due: float) -> None:
+    """A message with a policy of its own waits as that says."""
+    delivery = make_delivery()
+    delivery.policy = RetryPolicy(5, 0.5, 3.0)
+    delivery.place = Place.WAITING
+    bench.keep(delivery, attempts)
+    assert bench.wait_for(delivery) == due
+
+
+def test_not_due_while_its_tag_is_open(bench: Bench) -> None:
+    """What may still be confirmed is not sent again, until its channel is lost (I11)."""
+    delivery = make_delivery()
+    delivery.place = Place.IN_FLIGHT
+    bench.keep(delivery)
+    assert bench.wait_for(delivery) is None
+    delivery.place = Place.WAITING
+    bench.keep(delivery)
+    assert bench.wait_for(delivery) == 1.0
+
+
+def test_a_letter_is_due_at_once_and_then_seldom(bench: Bench) -> None:
+    """A dead letter that was not taken waits for the longest delay (102)."""
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    delivery.dead = True
+    bench.keep(delivery, 4)
+    assert bench.retry_worker.depth == Depth(0, 1)
+    assert bench.wait_for(delivery) == 0.0
+    bench.owner.readmitted.clear()
+    bench.keep(delivery, 4)
+    assert bench.wait_for(delivery) == 10.0
+    bench.retry_worker.settle(delivery)
+    bench.work()
+    assert (bench.retry_worker.depth, bench.store.depth()) == (Depth(), Depth())
+
+
+def test_what_the_store_refuses(bench: Bench) -> None:
+    """It is held until the I/O thread has heard of it, is not put again, and leaves nothing."""
+    bench.store._max_rows = 0
+    delivery = make_delivery()
+    delivery.place, delivery.dead = Place.WAITING, True
+    bench.keep(delivery)
+    assert bench.owner.refused == [delivery]
+    bench.store._max_rows = 10
+    bench.keep(delivery)
+    assert bench.store.depth() == Depth()
+    assert bench.retry_worker.stored_rows.deliveries() == []
+
+
+def test_a_row_that_is_not_there_counts_for_none(bench: Bench) -> None:
+    """What ends before it was stored is not subtracted from others."""
+    delivery, other = make_delivery(), make_delivery()
+    delivery.place = other.place = Place.WAITING
+    bench.keep(other)
+    delivery.kept = True
+    bench.retry_worker.settle(delivery)
+    assert bench.retry_worker.depth == Depth(1)
+    bench.work()
+    assert bench.retry_worker.depth == Depth(1)
+
+
+def test_a_store_that_fails_before_it_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are told whose messages it was given, also where it has not taken one."""
+
+    def fail(_entries: object, _patience: float) -> list[Claim]:
+        raise StoreError("locked")
+
+    monkeypatch.setattr(bench.store, "put", fail)
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    bench.keep(delivery)
+    assert bench.owner.refused == [delivery]
+    assert not bench.retry_worker.known
+
+
+def test_the_window_is_whole_again(bench: Bench) -> None:
+    """Once the backlog is gone, nothing is kept for it any more."""
+    delivery = make_delivery()
+    delivery.place = Place.WAITING
+    bench.keep(delivery, 0)
+    assert bench.wait_for(delivery) == 0.0
+    assert bench.retry_worker._gate._reserved > 0
+    bench.retry_worker.settle(delivery)
+    bench.work()
+    bench.retry_worker.sweep()
+    assert bench.retry_worker._gate._reserved == 0
+
+
+def test_a_row_counts_the_attempts_that_use_up_retries() -> None:
+    """Another process takes any beyond those for returns from a route that comes back."""
+    delivery = make_delivery("m")
+    delivery.attempts, delivery.innocent = 9, 8
+    assert record_of(delivery, 0.0).attempts == 1
+    delivery.dead = True
+    assert record_of(delivery, 0.0).attempts == 9

@@ -1,0 +1,471 @@
+"""The sender when the connection goes, when the store fails, and at the end."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlproducer._core.delivery import Delivery, Place
+from mlproducer._fate import Fate
+from mlproducer.errors import (
+    AuthenticationError,
+    BrokerRejectedError,
+    BufferFullError,
+    ConnectionLostError,
+    MessageTooLargeError,
+    NotConnectedError,
+    ProducerClosedError,
+    StoreError,
+    UnroutableError,
+)
+from tests.helpers import make_delivery
+from tests.pure.fakes import FakeCarrier, World, error_of, receipt_of
+
+
+@pytest.fixture
+def world() -> World:
+    """A sender with an open channel."""
+    world = World()
+    world.up()
+    return world
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+
+def test_loss(world: World) -> None:
+    """What was written is possibly sent, what was not stays and goes out on the next channel."""
+    world.carrier.room_left = 1
+    [written, unwritten] = world.send("a", "b")
+    world.carrier.room_left = 0
+    world.down()
+    world.down()
+    world.store(written)
+    reason = receipt_of(written).reason
+    assert isinstance(reason, ConnectionLostError)
+    assert (reason.attempts, reason.possibly_sent) == (1, True)
+    assert not unwritten.answer.done()
+    assert world.up().written == [("b", 1)]
+    assert [name for event, name in world.events.log if event == "ConnectionLostError"] == ["a"]
+
+
+def test_tags_of_a_lost_channel_are_dead(world: World) -> None:
+    """A new channel counts from 1; an old tag in mind settles nothing of it."""
+    world.send("a", "b")
+    world.down()
+    world.up()
+    world.send("c")
+    assert world.carrier.written == [("c", 1)]
+    world.ack(2)
+    assert world.events.strays == [2]
+
+
+def test_returned_then_lost(world: World) -> None:
+    """A return is known to be unroutable even if the ack never came."""
+    [delivery] = world.send("a", retry=False)
+    world.sender.returned(1, 312, "NO_ROUTE")
+    world.down()
+    assert isinstance(error_of(delivery), UnroutableError)
+    assert not error_of(delivery).possibly_sent
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_no_connection(retry: bool) -> None:
+    """Once an attempt has failed nobody waits: neither who is there nor who comes."""
+    world = World()
+    [early] = world.send("a", retry=retry)
+    world.sender.refuse(NotConnectedError("not connected: refused"), 0.1)
+    [late] = world.send("b", retry=retry)
+    for delivery in (early, late):
+        if retry:
+            world.store(delivery)
+            error = receipt_of(delivery).reason
+        else:
+            error = error_of(delivery)
+        assert isinstance(error, NotConnectedError)
+        assert (error.message_id, error.attempts) == (delivery.envelope.message_id, 0)
+        assert not error.possibly_sent
+    assert world.sender.waiting == 0
+
+
+def test_refused_credentials() -> None:
+    """They are raised to publishers, each its own; an owned message stays until they are right."""
+    world = World()
+    world.up()
+    [owned] = world.send("owned")
+    world.nack(1)
+    world.store(owned)
+    world.down()
+    world.sender.refuse(AuthenticationError("refused by the broker: 403"), 1.0)
+    [one, two] = world.send("a", "b")
+    assert isinstance(error_of(one), AuthenticationError)
+    assert error_of(one) is not error_of(two)
+    assert not error_of(one).possibly_sent
+    world.retry(owned)
+    assert owned.place is Place.STORED
+    assert not receipt_of(owned).confirmed
+    world.up()
+    world.retry(owned)
+    world.ack(1)
+    assert receipt_of(owned).confirmed
+
+
+def test_refused_credentials_and_a_durable_store() -> None:
+    """They may be wrong for long: what such a store holds waits until they are right."""
+    world = World()
+    world.retry_worker.durable = True
+    world.sender.refuse(AuthenticationError("refused by the broker: 403"), 1.0)
+    [kept] = world.send("a")
+    [given] = world.send("b", retry=False)
+    assert isinstance(error_of(given), AuthenticationError)
+    world.store(kept)
+    assert isinstance(receipt_of(kept).reason, AuthenticationError)
+
+
+def return_(world: World, tag: int) -> None:
+    """Send a message back, as a broker does: a return, then the ack."""
+    world.sender.returned(tag, 312, "NO_ROUTE")
+    world.ack(tag)
+
+
+def test_a_route_that_was_there_comes_back() -> None:
+    """A message that is returned from it waits, however often; another one is buried (312)."""
+    world = World(max_retries=1)
+    world.up()
+    world.send("known")
+    world.ack(1)
+    [waits] = world.send("waits")
+    [lost] = world.send("lost", exchange="y")
+    for tag in (2, 3):
+        return_(world, tag)
+    for delivery in (waits, lost):
+        world.store(delivery)
+    for attempt in range(2, 6):
+        carrier = world.up()
+        world.retry(waits)
+        if not lost.dead:
+            world.retry(lost)
+        for _, tag in list(carrier.written):
+            return_(world, tag)
+        assert (waits.dead, lost.dead) == (False, True)
+        assert waits.attempts == attempt
+    world.up()
+    world.retry(waits)
+    world.nack(world.carrier.written[-1][1])
+    assert not waits.dead, "what was returned used up none of its retries"
+    assert waits.place is Place.STORED
+
+
+def test_returned_in_another_life() -> None:
+    """What has more attempts than it may have was waiting for a route: it goes on waiting."""
+    world = World(max_retries=1)
+    world.up()
+    [delivery] = world.send("a")
+    delivery.attempts, delivery.stored, delivery.kept = 7, True, True
+    world.retry_worker.rows[delivery] = 7
+    return_(world, 1)
+    assert not delivery.dead
+    assert delivery.place is Place.STORED
+
+
+def test_interrupted_after_it_was_promised(world: World) -> None:
+    """An interrupt of publish_many comes too late for what has its answer: that is delivered."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.store(delivery)
+    delivery.retry, delivery.recalled = False, True
+    world.retry(delivery)
+    world.ack(2)
+    assert receipt_of(delivery).confirmed
+
+
+def test_blocked_then_unblocked(world: World) -> None:
+    """While the broker blocks nothing is written; then all goes out in order."""
+    [first] = world.send("a")
+    world.sender.block(blocked=True)
+    assert not world.sender.able
+    world.send("b", "c")
+    assert world.carrier.written == [("a", 1)]
+    world.ack(1)
+    assert receipt_of(first).confirmed
+    world.sender.block(blocked=True)
+    world.sender.block(blocked=False)
+    world.sender.block(blocked=False)
+    world.sender.pump(1.0)
+    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]
+
+
+def test_a_new_connection_is_not_blocked(world: World) -> None:
+    """The alarm's word ends with the connection on which it came."""
+    world.sender.block(blocked=True)
+    world.send("a")
+    world.down()
+    world.sender.disconnected()
+    assert world.up().written == [("a", 1)]
+
+
+# --- withdrawn, too large, stores that fail, the end -------------------------------------------
+
+
+def test_withdrawn_is_never_sent(world: World) -> None:
+    """A future that was cancelled before the hand-over takes its message along."""
+    delivery = make_delivery("a")
+    assert delivery.answer.cancel()
+    world.sender.accept([delivery], 0.0)
+    world.sender.pump(0.0)
+    assert world.carrier.written == []
+    assert world.door.left == [delivery]
+    assert delivery.place is Place.RETIRED
+
+
+def test_accepted_cannot_be_withdrawn(world: World) -> None:
+    """Once the sender has it, it is too late to cancel."""
+    [delivery] = world.send("a")
+    assert not delivery.answer.cancel()
+    world.ack(1)
+    assert receipt_of(delivery).confirmed
+
+
+def test_headers_over_the_frame() -> None:
+    """A header that the negotiated frame cannot hold is given back; the next one goes."""
+    world = World()
+    world.up(FakeCarrier(longest_properties=1))
+    [delivery] = world.send("a")
+    error = error_of(delivery)
+    assert isinstance(error, MessageTooLargeError)
+    assert (error.attempts, error.possibly_sent) == (0, False)
+    world.carrier.longest_properties = 2
+    world.send("b")
+    assert world.carrier.written == [("b", 1)]
+
+
+@pytest.mark.parametrize("error", [BufferFullError("full"), StoreError("locked")])
+def test_store_fails(world: World, error: Exception) -> None:
+    """What could not be stored is its publisher's again, and is not sent later."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.sender.not_kept(delivery, error, 0.0)  # type: ignore[arg-type]
+    assert error_of(delivery) is error
+    assert error_of(delivery).possibly_sent
+    assert delivery.place is Place.RETIRED
+    assert world.door.left == [delivery]
+
+
+def test_given_back_while_it_is_being_stored(world: World) -> None:
+    """Its row comes too late for a promise; the error is told once the row is gone again."""
+    world.retry_worker.durable = True
+    [delivery] = world.send("a")
+    world.sender.expire(delivery, 5.0)
+    delivery.retry = False  # its publisher was interrupted
+    world.down(403, "refused")
+    assert world.retry_worker.withdrawn == [delivery]
+    world.sender.kept([delivery], 5.0)
+    assert not delivery.answer.done()
+    world.sender.withdrawn([delivery], 5.0, gone=True)
+    assert isinstance(error_of(delivery), BrokerRejectedError)
+
+
+def test_store_fails_for_what_is_in_flight(world: World) -> None:
+    """The tag stays open, but the message is not ours any more."""
+    [delivery] = world.send("a")
+    world.sender.expire(delivery, 5.0)
+    world.sender.not_kept(delivery, StoreError("locked"), 5.0)
+    assert error_of(delivery).possibly_sent
+    world.down()
+    assert delivery.place is Place.RETIRED
+    assert world.up().written == []
+    assert world.door.left == [delivery]
+
+
+@pytest.mark.parametrize("buried", [False, True])
+def test_the_store_refuses_what_its_publisher_relies_on(buried: bool) -> None:
+    """It stays ours: dead-lettered once where its last attempt is over, else sent again."""
+    world = World(max_retries=0)
+    world.up()
+    [delivery, _] = world.send("a", "b")
+    if buried:
+        world.nack(1)
+    else:
+        world.sender.expire(delivery, 5.0)
+        world.down(403)  # both of them are suspects
+    delivery.leave(heir := Fate())
+    world.retry_worker.rows.clear()
+    world.sender.not_kept(delivery, StoreError("locked"), 5.0)
+    assert list(world.retry_worker.rows) == [delivery]
+    exchange = "dead" if buried else "x"
+    assert (delivery.envelope.exchange, delivery.place) == (exchange, Place.STORED)
+    assert world.sender.waiting == (0 if buried else 1)
+    assert not heir.done()
+
+
+def test_the_store_is_silent_about_what_its_publisher_relies_on(world: World) -> None:
+    """It is not stored twice, and its fate is told."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    delivery.leave(heir := Fate())
+    world.sender.pay(delivery, 5.2)
+    assert delivery.place is Place.STORED
+    world.store(delivery)
+    world.retry(delivery)
+    world.ack(2)
+    assert heir.result(0).confirmed
+    assert world.retry_worker.rows == {}
+
+
+def test_the_store_is_silent_about_a_suspect(world: World) -> None:
+    """It was sent again meanwhile, and its error counts that attempt."""
+    [delivery, other] = world.send("a", "b")
+    for each in (delivery, other):
+        world.sender.expire(each, 5.0)
+    world.down(403)
+    world.up()
+    world.sender.pay(other, 5.2)
+    assert (error_of(other).attempts, world.sender.waiting) == (1, 0)
+    world.sender.pay(delivery, 5.2)
+    error = error_of(delivery)
+    assert isinstance(error, StoreError)
+    assert (error.attempts, error.possibly_sent) == (2, True)
+
+
+def written_ahead(world: World, *, leased_until: float) -> Delivery:
+    """Give a message that was stored before it was sent, and is in flight."""
+    world.retry_worker.durable = True
+    delivery = make_delivery("a")
+    delivery.claim()
+    delivery.stored, delivery.leased_until = True, leased_until
+    world.retry_worker.rows[delivery] = 0
+    world.sender.readmit(delivery, 0.0)
+    world.sender.pump(0.0)
+    return delivery
+
+
+def test_whose_row_it_is_has_to_be_known(world: World) -> None:
+    """Nothing is promised after the end of a lease before the store has been asked."""
+    for leased_until in (4.0, 6.0):
+        delivery = written_ahead(world, leased_until=leased_until)
+        world.now = 5.0
+        world.nack(len(world.carrier.written))
+        assert delivery.answer.done() == (leased_until > world.now)
+        world.sender.kept([delivery], world.now)
+        assert not receipt_of(delivery).confirmed
+        world.now = 0.0
+
+
+def test_rejected_while_its_row_comes_back(world: World) -> None:
+    """The row of what goes back to its publisher promises nothing, and is deleted."""
+    delivery = written_ahead(world, leased_until=20.0)
+    world.down(404)
+    assert world.retry_worker.withdrawn == [delivery]
+    world.sender.readmit(delivery, 1.0)
+    assert not delivery.answer.done()
+    world.sender.withdrawn([delivery], 1.0, gone=True)
+    assert isinstance(error_of(delivery), BrokerRejectedError)
+    assert world.sender.waiting == 0
+
+
+def test_taken_over_while_it_is_being_stored(world: World) -> None:
+    """Another process has its row, so it was stored, and its publisher is told at once."""
+    world.retry_worker.durable = True
+    [delivery] = world.send("a")
+    world.nack(1)
+    assert not delivery.answer.done()
+    world.sender.taken_over([delivery], 1.0)
+    assert receipt_of(delivery).durable
+
+
+def test_promised_and_interrupted_at_the_end(world: World) -> None:
+    """What its publisher relies on goes into the store, whatever befell the call after that."""
+    world.sender.shutdown._durable = True
+    [delivery] = world.send("a")
+    delivery.leave(Fate())
+    delivery.retry = False
+    world.sender.shutdown.shelve(1.0)
+    assert list(world.retry_worker.rows) == [delivery]
+
+
+def test_handed_in_after_the_end(world: World) -> None:
+    """It is given back, since no answer of a durable store would be heard any more."""
+    world.sender.shutdown._durable = True
+    world.sender.shutdown.abandon([], (), 1.0)
+    [delivery] = world.send("a")
+    assert isinstance(error_of(delivery), ProducerClosedError)
+
+
+def test_time_is_up_amid_a_close(world: World) -> None:
+    """The store is about to answer: what is in flight is not counted as unconfirmed."""
+    world.retry_worker.durable = True
+    world.sender.shutdown._durable = True
+    [delivery] = world.send("a")
+    world.sender.shutdown.shelve(4.9)
+    world.sender.expire(delivery, 5.0)
+    assert (world.sender.timeouts, delivery.late) == (0, False)
+    world.store(delivery)
+    assert receipt_of(delivery).durable
+
+
+def test_room_behind_what_was_withdrawn(world: World) -> None:
+    """What has been withdrawn while it waited takes no room from those behind it."""
+    world.carrier.room_left = 0
+    [withdrawn, _] = world.send("a", "b")
+    withdrawn.open = False  # as by its publisher, whose call was interrupted
+    world.carrier.room_left = 1
+    world.sender.pump(0.0)
+    assert world.carrier.written == [("b", 1)]
+
+
+def test_what_is_entrusted_keeps_its_row(world: World) -> None:
+    """It was claimed a moment before the end, and comes back only after it."""
+    world.retry_worker.durable = True
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.store(delivery)
+    shutdown = world.sender.shutdown
+    shutdown._durable = True
+    shutdown.abandon([delivery], (), 1.0)
+    assert not delivery.open
+    world.sender.readmit(delivery, 1.0)
+    assert list(world.retry_worker.rows) == [delivery]
+    assert world.retry_worker.settled == []
+
+
+def test_abandon_at_close(world: World) -> None:
+    """Whoever still waits is told that the producer was closed, and what may have been sent."""
+    world.carrier.room_left = 1
+    [in_flight, waiting] = world.send("a", "b")
+    world.carrier.room_left = 0
+    stored = make_delivery("c")
+    world.sender.accept([stored], 0.0)
+    world.sender.refuse(NotConnectedError("not connected"), 0.0)
+    world.store(stored)
+    world.store(waiting)
+    receipt = receipt_of(stored)
+    world.sender.shutdown.abandon(list(world.retry_worker.rows), (), 0.0)
+    assert isinstance(error_of(in_flight), ProducerClosedError)
+    assert error_of(in_flight).possibly_sent
+    with pytest.raises(ProducerClosedError) as caught:
+        receipt.result(0)
+    assert not caught.value.possibly_sent
+    assert world.retry_worker.rows == {}
+    assert world.sender.in_flight == world.sender.waiting == 0
+    [late] = world.send("late")
+    assert isinstance(error_of(late), ProducerClosedError)
+
+
+def test_overdue(world: World) -> None:
+    """A channel is overdue from when its oldest open tag has waited for the limit."""
+    assert not world.sender.overdue(1000.0, 60.0)
+    world.send("a")
+    world.now = 30.0
+    world.send("b")
+    assert not world.sender.overdue(59.9, 60.0)
+    assert world.sender.overdue(60.0, 60.0)
+    world.ack(1)
+    assert not world.sender.overdue(60.0, 60.0)
+
+
+def test_room(world: World) -> None:
+    """Writing stops when the buffer is full, and goes on with the next ack."""
+    world.carrier.room_left = 10
+    world.send("a", "b", "c")
+    assert world.carrier.written == [("a", 1), ("b", 2)]  # 6 bytes each
+    world.ack(1)
+    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]

@@ -1,0 +1,690 @@
+"""The sender and its retry worker against a model of broker and publishers, in any order of events.
+
+A step is one thing that one of the threads, the broker or a publisher does, with a look at
+everything after it; most rules are one, `a_while` is many. Each example ends in one of two ways:
+the producer is closed on the spot, or the faults stop and everything has to find its end within a
+bounded time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mlproducer import _waiting as waiting
+from mlproducer._core.delivery import Delivery, NoWaiter, Place
+from mlproducer._core.states import CircuitState
+from mlproducer._engine import retry_worker, store_writer
+from mlproducer.errors import (
+    AuthenticationError,
+    NotConnectedError,
+    PublishError,
+    RetriesExhaustedError,
+)
+from mlproducer.message import Receipt
+from tests.helpers import NO_PROPERTIES
+from tests.pure.model import TIMEOUT, WINDOW_BYTES, House
+from tests.pure.witnesses import (
+    COOLDOWN,
+    LEASE,
+    PLENTY,
+    SWEEP,
+    WIDE,
+    Clock,
+    Record,
+    TopologyDeclarer,
+)
+
+INSIDE = {Place.MAILBOX, Place.WAITING, Place.IN_FLIGHT}
+CALLS = ["put", "put's answer", "release", "renew", "done", "claim", "depth", "trace"]
+MOMENTS = [
+    "a_second_passes",
+    "everyone_expires",
+    "the_io_thread_reads",
+    "the_io_thread_is_silent",
+    "the_store_is_late",
+    "the_broker_confirms",
+    "the_connection_is_lost",
+]
+
+ROUNDS = 500
+"""Seconds within which everything finds its end once faults have stopped."""
+
+PICK = st.integers(0, 1 << 16)
+
+clock = Clock()
+
+
+class SenderMachine(RuleBasedStateMachine):
+    """All that can happen, in any order."""
+
+    steps = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.house = House(TopologyDeclarer(), clock)
+        self.live: dict[Delivery, Record] = {}
+        self.fair = False
+        self.hurried = False
+
+    @initialize(
+        max_retries=st.sampled_from([3, 3, 1, 0]),
+        threshold=st.sampled_from([4, 1000, 1000, 1]),
+        window=st.sampled_from([8, 8, 2, 100]),
+        rows=st.sampled_from([50, 50, 50, 2]),
+        durable=st.booleans(),
+        ahead=st.booleans(),
+        fair=st.booleans(),
+        connected=st.sampled_from([True, True, True, False]),
+        puts=st.sampled_from([0] * 6 + [1, 4]),
+        hurried=st.booleans(),
+    )
+    def begin(self, *, fair: bool, connected: bool, hurried: bool = False, **fields: int) -> None:
+        """Make a producer."""
+        self.house = House(TopologyDeclarer(**fields), clock)  # type: ignore[arg-type]
+        self.fair = fair
+        self.hurried = hurried
+        if connected:
+            self.house.up()
+
+    # --- publishers ---
+
+    @rule(
+        count=st.integers(1, 4),
+        retry=st.sampled_from([True, True, True, False]),
+        waits=st.booleans(),
+        exchange=st.sampled_from("xy"),
+        properties=st.sampled_from([NO_PROPERTIES] * 4 + [WIDE]),
+        cut=st.sampled_from([""] * 8 + ["entered", "posted"]),
+        seen=st.booleans(),
+    )
+    def publish(self, *, count: int, seen: bool, **message: Any) -> None:
+        """Some publish or submit; the I/O thread sees it at once, or later."""
+        for _ in range(count):
+            self.publish_one(**message)
+        if seen:
+            self.house.drain(PLENTY)
+
+    def publish_one(self, **message: Any) -> None:
+        """Hand one in."""
+        delivery = self.house.publish(**message)
+        if delivery is not None:
+            self.live[delivery] = self.house.record(delivery)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=PICK, hit=st.sampled_from([False, False, True]))
+    def interrupt(self, pick: int, hit: bool) -> None:
+        """A publisher is interrupted, and takes its message back if it still can."""
+        delivery = self._one_of_the_live(pick)
+        if hit and self._waits(delivery):
+            self.house.withdraw(delivery)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=PICK)
+    def expire(self, pick: int) -> None:
+        """Somebody's time is up."""
+        delivery = self._one_of_the_live(pick)
+        clock.now = max(clock.now, delivery.deadline)
+        self._expire(delivery)
+
+    def _expire(self, delivery: Delivery) -> None:
+        record = self.house.record(delivery)
+        if self._waits(delivery) and clock.now >= delivery.deadline and not record.asked:
+            self.house.expire(delivery)
+
+    def _waits(self, delivery: Delivery) -> bool:
+        """Whether a call of `publish` waits for its answer."""
+        record = self.house.record(delivery)
+        waits = delivery.answer_deferral and not delivery.answer.done() and record.told is None
+        return waits and record.ends != ["withdrawn"]
+
+    def everyone_expires(self) -> None:
+        """Everybody's time is up, whoever waits."""
+        clock.now += TIMEOUT
+        for delivery in self.live:
+            self._expire(delivery)
+
+    @precondition(lambda self: self.live)
+    @rule()
+    def the_io_thread_is_silent(self) -> None:
+        """Publishers whose time is up have asked it, and wait no longer."""
+        for delivery in list(self.live):
+            if self._waits(delivery) and self.house.record(delivery).asked:
+                self.house.give_up(delivery)
+
+    @rule()
+    def the_store_is_late(self) -> None:
+        """What it has not answered by now is owed; those who submit look at it themselves."""
+        self.house.pay()
+        self.house.look()
+
+    def _one_of_the_live(self, pick: int) -> Delivery:
+        deliveries = list(self.live)
+        return deliveries[pick % len(deliveries)]
+
+    # --- the threads ---
+
+    @precondition(lambda self: self.house.mailbox)
+    @rule(limit=st.sampled_from([1, 2, 1000, 1000]))
+    def the_io_thread_looks(self, limit: int) -> None:
+        """It takes from its mailbox what is there, or a part of it."""
+        self.house.drain(limit)
+
+    @rule(count=st.sampled_from([1, 1, 2, 1000]))
+    def the_retry_thread_works(self, count: int) -> None:
+        """It carries out orders and sweeps."""
+        for _ in range(count):
+            self.house.keep_house()
+            if not self.house.ordered:
+                break
+
+    @rule(seconds=st.sampled_from([0.3, 1.0, 2.5, 11.0, 31.0]))
+    def time_passes(self, seconds: float) -> None:
+        """Time passes."""
+        clock.now += seconds
+
+    @rule()
+    def the_breaker_thread_looks(self) -> None:
+        """It may be too early."""
+        self.house.cool()
+
+    # --- the broker ---
+
+    @precondition(lambda self: self.house.channel)
+    @rule(pick=PICK, multiple=st.booleans(), good=st.sampled_from([True, False, False]))
+    def settle(self, pick: int, multiple: bool, good: bool) -> None:
+        """An ack or nack for any tag: open, settled before, or never given out."""
+        assert self.house.channel is not None
+        tag = pick % (self.house.channel.last + 2)
+        self.house.settle(tag, multiple=multiple, good=good)
+
+    @precondition(lambda self: self.house.channel and self.house.channel.open)
+    @rule(pick=PICK, multiple=st.booleans(), good=st.booleans())
+    def settle_open(self, pick: int, multiple: bool, good: bool) -> None:
+        """An ack or nack for a tag that is open."""
+        assert self.house.channel is not None
+        tags = list(self.house.channel.open)
+        self.house.settle(tags[pick % len(tags)], multiple=multiple, good=good)
+
+    @precondition(lambda self: self.house.channel and self.house.channel.open)
+    @rule(pick=PICK)
+    def return_(self, pick: int) -> None:
+        """A message has no queue; its ack or nack comes later."""
+        assert self.house.channel is not None
+        tags = list(self.house.channel.open)
+        self.return_tag(tags[pick % len(tags)])
+
+    def return_tag(self, tag: int) -> None:
+        """Send a message back."""
+        assert self.house.channel is not None
+        self.house.channel.returned.add(tag)
+        self.house.sender.returned(tag, 312, "NO_ROUTE")
+
+    @precondition(lambda self: self.house.channel)
+    @rule(blocked=st.sampled_from([False, False, True]))
+    def flow(self, blocked: bool) -> None:
+        """The alarm comes or goes."""
+        self.house.block(blocked=blocked)
+
+    @rule(
+        seconds=st.sampled_from([1.0, 11.0, 31.0]),
+        rounds=st.lists(st.sampled_from(["ack", "nack", "return", "silence"]), max_size=6),
+        waits=st.booleans(),
+    )
+    def a_while(self, seconds: float, rounds: list[str], waits: bool) -> None:
+        """Somebody publishes, every thread does all that it has to do, the broker answers."""
+        for answer in rounds:
+            self.publish_one(exchange="x", retry=True, waits=waits, properties=NO_PROPERTIES)
+            for _ in self.house.work(seconds):
+                self.check()
+            self._answer_all(answer)
+            self.check()
+
+    def _answer_all(self, answer: str) -> None:
+        channel = self.house.channel
+        if answer == "silence":
+            self.everyone_expires()
+            self.house.drain(PLENTY)
+        elif channel is not None:
+            if answer == "return":
+                for tag in list(channel.open):
+                    self.return_tag(tag)
+            self.house.settle(channel.last, multiple=True, good=answer != "nack")
+
+    # --- the connection ---
+
+    @precondition(lambda self: not self.house.channel)
+    @rule(room=st.sampled_from([1, 10, PLENTY, PLENTY]), narrow=st.booleans())
+    def up(self, room: int, narrow: bool) -> None:
+        """A connection is made."""
+        self.house.up(room, narrow=narrow)
+
+    @precondition(lambda self: self.house.channel)
+    @rule(code=st.sampled_from([403, 404, 406]))
+    def channel_closed(self, code: int) -> None:
+        """The broker closes the channel over a message, and opens the next."""
+        self.house.down(code)
+        self.house.up(first=False)
+
+    @precondition(lambda self: self.house.channel)
+    @rule(code=st.sampled_from([0, 320, 501, 541]))
+    def connection_lost(self, code: int) -> None:
+        """The connection is gone."""
+        self.house.lose_connection(code)
+
+    @precondition(lambda self: not self.house.channel)
+    @rule(kind=st.sampled_from([NotConnectedError, AuthenticationError]))
+    def refuse(self, kind: type[PublishError]) -> None:
+        """An attempt to connect failed."""
+        self.house.sender.refuse(kind("no"), clock.now)
+        assert self.house.sender.waiting == 0
+
+    @rule(broken=st.sampled_from([True] + [False] * 5))
+    def the_store(self, broken: bool) -> None:
+        """The store fails, or works again."""
+        self.house.store.broken = broken
+
+    @rule(call=st.sampled_from(CALLS))
+    def the_store_stumbles(self, call: str) -> None:
+        """One call to it will fail; a put may have stored everything by then."""
+        self.house.store.stumbles.add(call)
+
+    @rule(
+        before=st.lists(st.sampled_from(MOMENTS), max_size=4),
+        after=st.lists(st.sampled_from(MOMENTS), max_size=4),
+        claimed=st.lists(st.sampled_from(["many_submit", *MOMENTS]), max_size=3),
+    )
+    def the_store_is_slow(self, **steps: list[str]) -> None:
+        """While the next put or claim is under way, time passes and others go on."""
+        self.house.store.meanwhile = {
+            when: [getattr(self, name) for name in names] for when, names in steps.items()
+        }
+
+    @precondition(lambda self: self.house.store.durable and self.house.store._slots)
+    @rule(pick=PICK, everything=st.booleans())
+    def rows_are_gone(self, pick: int, everything: bool) -> None:
+        """The store has lost a row, or starts over empty."""
+        keys = list(self.house.store._slots)
+        for key in keys if everything else [keys[pick % len(keys)]]:
+            self.house.rob(key)
+
+    @precondition(lambda self: self.house.store.durable)
+    @rule(due=st.booleans())
+    def rows_are_taken_over(self, due: bool) -> None:
+        """Another process claims what this one has not renewed in time, or what is due."""
+        store = self.house.store
+        for key in store.lapsed() + (store.due() if due else []):
+            self.house.take_over(key)
+
+    @precondition(lambda self: self.house.store.durable and self.house.channel)
+    @rule(retry=st.booleans(), waits=st.booleans())
+    def a_lease_runs_out(self, retry: bool, waits: bool) -> None:
+        """While the broker blocks, this process, or the store, is frozen for longer than that."""
+        self.house.block(blocked=True)
+        self.publish_one(exchange="x", retry=retry, waits=waits, properties=NO_PROPERTIES)
+        self.the_retry_thread_works(1000)
+        self.house.drain(PLENTY)
+        clock.now += LEASE
+        self.house.block(blocked=False)
+
+    @precondition(lambda self: not self.house.closing)
+    @rule(really=st.sampled_from([False] * 5 + [True]))
+    def a_close_is_cut(self, really: bool) -> None:
+        """A close has had the store take what is left, and is interrupted before the next step."""
+        if really:
+            self.house.shelve()
+
+    @precondition(lambda self: self.house.taken)
+    @rule(what=st.sampled_from(["delivers", "buries", "dies"]))
+    def the_other_process(self, what: str) -> None:
+        """It brings the message to its end, or comes to its own."""
+        self.house.elsewhere(what)
+
+    # What may happen while a put or claim is under way.
+
+    def many_submit(self) -> None:
+        """The window is filled."""
+        for _ in range(self.house.setup.window):
+            self.publish_one(exchange="x", retry=True, waits=False, properties=NO_PROPERTIES)
+
+    def a_second_passes(self) -> None:
+        """Time passes."""
+        clock.now += 1.0
+
+    def the_io_thread_reads(self) -> None:
+        """It takes everything out of its mailbox."""
+        self.house.drain(PLENTY)
+
+    def the_broker_confirms(self) -> None:
+        """All that is in flight."""
+        if self.house.channel is not None:
+            self.house.settle(self.house.channel.last, multiple=True, good=True)
+
+    def the_connection_is_lost(self) -> None:
+        """With all that is in flight."""
+        self.house.lose_connection(0)
+
+    # --- what holds at every step ---
+
+    @invariant()
+    def check(self) -> None:
+        """Count a step, look at everything, and at what has ended for the last time."""
+        SenderMachine.steps += 1
+        self.one_place()
+        self.answers_stand()
+        self.circuit()
+        self.nothing_is_left_behind()
+        self.flushed()
+        self.forget_the_retired()
+
+    def one_place(self) -> None:
+        """I1, I6, I25: each message is in exactly one place, and within every limit."""
+        house, send_queue = self.house, self.house.sender._send_queue
+        posted = house.posted()
+        waiting = Counter([*send_queue._backlog, *send_queue.poison.suspects])
+        flying = Counter(house.channel.open.values()) if house.channel else Counter()
+        for delivery, record in self.live.items():
+            place = delivery.place
+            assert waiting[delivery] == (place is Place.WAITING)
+            assert flying[record] == (place is Place.IN_FLIGHT)
+            withdrawn = place is Place.WAITING and not delivery.open
+            if place in (Place.WAITING, Place.IN_FLIGHT) and not withdrawn:
+                assert delivery in house.gate._inside, "I6: inside without a slot"
+            elif place is Place.STORED:
+                owed = house.sender.failures.owes(delivery)
+                owed = owed or delivery in posted
+                assert owed or delivery in house.retry_worker.stored_rows.deliveries()
+                assert owed or delivery not in house.gate._inside
+        assert house.sender.in_flight == flying.total()
+        assert house.sender.waiting == waiting.total()
+        assert len(house.gate) <= house.setup.window
+        assert house.gate._bytes == sum(each.envelope.size for each in house.gate.inside())
+        assert house.gate._bytes <= WINDOW_BYTES or len(house.gate) == 1
+        assert len(house.store._slots) <= house.setup.rows
+
+    def answers_stand(self) -> None:
+        """I4: an answer never changes; what was confirmed or given back was answered so."""
+        for delivery, record in self.live.items():
+            if delivery.answer.done() and not delivery.answer.cancelled():
+                answer = delivery.answer.exception(0) or delivery.answer.result(0)
+                record.answer = record.answer or answer
+                assert record.answer is answer
+            assert delivery.open == (not record.ends)
+            deferred = delivery.fate not in (None, delivery.answer) and not record.ends
+            if deferred and not self._goes_back(delivery) and not record.stolen:
+                stored_rows = self.house.retry_worker.stored_rows
+                owed = delivery in stored_rows.rowless or self.house.sender.failures.owes(delivery)
+                stored = (
+                    stored_rows.claim_of(delivery) or (record.told and owed) or record.elsewhere
+                )
+                assert stored, "I20: not stored"
+            said = [each for each in (record.told, record.answer) if isinstance(each, Receipt)]
+            deferral = any(not receipt.confirmed for receipt in said)
+            assert record.retry or not deferral, "I2: retry=False, and deferred"
+            assert delivery.attempts == record.sends, "I14: an attempt is a write"
+            assert record.writes <= 1 + record.hits, "I12: no write without a reason"
+
+    def _goes_back(self, delivery: Delivery) -> bool:
+        """Whether its publisher was interrupted, and a failure ends it once its row is gone."""
+        return not delivery.retry and self.house.sender.failures.owes(delivery)
+
+    def circuit(self) -> None:
+        """I17: closed below the threshold; counted is what was told."""
+        breaker = self.house.breaker
+        assert breaker.failures == breaker.in_row
+        threshold = self.house.setup.threshold
+        assert breaker.state is not CircuitState.CLOSED or breaker.failures < threshold
+
+    def nothing_is_left_behind(self) -> None:
+        """I2: what has found its end has no row, or one that is about to be deleted."""
+        house = self.house
+        ordered = {
+            order.delivery for order in house.retry_worker._store_writer._orders
+        } | house.posted()
+        for record in house.left_rows():
+            ends = record.delivery in ordered or house.stuck
+            assert not record.ends or ends, "I2: it leaves a row"
+
+    def flushed(self) -> None:
+        """`flush` gives 0 only where no row is left, but for those that are about to be deleted."""
+        house = self.house
+        left = house.gate.inside() or house.retry_worker.depth.total or not house.retry_worker.known
+        if not (left or house.ordered or house.mailbox or house.stuck):
+            assert all(record.shared for record in house.left_rows()), "a row is left"
+
+    def forget_the_retired(self) -> None:
+        """Look at each message once more after its end, and no longer."""
+        for delivery, record in list(self.live.items()):
+            if delivery.place is Place.RETIRED and not self.house.sender.failures.owes(delivery):
+                assert record.ends, "I4: it has retired, and nobody has been told"
+                assert delivery not in self.house.gate._inside, "I6: a slot leaks"
+                del self.live[delivery]
+
+    # --- how it ends ---
+
+    def teardown(self) -> None:
+        """Close, now or after a time without faults: everyone has been told, nothing is left."""
+        house = self.house
+        house.store.stumbles.clear()
+        house.store.meanwhile.clear()
+        self._everyone_is_told()
+        self.hurried = self.hurried or house.closing  # rows are verified once, when a close begins
+        if self.fair and not house.closing and not house.setup.puts:
+            self._stop_the_faults()
+        house.shelve()
+        house.channel = None
+        while house.store.durable and house.ordered and not self.hurried:
+            house.keep_house()
+        if not self.hurried:
+            house.drain(PLENTY)
+        stored_rows = house.retry_worker.stored_rows
+        house.sender.shutdown.abandon(
+            stored_rows.deliveries(), frozenset(stored_rows.rowless), clock.now
+        )
+        house.drain(PLENTY)
+        house.closed = True
+        house.store.broken = False
+        while house.ordered:
+            house.keep_house()
+        self._check_the_end()
+
+    def _everyone_is_told(self) -> None:
+        """I5: no call of `publish` waits beyond its time, whatever the store or connection does."""
+        self.everyone_expires()
+        self.house.drain(PLENTY)
+        self.the_store_is_late()
+        assert not any(self._waits(delivery) for delivery in self.live), "I5: it still waits"
+        self.check()
+
+    def _stop_the_faults(self) -> None:
+        """I28: with a broker that takes everything, all is confirmed or dead in bounded time."""
+        house = self.house
+        house.store.broken = False
+        house.lose_connection(0)
+        house.up()
+        for _ in range(ROUNDS):
+            house.drain(PLENTY)
+            house.look()
+            house.elsewhere("delivers")
+            if house.channel is not None and house.channel.open:
+                house.settle(house.channel.last, multiple=True, good=True)
+            for _ in house.work(SWEEP):
+                self.check()
+            if house.breaker.state is CircuitState.OPEN:
+                clock.now += COOLDOWN
+                house.cool()
+            # A row that is ordered to be deleted does not count any more, and is still there.
+            if not (
+                house.gate or house.retry_worker.depth.stored or house.mailbox or house.ordered
+            ):
+                break
+        assert not house.gate.inside()
+        assert not house.retry_worker.depth.stored
+        assert not house.store.slots(), f"a row outlives its message {house.store.slots()}"
+
+    def _check_the_end(self) -> None:
+        house = self.house
+        for delivery, record in house.records.items():
+            if delivery.place is Place.MAILBOX and not record.ends:
+                assert delivery in house.submits or self._waits(delivery), "nothing waits for it"
+                house.withdraw(delivery)  # its publisher's own wait ends
+            if not record.ends and not delivery.open:
+                assert house.store.durable, "I20: entrusted to a store that does not last"
+                continue
+            assert len(record.ends) == 1, f"I4: told {record.ends}"
+            assert delivery.place is Place.RETIRED or record.ends == ["withdrawn"]
+            told = delivery.fate or delivery.answer
+            nobody = record.ends == ["withdrawn"] or isinstance(told, NoWaiter)
+            assert nobody or told.done()
+            if record.ends == ["dead-lettered"]:
+                error = told.exception(0)
+                assert isinstance(error, RetriesExhaustedError)
+                assert error.attempts == record.sends
+                assert error.reason is not None
+        assert not any(delivery.open for delivery in house.gate.inside())
+        for record in house.left_rows():
+            assert not record.ends or house.stuck, "a row outlives its message"
+        rows = {slot.record.envelope.message_id for slot in house.store.slots().values()}
+        for delivery, record in house.records.items():
+            unseen = record.stolen and (self.hurried or house.stuck)
+            if not (record.ends or record.robbed or record.elsewhere or unseen):
+                assert delivery.envelope.message_id in rows, "entrusted, and lost"
+
+
+QUICK = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+@pytest.fixture(autouse=True)
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the test's clock to all that asks for the time."""
+    for module in (retry_worker, store_writer, waiting):
+        monkeypatch.setattr(module, "time", clock)
+
+
+def test_a_few_hundred_steps() -> None:
+    """What every run checks."""
+    run_state_machine_as_test(SenderMachine, settings=QUICK)
+
+
+def test_an_interrupt_before_the_row_is_there() -> None:
+    """A message that was taken back amid its way into the store leaves no row there."""
+    machine = SenderMachine()
+    machine.begin(fair=True, connected=False)
+    message = {"count": 1, "retry": True, "exchange": "x", "cut": ""}
+    machine.publish(waits=False, properties=NO_PROPERTIES, seen=False, **message)
+    machine.refuse(AuthenticationError)
+    machine.publish(waits=True, properties=WIDE, seen=True, **message)  # the window has no room
+    machine.interrupt(pick=1, hit=True)
+    machine.teardown()
+    assert [record.ends for record in machine.house.records.values()] == [["given back"]] * 2
+
+
+def stored_and_sent_again(**fields: int) -> SenderMachine:
+    """Give a producer whose one message has a row, and is in flight for the second time."""
+    machine = SenderMachine()
+    machine.begin(fair=False, connected=True, **fields)
+    message = {"count": 1, "exchange": "x", "properties": NO_PROPERTIES, "cut": ""}
+    machine.publish(retry=True, seen=True, waits=True, **message)
+    machine.settle(pick=1, multiple=False, good=False)
+    machine.the_retry_thread_works(1000)
+    clock.now += SWEEP
+    machine.the_retry_thread_works(1)
+    machine.the_io_thread_looks(1000)
+    return machine
+
+
+def test_a_put_that_never_answers() -> None:
+    """What the store has lost is not forgotten where it is silent about the new row."""
+    machine = stored_and_sent_again(durable=True, puts=2)
+    machine.rows_are_gone(pick=0, everything=True)
+    machine.settle(pick=2, multiple=False, good=False)
+    for _ in range(3):
+        clock.now += SWEEP
+        machine.the_retry_thread_works(1000)
+        machine.check()
+    assert machine.house.stuck
+    machine.teardown()
+    [record] = machine.house.records.values()
+    assert record.ends == ["given back"]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_lease_that_runs_out_without_a_retry(waits: bool) -> None:
+    """Whose row it is is not known any more: with `retry=False` it is given back, not kept."""
+    machine = SenderMachine()
+    machine.begin(fair=True, connected=True, durable=True, ahead=True)
+    machine.a_lease_runs_out(retry=False, waits=waits)
+    machine.check()
+    machine.the_retry_thread_works(1000)
+    machine.the_io_thread_looks(1000)
+    [record] = machine.house.records.values()
+    assert record.ends == ["given back"]
+    machine.teardown()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_store_that_is_silent_until_the_end(ahead: bool) -> None:
+    """What was raised to its publisher leaves no row, also where no answer is heard any more."""
+    machine = SenderMachine()
+    machine.begin(fair=False, connected=True, durable=True, ahead=ahead, hurried=True)
+    machine.a_lease_runs_out(retry=True, waits=True)
+    if not ahead:
+        machine.settle(pick=1, multiple=False, good=False)
+    machine.the_store_is_late()
+    machine.teardown()
+    [record] = machine.house.records.values()
+    assert record.ends == ["given back"]
+    assert not machine.house.store.slots()
+
+
+def test_a_row_that_cannot_be_deleted_is_left() -> None:
+    """Although the broker has its message, `flush` does not give 0 before the row is gone."""
+    machine = stored_and_sent_again()
+    machine.the_store_stumbles("done")
+    machine.settle(pick=2, multiple=False, good=True)
+    machine.the_retry_thread_works(1000)
+    machine.check()
+    known = [machine.house.retry_worker.known]
+    clock.now += SWEEP
+    machine.the_retry_thread_works(1)
+    assert [*known, machine.house.retry_worker.known] == [False, True]
+    assert not machine.house.store.slots()
+
+
+BATCH = 25_000
+"""Steps for which Hypothesis remembers what it has tried; more would fill the memory."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [30, 60, 100, 200])
+def test_a_million_steps(length: int) -> None:
+    """What a change of the sender or retry worker should have passed: 250,000 for each length."""
+    examples = settings(
+        QUICK, max_examples=BATCH // length, stateful_step_count=length, database=None
+    )
+    taken = 0
+    for number in itertools.count():
+        before = SenderMachine.steps
+        machine = seed(1000 * length + number)(SenderMachine)
+        run_state_machine_as_test(machine, settings=examples)
+        taken += SenderMachine.steps - before
+        if taken >= 250_000:
+            return

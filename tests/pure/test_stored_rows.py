@@ -1,0 +1,54 @@
+"""Which delivery belongs to which row, by the stored rows itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mlproducer._engine.stored_rows import StoredRows, record_of
+from mlproducer.stores.protocol import Claim, Record, Row
+from tests.helpers import make_delivery
+
+
+def test_a_claim_that_was_lost_comes_back() -> None:
+    """The delivery is found by its row's key, and keeps what is known of it here."""
+    stored_rows = StoredRows(30.0, durable=True)
+    delivery = make_delivery()
+    delivery.attempts, delivery.doubtful = 2, True
+    stored_rows.hold(delivery, Claim(1, 1), 0.0)
+    stored_rows.ahead.add(delivery)
+    stored_rows.renewed([Claim(1, 1)], 10.0)
+    assert (list(stored_rows.astray), stored_rows.claims, stored_rows.ahead) == (
+        [delivery],
+        {},
+        set(),
+    )
+    assert delivery.leased_until == -math.inf
+    row = Row(Claim(1, 3), Record(delivery.envelope, attempts=1))
+    assert stored_rows.take(row, 20.0, 0.0) is delivery
+    assert (delivery.attempts, delivery.doubtful) == (2, True)
+    assert (stored_rows.astray, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
+    assert 40.0 < delivery.leased_until < 50.0
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_attempts_are_the_same_after_the_store(dead: bool) -> None:
+    """Those by another message's fault are not in the row of a message, and are in a letter's."""
+    stored_rows = StoredRows(30.0, durable=True)
+    delivery = make_delivery()
+    delivery.attempts, delivery.innocent, delivery.dead = 3, 1, dead
+    stored_rows.park(delivery, Claim(1, 1))
+    stored_rows.take(Row(Claim(1, 2), record_of(delivery, 0.0)), 1.0, 0.0)
+    assert delivery.attempts == 3
+
+
+def test_what_has_found_its_end_is_forgotten() -> None:
+    """Also in memory, where deliveries are held for as long as their rows wait."""
+    stored_rows = StoredRows(math.inf, durable=False)
+    delivery = make_delivery()
+    stored_rows.hold(delivery, Claim(1, 1), 0.0)
+    stored_rows.park(delivery, Claim(1, 1))
+    assert stored_rows.deliveries() == [delivery]
+    assert stored_rows.drop(delivery) == Claim(1, 1)
+    assert stored_rows.deliveries() == []

@@ -1,0 +1,434 @@
+"""Several connections: who carries a message, and what the producer says of them together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlproducer import CircuitState, ConnectionState, Message, MLProducer, Outcome, Settings
+from mlproducer._latch import Latch
+from mlproducer.errors import NackError
+from mlproducer.stores.memory import MemoryStore
+from mlproducer.testing.fake_broker import (
+    Behaviour,
+    FakeBroker,
+    FakeConnection,
+    ReceivedMessage,
+)
+from tests.helpers import LIMIT, Background, make_message
+from tests.threaded.brokers import Silent, ack
+from tests.threaded.conftest import QUICK, Connect, Serve
+from tests.threaded.moods import Happenings, events_of
+
+SOON = {"publish_timeout": 0.3, "max_reconnect_attempts": 2}
+"""Attempts to connect that are used up in no time."""
+
+
+def connections_of(messages: list[ReceivedMessage]) -> list[int]:
+    """Say how many messages each connection has carried, the most first."""
+    carried: dict[int, int] = {}
+    for message in messages:
+        carried[id(message.connection)] = carried.get(id(message.connection), 0) + 1
+    return sorted(carried.values(), reverse=True)
+
+
+def all_connected(producer: MLProducer) -> bool:
+    """Wait until every connection carries messages."""
+    producer.start()
+    runtime: Any = producer._life.runtime
+    engines = runtime.engines
+    limit = time.monotonic() + LIMIT
+    connected = runtime._connected.wait_for(lambda: all(e.connected for e in engines), limit)
+    for engine in [*engines, *engines]:  # what they say to one another when they have connected
+        heard = Latch()
+        engine.io.order(heard.open)
+        assert heard.wait(LIMIT)
+    return bool(connected)
+
+
+def all_gave_up(producer: MLProducer, broker: FakeBroker) -> None:
+    """Lose all connections, and wait until none is tried any more."""
+    gave_up = events_of(producer, "gave_up")
+    broker.stop_listening()
+    for connection in broker.connections:
+        connection.reset()
+    gave_up.wait_until(lambda: len(gave_up.seen) == producer.settings.connections)
+
+
+def test_the_least_burdened_carries(connect: Connect, serve: Serve) -> None:
+    """Messages go where the fewest are in flight; the sizes are those of all together."""
+    broker = serve(Silent())
+    producer = connect(broker, connections=3)
+    assert all_connected(producer)
+    futures = []
+    for number in range(9):
+        futures.append(producer.submit(make_message(f"{number}")))
+        messages = broker.wait_for_messages(number + 1, LIMIT)
+    assert connections_of(messages) == [3, 3, 3]
+    status = producer.status()
+    assert (status.pending_confirms, status.healthy) == (9, True)
+    for message in messages:
+        ack(message)
+    assert all(future.result(LIMIT).confirmed for future in futures)
+    assert producer.flush(LIMIT) == 0
+
+
+def test_one_window(connect: Connect, serve: Serve) -> None:
+    """All connections together hold no more in flight than one would."""
+    broker = serve(Silent())
+    producer = connect(broker, connections=2, max_in_flight=4)
+    assert all_connected(producer)
+    for number in range(4):
+        producer.submit(make_message(f"{number}"))
+    background = Background()
+    fifth = background.call(producer.submit, make_message("fifth"))
+    messages = broker.wait_for_messages(4, LIMIT)
+    assert not fifth.done()
+    for message in messages:
+        ack(message)
+    fifth.result(LIMIT)
+    ack(broker.wait_for_messages(5, LIMIT)[-1])
+    assert producer.flush(LIMIT) == 0
+
+
+def test_one_store(connect: Connect) -> None:
+    """The memory store is not divided: a large message finds room with many connections too."""
+    producer = connect("amqp://guest:guest@127.0.0.1:1/", connections=8, publish_timeout=0.3)
+    receipt = producer.publish(Message(body=bytes(12 << 20), routing_key="k"))
+    assert receipt.outcome is Outcome.DEFERRED
+    assert producer.status().retry_queue_size == 1
+
+
+def test_one_connection_lost_of_two(connect: Connect, serve: Serve) -> None:
+    """What was on it is sent again; meanwhile the other one carries."""
+    broker = serve(Silent())
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    first = producer.submit(make_message("first"))
+    [message] = broker.wait_for_messages(1, LIMIT)
+    message.connection.reset()
+    second = producer.submit(make_message("second"))
+    copies = broker.wait_for_messages(3, LIMIT)[1:]
+    for copy in copies:
+        ack(copy)
+    assert first.result(LIMIT).attempts == 2
+    assert second.result(LIMIT).attempts == 1
+    assert producer.status().connection_state is ConnectionState.CONNECTED
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_an_outage_that_used_up_the_attempts(
+    connect: Connect, serve: Serve, tmp_path: Path, durable: bool
+) -> None:
+    """One publish wakes every connection, and all that was deferred finds its end."""
+    broker = serve()
+    store = f"sqlite:///{tmp_path}/store.db" if durable else "memory://"
+    producer = connect(broker, connections=3, store_url=store, **SOON)
+    assert all_connected(producer)
+    all_gave_up(producer, broker)
+    receipts = [producer.publish(make_message()) for _ in range(6)]
+    futures = [producer.submit(make_message()) for _ in range(6)]
+    gave_up = events_of(producer, "gave_up")
+    gave_up.wait_until(lambda: len(gave_up.seen) == 3)
+    broker.listen_again()
+    producer.publish(make_message("wakes"))
+    assert all(receipt.result(LIMIT).confirmed for receipt in receipts)
+    assert all(future.result(LIMIT).confirmed for future in futures)
+    assert all_connected(producer)
+    assert producer.flush(LIMIT) == 0
+
+
+def test_what_another_connection_deferred(connect: Connect, serve: Serve) -> None:
+    """A connection that stays away keeps nothing back: what is due goes out on another one."""
+    behaviour = OneOnly()
+    broker = serve(behaviour)
+    producer = connect(broker, connections=2, publish_timeout=0.3)
+    assert all_connected(producer)
+    behaviour.full = True
+    broker.stop_listening()
+    deferred = events_of(producer, "deferred")
+    for connection in broker.connections:
+        connection.reset()
+    receipts = [producer.publish(make_message()) for _ in range(8)]
+    assert {receipt.outcome for receipt in receipts} == {Outcome.DEFERRED}
+    deferred.wait_until(lambda: len(deferred.seen) == 8)
+    broker.listen_again()
+    assert all(receipt.result(LIMIT).confirmed for receipt in receipts)
+
+
+class OneOnly(Behaviour):
+    """Lets one connection in, when it is full, and tells the others of the user's limit."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self._taken = False
+
+    def on_open(self, connection: FakeConnection, virtual_host: str) -> None:
+        """Open the first, and refuse those that follow, as RabbitMQ does."""
+        if self.full and self._taken:
+            text = "NOT_ALLOWED - access to vhost '/' refused: user connection limit (1) is reached"
+            connection.close_connection(530, text)
+            return
+        self._taken = self.full
+        super().on_open(connection, virtual_host)
+
+
+def test_a_second_connection_that_is_refused(connect: Connect, serve: Serve) -> None:
+    """One is enough to be connected, and nothing of a burst at the start is refused."""
+    behaviour = OneOnly()
+    behaviour.full = True
+    producer = connect(serve(behaviour), connections=2)
+    background, barrier = Background(), threading.Barrier(16)
+
+    def publish() -> Outcome:
+        barrier.wait(LIMIT)
+        return producer.publish(make_message()).outcome
+
+    for _ in range(16):
+        background.call(publish)
+    assert set(background.gather()) == {Outcome.CONFIRMED}
+    assert producer.wait_connected(LIMIT)
+    assert producer.is_healthy()
+    assert producer.publish_many([make_message() for _ in range(50)])[-1].confirmed  # type: ignore[union-attr]
+
+
+class FailsOnOne(Behaviour):
+    """Nacks what comes on one connection, and keeps silent on all once it is told to."""
+
+    def __init__(self) -> None:
+        self.bad: FakeConnection | None = None
+        self.silent = False
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Nack there, and ack elsewhere."""
+        self.bad = self.bad or connection
+        if self.silent:
+            return
+        if connection is self.bad:
+            connection.nack(channel, tag)
+        else:
+            connection.ack(channel, tag)
+
+
+def test_a_half_open_breaker_beside_a_healthy_connection(connect: Connect, serve: Serve) -> None:
+    """It takes one message, the probe; all others go to the healthy one, and none is refused."""
+    behaviour = FailsOnOne()
+    broker = serve(behaviour)
+    producer = connect(
+        broker, connections=2, circuit_breaker_threshold=1, circuit_breaker_cooldown=0.2
+    )
+    assert all_connected(producer)
+    moves = Happenings()
+    for engine in producer._life.runtime.engines:  # type: ignore[union-attr]
+        watch_circuit(engine, moves)
+    with pytest.raises(NackError):
+        producer.publish(make_message(), retry=False)
+    moves.wait_for(CircuitState.OPEN)
+    assert producer.is_healthy()
+    assert producer.publish(make_message(), retry=False).confirmed
+    moves.wait_for(CircuitState.OPEN, CircuitState.HALF_OPEN)
+    behaviour.silent = True
+    background, barrier = Background(), threading.Barrier(30)
+
+    def publish() -> bool:
+        barrier.wait(LIMIT)
+        return producer.publish(make_message(), timeout=LIMIT, retry=False).confirmed
+
+    for _ in range(30):
+        background.call(publish)
+    messages = broker.wait_for_messages(32, LIMIT)[2:]
+    assert connections_of(messages) == [29, 1]
+    for message in messages:
+        ack(message)
+    assert background.gather() == [True] * 30
+
+
+def watch_circuit(engine: Any, moves: Happenings) -> None:
+    """Note the moves of one connection's breaker."""
+    changed = engine._events.circuit_changed
+
+    def tell(state: CircuitState) -> None:
+        changed(state)
+        moves.note(state)
+
+    engine._events.circuit_changed = tell
+
+
+def test_what_waits_goes_where_it_can(connect: Connect, serve: Serve) -> None:
+    """What the broker's alarm holds up on all connections goes out on the first that it frees."""
+    broker = serve()
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    blocked = events_of(producer, "blocked")
+    for connection in broker.connections:
+        connection.block()
+    blocked.wait_for("blocked", "blocked")
+    futures = [producer.submit(make_message()) for _ in range(10)]
+    broker.connections[0].unblock()
+    assert all(future.result(LIMIT).attempts == 1 for future in futures)
+
+
+def test_what_was_handed_over_is_not_taken_back(connect: Connect, serve: Serve) -> None:
+    """A loop that fails amid a burst puts back what it had in hand, and nothing of another's."""
+    broker = serve()
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    first, second = [engine.io for engine in producer._life.runtime.engines]  # type: ignore[union-attr]
+    take, accept = first._take, first.sender.accept
+    go_on, failed, restarted = Latch(), Latch(), Latch()
+    foreign: list[Any] = []
+
+    def note_and_accept(deliveries: Any, now: float) -> None:
+        foreign.extend(each for each in deliveries if each.owner is not first)
+        accept(deliveries, now)
+
+    def give_and_fail(deliveries: Any) -> None:
+        first._take = take
+        for delivery in deliveries:
+            delivery.owner = second
+            assert second.io_loop.mailbox.put(delivery)
+        failed.open()
+        raise ValueError("bug")
+
+    first._take = give_and_fail
+    first.sender.accept = note_and_accept
+    second.order(lambda: go_on.wait(LIMIT))
+    futures = [producer.submit(make_message(f"m{number}")) for number in range(20)]
+    assert failed.wait(LIMIT)
+    first.order(restarted.open)
+    assert restarted.wait(LIMIT)
+    go_on.open()
+    assert all(future.result(LIMIT).confirmed for future in futures)
+    assert producer.flush(LIMIT) == 0
+    assert len(broker.messages) == 20
+    assert foreign == []
+
+
+def test_close_of_several(connect: Connect, serve: Serve) -> None:
+    """One report for all: what was confirmed meanwhile, and what was abandoned on each."""
+    broker = serve(Silent())
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    futures = [producer.submit(make_message(name)) for name in ("a", "b", "c", "d")]
+    broker.wait_for_messages(4, LIMIT)
+    report = producer.close(0.2)
+    assert (report.confirmed, sorted(report.abandoned)) == (0, ["a", "b", "c", "d"])
+    assert all(future.exception(0) for future in futures)
+    assert producer.status().connection_state is ConnectionState.CLOSED
+
+
+def test_close_counts_what_is_confirmed_anywhere(connect: Connect, serve: Serve) -> None:
+    """The report counts confirms of all connections from the moment of the close."""
+    broker = serve(Silent())
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    for number in range(6):
+        producer.submit(make_message())
+        broker.wait_for_messages(number + 1, LIMIT)
+    messages = broker.wait_for_messages(6, LIMIT)
+    assert connections_of(messages) == [3, 3]
+    runtime: Any = producer._life.runtime
+    wait = runtime._wait_until_quiet
+
+    def settle_and_wait(deadline: float) -> None:
+        for message in messages:
+            ack(message)
+        wait(deadline)
+
+    runtime._wait_until_quiet = settle_and_wait
+    assert producer.close(LIMIT).confirmed == 6
+
+
+def test_a_store_of_ones_own(serve: Serve) -> None:
+    """It serves several connections, since one thread uses it for all of them."""
+    broker = serve(Silent())
+    store = MemoryStore()
+    settings = Settings(url=broker.url, connections=2, **QUICK)
+    with MLProducer(settings, store=store) as producer:
+        assert all_connected(producer)
+        receipt = producer.publish(make_message(), timeout=0.1)
+        assert receipt.outcome is Outcome.DEFERRED
+        ack(broker.messages[0])
+        assert receipt.result(LIMIT).confirmed
+
+
+def test_threads(connect: Connect, serve: Serve) -> None:
+    """The store has one thread for all connections; each connection has its own to write on."""
+    producer = connect(serve(), connections=2)
+    assert all_connected(producer)
+    names = [each.name for each in threading.enumerate() if each.name.startswith("mlproducer-")]
+    assert sum("-io" in name for name in names) == 2
+    assert [name for name in names if "-retry" in name] == ["mlproducer-retry"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None:
+    """Where one connection's thread has died, another carries, and the dead one is replaced."""
+    broker = serve()
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    engines: Any = producer._life.runtime.engines  # type: ignore[union-attr]
+    io, thread = engines[0].io, engines[0]._threads["io"]
+    begin = io.begin
+
+    def die(_loop: Any) -> None:
+        io.begin = begin
+        raise SystemExit
+
+    def fail() -> None:
+        raise ValueError("bug")
+
+    io.begin = die
+    lost = producer.submit(make_message())
+    io.order(fail)
+    thread.join(LIMIT)
+    assert all(producer.publish(make_message()).confirmed for _ in range(20))
+    assert lost.result(LIMIT).confirmed
+    assert all_connected(producer)
+    assert engines[0]._threads["io"] is not thread
+
+
+class SlowToReopen(Silent):
+    """Confirms nothing, and opens no second channel for publishing on one connection."""
+
+    def __init__(self) -> None:
+        self.slow: FakeConnection | None = None
+        self.asked = Latch()
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Whatever was asked for, but for a channel on that connection."""
+        if connection is self.slow and method.NAME == "Channel.Open":
+            self.asked.open()
+        else:
+            super().on_method(connection, channel, method)
+
+
+def test_suspects_stay_where_they_are(connect: Connect, serve: Serve) -> None:
+    """A connection whose channel was closed hands what was in flight there to no other."""
+    behaviour = SlowToReopen()
+    broker = serve(behaviour)
+    producer = connect(broker, connections=2, declare_topology="off")
+    assert all_connected(producer)
+    for name in "abcd":
+        producer.submit(make_message(name))
+    first = {each.properties.message_id: each for each in broker.wait_for_messages(4, LIMIT)}
+    suspects = [name for name in "abcd" if first[name].connection is first["a"].connection]
+    others = [name for name in "abcd" if name not in suspects]
+    assert len(suspects) == 2
+    behaviour.slow = first["a"].connection
+    behaviour.slow.close_channel(first["a"].channel, 404, "NOT_FOUND")
+    assert behaviour.asked.wait(LIMIT)
+    busy = first[others[0]]
+    busy.connection.close_channel(busy.channel, 404, "NOT_FOUND")
+    for count in (5, 6):  # of the other connection, whose new channel lets the first one know
+        ack(broker.wait_for_messages(count, LIMIT)[-1])
+    all_connected(producer)
+    producer.submit(make_message("e"))
+    later = [each.properties.message_id for each in broker.wait_for_messages(7, LIMIT)[4:]]
+    assert later == [*others, "e"]
