@@ -84,7 +84,7 @@ def test_a_fork_that_runs_no_hooks_where_the_kernel_wipes_nothing(serve: Serve) 
     broker = serve()
     run_script(
         """
-        from mlproducer import forks
+        from mlproducer import _forks as forks
         producer = MLProducer(settings)
         producer.publish(message("parent"))
         assert isinstance(forks._process.begun, forks._Pid)
