@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +28,12 @@ from mlproducer.testing.server import Server
 
 if TYPE_CHECKING:
     from mlproducer.testing.certificates import ServerTLS
+    from mlproducer.testing.workspace import Program
 
 __all__ = ["RabbitMQError", "RabbitMQNode", "RabbitMQNotInstalled"]
 
 _HOST = "127.0.0.1"
-_START_LIMIT = 60.0
-_STOP_LIMIT = 30.0
 _CALL_LIMIT = 30.0
-_LOOK_INTERVAL = 0.05
 _MEMORY = "{resource_limit,memory,node()}"
 
 
@@ -45,7 +42,8 @@ class RabbitMQNode(Server):
 
     ``with RabbitMQNode() as node:`` starts it (about 5 s) and at the end kills it and removes its
     files. Without ``with``, call `start` and `close`; a node that was never closed ends with the
-    process that started it. `stop` and `kill` keep the data for `restart`; see `save_queues`.
+    process that started it. `stop` closes clients' connections with 320; it and `kill` keep the
+    data for `restart`; see `save_queues`.
 
     Args:
         directory: where to make the node's directory; the system's temporary directory by default.
@@ -59,6 +57,8 @@ class RabbitMQNode(Server):
     """
 
     error = RabbitMQError
+    stop_limit = 30.0
+    look_interval = 0.05
 
     def __init__(
         self,
@@ -91,21 +91,7 @@ class RabbitMQNode(Server):
 
     # -- life ------------------------------------------------------------------------------------
 
-    def start(self, timeout: float = _START_LIMIT) -> None:
-        """Start the broker and wait until it speaks AMQP, at most ``timeout`` seconds.
-
-        Raises:
-            RabbitMQNotInstalled: there is no RabbitMQ on this machine.
-            RabbitMQError: it runs already, or did not come up; with the end of its log.
-
-        """
-        self.launch()
-        self.wait_ready(timeout)
-
-    def launch(self) -> None:
-        """Start the broker without waiting for it."""
-        if self.running:
-            raise RabbitMQError(f"{self.name} is running already")
+    def _spawn(self) -> Program:
         if self._network is None:
             self._network = ErlangNetwork(self._directory)
         home = self._network.workspace.path / self.name
@@ -114,46 +100,22 @@ class RabbitMQNode(Server):
             (home / "enabled_plugins").write_text(f"[{','.join(self._plugins)}].\n")
             (home / "rabbitmq.conf").write_text(_configuration(self, self._tls, self._config))
         interface = "{127,0,0,1}"
-        self._program = self._network.workspace.spawn(
+        return self._network.workspace.spawn(
             self.name,
             [find_script("rabbitmq-server"), "-kernel", "inet_dist_use_interface", interface],
             self._network.environ | _environment(self, self._distribution_port, home),
         )
 
-    def wait_ready(self, timeout: float = _START_LIMIT) -> None:
-        """Wait until the launched broker speaks AMQP, and listens for TLS where it is to.
+    def _answers(self) -> bool:
+        """Whether the broker speaks AMQP, and listens for TLS if it is to.
 
         RabbitMQ 4 opens its TLS port up to a tenth of a second after the plain one.
         """
-        program = self._running_program()
-        deadline = time.monotonic() + timeout
-        while not self._listens():
-            if program.ended_within(_LOOK_INTERVAL):
-                raise RabbitMQError(
-                    f"{self.name} ended with code {program.process.returncode} while starting; "
-                    f"the end of its log:\n{self.log_tail(60)}"
-                )
-            if time.monotonic() > deadline:
-                program.kill()
-                raise RabbitMQError(
-                    f"{self.name} was not up within {timeout:g} s; "
-                    f"the end of its log:\n{self.log_tail(60)}"
-                )
+        if not _speaks_amqp(self.host, self.port):
+            return False
+        return self.tls_port is None or _accepts(self.host, self.tls_port)
 
-    def stop(self, timeout: float = _STOP_LIMIT) -> None:
-        """Stop the broker in good order; clients get Connection.Close with 320. Data is kept."""
-        if self._program is not None and not self._program.terminate(timeout):
-            raise RabbitMQError(f"{self.name} had to be killed: it did not stop in {timeout:g} s")
-
-    def restart(self, timeout: float = _START_LIMIT) -> None:
-        """Start again with the same port and data; stops the broker first where it still runs."""
-        self.stop()
-        self.start(timeout)
-
-    def close(self) -> None:
-        """Kill the broker and remove all it left: processes, ports and files."""
-        self.kill()
-        self._program = None
+    def _clean_up(self) -> None:
         if self._owns_network and self._network is not None:
             self._network.close()
             self._network = None
@@ -276,11 +238,6 @@ class RabbitMQNode(Server):
     @property
     def _label(self) -> str:
         return self.name
-
-    def _listens(self) -> bool:
-        if not _speaks_amqp(self.host, self.port):
-            return False
-        return self.tls_port is None or _accepts(self.host, self.tls_port)
 
     def _running_network(self) -> ErlangNetwork:
         self._running_program()

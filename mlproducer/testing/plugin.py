@@ -1,10 +1,11 @@
-"""pytest fixtures: a producer with no broker; or one running broker, and a virtual host per test.
+"""pytest fixtures: a producer without a broker; a private broker, and a virtual host for each test.
 
-Where ``RABBITMQ_TEST_URL`` names a broker, that one is used as it is: its tests must not kill it,
-and share the URL's virtual host. Nothing else here connects to a broker that it has not started.
+If ``RABBITMQ_TEST_URL`` names a broker, that one is used instead: tests cannot kill or freeze it,
+and all of them use the URL's virtual host. Nothing else here connects to a broker that it has not
+started.
 
-Owns the fixtures' life. Use with ``pytest_plugins = ["mlproducer.testing.plugin"]`` in the topmost
-``conftest.py``. The only module here that imports pytest.
+Owns the servers that the fixtures start. Use with ``pytest_plugins = ["mlproducer.testing.plugin"]``
+in the topmost ``conftest.py``. The only module here that imports pytest.
 
 Runs on: pytest's main thread.
 """
@@ -50,7 +51,7 @@ class VirtualHost:
 
 
 class GivenBroker(RabbitMQNode):
-    """A broker that was there before the tests: it has addresses, and takes no orders."""
+    """The broker that ``RABBITMQ_TEST_URL`` names: tests can connect to it, but not control it."""
 
     def __init__(self, url: str) -> None:
         broker, *others = parse(url, Defaults(), GIVEN)
@@ -65,32 +66,35 @@ class GivenBroker(RabbitMQNode):
 
     @property
     def url(self) -> str:
-        """Its address, with the virtual host that was given."""
+        """The URL, with its virtual host."""
         return self.url_for(self.virtual_host)
 
     @property
     def running(self) -> bool:
-        """Whether it takes connections."""
-        return self._listens()
+        """Whether the broker answers."""
+        return self._answers()
 
     def ctl(self, *arguments: str) -> str:
-        """Raise `RabbitMQError`: it is not ours to order about."""
-        raise RabbitMQError(f"the broker of {GIVEN} takes no orders; without it, one is started")
+        """Raise `RabbitMQError`: tests may only connect to this broker."""
+        raise RabbitMQError(
+            f"the broker that {GIVEN} names can only be connected to; unset {GIVEN} to have the "
+            "tests start one that they can stop, freeze and configure"
+        )
 
     def eval(self, expression: str) -> str:
-        """Raise `RabbitMQError`, as `ctl`."""
+        """Raise `RabbitMQError`, as `ctl` does."""
         return self.ctl(expression)
 
     def launch(self) -> None:
-        """Raise `RabbitMQError`, as `ctl`."""
+        """Raise `RabbitMQError`, as `ctl` does."""
         self.ctl()
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """Do nothing: the broker goes on running."""
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
-    """Show what two tasks, or lists of tasks, say, where a test finds that they differ."""
+    """Show, field by field, how two tasks or two lists of tasks differ."""
     if op != "==":
         return None
     if is_task(left) and is_task(right):
@@ -102,9 +106,9 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
 
 @pytest.fixture
 def recording_producer() -> Iterator[RecordingProducer]:
-    """A producer that notes what is published, and publishes nothing; see `RecordingProducer`.
+    """A producer that records what is published; see `RecordingProducer`.
 
-    Of the environment it reads nothing.
+    It does not read the environment.
     """
     with RecordingProducer(Settings()) as producer:
         yield producer
@@ -112,9 +116,10 @@ def recording_producer() -> Iterator[RecordingProducer]:
 
 @pytest.fixture(scope="session")
 def rabbitmq_node() -> Iterator[RabbitMQNode]:
-    """A running broker, shared by all tests: who kills or freezes it brings it back.
+    """A running broker, shared by all tests: one that kills or freezes it brings it back.
 
-    It is skipped where RabbitMQ is not installed. ``RABBITMQ_TEST_URL`` names another one to use.
+    Tests that use it are skipped if RabbitMQ is not installed. ``RABBITMQ_TEST_URL`` names another
+    broker to use.
     """
     url = os.environ.get(GIVEN)
     if url:
@@ -130,9 +135,9 @@ def rabbitmq_node() -> Iterator[RabbitMQNode]:
 
 @pytest.fixture
 def rabbitmq_vhost(rabbitmq_node: RabbitMQNode) -> Iterator[VirtualHost]:
-    """A virtual host of the shared broker, empty, deleted after the test.
+    """An empty virtual host of the shared broker, deleted after the test.
 
-    Of a broker that was given, it is the URL's own, as it is.
+    With ``RABBITMQ_TEST_URL`` it is the URL's own virtual host, which may not be empty.
     """
     if isinstance(rabbitmq_node, GivenBroker):
         yield VirtualHost(rabbitmq_node.virtual_host, rabbitmq_node, rabbitmq_node.url)
@@ -145,13 +150,13 @@ def rabbitmq_vhost(rabbitmq_node: RabbitMQNode) -> Iterator[VirtualHost]:
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[RedisServer]:
-    """A running Redis, shared by all tests: each takes a prefix of its own."""
+    """A running Redis, shared by all tests: each uses a prefix of its own."""
     with RedisServer() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def postgresql_server() -> Iterator[PostgreSQLServer]:
-    """A running PostgreSQL, shared by all tests: each takes a table of its own."""
+    """A running PostgreSQL, shared by all tests: each uses a table of its own."""
     with PostgreSQLServer() as server:
         yield server

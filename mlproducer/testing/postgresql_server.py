@@ -24,15 +24,14 @@ from typing import Any
 
 from mlproducer.testing.erlang import free_port
 from mlproducer.testing.server import Server
-from mlproducer.testing.workspace import Workspace
+from mlproducer.testing.workspace import Program, Workspace
 
 __all__ = ["PostgreSQLError", "PostgreSQLNotInstalled", "PostgreSQLServer", "as_user"]
 
 _HOST = "127.0.0.1"
-_START_LIMIT = 20.0
-_STOP_LIMIT = 10.0
+_KILL_LIMIT = 10.0
 _CALL_LIMIT = 5.0
-_LOOK_INTERVAL = 0.02
+_GONE_INTERVAL = 0.02
 _USERS = ("postgres", "nobody")
 
 
@@ -64,6 +63,7 @@ class PostgreSQLServer(Server):
     """
 
     error = PostgreSQLError
+    start_limit = 20.0
 
     def __init__(self, *, config: Mapping[str, str] = MappingProxyType({})) -> None:
         super().__init__()
@@ -80,21 +80,7 @@ class PostgreSQLServer(Server):
 
     # -- life ------------------------------------------------------------------------------------
 
-    def start(self, timeout: float = _START_LIMIT) -> None:
-        """Start the server and wait until it answers, at most ``timeout`` seconds.
-
-        Raises:
-            PostgreSQLNotInstalled: there is no PostgreSQL on this machine.
-            PostgreSQLError: it runs already, or did not come up; with the end of its log.
-
-        """
-        self.launch()
-        self.wait_ready(timeout)
-
-    def launch(self) -> None:
-        """Start the server without waiting for it."""
-        if self.running:
-            raise PostgreSQLError(f"{self!r} is running already")
+    def _spawn(self) -> Program:
         if self._programs is None:
             raise PostgreSQLNotInstalled
         if self._workspace is None:
@@ -110,31 +96,20 @@ class PostgreSQLServer(Server):
         argv = [str(self._programs / "postgres"), "-D", str(self._workspace.path / "data")]
         for name, value in settings.items():
             argv += ["-c", f"{name}={value}"]
-        self._program = self._workspace.spawn("postgres", [*as_user(), *argv], os.environ)
+        return self._workspace.spawn("postgres", [*as_user(), *argv], os.environ)
 
-    def wait_ready(self, timeout: float = _START_LIMIT) -> None:
-        """Wait until the launched server has recovered and takes statements."""
-        program = self._running_program()
-        deadline = time.monotonic() + timeout
-        while not self._answers():
-            late = time.monotonic() > deadline
-            if late:
+    def _terminate(self, program: Program, timeout: float) -> bool:
+        if program.running:
+            program.send(signal.SIGINT)  # a fast shutdown: SIGTERM waits for all sessions
+            if not program.ended_within(timeout):
                 self.kill()
-            if late or program.ended_within(_LOOK_INTERVAL):
-                raise PostgreSQLError(f"{self!r} did not come up; its log:\n{self.log_tail()}")
+                return False
+        return True
 
-    def stop(self, timeout: float = _STOP_LIMIT) -> None:
-        """Stop the server in good order, ending its sessions. Data is kept."""
-        if self._program is not None and self._program.running:
-            self._program.send(signal.SIGINT)  # a fast shutdown: SIGTERM waits for all sessions
-            if not self._program.ended_within(timeout):
-                self.kill()
-                raise PostgreSQLError(f"{self!r} had to be killed")
-
-    def restart(self, timeout: float = _START_LIMIT) -> None:
-        """Start again with the same port and data; stops the server first where it still runs."""
-        self.stop()
-        self.start(timeout)
+    def _clean_up(self) -> None:
+        if self._workspace is not None:
+            self._workspace.close()
+            self._workspace = None
 
     def kill(self) -> None:
         """SIGKILL to the server and all its processes, at once."""
@@ -148,7 +123,7 @@ class PostgreSQLServer(Server):
             _wait_until_gone(children)
 
     def freeze(self) -> None:
-        """SIGSTOP to all its processes: connections are accepted by the kernel, nobody answers."""
+        """SIGSTOP to all its processes: the kernel still accepts connections, without an answer."""
         program = self._running_program()
         program.freeze()
         for each in _children(program.pid):
@@ -161,14 +136,6 @@ class PostgreSQLServer(Server):
         for each in [*_children(program.pid), program.pid]:
             with suppress(ProcessLookupError):
                 os.kill(each, signal.SIGCONT)
-
-    def close(self) -> None:
-        """Kill the server and remove all it left: processes, port and files."""
-        self.kill()
-        self._program = None
-        if self._workspace is not None:
-            self._workspace.close()
-            self._workspace = None
 
     # -- addresses and statements ----------------------------------------------------------------
 
@@ -300,10 +267,10 @@ def _children(pid: int) -> list[int]:
 
 def _wait_until_gone(pids: list[int]) -> None:
     """Wait for killed processes that are not ours to wait for; init has them now."""
-    deadline = time.monotonic() + _STOP_LIMIT
+    deadline = time.monotonic() + _KILL_LIMIT
     for pid in pids:
         while _runs(pid) and time.monotonic() < deadline:
-            time.sleep(_LOOK_INTERVAL)
+            time.sleep(_GONE_INTERVAL)
 
 
 def _runs(pid: int) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlproducer.testing.erlang import free_port
 from mlproducer.testing.server import Server
-from mlproducer.testing.workspace import Workspace
+from mlproducer.testing.workspace import Program, Workspace
 
 if TYPE_CHECKING:
     from mlproducer.testing.certificates import ServerTLS
@@ -30,10 +29,7 @@ SERVICE = "main"
 """The name by which a Sentinel knows the master that it watches."""
 
 _HOST = "127.0.0.1"
-_START_LIMIT = 10.0
-_STOP_LIMIT = 10.0
 _CALL_LIMIT = 5.0
-_LOOK_INTERVAL = 0.02
 
 
 class RedisError(Exception):
@@ -69,6 +65,7 @@ class RedisServer(Server):
     """
 
     error = RedisError
+    start_limit = 10.0
 
     def __init__(
         self,
@@ -94,21 +91,7 @@ class RedisServer(Server):
 
     # -- life ------------------------------------------------------------------------------------
 
-    def start(self, timeout: float = _START_LIMIT) -> None:
-        """Start the server and wait until it answers, at most ``timeout`` seconds.
-
-        Raises:
-            RedisNotInstalled: there is no Redis on this machine.
-            RedisError: it runs already, or did not come up; with the end of its log.
-
-        """
-        self.launch()
-        self.wait_ready(timeout)
-
-    def launch(self) -> None:
-        """Start the server without waiting for it."""
-        if self.running:
-            raise RedisError(f"{self!r} is running already")
+    def _spawn(self) -> Program:
         program = shutil.which("redis-server")
         if program is None:
             raise RedisNotInstalled
@@ -117,33 +100,9 @@ class RedisServer(Server):
         settings = self._workspace.path / "redis.conf"
         settings.write_text(self._configuration(self._workspace.path))
         argv = [program, str(settings), *(["--sentinel"] if self._watches is not None else [])]
-        self._program = self._workspace.spawn("redis", argv, os.environ)
+        return self._workspace.spawn("redis", argv, os.environ)
 
-    def wait_ready(self, timeout: float = _START_LIMIT) -> None:
-        """Wait until the launched server has loaded its data and answers."""
-        program = self._running_program()
-        deadline = time.monotonic() + timeout
-        while not self._answers():
-            late = time.monotonic() > deadline
-            if late:
-                program.kill()
-            if late or program.ended_within(_LOOK_INTERVAL):
-                raise RedisError(f"{self!r} did not come up; its log:\n{self.log_tail()}")
-
-    def stop(self, timeout: float = _STOP_LIMIT) -> None:
-        """Stop the server in good order. Data is kept."""
-        if self._program is not None and not self._program.terminate(timeout):
-            raise RedisError(f"{self!r} had to be killed: it did not stop in {timeout:g} s")
-
-    def restart(self, timeout: float = _START_LIMIT) -> None:
-        """Start again with the same port and data; stops the server first where it still runs."""
-        self.stop()
-        self.start(timeout)
-
-    def close(self) -> None:
-        """Kill the server and remove all it left: process, port and files."""
-        self.kill()
-        self._program = None
+    def _clean_up(self) -> None:
         if self._workspace is not None:
             self._workspace.close()
             self._workspace = None
