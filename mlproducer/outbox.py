@@ -31,8 +31,7 @@ from mlproducer.errors import ConfigurationError, frameless
 from mlproducer.message import Envelope, Receipt
 from mlproducer.producer import MLProducer, Retry, made
 from mlproducer.settings import RetryPolicy, Settings
-from mlproducer.stores import postgres_rows as rows
-from mlproducer.stores import postgres_sql as sql
+from mlproducer.stores.postgres import rows, sql
 from mlproducer.stores.protocol import Claim, Entry, Store, policy_text
 
 __all__ = ["add", "schema"]
@@ -211,7 +210,7 @@ class Mover:
 
         :raises StoreError: the store takes nothing, or the file cannot be read
         """
-        from mlproducer.stores.sqlite_outbox import opened  # noqa: PLC0415 - for development
+        from mlproducer.stores.sqlite.outbox import opened  # noqa: PLC0415 - for development
 
         moved = 0
         with opened(self._path, BUSY) as connection:

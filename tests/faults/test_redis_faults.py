@@ -17,9 +17,8 @@ from contextlib import closing, contextmanager
 import pytest
 
 from mlproducer.errors import StoreError
-from mlproducer.stores import redis_link
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
-from mlproducer.stores.redis import RedisStore
+from mlproducer.stores.redis import RedisStore, connection
 from mlproducer.testing import Proxy
 from mlproducer.testing.erlang import free_port
 from mlproducer.testing.redis_server import RedisServer
@@ -210,7 +209,7 @@ def test_entries_are_read_when_redis_is_ready(
 
     with closing(RedisStore(mortal_redis.url)) as store:
         store.depth()
-        monkeypatch.setattr(redis_link, "IDLE", 0.0)
+        monkeypatch.setattr(connection, "IDLE", 0.0)
         with mortal_redis.frozen(), raising(store):
             store.put(entries(), PATIENCE)
         assert read == []

@@ -23,10 +23,9 @@ import pytest
 
 from mlproducer import stores
 from mlproducer.errors import StoreError
-from mlproducer.stores import sqlite_place
 from mlproducer.stores.protocol import Change, Depth, Entry, Record
-from mlproducer.stores.sqlite import SQLiteStore
-from mlproducer.stores.sqlite_owners import Owner, boot_id
+from mlproducer.stores.sqlite import SQLiteStore, path_checks
+from mlproducer.stores.sqlite.owners import Owner, boot_id
 from tests.helpers import LIMIT, make_envelope
 
 NOBODY = 65534
@@ -252,7 +251,7 @@ from mlproducer.errors import StoreError
 from mlproducer.message import Envelope
 from mlproducer.stores.protocol import Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
-from mlproducer.stores.sqlite_owners import Owner, boot_id
+from mlproducer.stores.sqlite.owners import Owner, boot_id
 os.setgid({NOBODY})
 os.setuid({NOBODY})
 try:
@@ -438,7 +437,7 @@ def test_a_file_mounted_by_itself_is_refused(
     mounts.write_text(
         f"22 1 0:1 / / rw - ext4 /dev/a rw\n23 22 0:1 /x {name} rw - ext4 /dev/a rw\n"
     )
-    monkeypatch.setattr(sqlite_place, "_MOUNTS", mounts)
+    monkeypatch.setattr(path_checks, "_MOUNTS", mounts)
     with pytest.raises(StoreError, match="mount its directory instead"):
         SQLiteStore(path).put([entry("m")], 0.05)
 
@@ -469,7 +468,7 @@ def test_a_file_system_of_the_network_is_told_once(
         f"23 22 0:2 / {tmp_path} rw shared:1 - nfs4 server:/x rw",
     ]
     mounts.write_text("\n".join(lines))
-    monkeypatch.setattr(sqlite_place, "_MOUNTS", mounts)
+    monkeypatch.setattr(path_checks, "_MOUNTS", mounts)
     for _ in range(2):
         with closing(SQLiteStore(path)) as store:
             assert store.depth() == Depth(waiting=ROWS)

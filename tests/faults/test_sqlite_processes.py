@@ -24,9 +24,8 @@ from typing import Any
 import pytest
 
 from mlproducer.errors import StoreError
-from mlproducer.stores import sqlite_file, sqlite_link, sqlite_owners
 from mlproducer.stores.protocol import Depth, Entry, Record, Row
-from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite import SQLiteStore, database, file, owners
 from tests.helpers import LIMIT, make_envelope
 
 LONG = 120.0
@@ -335,11 +334,11 @@ def test_of_rows_of_another_machine_nothing_is_known(
     now = [time.monotonic()]
     with closing(SQLiteStore(path, lease=10.0, clock=lambda: now[0])) as store:
         with monkeypatch.context() as there:
-            there.setattr(sqlite_owners, "_machine", lambda: 4711)
+            there.setattr(owners, "_machine", lambda: 4711)
             away = SQLiteStore(path, lease=10.0, clock=lambda: now[0])
             away.put([entry("away", None)], LIMIT)
-            away._link.owner.leave()
-        never.wait(sqlite_link.LOOK * 1.2)
+            away._database.owner.leave()
+        never.wait(database.LOOK * 1.2)
         assert store.claim(1) == []
         now[0] += 10.1
         assert [row.record.envelope.message_id for row in store.claim(1)] == ["away"]
@@ -351,7 +350,7 @@ def test_where_the_locks_were_removed_nothing_is_known(path: Path) -> None:
     with process("ahead", path, lease=1000.0) as running, closing(SQLiteStore(path)) as store:
         held_by(running)
         Path(f"{path}-owners").unlink()
-        deadline = time.monotonic() + sqlite_link.LOOK * 2
+        deadline = time.monotonic() + database.LOOK * 2
         while time.monotonic() < deadline:
             store.put([entry("new", 60.0)], LIMIT)
             assert store.claim(1000) == []
@@ -390,16 +389,16 @@ def test_twenty_processes_on_a_fresh_file(path: Path) -> None:
 
 def test_a_file_that_is_made_between_two_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its log is no log without a file, and nobody is told to remove it."""
-    look = sqlite_file._has_log
+    look = file._has_log
     others: list[SQLiteStore] = []
 
     def between(name: str) -> bool:
-        monkeypatch.setattr(sqlite_file, "_has_log", look)
+        monkeypatch.setattr(file, "_has_log", look)
         others.append(SQLiteStore(path))
         others[0].put([entry("other")], LIMIT)
         return look(name)
 
-    monkeypatch.setattr(sqlite_file, "_has_log", between)
+    monkeypatch.setattr(file, "_has_log", between)
     with closing(SQLiteStore(path)) as store:
         store.put([entry("mine")], LIMIT)
     others[0].close()

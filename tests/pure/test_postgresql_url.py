@@ -7,7 +7,7 @@ import pytest
 from mlproducer import Settings
 from mlproducer._store_url import TABLE, read_postgresql
 from mlproducer.errors import ConfigurationError
-from mlproducer.stores.postgres_rows import read_text, text
+from mlproducer.stores.postgres.rows import read_text, text
 
 
 def test_what_a_url_says() -> None:

@@ -21,7 +21,7 @@ from mlproducer._latch import Latch, Relay, Token
 from mlproducer._waiting import Answer
 from mlproducer.errors import StoreError
 from mlproducer.message import Receipt
-from mlproducer.stores.sqlite_link import Link, _forks
+from mlproducer.stores.sqlite.database import Database, _forks
 from tests.helpers import LIMIT, Background
 
 
@@ -221,29 +221,33 @@ def test_a_relay_of_threads() -> None:
 
 def test_an_interrupt_before_a_fork(tmp_path: Path) -> None:
     """Whatever of the stores was held by then is let go in the parent, or none would work again."""
-    links = [Link(str(tmp_path / f"{number}.db"), 60.0, time.monotonic) for number in range(3)]
+    databases = [
+        Database(str(tmp_path / f"{number}.db"), 60.0, time.monotonic) for number in range(3)
+    ]
 
-    def interrupted(link: Link, hold: Callable[[], None]) -> None:
+    def interrupted(database: Database, hold: Callable[[], None]) -> None:
         hold()
-        if link is links[1]:
+        if database is databases[1]:
             raise KeyboardInterrupt
 
-    for link in links:
-        link.hold = functools.partial(interrupted, link, link.hold)  # type: ignore[method-assign]
+    for database in databases:
+        database.hold = functools.partial(interrupted, database, database.hold)  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         _forks.before()
     _forks.in_parent()
-    for link in links:
-        assert link.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
-        link.close()
+    for database in databases:
+        assert database.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
+        database.close()
 
 
 def test_a_store_amid_its_own_call(tmp_path: Path) -> None:
     """A handler or finaliser that comes back to it on the same thread is refused at once."""
-    link = Link(str(tmp_path / "s.db"), 60.0, time.monotonic)
+    database = Database(str(tmp_path / "s.db"), 60.0, time.monotonic)
     started = time.monotonic()
     with pytest.raises(StoreError, match="in use by the call that is interrupted"):
-        link.run(lambda _: link.run(lambda connection: connection.execute("SELECT 1").fetchone()))
+        database.run(
+            lambda _: database.run(lambda connection: connection.execute("SELECT 1").fetchone())
+        )
     assert time.monotonic() - started < 1.0
-    assert link.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
-    link.close()
+    assert database.run(lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
+    database.close()

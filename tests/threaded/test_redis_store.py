@@ -17,9 +17,8 @@ from contextlib import ExitStack, closing
 import pytest
 
 from mlproducer.errors import StoreError
-from mlproducer.stores import redis_scripts as scripts
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
-from mlproducer.stores.redis import RedisStore
+from mlproducer.stores.redis import RedisStore, scripts
 from mlproducer.testing.redis_server import RedisError, RedisServer
 from tests.helpers import make_envelope
 
@@ -134,7 +133,7 @@ def test_a_server_whose_clock_was_put_forward_is_asked_again(connect: Open) -> N
     """A put that seems late only by the server's new clock is stored after all."""
     store = connect()
     store.depth()
-    store._link._ahead -= HOUR  # as if the server's clock had said so before
+    store._connection._ahead -= HOUR  # as if the server's clock had said so before
     store.put(waiting("a"), 1.0)
     assert ids(store.claim(10)) == ["a"]
 
@@ -310,17 +309,17 @@ from tests.helpers import make_envelope
 
 store = RedisStore(sys.argv[1], prefix=sys.argv[2])
 (claim,) = store.put([Entry(Record(make_envelope("parent")))], 1.0)
-connection = store._link._connection
+connection = store._connection._connection
 child = os.fork()
 if child == 0:
     store.put([Entry(Record(make_envelope("child")))], 1.0)
-    assert store._link._connection is not connection
+    assert store._connection._connection is not connection
     store.close()
     assert connection._sock.fileno() >= 0
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert store.renew([claim]) == []
-assert store._link._connection is connection
+assert store._connection._connection is connection
 rows = RedisStore(sys.argv[1], prefix=sys.argv[2]).claim(10)
 assert [row.record.envelope.message_id for row in rows] == ["child"]
 """

@@ -20,7 +20,7 @@ from mlproducer import MLProducer, Settings
 from mlproducer.errors import ConfigurationError, StoreError
 from mlproducer.stores import open_store
 from mlproducer.stores.redis import RedisStore
-from mlproducer.stores.redis_url import parse
+from mlproducer.stores.redis.address import parse
 
 CANARY = "canary-Zq7"
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlproducer.errors import StoreError
-from mlproducer.stores import sqlite_rows
 from mlproducer.stores.protocol import Change, Depth, Entry, Record, Row
 from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite import rows as rows_of
 from tests.helpers import LIMIT, Background, make_envelope
 
 Open = Callable[..., SQLiteStore]
@@ -109,7 +109,7 @@ def test_an_old_sqlite_is_told(connect: Open, monkeypatch: pytest.MonkeyPatch) -
 def trace(store: SQLiteStore) -> list[str]:
     """Write down what a store has SQLite do, from now on."""
     store.depth()
-    connections = store._link._connections
+    connections = store._database._connections
     assert connections is not None
     said: list[str] = []
     connections.safe.set_trace_callback(lambda text: said.append(text.split()[0]))
@@ -146,23 +146,23 @@ def test_messages_are_not_read_to_find_what_is_due(connect: Open) -> None:
     """Due rows and counts come from the index alone; rows are found by their keys."""
     store = connect()
     trace(store)
-    connection = store._link._connections.quick  # type: ignore[union-attr]
+    connection = store._database._connections.quick  # type: ignore[union-attr]
     now = {"now": 1.0}
     claims = [(1, "[]")]
     statements = [
-        (sqlite_rows.DUE, {**now, "limit": 1, "room": 1}),
-        (sqlite_rows.DEPTH, {**now, "gone": "[]"}),
-        *((each, {**now, "me": 1}) for each in sqlite_rows.GIVE_BACK),
-        *((each, {**now, "dead": "[]"}) for each in sqlite_rows.TAKE_OVER),
-        (sqlite_rows.TRACE, {"keys": "[]"}),
-        (sqlite_rows.LEAVE_FATES, (1.0, 1, "[]")),
-        (sqlite_rows.LETTERS, {"after": 0, "limit": 1, "room": 1}),
-        (sqlite_rows.HELD, ("[]",)),
-        (sqlite_rows.DONE, claims[0]),
-        (sqlite_rows.CLAIM, {"step": 1, "me": 1, "due": 1.0, "keys": "[]"}),
-        (sqlite_rows.RENEW, claims[0]),
-        (sqlite_rows.READ, ("[]",)),
-        (sqlite_rows.change(2), [None] * 32),
+        (rows_of.DUE, {**now, "limit": 1, "room": 1}),
+        (rows_of.DEPTH, {**now, "gone": "[]"}),
+        *((each, {**now, "me": 1}) for each in rows_of.GIVE_BACK),
+        *((each, {**now, "dead": "[]"}) for each in rows_of.TAKE_OVER),
+        (rows_of.TRACE, {"keys": "[]"}),
+        (rows_of.LEAVE_FATES, (1.0, 1, "[]")),
+        (rows_of.LETTERS, {"after": 0, "limit": 1, "room": 1}),
+        (rows_of.HELD, ("[]",)),
+        (rows_of.DONE, claims[0]),
+        (rows_of.CLAIM, {"step": 1, "me": 1, "due": 1.0, "keys": "[]"}),
+        (rows_of.RENEW, claims[0]),
+        (rows_of.READ, ("[]",)),
+        (rows_of.change(2), [None] * 32),
     ]
     for statement, values in statements:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
@@ -177,13 +177,13 @@ def test_rows_are_split_for_few_statements(count: int, size: int) -> None:
     rows = [(number, b"p", b"x" * size) for number in range(count)]
     if count * size > 20_000_000:
         rows = rows[: 20_000_000 // size]
-    pieces = list(sqlite_rows.in_pieces(rows))
+    pieces = list(rows_of.in_pieces(rows))
     values = [piece[start : start + 3] for _, piece in pieces for start in range(0, len(piece), 3)]
     assert [tuple(each) for each in values if each[0] is not None] == rows
     for lines, piece in pieces:
         assert len(piece) == lines * 3
-        assert lines <= sqlite_rows.FEW_ROWS or piece.count(None) <= len(piece) / 4
-        assert lines * size <= sqlite_rows.MOST_BYTES or lines == 1
+        assert lines <= rows_of.FEW_ROWS or piece.count(None) <= len(piece) / 4
+        assert lines * size <= rows_of.MOST_BYTES or lines == 1
         assert lines * 14 < 32_766
 
 

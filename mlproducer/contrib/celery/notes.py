@@ -69,14 +69,14 @@ class RedisNotes:
     """Notes in Redis, one key each, which Redis forgets by itself."""
 
     def __init__(self, address: RedisAddress) -> None:
-        from mlproducer.stores import redis_dial  # noqa: PLC0415 - it needs the package redis
+        from mlproducer.stores.redis import dial  # noqa: PLC0415 - it needs the package redis
 
-        self._dial = redis_dial
+        self._dial = dial
         self._address = address
         self._own = _Own()
         self._prefix = PREFIX if address.prefix is None else f"{address.prefix}:completed:"
         self.name = address.name
-        self.errors: tuple[type[Exception], ...] = (redis_dial.exceptions.RedisError, OSError)
+        self.errors: tuple[type[Exception], ...] = (dial.exceptions.RedisError, OSError)
 
     def has(self, key: str) -> bool:
         """Whether it is noted."""

@@ -32,9 +32,8 @@ from typing import Any, TypeVar
 
 from mlproducer.errors import StoreError
 from mlproducer.message import Envelope
-from mlproducer.stores import sqlite_link
 from mlproducer.stores.protocol import Change, Entry, Record
-from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite import SQLiteStore, database
 
 T = TypeVar("T")
 
@@ -174,7 +173,7 @@ def _fork_beside(store: SQLiteStore, work: Callable[[], None]) -> None:
 
 def refuse(store: SQLiteStore) -> None:
     """Fork once, as somebody has to who has waited long enough for the opening."""
-    sqlite_link.FORK_WAIT, sqlite_link.WAIT = 0.0, PATIENCE
+    database.FORK_WAIT, database.WAIT = 0.0, PATIENCE
     thread = threading.Thread(target=lambda: say({"depth": store.depth().waiting}))
     thread.start()
     deadline = time.monotonic() + PATIENCE

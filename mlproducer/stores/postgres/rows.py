@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlproducer.message import Envelope
-from mlproducer.stores.postgres_sql import DEAD, GIVEN, WAITING
+from mlproducer.stores.postgres.sql import DEAD, GIVEN, WAITING
 from mlproducer.stores.protocol import Claim, Record, Row, policy_text, read_policy
 
 MICROSECONDS = 1_000_000

@@ -1,6 +1,6 @@
 """A store in an SQLite file, for all the processes of one machine.
 
-Statements are few and do much at once (`mlproducer.stores.sqlite_rows` says why). What is stored
+Statements are few and do much at once (`mlproducer.stores.sqlite.rows` says why). What is stored
 is on the disk when `SQLiteStore.put` returns, and messages stored together share one fsync; a
 deletion may be undone by a power failure, which costs a duplicate.
 
@@ -17,10 +17,10 @@ from typing import Any
 
 from mlproducer import _clock as time
 from mlproducer._guard import write
-from mlproducer.stores import sqlite_rows as rows_of
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
-from mlproducer.stores.sqlite_link import Connection, Link
-from mlproducer.stores.sqlite_rows import Found
+from mlproducer.stores.sqlite import rows as rows_of
+from mlproducer.stores.sqlite.database import Connection, Database
+from mlproducer.stores.sqlite.rows import Found
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class SQLiteStore:
         self.lease = lease
         self.write_ahead = write_ahead
         self._horizon = max(lease, horizon)
-        self._link = Link(self.name, self._horizon + 1.0, clock)
+        self._database = Database(self.name, self._horizon + 1.0, clock)
         self._forget_at = 0.0
 
     def __repr__(self) -> str:
@@ -87,19 +87,19 @@ class SQLiteStore:
 
         def work(connection: Connection) -> list[Claim]:
             new.extend(coming)
-            self._link.take_room(entry.record.envelope.size for entry in new)
-            owner = self._link.owner.number
+            self._database.take_room(entry.record.envelope.size for entry in new)
+            owner = self._database.owner.number
             rows = [rows_of.entry_row(entry, self._due(entry.delay), owner) for entry in new]
-            return _insert(connection, rows, self._link.fence.first, owner) if rows else []
+            return _insert(connection, rows, self._database.fence.first, owner) if rows else []
 
-        return self._link.store(work, patience)
+        return self._database.store(work, patience)
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
         """Note what became of claimed rows."""
 
         def work(connection: Connection) -> set[Claim]:
             held = _held(connection, [change.claim for change in changes])
-            owner = self._link.owner.number
+            owner = self._database.owner.number
             rows = [
                 rows_of.change_row(change, self._due(change.delay), owner)
                 for change in changes
@@ -109,7 +109,7 @@ class SQLiteStore:
                 connection.execute(rows_of.change(size), values)
             return held
 
-        held = self._link.change(work, safe=True) if changes else set()
+        held = self._database.change(work, safe=True) if changes else set()
         return [change.claim for change in changes if change.claim not in held]
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
@@ -121,7 +121,7 @@ class SQLiteStore:
             connection.execute(rows_of.RENEW, (self._due(None), keys))
             return held
 
-        held = self._link.change(work) if claims else set()
+        held = self._database.change(work) if claims else set()
         return [claim for claim in claims if claim not in held]
 
     def done(self, claims: Sequence[Claim]) -> None:
@@ -139,13 +139,13 @@ class SQLiteStore:
                 connection.execute(rows_of.DONE, order)
 
         if len(orders) == 1 and not others:
-            self._link.run(work)  # a transaction in one statement
+            self._database.run(work)  # a transaction in one statement
         elif orders:
-            self._link.change(work)
+            self._database.change(work)
 
     def _leave_fates(self, connection: Connection, orders: Sequence[tuple[int, str]]) -> None:
         """Leave the fates of rows that other owners put, and forget those that are old."""
-        now = self._link.now()
+        now = self._database.now()
         for order in orders:
             connection.execute(rows_of.LEAVE_FATES, (now, *order))
         if time.monotonic() >= self._forget_at:
@@ -159,19 +159,19 @@ class SQLiteStore:
             keys = {"keys": json.dumps([claim.key for claim in claims])}
             return rows_of.fates(claims, *connection.execute(rows_of.TRACE, keys).fetchone())
 
-        return self._link.run(work) if claims else []
+        return self._database.run(work) if claims else []
 
     def claim(self, limit: int) -> list[Row]:
         """Claim what is due, about 4 MiB of it at most; fewer rows do not mean that it was all."""
 
         def work(connection: Connection) -> Found:
-            self._link.take_over(connection)
-            most = min(limit, self._link.most_rows)
-            bounds = {"now": self._link.now(), "limit": most, "room": ROOM}
+            self._database.take_over(connection)
+            most = min(limit, self._database.most_rows)
+            bounds = {"now": self._database.now(), "limit": most, "room": ROOM}
             (keys,) = connection.execute(rows_of.DUE, bounds).fetchone()
             return self._claim(connection, keys)
 
-        return self._claimed(self._link.own(work)) if limit > 0 else []
+        return self._claimed(self._database.own(work)) if limit > 0 else []
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
         """Show dead letters, about 4 MiB of them at most; only an empty list is the end."""
@@ -181,10 +181,10 @@ class SQLiteStore:
             (keys,) = connection.execute(rows_of.LETTERS, bounds).fetchone()
             return _read(connection, keys)
 
-        found = self._link.run(work)
+        found = self._database.run(work)
         if not found.damaged:
             return found.rows
-        self._tell(self._link.change(lambda each: _set_aside(each, found.damaged)))
+        self._tell(self._database.change(lambda each: _set_aside(each, found.damaged)))
         return self.letters(limit, after)
 
     def seize(self, row: Row) -> Row | None:
@@ -192,39 +192,39 @@ class SQLiteStore:
         key, token = row.claim.key, row.claim.token
 
         def work(connection: Connection) -> Found:
-            self._link.take_over(connection)
-            bounds = {"key": key, "token": token, "now": self._link.now()}
+            self._database.take_over(connection)
+            bounds = {"key": key, "token": token, "now": self._database.now()}
             (there,) = connection.execute(rows_of.LETTER, bounds).fetchone()
             return self._claim(connection, json.dumps([key] if there else []))
 
-        return next(iter(self._claimed(self._link.own(work))), None)
+        return next(iter(self._claimed(self._database.own(work))), None)
 
     def depth(self) -> Depth:
         """Count the rows."""
 
         def work(connection: Connection) -> tuple[int, int, int]:
-            gone = json.dumps(self._link.dead(connection))
-            values = {"now": self._link.now(), "gone": gone}
+            gone = json.dumps(self._database.dead(connection))
+            values = {"now": self._database.now(), "gone": gone}
             counts = connection.execute(rows_of.DEPTH, values).fetchone()
             return counts[0], counts[1], counts[2]
 
-        total, dead, ahead = self._link.run(work)
+        total, dead, ahead = self._database.run(work)
         return Depth(total - dead - ahead, dead, ahead)
 
     def close(self) -> None:
         """Make this process's claims due, and close the file."""
-        self._link.close()
+        self._database.close()
 
     def _due(self, delay: float | None) -> float:
         """Give the end of a lease, or of a delay."""
         seconds = self.lease if delay is None else min(delay, self._horizon)
-        return self._link.now() + seconds
+        return self._database.now() + seconds
 
     # --- rows, within a transaction and after it -----------------------------------------------
 
     def _claim(self, connection: Connection, keys: str) -> Found:
-        link = self._link
-        values = {"step": link.fence.step, "me": link.owner.number, "due": self._due(None)}
+        database = self._database
+        values = {"step": database.fence.step, "me": database.owner.number, "due": self._due(None)}
         connection.execute(rows_of.CLAIM, {**values, "keys": keys})
         found = _read(connection, keys)
         _put_aside(connection, found.damaged)

@@ -19,7 +19,7 @@ from typing import Any
 from mlproducer import _clock as time
 from mlproducer._store_url import PostgreSQLAddress
 from mlproducer.errors import ConfigurationError, StoreError
-from mlproducer.stores import postgres_sql as sql
+from mlproducer.stores.postgres import sql
 
 try:
     import psycopg
@@ -178,7 +178,7 @@ def describe(error: Exception) -> str:
     return f"answered with an error ({state or type(error).__name__})"
 
 
-class Link:
+class Session:
     """One connection, made when it is needed, and made again after whatever went wrong."""
 
     def __init__(self, address: PostgreSQLAddress) -> None:

@@ -1,4 +1,4 @@
-"""The connection to Redis; with `mlproducer.stores.redis_dial` the only file that knows redis-py.
+"""The connection to Redis; with `mlproducer.stores.redis.dial` the only file that knows redis-py.
 
 Owns one connection: has it made, runs scripts over it, and says what went wrong in words of its
 own. It must not know what the scripts do.
@@ -18,8 +18,8 @@ from typing import Any
 from mlproducer import _clock as time
 from mlproducer._store_url import RedisAddress
 from mlproducer.errors import StoreError
-from mlproducer.stores.redis_dial import TIMEOUT, connect, exceptions, warn_of_eviction
-from mlproducer.stores.redis_rows import MICROSECONDS, Field
+from mlproducer.stores.redis.dial import TIMEOUT, connect, exceptions, warn_of_eviction
+from mlproducer.stores.redis.rows import MICROSECONDS, Field
 
 IDLE = 1.0
 """Seconds after which a connection is asked whether it still works, before it is relied on."""
@@ -51,7 +51,7 @@ _ANSWERS = {
 }
 
 
-class Link:
+class Connection:
     """One connection, made when it is needed, and made anew after whatever went wrong.
 
     :param prefix: the one key that scripts are given

@@ -23,11 +23,11 @@ from mlproducer import _clock as time
 from mlproducer import _forks as forks
 from mlproducer._latch import Token
 from mlproducer.errors import StoreError
-from mlproducer.stores import sqlite_rows as rows_of
-from mlproducer.stores.sqlite_file import Connections, corrupt, is_there, open_file
-from mlproducer.stores.sqlite_owners import Owner
-from mlproducer.stores.sqlite_reserve import PAGE, Reserve, need, size_on
-from mlproducer.stores.sqlite_rows import Fence
+from mlproducer.stores.sqlite import rows as rows_of
+from mlproducer.stores.sqlite.file import Connections, corrupt, is_there, open_file
+from mlproducer.stores.sqlite.owners import Owner
+from mlproducer.stores.sqlite.reserve import PAGE, Reserve, need, size_on
+from mlproducer.stores.sqlite.rows import Fence
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class _LockedError(StoreError):
     """Another writer is in the way."""
 
 
-class Link:
+class Database:
     """The file as one process uses it: opened at its first use, and again after it was lost.
 
     :param horizon: seconds; what is due later than that was written by another clock
@@ -353,25 +353,25 @@ _inherited: list[tuple[str, Connections | None]] = []
 
 
 class _Forks:
-    """Keeps forks and calls apart: of all links, whether they have been used or not.
+    """Keeps forks and calls apart: of all databases, whether they have been used or not.
 
     A child must not inherit SQLite's locks (its allocator's, its list of open files) while a thread
     that it does not have holds them: it would wait for them for ever.
     """
 
     def __init__(self) -> None:
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._databases: weakref.WeakSet[Database] = weakref.WeakSet()
         self._begin()
 
     def _begin(self) -> None:
-        self._token = Token()  # held by a fork, so that no link is added meanwhile
+        self._token = Token()  # held by a fork, so that no database is added meanwhile
         self._held: dict[int, list[Callable[[], None]]] = {}
 
-    def add(self, link: Link) -> None:
+    def add(self, database: Database) -> None:
         """Let forks wait for this one; if one is under way, wait for that."""
         taken = self._token.take(time.monotonic() + FORK_WAIT)
         try:
-            self._links.add(link)
+            self._databases.add(database)
         finally:
             if taken:
                 self._token.give()
@@ -380,10 +380,10 @@ class _Forks:
         # Who gives back is noted first: an interrupt in here does not keep the fork from going on.
         held = self._held[threading.get_ident()] = [self._token.give]
         self._token.take(time.monotonic() + FORK_WAIT)
-        for link in list(self._links):
-            if not link.is_used_here:  # else a signal handler forks, and must not end that call
-                held.append(link.let_go)
-                link.hold()
+        for database in list(self._databases):
+            if not database.is_used_here:  # else a signal handler forks, and must not end that call
+                held.append(database.let_go)
+                database.hold()
 
     def in_parent(self) -> None:
         for give in self._held.pop(threading.get_ident(), []):
@@ -392,8 +392,8 @@ class _Forks:
     def in_child(self) -> None:
         """Begin anew: those who wait for the parent's locks are not here to be let through."""
         self._begin()
-        for link in self._links:
-            link.leave_the_parent()
+        for database in self._databases:
+            database.leave_the_parent()
 
 
 _forks = _Forks()

@@ -36,7 +36,7 @@ from mlproducer.stores.protocol import (
     policy_text,
     read_policy,
 )
-from mlproducer.stores.sqlite_owners import SOMEBODY
+from mlproducer.stores.sqlite.owners import SOMEBODY
 
 MICROSECONDS = 1_000_000
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mlproducer._guard import write
 from mlproducer.errors import StoreError
-from mlproducer.stores.sqlite_owners import Owner
+from mlproducer.stores.sqlite.owners import Owner
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from attrs import field, frozen
 
 from mlproducer.errors import StoreError
-from mlproducer.stores import sqlite_place as place
-from mlproducer.stores.sqlite_owners import Owner, boot_id
-from mlproducer.stores.sqlite_reserve import PAGE, size_on
-from mlproducer.stores.sqlite_rows import MIGRATION, SCHEMA
+from mlproducer.stores.sqlite import path_checks as place
+from mlproducer.stores.sqlite.owners import Owner, boot_id
+from mlproducer.stores.sqlite.reserve import PAGE, size_on
+from mlproducer.stores.sqlite.rows import MIGRATION, SCHEMA
 
 APPLICATION_ID = 0x6D6C7072
 VERSION = 2

@@ -1,7 +1,7 @@
 """The scripts that a Redis store runs, one for each call of the protocol.
 
 The first argument is the store's name for this process, the second the number of the call or 0.
-What they change, and the functions they use, is described in `mlproducer.stores.redis_lua`.
+What they change, and the functions they use, is described in `mlproducer.stores.redis.lua`.
 
 Runs on: Redis's own thread, which serves everybody, and so never for long.
 """
@@ -9,14 +9,14 @@ Runs on: Redis's own thread, which serves everybody, and so never for long.
 from __future__ import annotations
 
 from mlproducer.stores.protocol import FATES_LAST, MOST_FATES
-from mlproducer.stores.redis_lua import (
+from mlproducer.stores.redis.lua import (
     COMMON,
     FREELY,
     NOT_GIVEN_UP,
     WITH_ROOM,
     WITHOUT_WRITES,
 )
-from mlproducer.stores.redis_rows import MICROSECONDS
+from mlproducer.stores.redis.rows import MICROSECONDS
 
 OPEN = (
     WITHOUT_WRITES

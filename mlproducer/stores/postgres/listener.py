@@ -18,8 +18,8 @@ from collections.abc import Callable
 from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._store_url import PostgreSQLAddress
-from mlproducer.stores import postgres_sql as sql
-from mlproducer.stores.postgres_link import CONNECT_TIMEOUT, FOREIGN, describe, dial
+from mlproducer.stores.postgres import sql
+from mlproducer.stores.postgres.session import CONNECT_TIMEOUT, FOREIGN, describe, dial
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,12 @@ from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._store_url import check_prefix
 from mlproducer.errors import StoreError, frameless
-from mlproducer.stores import redis_scripts as scripts
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
-from mlproducer.stores.redis_link import Link
-from mlproducer.stores.redis_lua import TAG
-from mlproducer.stores.redis_rows import (
+from mlproducer.stores.redis import scripts
+from mlproducer.stores.redis.address import parse
+from mlproducer.stores.redis.connection import Connection
+from mlproducer.stores.redis.lua import TAG
+from mlproducer.stores.redis.rows import (
     MICROSECONDS,
     Field,
     UnreadableRowError,
@@ -35,7 +36,6 @@ from mlproducer.stores.redis_rows import (
     name_of,
     read_row,
 )
-from mlproducer.stores.redis_url import parse
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class RedisStore:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._owner = secrets.token_hex(8)
-        self._link = Link(self._address, self._prefix, (scripts.OPEN, [self._owner, 0]))
+        self._connection = Connection(self._address, self._prefix, (scripts.OPEN, [self._owner, 0]))
         self._number = 0
         self._unanswered: _Call | None = None
         self._unfreed: list[tuple[Claim, int]] = []
@@ -231,19 +231,19 @@ class RedisStore:
                 self._get_ready()
                 self._run(scripts.CLOSE, 0)
         finally:
-            self._link.drop()
+            self._connection.drop()
 
     # --- calls ---------------------------------------------------------------------------------
 
     def _get_ready(self) -> None:
         self._leave_the_parent()
-        self._link.get_ready()
+        self._connection.get_ready()
         self._settle()
 
     def _leave_the_parent(self) -> None:
         """After a fork, begin anew as somebody else."""
         if self._pid != os.getpid():
-            _inherited.append(self._link)
+            _inherited.append(self._connection)
             self._begin()
 
     def _settle(self) -> None:
@@ -261,8 +261,8 @@ class RedisStore:
     def _put(self, rows: Sequence[Field], size: int, deadline: float) -> list[Any]:
         """Store rows; nothing is given where the server's clock says that it is too late."""
         now = time.monotonic()
-        limit = now + max(MIN_PATIENCE, min(deadline - now, self._link.timeout + size / RATE))
-        latest = self._link.server_time(limit)
+        limit = now + max(MIN_PATIENCE, min(deadline - now, self._connection.timeout + size / RATE))
+        latest = self._connection.server_time(limit)
         return self._claim("put", scripts.PUT, self._lease, latest, *rows, deadline=limit)
 
     def _claim(
@@ -283,7 +283,7 @@ class RedisStore:
     def _run(
         self, script: str, number: int, *arguments: Field, deadline: float | None = None
     ) -> list[Any]:
-        return self._link.run(script, (self._owner, number, *arguments), deadline)
+        return self._connection.run(script, (self._owner, number, *arguments), deadline)
 
     # --- rows that cannot be read --------------------------------------------------------------
 

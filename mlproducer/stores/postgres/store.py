@@ -22,10 +22,10 @@ from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._store_url import read_postgresql
 from mlproducer.errors import StoreError, frameless
-from mlproducer.stores import postgres_sql as sql
-from mlproducer.stores.postgres_link import TIMEOUT, Link
-from mlproducer.stores.postgres_listen import Listener
-from mlproducer.stores.postgres_rows import UnreadableRowError, given, read_row
+from mlproducer.stores.postgres import sql
+from mlproducer.stores.postgres.listener import Listener
+from mlproducer.stores.postgres.rows import UnreadableRowError, given, read_row
+from mlproducer.stores.postgres.session import TIMEOUT, Session
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row, RowFate
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class PostgreSQLStore:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._link = Link(self.address)
+        self._session = Session(self.address)
         self._me = _new_owner()
         self._call = 0
         self._unanswered: _Call | None = None
@@ -250,7 +250,7 @@ class PostgreSQLStore:
                 self._run(self._sql.close, {})
                 self._me, self._call = _new_owner(), 0
         finally:
-            self._link.drop()
+            self._session.drop()
 
     def create(self) -> None:
         """Make the table now, unless it is there.
@@ -258,7 +258,7 @@ class PostgreSQLStore:
         :raises StoreError: it cannot be made
         """
         self._leave_the_parent()
-        self._link.get_ready()
+        self._session.get_ready()
 
     def listener(self, wake: Callable[[], None]) -> Listener:
         """Make what calls ``wake`` when a COMMIT has brought rows of an outbox."""
@@ -268,13 +268,13 @@ class PostgreSQLStore:
 
     def _get_ready(self) -> None:
         self._leave_the_parent()
-        self._link.get_ready()
+        self._session.get_ready()
         self._settle()
 
     def _leave_the_parent(self) -> None:
         """After a fork, begin afresh as another process."""
         if self._pid != os.getpid():
-            _inherited.append(self._link)
+            _inherited.append(self._session)
             self._begin()
 
     def _settle(self) -> None:
@@ -301,7 +301,7 @@ class PostgreSQLStore:
         """Run a statement that is to be undone if there is no answer."""
         self._call += 1
         self._unanswered = _Call(undo, self._call, claims)
-        latest = self._link.server_time(time.monotonic() + limit)
+        latest = self._session.server_time(time.monotonic() + limit)
         done = self._run(statement, {**values, "call": self._call, "latest": latest}, limit)
         self._unanswered = None
         return done
@@ -310,7 +310,7 @@ class PostgreSQLStore:
         self, statement: str, values: dict[str, Any], limit: float = TIMEOUT
     ) -> list[tuple[Any, ...]]:
         common = {"me": self._me, "lease": float(self.lease), "horizon": float(self._horizon)}
-        return self._link.run(statement, {**common, **values}, limit)
+        return self._session.run(statement, {**common, **values}, limit)
 
     def _read(self, rows: Iterable[Sequence[Any]]) -> list[Row]:
         """Give the rows that can be read, by key, and put aside the others."""
