@@ -16,9 +16,11 @@ import logging
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from threading import get_ident
 from typing import Any
 
 from prometheus_client import (
@@ -55,6 +57,9 @@ logger = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+
+MAX_WAITING = 100_000
+"""Counts that may wait for the files; a lock that is held for so long may never be free again."""
 
 MULTIPROCESS = bool(
     getattr(values.ValueClass, "_multiprocess", False)
@@ -116,6 +121,8 @@ def _source(registry: CollectorRegistry | None) -> Iterator[CollectorRegistry]:
     if not MULTIPROCESS:
         yield REGISTRY if registry is None else registry
         return
+    if _file_meter.cache_info().currsize:
+        _file_meter().catch_up()
     try:
         source = CollectorRegistry()
         MultiProcessCollector(source)  # type: ignore[no-untyped-call]
@@ -218,6 +225,86 @@ def _cumulated(family: Family, cells: list[float]) -> list[tuple[str, float]]:
     return [(bound, sum(cells[: n + 1])) for n, bound in enumerate(bounds)]
 
 
+class _Writer:
+    """Writes into the files, which one lock of prometheus-client's guards, the users' own as well.
+
+    This very thread may hold it: a finaliser, or a signal handler, may publish in the middle of a
+    count, and would wait for ever. And while that handler waits for the broker's answer, the I/O
+    thread must not wait for the lock. So what cannot be written at once is written a little later,
+    before anything else is.
+    """
+
+    def __init__(self) -> None:
+        self._lock = _lock_of(values.ValueClass)
+        self._lines = Lines(logger)
+        self._busy: set[int] = set()
+        self._waiting: deque[Callable[[], object]] = deque(maxlen=MAX_WAITING)
+
+    def write(self, step: Callable[[], object]) -> None:
+        """Take a step, now or soon; one that fails is logged, and counts nothing."""
+        own = get_ident()
+        if own in self._busy or not self._is_free():
+            self._waiting.append(step)
+            return
+        try:
+            self._busy.add(own)
+            while self._waiting:
+                self._take(self._next)
+            self._take(step)
+        finally:
+            self._busy.discard(own)
+
+    def catch_up(self) -> None:
+        """Take the steps that wait, if the files are free."""
+        if self._waiting:
+            self.write(_nothing)
+
+    def forked(self) -> None:
+        """Begin afresh in a child, where no thread is left that holds the lock."""
+        if self._lock is not None:
+            # guards: prometheus-client's files
+            self._lock.cell_contents = threading.Lock()
+        self._busy, self._waiting = set(), deque(maxlen=MAX_WAITING)
+
+    def failed(self, failure: Exception) -> None:
+        """Say that the files cannot be written."""
+        fields = f"{DIRECTORY}: %s"
+        self._lines.log(logging.ERROR, "metrics cannot be written", fields, type(failure).__name__)
+
+    def _is_free(self) -> bool:
+        """Whether no thread, and so not this one, is in the middle of a step."""
+        if self._lock is None:
+            return True
+        lock = self._lock.cell_contents
+        if not lock.acquire(blocking=False):
+            return False
+        lock.release()
+        return True
+
+    def _next(self) -> None:
+        with suppress(IndexError):  # another thread may be first
+            self._waiting.popleft()()
+
+    def _take(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
+            self.failed(failure)
+
+
+def _nothing() -> None:
+    """Take no step."""
+
+
+def _lock_of(value_class: Any) -> Any:
+    """Give the cell of the lock; ``None`` where prometheus-client keeps it elsewhere by now."""
+    inc = getattr(value_class, "inc", None)
+    names = getattr(getattr(inc, "__code__", None), "co_freevars", ())
+    cells = dict(zip(names, getattr(inc, "__closure__", None) or (), strict=False))
+    lock = cells.get("lock")
+    return lock if hasattr(getattr(lock, "cell_contents", None), "acquire") else None
+
+
 class _Files:
     """Series in the files of prometheus-client's multiprocess mode.
 
@@ -227,7 +314,8 @@ class _Files:
     :ivar durable: processes share their store, so that of what they show of it the greatest counts
     """
 
-    def __init__(self) -> None:
+    def __init__(self, writer: _Writer) -> None:
+        self._writer = writer
         later = (Merge.LEAST, Merge.BY_STORE)
         self._families = {
             family: _shared(family, family.merge.value)
@@ -241,12 +329,15 @@ class _Files:
         """Return the series with these labels, the same one each time."""
         found = self._series.get((family, labels))
         if found is None:
-            parent = self._families.get(family)
-            if parent is None:
-                parent = self._families.setdefault(family, _shared(family, self._merge(family)))
-            child = parent.labels(*labels) if labels else parent
-            found = self._series.setdefault((family, labels), _File(child))
+            child = partial(self._child, family, labels, self._merge(family))
+            found = self._series.setdefault((family, labels), _File(child, self._writer))
         return found
+
+    def _child(self, family: Family, labels: Labels, merge: str) -> Any:
+        parent = self._families.get(family)
+        if parent is None:
+            parent = self._families.setdefault(family, _shared(family, merge))
+        return parent.labels(*labels) if labels else parent
 
     def _merge(self, family: Family) -> str:
         if family.merge is not Merge.BY_STORE:
@@ -255,30 +346,37 @@ class _Files:
 
 
 class _File:
-    """A series in a file.
+    """A series in a file, made when it is first written.
 
-    :param child: prometheus-client's counter, histogram or gauge
+    :param make: gives prometheus-client's counter, histogram or gauge
     """
 
-    def __init__(self, child: Any) -> None:
-        self._child = child
+    def __init__(self, make: Callable[[], Any], writer: _Writer) -> None:
+        self._make = make
+        self._write = writer.write
+        self._child: Any = None
 
     def inc(self, amount: int = 1) -> None:
         """Add to a counter."""
-        self._child.inc(amount)
+        self._write(lambda: self._made().inc(amount))
 
     def observe(self, amount: float) -> None:
         """Add a value to a histogram."""
-        self._child.observe(amount)
+        self._write(lambda: self._made().observe(amount))
 
     def observe_all(self, amounts: Sequence[float]) -> None:
         """Add values to a histogram."""
         for amount in amounts:
-            self._child.observe(amount)
+            self.observe(amount)
 
     def set(self, value: float) -> None:
         """Say what a gauge shows."""
-        self._child.set(value)
+        self._write(lambda: self._made().set(value))
+
+    def _made(self) -> Any:
+        if self._child is None:
+            self._child = self._make()
+        return self._child
 
 
 def _shared(family: Family, merge: str) -> Any:
@@ -299,10 +397,10 @@ class _FileMeter(Meter):
     harms nothing else.
     """
 
-    def __init__(self, files: _Files) -> None:
+    def __init__(self, files: _Files, writer: _Writer) -> None:
         super().__init__(files)
         self._files = files
-        self._lines = Lines(logger)
+        self._writer = writer
         self._shown: set[tuple[Family, Labels]] = set()
 
     def watch(self, producer: Watched, *, durable: bool = False) -> None:
@@ -313,13 +411,6 @@ class _FileMeter(Meter):
                 if family.merge is Merge.BY_STORE:
                     self._files.series(family)
         super().watch(producer, durable=durable)
-
-    def refused(self, task: object, error: Exception) -> None:
-        """Count what was not accepted, if the files can be written."""
-        try:
-            super().refused(task, error)
-        except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
-            self._failed(failure)
 
     def refresh(self) -> None:
         """Write the gauges, again if a connection has moved meanwhile.
@@ -332,11 +423,16 @@ class _FileMeter(Meter):
                 self._write(readings)
                 written, readings = readings[CONNECTION_STATE], self.readings()
         except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
-            self._failed(failure)
+            self._writer.failed(failure)
+
+    def catch_up(self) -> None:
+        """Write what had to wait."""
+        self._writer.catch_up()
 
     def forked(self) -> None:
         """Start from zero, in a child process, which writes files of its own."""
         super().forked()
+        self._writer.forked()
         self._shown = set()
 
     def _write(self, readings: Mapping[Family, Mapping[Labels, float]]) -> None:
@@ -346,15 +442,12 @@ class _FileMeter(Meter):
             self._files.series(family, labels).set(readings[family].get(labels, 0.0))
         self._shown |= shown
 
-    def _failed(self, failure: Exception) -> None:
-        fields = f"{DIRECTORY}: %s"
-        self._lines.log(logging.ERROR, "metrics cannot be written", fields, type(failure).__name__)
-
 
 @lru_cache(1)
 def _file_meter() -> _FileMeter:
+    writer = _Writer()
     try:
-        return _FileMeter(_Files())
+        return _FileMeter(_Files(writer), writer)
     except OSError as error:
         raise ConfigurationError(
             f"{DIRECTORY} must name a directory that can be written to: {error.strerror}"

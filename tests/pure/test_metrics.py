@@ -605,7 +605,7 @@ class Moving:
 def test_a_gauge_is_not_written_over_by_what_was_read_before() -> None:
     """A connection that moves while its gauges are written is shown where it is now."""
     shown, producer = Shown(), Moving()
-    meter = metrics._FileMeter(shown)  # type: ignore[arg-type]
+    meter = metrics._FileMeter(shown, metrics._Writer())  # type: ignore[arg-type]
     meter.watch(producer)
 
     def connect() -> None:
@@ -619,7 +619,7 @@ def test_a_gauge_is_not_written_over_by_what_was_read_before() -> None:
 def test_a_queue_that_is_not_read_any_more_is_zero_in_a_file() -> None:
     """A series cannot be taken out of a file; with its connection gone, a queue's shows nothing."""
     shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
-    meter = metrics._FileMeter(shown)  # type: ignore[arg-type]
+    meter = metrics._FileMeter(shown, metrics._Writer())  # type: ignore[arg-type]
     meter.watch(producer)
     sink = meter.sink()
     sink.queue_depth("ml.embed", 7)
@@ -635,7 +635,7 @@ def test_files_that_cannot_be_written_are_told_a_few_times(
 ) -> None:
     """Gauges that cannot be written, and refusals that cannot be counted, raise nothing."""
     shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
-    meter = metrics._FileMeter(shown)  # type: ignore[arg-type]
+    meter = metrics._FileMeter(shown, metrics._Writer())  # type: ignore[arg-type]
     meter.watch(producer)
 
     def fail() -> None:

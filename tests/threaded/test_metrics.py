@@ -508,7 +508,10 @@ for _ in range(2):
 
 def test_directory_that_goes_away(tmp_path: Path) -> None:
     """Publishing goes on where the directory is emptied or removed, also in a child; so does /."""
-    code = f"""{PUBLISH}
+    code = f"""
+from celery import Celery
+from mlproducer.contrib.celery import install
+{PUBLISH}
     from mlproducer.wsgi import make_app
     app, directory = make_app(producer), os.environ["PROMETHEUS_MULTIPROC_DIR"]
     def status(path):
@@ -529,6 +532,9 @@ def test_directory_that_goes_away(tmp_path: Path) -> None:
             producer.publish(None)
         except Exception as error:
             refused = type(error).__name__
+        app = Celery("shop", broker=broker.url)
+        install(app, producer)
+        app.send_task("shop.add", ignore_result=True)  # raises what counting it raises
         os._exit(not (publish() and publish() and refused == "InvalidMessageError"))
     print(os.waitpid(child, 0)[1])
 """
@@ -539,6 +545,36 @@ def test_directory_that_goes_away(tmp_path: Path) -> None:
         "True 200 200",
         "True 503 503 200 200",
         "0",
+    ]
+
+
+def test_published_in_the_middle_of_a_count(tmp_path: Path) -> None:
+    """A finaliser, or signal handler, that interrupts a count of the user's publishes as ever."""
+    code = f"""{PUBLISH}
+    from prometheus_client import Counter
+    from mlproducer import errors
+    class Interrupting(float):
+        def __radd__(self, other):
+            started = time.monotonic()
+            print(publish(), time.monotonic() - started < 1.0)
+            try:
+                producer.publish(None)
+            except errors.InvalidMessageError:
+                print("refused")
+            return other + 1.0
+    signal.alarm(10)
+    publish()
+    Counter("mine", "The user's own.").inc(Interrupting(1))
+    from mlproducer.observe import metrics
+    ended = [each for each in metrics.samples() if each[0] == "ml_producer_tasks_sent_total"]
+    print(sorted((labels["status"], value) for _, labels, value in ended), shown("mine_total"))
+"""
+    files = tmp_path / "files"
+    files.mkdir()
+    assert run(code, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(files)) == [
+        "True True",
+        "refused",
+        "[('success', 2.0), ('validation_error', 1.0)] 1.0",
     ]
 
 
