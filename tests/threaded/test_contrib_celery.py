@@ -7,6 +7,7 @@ import logging
 import pickle
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -18,9 +19,10 @@ from celery.signals import after_task_publish, before_task_publish
 from kombu import Connection, Exchange, Queue
 from kombu.common import Broadcast
 from kombu.exceptions import OperationalError
+from pika import spec
 from prometheus_client import CollectorRegistry
 
-from mlproducer import Settings
+from mlproducer import MLProducer, Settings
 from mlproducer.contrib.celery import (
     PublishFailedError,
     TaskMessage,
@@ -35,6 +37,7 @@ from mlproducer.errors import (
     NotConnectedError,
 )
 from mlproducer.testing import RecordingProducer
+from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection, ReceivedMessage
 
 NOWHERE = "amqp://u:p@192.0.2.1:1//"
 """No test here connects: what would be sent is only noted."""
@@ -231,6 +234,36 @@ def test_signals_and_events(app: Celery, producer: Noting) -> None:
     assert not event.mandatory
 
 
+class Deaf(Behaviour):
+    """Answers nothing once it has let the client in."""
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Answer, but for declarations."""
+        if not isinstance(method, spec.Exchange.Declare):
+            super().on_method(connection, channel, method)
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Confirm nothing."""
+
+
+def test_an_event_takes_no_time_of_its_own() -> None:
+    """A call is back when its time is up, also where the events' exchange cannot be declared."""
+    settings = {"declare_topology": "off", "publish_timeout": 10.0}
+    with FakeBroker(Deaf()) as broker:
+        producer = MLProducer(Settings(url=broker.url, **settings), registry=CollectorRegistry())
+        app = Celery("shop", broker=broker.url, set_as_current=False)
+        app.conf.update(task_ignore_result=True, task_send_sent_event=True)
+        install(app, producer)
+        assert producer.wait_connected(5.0)
+        started = time.monotonic()
+        app.send_task("shop.add", queue=Queue("", no_declare=True), confirm_timeout=0.2)
+        assert 0.2 <= time.monotonic() - started < 0.2 + 0.25
+        uninstall(app)
+        producer.close(0.0)
+
+
 def test_an_event_that_fails_is_logged(
     app: Celery,
     producer: Noting,
@@ -395,6 +428,17 @@ def test_several_brokers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == [("a.example", 5672, "/"), ("b.example", 5673, "v")]
 
 
+def test_several_brokers_that_know_the_client_by_its_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``broker_login_method`` holds for each; no password is made up."""
+    urls = ["amqps://a.example//", "amqps://b.example//"]
+    for given in (urls[0], urls):
+        settings = make(monkeypatch, broker_url=given, broker_login_method="EXTERNAL")
+        assert settings.auth_mechanism == "EXTERNAL"
+        assert {each.user for each in settings.brokers} == {""}
+
+
 def test_tls(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """``broker_use_ssl`` in its forms, and ``amqps://``; certificates are checked unless told."""
     url = "amqp://u:p@example.org:5671//"
@@ -456,6 +500,20 @@ def test_uninstall(app: Celery, producer: Noting) -> None:
     with pytest.raises(ConfigurationError, match="no producer is installed"):
         producer_of(app)
     assert producer.publish(producer.tasks[0]).confirmed  # a given one stays open
+
+
+def test_a_producer_given_later(app: Celery, producer: Noting) -> None:
+    """The one that was made from the app's settings before ends once it has nothing to deliver."""
+    with FakeBroker() as broker:
+        other = Celery("other", broker=broker.url, set_as_current=False)
+        install(other)
+        other.send_task("shop.add", ignore_result=True)
+        broker.wait_for_connections(1, timeout=5.0)
+        install(other, producer)
+        other.send_task("shop.add", ignore_result=True)
+        assert [each.name for each in producer.tasks] == ["shop.add"]
+        broker.wait_for_connections(0, timeout=5.0)
+        uninstall(other)
 
 
 def test_no_connection_is_opened(

@@ -94,7 +94,8 @@ def _connections(app: Celery) -> Iterator[Connection]:
     """Give a connection, not opened, for each broker between which the app fails over."""
     whole = app.connection_for_write()
     for url in whole.alt or [None]:
-        one = whole if url is None else Connection(url, ssl=whole.ssl)
+        login = {"ssl": whole.ssl, "login_method": whole.login_method}
+        one = whole if url is None else Connection(url, **login)
         yield one
 
 

@@ -13,6 +13,7 @@ Runs on: the threads that send tasks.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import weakref
@@ -47,7 +48,7 @@ KEY = "_mlproducer"
 """Under which an app remembers what is installed."""
 
 EVENT_LIMIT = 1.0
-"""Seconds for the declaration of the exchange for events; without it the event is left out."""
+"""Seconds at most for the declaration of the events' exchange; without it an event is left out."""
 
 SHUTDOWN_LIMIT = 5.0
 """Seconds that a worker's child process may take to deliver what it has sent."""
@@ -111,8 +112,7 @@ def install(
         app.__dict__["producer_or_acquire"] = installed.producer_or_acquire
         _all.add(installed)
     if producer is not None:
-        installed.given = producer
-        installed.forget()
+        installed.give(producer)
     installed.rollout = rollout
 
 
@@ -168,6 +168,7 @@ class Installed:
         self.given: MLProducer | None = None
         self.rollout: Rollout | None = None
         self._made: MLProducer | None = None
+        self._replaced: weakref.WeakSet[MLProducer] = weakref.WeakSet()
         # guards: _made, _hooked; never held while anything is sent. A signal handler may send a
         # task while its thread holds it.
         self._lock = threading.RLock()
@@ -190,15 +191,22 @@ class Installed:
                 self._made = self._made or made
             return self._made
 
-    def close(self) -> None:
-        """Deliver what this process has sent, and close the producer."""
-        producer = self.given or self._made
-        if producer is not None:
-            producer.close(SHUTDOWN_LIMIT)
-
-    def forget(self) -> None:
-        """Know nothing any more of what was declared."""
+    def give(self, producer: MLProducer) -> None:
+        """Take the user's producer; one that was made here delivers what it has, and ends."""
+        self.given = producer
         self._declared = set()
+        with self._lock:
+            # What nothing holds any more is closed once it has delivered everything.
+            made, self._made = self._made, None
+            if made is not None:
+                self._replaced.add(made)
+
+    def close(self) -> None:
+        """Deliver what this process has sent, and close the producers."""
+        deadline = time.monotonic() + SHUTDOWN_LIMIT
+        for producer in (self.given, self._made, *self._replaced):
+            if producer is not None:
+                producer.close(max(0.0, deadline - time.monotonic()))
 
     # --- what Celery calls ---------------------------------------------------------------------
 
@@ -452,6 +460,7 @@ class TaskProducer:
         self._name = name
         self._retry = retry
         self._mandatory = mandatory
+        self._deadline = math.inf
 
     def publish(self, body: Any, **options: Any) -> Any:
         """Publish the task, and wait for the confirm; or an event, without waiting."""
@@ -482,7 +491,7 @@ class TaskProducer:
     ) -> None:
         producer = self._installed.producer()
         patience = confirm_timeout if confirm_timeout is not None else timeout
-        deadline = time.monotonic() + (
+        deadline = self._deadline = time.monotonic() + (
             producer.settings.publish_timeout if patience is None else patience
         )
         exchange = getattr(exchange, "name", exchange) or ""
@@ -537,7 +546,8 @@ class TaskProducer:
         **options: Any,
     ) -> None:
         try:
-            if not self._installed.declare(declare, self._stock, EVENT_LIMIT):
+            left = max(0.0, self._deadline - time.monotonic())  # of the caller's time for the task
+            if not self._installed.declare(declare, self._stock, min(left, EVENT_LIMIT)):
                 return  # published to an exchange that is not there, it would cost the channel
             encoded, content_type, encoding = _encode(body, options)
             message = TaskMessage(
