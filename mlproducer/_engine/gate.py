@@ -60,9 +60,9 @@ class Gate:
         return max(0, self._limit - len(self._inside))
 
     def share(self, *, backlog: bool) -> None:
-        """Leave a part of the window to messages that wait for a retry, while there are some."""
+        """Leave a quarter of the window to messages that wait for a retry, while there are some."""
         with self._lock:
-            self._reserved = self._limit // 4 if backlog else 0
+            self._reserved = max(1, self._limit // 4) if backlog else 0
             turns = self._next_locked() if self._queue else ()
         for turn in turns:
             turn.open()
@@ -116,7 +116,10 @@ class Gate:
         """Take a slot if one is free and nobody waits for it, or one that is left to retries."""
         with self._lock:
             queued = self._queue and not self._reserved
-            return not queued and self._admit_locked(delivery, 0)
+            admitted = not queued and self._admit_locked(delivery, 0)
+            if admitted and self._reserved == self._limit:
+                self._reserved = 0  # a window of one: the next turn is a publisher's
+            return admitted
 
     def leave(self, deliveries: Iterable[Delivery]) -> None:
         """Give slots back; for a delivery that holds none, nothing happens."""

@@ -182,11 +182,13 @@ class RetryWorker:
             self._gate.share(backlog=False)
             return
         ready = {owner: owner.ready() for owner in self._store_writer.owners}
-        room = min(sum(ready.values()), self._gate.room())
-        if room == 0:
+        able = sum(ready.values())
+        if able == 0:
             return
         now, epoch = time.monotonic(), wall_clock()
-        rows = self._store.claim(room)
+        # One also where the window is full, and stays so while publishers wait for it: if there is
+        # one that is due, a part of the window is left to such.
+        rows = self._store.claim(max(1, min(able, self._gate.room())))
         self.hurries = bool(rows)
         self._gate.share(backlog=self.hurries)
         taken = []

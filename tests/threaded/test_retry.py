@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ from mlproducer.errors import (
     RetriesExhaustedError,
     UnroutableError,
 )
-from mlproducer.testing.fake_broker import FakeBroker, FakeConnection, ReceivedMessage
-from tests.helpers import LIMIT, make_message
+from mlproducer.testing.fake_broker import (
+    Behaviour,
+    FakeBroker,
+    FakeConnection,
+    ReceivedMessage,
+)
+from tests.helpers import LIMIT, Background, make_message
 from tests.threaded.brokers import ack
 from tests.threaded.conftest import QUICK, Connect, Serve
 from tests.threaded.moods import LETTERS, Happenings, Moody, events_of, gaps, io_of
@@ -47,6 +53,22 @@ def cut_off(producer: MLProducer, broker: FakeBroker) -> None:
     gone.wait_for("disconnected")
 
 
+class FirstIsRefused(Behaviour):
+    """Nacks the first message that comes, and confirms all others after a millisecond."""
+
+    refused = False
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Nack, or confirm."""
+        if self.refused:
+            connection.later(0.001, connection.ack, channel, tag)
+        else:
+            self.refused = True
+            connection.nack(channel, tag)
+
+
 # --- the schedule ------------------------------------------------------------------------------
 
 
@@ -69,6 +91,32 @@ def test_the_contracts_schedule() -> None:
     backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
     assert [backoff.delay(failures) for failures in range(5)] == [1.0, 2.0, 4.0, 8.0, 10.0]
     assert (settings.retry_sweep_interval, settings.max_message_retries) == (1.0, 3)
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_a_window_that_is_always_full(connect: Connect, serve: Serve, window: int) -> None:
+    """A retry has its turn although publishers take each slot as soon as it is free."""
+    broker, stop = serve(FirstIsRefused()), threading.Event()
+    producer = connect(broker, **RETRIES, max_in_flight=window)
+    assert producer.wait_connected(LIMIT)
+    receipt = producer.publish(make_message("m"))
+
+    def publish_on() -> bool:
+        answers = []
+        while not stop.is_set():
+            answers.append(producer.publish(make_message()).confirmed)
+        return all(answers)
+
+    publishers = Background()
+    for _ in range(2 * window + 2):
+        publishers.call(publish_on)
+    try:
+        assert receipt.outcome is Outcome.DEFERRED
+        assert receipt.result(LIMIT).attempts == 2
+        broker.wait_for_messages(len(broker.messages) + 10 * window, LIMIT)
+    finally:
+        stop.set()
+        assert all(publishers.gather())
 
 
 def test_no_retries(connect: Connect, serve: Serve) -> None:
