@@ -180,12 +180,13 @@ class Engine:
         """Hand over a delivery; where messages are written ahead, once it is stored.
 
         :raises ProducerClosedError: the producer was closed meanwhile
-        :raises StoreError: it was not stored by the delivery's deadline, and will not be
+        :raises StoreError: it was not stored within ``publish_timeout``, and will not be
         """
         if self._closing or not self._retry_worker.writes_ahead:
             self.post(delivery)
             return
         delivery.owner = self._io
+        delivery.deadline = time.monotonic() + self._patience  # the gate has had a time of its own
         done = Latch()
         put = self._retry_worker.write_ahead(delivery, done)
         if done.wait(delivery.deadline - time.monotonic()):

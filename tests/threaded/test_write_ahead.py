@@ -144,6 +144,22 @@ def test_a_future_is_handed_out_once_it_is_stored(serve: Serve) -> None:
     assert rows(store) == 0
 
 
+def test_a_wait_for_the_window_is_none_for_the_store(serve: Serve) -> None:
+    """submit() may wait longer for the window than the store has time: that begins afterwards."""
+    broker, store = serve(Silent()), Lasting()
+    with produce(broker, store, max_in_flight=1, publish_timeout=0.2) as producer:
+        producer.submit(make_message("first"))
+        [first] = broker.wait_for_messages(1, LIMIT)
+        background = Background()
+        second = background.call(producer.submit, make_message("second"), timeout=LIMIT)
+        with pytest.raises(TimeoutError):
+            broker.wait_for_messages(2, 0.4)  # longer than publish_timeout
+        ack(first)
+        background.gather()
+        ack(broker.wait_for_messages(2, LIMIT)[1])
+        assert second.result(0).result(LIMIT).confirmed
+
+
 def test_a_healthy_broker_does_not_need_the_store(serve: Serve) -> None:
     """Without write-ahead a store that is away is not noticed, until it is needed."""
     broker, store = serve(Silent()), Lasting(write_ahead=False)
