@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
 from mlproducer._latch import Relay
-from mlproducer._waiting import GRACE, MOMENT, Answer, stop_waiting
+from mlproducer._waiting import GRACE, MOMENT, Answer, stop_waiting, told
 from mlproducer.errors import PublishError
 from mlproducer.message import Receipt
 
@@ -85,9 +85,7 @@ async def finish(engine: Engine, delivery: Delivery, answer: AwaitedAnswer) -> R
     if not await answer.comes(delivery.deadline - time.monotonic()):
         engine.expire(delivery)
         if not await answer.comes(GRACE):
-            left = stop_waiting(engine, delivery)
-            if isinstance(left, Receipt):
-                return left
-            if not await answer.comes(MOMENT):
-                raise left
-    return answer.receipt()
+            outcome, certain = stop_waiting(engine, delivery)
+            if certain or not await answer.comes(MOMENT):
+                return told(outcome)
+    return told(answer.outcome())

@@ -81,13 +81,18 @@ class Answer:
                 self._relay.pass_on()
         return self.given is not None
 
-    def receipt(self) -> Receipt:
-        """Give the answer that is there, or raise it."""
+    def outcome(self) -> Receipt | PublishError:
+        """Give the answer, which is there."""
         if self.given is None:
             raise LookupError("there is no answer yet")
-        if isinstance(self.given, PublishError):
-            raise self.given
         return self.given
+
+
+def told(outcome: Receipt | PublishError) -> Receipt:
+    """Give a receipt, or raise an error: the message is the publisher's again."""
+    if isinstance(outcome, PublishError):
+        raise outcome
+    return outcome
 
 
 def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
@@ -99,49 +104,45 @@ def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
     if answer.given is None and not answer.wait(delivery.deadline - time.monotonic()):
         engine.expire(delivery)
         if not answer.wait(GRACE):
-            return unanswered(engine, delivery, answer)
-    return answer.receipt()
+            return told(unanswered(engine, delivery, answer))
+    return told(answer.outcome())
 
 
-def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
+def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt | PublishError:
     """End the wait although the sender is silent: its thread hangs, or has just died.
 
-    :raises PublishError: the message is the publisher's again
+    :returns: what the publisher is told
     """
-    left = stop_waiting(engine, delivery)
-    if isinstance(left, Receipt):
-        return left
-    if answer.wait(MOMENT):
-        return answer.receipt()
-    raise left
+    outcome, certain = stop_waiting(engine, delivery)
+    return outcome if certain or not answer.wait(MOMENT) else answer.outcome()
 
 
-def stop_waiting(engine: Engine, delivery: Delivery) -> Receipt | PublishError:
+def stop_waiting(engine: Engine, delivery: Delivery) -> tuple[Receipt | PublishError, bool]:
     """Wait no longer for a sender that has said nothing.
 
     What has not been written is withdrawn. What has may be confirmed, or sent again, for all that
     is known here: the library goes on with it, or, if it is not to be retried, leaves it.
 
-    :returns: an error where the sender has begun to speak. It is to be raised if nothing comes in
-        a `MOMENT`: then the sender gives the message back, and is held up while it notes that
-    :raises PublishError: the message is the publisher's again
+    :returns: what the publisher is told, and whether that is certain. It is not where the sender
+        has begun to speak: then it is an error that holds if nothing comes in a `MOMENT`, since
+        the sender gives the message back, and is held up while it notes that
     """
     text = "the I/O thread does not answer"
     if engine.take_back(delivery, error := failure(ConfirmTimeoutError, delivery, text)):
         error.possibly_sent = False
-        raise error
+        return error, True
     error.possibly_sent = True
     if delivery.retry:
         heir = Fate()
         if delivery.leave(heir):
             elapsed = time.monotonic() - delivery.started
             message_id = delivery.envelope.message_id
-            return Receipt(message_id, delivery.attempts, elapsed, False, error, heir)
+            return Receipt(message_id, delivery.attempts, elapsed, False, error, heir), True
     else:
         delivery.recalled = True
         if delivery.leave(NO_WAITER):
-            raise error
-    return error
+            return error, True
+    return error, False
 
 
 class Line:
@@ -190,6 +191,8 @@ class Line:
         try:
             hand_in(delivery)
         except PublishError as error:
+            if delivery.open or delivery.taken:
+                raise  # it is not about this message: a signal handler has raised it
             answer.set_exception(error)
 
     def finish(self) -> list[Receipt | PublishError]:
@@ -205,15 +208,14 @@ class Line:
 
     def _finish_next(self) -> None:
         place, engine, delivery, answer = self._waits[0]
-        try:
-            self._results[place] = self._answer_of(engine, delivery, answer)
-        except PublishError as error:
-            self._results[place] = error
+        self._results[place] = self._answer_of(engine, delivery, answer)
         self._waits.popleft()  # not before: an interrupt has to find it, to withdraw it
         if self._asked:
             self._asked -= 1
 
-    def _answer_of(self, engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
+    def _answer_of(
+        self, engine: Engine, delivery: Delivery, answer: Answer
+    ) -> Receipt | PublishError:
         """Do what `finish` does, but so that a silent sender costs the line one `GRACE`."""
         if answer.given is None and not answer.wait(delivery.deadline - time.monotonic()):
             if not self._asked:
@@ -223,7 +225,7 @@ class Line:
                 self._silent = True
                 return unanswered(engine, delivery, answer)
         self._silent = False
-        return answer.receipt()
+        return answer.outcome()
 
     def _expire_due(self) -> None:
         """Ask the sender about all whose time is up, and not about one after the other."""

@@ -124,10 +124,9 @@ class MLProducer:
             else:
                 engine.turn_away(delivery)
             return finish(engine, delivery, answer)
-        except PublishError:
-            raise
         except BaseException:
-            engine.withdraw(delivery)
+            if delivery.open:  # what is raised is not about it: Ctrl-C, or of a signal handler
+                engine.withdraw(delivery)
             raise
 
     async def apublish(
@@ -156,10 +155,9 @@ class MLProducer:
                 engine.post(delivery)
             else:
                 engine.turn_away(delivery)
-        except PublishError:
-            raise
         except BaseException:
-            engine.withdraw(delivery)
+            if delivery.open:
+                engine.withdraw(delivery)
             raise
         return await awaiting.finish(engine, delivery, answer)
 

@@ -1,4 +1,6 @@
-"""A program whose calls are cut by a KeyboardInterrupt at each of their steps, one after another.
+"""A program whose calls are cut by an exception at each of their steps, one after another.
+
+It is a KeyboardInterrupt, or what a signal handler raises that has published something itself.
 
 A trace function counts the lines that run in the library on the main thread, or the bytecodes at
 which CPython looks for signals (after calls, and at backward jumps), and raises in the n-th. So
@@ -23,7 +25,7 @@ from typing import Any
 
 import mlproducer
 from mlproducer import Message, MLProducer, Settings
-from mlproducer.errors import ProducerClosedError
+from mlproducer.errors import NackError, ProducerClosedError
 from mlproducer.testing.fake_broker import FakeBroker
 from tests.helpers import LIMIT, make_message
 from tests.threaded.brokers import Silent
@@ -40,24 +42,28 @@ class Cut:
     """Raises in the n-th step of a call, if it has so many.
 
     :param event: what a step is, ``line`` or ``opcode``
+    :param error: what it raises
     """
 
-    def __init__(self, number: int, event: str) -> None:
+    def __init__(self, number: int, event: str, error: BaseException | None = None) -> None:
         self._left = number
         self._event = event
+        self.error = error or KeyboardInterrupt()
         self._last: dict[FrameType, str] = {}
         self.made = False
         self.where = ""
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """Make the call; give what it returns, or the interrupt."""
+        """Make the call; give what it returns, or what has cut it."""
         frame = inspect.currentframe()
         if frame is not None:
             frame.f_trace_opcodes = True  # once before, or Python 3.12 traces none
         sys.settrace(self._trace)
         try:
             return call()
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, NackError) as error:
+            if error is not self.error:
+                raise
             return error
         finally:
             sys.settrace(None)
@@ -80,7 +86,7 @@ class Cut:
             if self._left < 0:
                 self.made = True
                 self.where = f"{Path(file).name}:{frame.f_lineno} in {frame.f_code.co_name}"
-                raise KeyboardInterrupt
+                raise self.error
         return self._trace
 
 
@@ -100,8 +106,11 @@ def wait_until(holds: Callable[[], bool]) -> bool:
     return True
 
 
-def cut_publishing(way: str) -> dict[str, Any]:
-    """Cut a publish() or submit() at each step."""
+def cut_publishing(way: str, *, handler: bool) -> dict[str, Any]:
+    """Cut a publish() or submit() at each step.
+
+    :param handler: not by Ctrl-C, but by the error of another message
+    """
     with FakeBroker() as broker:
         producer = MLProducer(Settings(url=broker.url, max_in_flight=2, **QUICK))
         assert producer.wait_connected(LIMIT)
@@ -113,13 +122,15 @@ def cut_publishing(way: str) -> dict[str, Any]:
         calls = {"publish": producer.publish, "submit": producer.submit}
         call: Callable[[Message], Any] = calls.get(way, publish_three)
         runtime: Any = producer._life.runtime
-        steps, leaks, futures = 0, [], []
+        steps, leaks, futures, refused = 0, [], [], []
         while True:
-            cut = Cut(steps, "opcode")
+            cut = Cut(steps, "opcode", NackError("of another message") if handler else None)
             message = make_message(f"m{steps}")
             answer = cut.run(lambda message=message: call(message))
-            if not isinstance(answer, KeyboardInterrupt):
-                futures += answer if isinstance(answer, list) else [answer]
+            if answer is not cut.error:
+                answers = answer if isinstance(answer, list) else [answer]
+                futures += [each for each in answers if each is not cut.error]
+                refused += [f"m{steps}" for each in answers[:1] if each is cut.error]
             if not wait_until(lambda: not len(runtime.gate)):
                 leaks.append(cut.where)
                 break
@@ -133,6 +144,7 @@ def cut_publishing(way: str) -> dict[str, Any]:
             "leaks": leaks,
             "twice": [name for name, count in copies.items() if count > 1],
             "confirmed": all(answer.result(LIMIT).confirmed for answer in futures),
+            "refused and sent": [name for name in refused if name in copies],
             "abandoned": report.abandoned,
             "threads": ours(),
         }
@@ -186,4 +198,5 @@ def cut_close() -> dict[str, Any]:
 
 if __name__ == "__main__":
     program = {"start": cut_start, "close": cut_close}.get(sys.argv[1])
-    print(json.dumps(program() if program else cut_publishing(sys.argv[1])))
+    handler = sys.argv[2:] == ["handler"]
+    print(json.dumps(program() if program else cut_publishing(sys.argv[1], handler=handler)))
