@@ -16,6 +16,7 @@ Runs on: the users' threads; the start on a thread ``mlproducer-start``.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -199,6 +200,10 @@ class Lifecycle:
         if not self._reports:
             report = CloseReport() if self.runtime is None else self.runtime.join(deadline)
             self._reports.append(report)
+        start = self._starts.get("now")
+        # Callbacks do not wait: a start that found the producer closed waits for their threads.
+        if start is not None and threads.here.owner is None:
+            threads.join_all(start.threads, deadline)
         process.release(self)
         return self._reports[0]
 
@@ -250,6 +255,7 @@ class _Start:
         self._unclaimed = [None]
         self._runtime: Runtime | None = None
         self.error: Exception | None = None
+        self.threads: list[threading.Thread] = []
         self.over = Watch()
 
     def is_over(self) -> bool:
@@ -266,7 +272,7 @@ class _Start:
         while not self.is_over() and time.monotonic() < deadline:
             if self._unclaimed:
                 try:
-                    threads.spawn("start", 1, self._run, owner)
+                    self.threads.append(threads.spawn("start", 1, self._run, owner))
                 except RuntimeError as error:  # Python 3.12 and later at the end of the interpreter
                     self._fail(NotConnectedError(f"no thread can be started: {error}"))
                     break
