@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from mlproducer.stores.protocol import Store
 from mlproducer.testing import RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
+from tests.stopwatch import in_time
 
 CLOSE_TIMEOUT = 1.0
 
@@ -52,9 +52,8 @@ def connect(rabbitmq_vhost: VirtualHost, caplog: pytest.LogCaptureFixture) -> It
 
     yield make
     for producer in producers:
-        started = time.monotonic()
-        producer.close(CLOSE_TIMEOUT)
-        assert time.monotonic() - started < CLOSE_TIMEOUT + 0.5
+        with in_time(CLOSE_TIMEOUT + 0.5):
+            producer.close(CLOSE_TIMEOUT)
     records = [*caplog.get_records("call"), *caplog.get_records("teardown")]
     assert [each.message for each in records if each.levelno >= logging.CRITICAL] == []
 

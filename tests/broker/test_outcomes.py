@@ -36,6 +36,7 @@ from tests.broker.rows import (
     failure,
     message,
 )
+from tests.stopwatch import in_time
 
 pytestmark = pytest.mark.broker
 
@@ -173,13 +174,14 @@ def test_not_connected(
     """With the broker stopped every publish is answered at once; what was ours arrives once."""
     mortal_node.stop()
     producer = connect()
-    started = time.monotonic()
-    for retry in (True, False):
-        error, _ = failure(producer, message(f"first, {retry}"), retry=retry)
-        assert_error(error, NotConnectedError, f"first, {retry}", attempts=0, possibly_sent=False)
-    error, receipt = failure(producer, message("m"), retry=True)
-    assert_error(error, NotConnectedError, "m", attempts=0, possibly_sent=False)
-    assert time.monotonic() - started < 0.5
+    with in_time(0.5):
+        for retry in (True, False):
+            error, _ = failure(producer, message(f"first, {retry}"), retry=retry)
+            assert_error(
+                error, NotConnectedError, f"first, {retry}", attempts=0, possibly_sent=False
+            )
+        error, receipt = failure(producer, message("m"), retry=True)
+        assert_error(error, NotConnectedError, "m", attempts=0, possibly_sent=False)
     mortal_node.restart()
     assert receipt is not None
     assert_healed(receipt, attempts=1)
@@ -194,9 +196,8 @@ def test_still_connecting(
     """While the first attempt goes on a publish waits its time, and then is as not connected."""
     proxy.deaf()
     producer = connect(proxy.url(rabbitmq_vhost.url), connection_timeout=1.0)
-    started = time.monotonic()
-    error, receipt = failure(producer, message("m"), retry=retry, timeout=0.4)
-    assert 0.4 <= time.monotonic() - started < 0.65
+    with in_time(0.65, 0.4):
+        error, receipt = failure(producer, message("m"), retry=retry, timeout=0.4)
     assert_error(error, NotConnectedError, "m", attempts=0, possibly_sent=False)
     proxy.accept()
     if receipt is not None:
@@ -219,10 +220,9 @@ def test_blocked(rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool) 
         assert_error(error, ConfirmTimeoutError, "early", attempts=1, possibly_sent=True)
         assert producer.status().blocked
         assert not producer.is_healthy()
-        started = time.monotonic()
-        error, receipt = failure(producer, message("m"), retry=retry, timeout=0.3)
-        assert_error(error, BrokerBlockedError, "m", attempts=0, possibly_sent=False)
-        assert 0.3 <= time.monotonic() - started < 0.55
+        with in_time(0.55, 0.3):
+            error, receipt = failure(producer, message("m"), retry=retry, timeout=0.3)
+            assert_error(error, BrokerBlockedError, "m", attempts=0, possibly_sent=False)
     for each in filter(None, (early, receipt)):
         assert_healed(each, attempts=1)
     assert producer.flush(HEALED) == 0
@@ -254,10 +254,8 @@ def test_a_full_window(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
     assert producer.publish(message("before")).confirmed
     with rabbitmq_vhost.node.frozen():
         inside = [producer.submit(message(f"inside {n}")) for n in range(2)]
-        started = time.monotonic()
-        with pytest.raises(BufferFullError) as caught:
+        with in_time(0.55, 0.3), pytest.raises(BufferFullError) as caught:
             producer.submit(message("no room"))
-        assert 0.3 <= time.monotonic() - started < 0.55
         assert_error(caught.value, BufferFullError, "no room", attempts=0, possibly_sent=False)
         error, waits = failure(producer, message("waits"), retry=True, timeout=0.3)
         assert_error(error, ConfirmTimeoutError, "waits", attempts=0, possibly_sent=False)

@@ -26,6 +26,7 @@ from mlproducer import CeleryTask, MLProducer, Settings
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
 from tests.broker.scripts import DIRECTORY, FORK_WARNING, Program, drain, run, script
+from tests.stopwatch import in_time
 
 pytestmark = pytest.mark.broker
 
@@ -254,9 +255,8 @@ def _serve(host: VirtualHost, argv: list[str], listener: socket.socket, *, used:
     """Have two workers publish, and see that each message came once."""
     environ = {"PUBLISH_AT_IMPORT": "1"} if used else {}
     with Program(argv, host.url, environ, descriptors=[listener.fileno()]) as program:
-        started = time.monotonic()
-        answers = _ask_until_two_have_answered(listener.getsockname()[1])
-        assert time.monotonic() - started < 15.0
+        with in_time(15.0):
+            answers = _ask_until_two_have_answered(listener.getsockname()[1])
         program.signal(signal.SIGTERM)
         program.end(15.0)
     assert all(answer["confirmed"] for answer in answers)

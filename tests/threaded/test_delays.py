@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from mlproducer import CeleryTask, Outcome
 from mlproducer._engine import delayed_delivery as delays
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection
 from tests.helpers import LIMIT, make_message
+from tests.stopwatch import in_time
 from tests.threaded.conftest import Connect, Serve
 
 ENTRY = "celery_delayed_27"
@@ -130,9 +130,8 @@ def test_silence(
     producer = connect(broker, declare_topology="active", health_check_interval=60.0)
     with caplog.at_level(logging.ERROR, "mlproducer"):
         assert producer.publish(make_message(), timeout=LIMIT).confirmed
-        started = time.monotonic()
-        receipt = producer.publish(_later(), timeout=0.2)
-        assert time.monotonic() - started < 0.45
+        with in_time(0.45):
+            receipt = producer.publish(_later(), timeout=0.2)
         assert receipt.outcome is Outcome.DEFERRED
         assert producer.publish(make_message(), timeout=0.2).confirmed
         assert receipt.result(LIMIT).confirmed

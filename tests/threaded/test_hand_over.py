@@ -155,6 +155,7 @@ def test_stored_though_it_cannot_be_counted(serve: Serve) -> None:
     assert ids(broker) == ["m"]
 
 
+@pytest.mark.hurry
 def test_a_put_that_is_answered_too_late(serve: Serve) -> None:
     """What was raised because of it leaves no row, and is not sent when the broker is back."""
     broker, store = serve(), Odd()
@@ -197,6 +198,7 @@ def test_what_another_process_has_ended_is_not_given_back(serve: Serve, fate: Ro
                 producer.publish(make_message("m"), retry=False)
 
 
+@pytest.mark.hurry
 def test_a_deletion_that_is_not_answered_leaves_a_doubt(serve: Serve) -> None:
     """What is still in the store when it is given back is sent by others, if the lease runs out."""
     broker, store = serve(), Odd(ahead=True)
@@ -438,6 +440,7 @@ def slow() -> Iterator[Slow]:
     logger.setLevel(level)
 
 
+@pytest.mark.hurry
 def test_what_was_raised_is_not_written_afterwards(serve: Serve, slow: Slow) -> None:
     """A publisher that gives up takes its message back first; it is counted as given back."""
     broker, registry = serve(), CollectorRegistry()

@@ -28,6 +28,7 @@ from mlproducer.errors import (
 )
 from mlproducer.testing.proxy import Proxy
 from tests.helpers import LIMIT, Background, descriptors, make_message
+from tests.stopwatch import in_time
 from tests.threaded.brokers import Silent, SlowOpen, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
 from tests.threaded.moods import events_of, io_of
@@ -45,9 +46,8 @@ def threads() -> set[str]:
 def test_the_constructor_does_nothing() -> None:
     """No thread, no descriptor, no I/O, no time: safe at import time and before fork (1)."""
     before = descriptors(), threading.active_count()
-    started = time.monotonic()
-    producer = MLProducer(Settings(url="amqp://u:p@192.0.2.1/"))
-    assert time.monotonic() - started < 0.5
+    with in_time(0.5):
+        producer = MLProducer(Settings(url="amqp://u:p@192.0.2.1/"))
     status = producer.status()
     assert status.connection_state is ConnectionState.DISCONNECTED
     assert not producer.is_healthy()
@@ -148,9 +148,8 @@ def test_close_drains(connect: Connect, serve: Serve) -> None:
     background = Background()
     background.call(producer.close, LIMIT)
     ack(messages[-1], multiple=True)
-    started = time.monotonic()
-    [report] = background.gather()
-    assert time.monotonic() - started < 1.0
+    with in_time(1.0):
+        [report] = background.gather()
     assert (report.confirmed, report.abandoned) == (10, ())
     assert all(future.result(0).confirmed for future in futures)
 
@@ -164,9 +163,8 @@ def test_close_gives_up_in_time(connect: Connect, serve: Serve) -> None:
     future = producer.submit(make_message("in flight"))
     receipt = producer.publish(make_message("deferred"), timeout=0.1)
     broker.wait_for_messages(3, LIMIT)
-    started = time.monotonic()
-    report = producer.close(0.3)
-    assert 0.3 <= time.monotonic() - started < 0.8
+    with in_time(0.8, 0.3):
+        report = producer.close(0.3)
     assert set(report.abandoned) == {"waiting", "in flight", "deferred"}
     for error in (waiting.exception(LIMIT), future.exception(0)):
         assert isinstance(error, ProducerClosedError)
@@ -190,9 +188,8 @@ def test_close_twice(connect: Connect, serve: Serve) -> None:
     producer.submit(make_message("m"))
     report = producer.close(0.1)
     assert report.abandoned == ("m",)
-    started = time.monotonic()
-    assert producer.close() is report
-    assert time.monotonic() - started < 0.5
+    with in_time(0.5):
+        assert producer.close() is report
 
 
 def test_close_from_five_threads(connect: Connect, serve: Serve) -> None:
@@ -208,10 +205,9 @@ def test_close_from_five_threads(connect: Connect, serve: Serve) -> None:
     for _ in range(5):
         publishers.call(publish)
     broker.wait_for_messages(50, LIMIT)
-    started = time.monotonic()
-    reports = [closers.call(producer.close, 2.0) for _ in range(5)]
-    closers.gather()
-    assert time.monotonic() - started < 2.5
+    with in_time(2.5):
+        reports = [closers.call(producer.close, 2.0) for _ in range(5)]
+        closers.gather()
     assert len({id(report.result(0)) for report in reports}) == 1
     with pytest.raises(ProducerClosedError):
         publishers.gather()
@@ -255,9 +251,8 @@ def test_close_against_all_odds(connect: Connect, serve: Serve, where: str, time
         if where == "hole":
             proxy.hole("both")
         future = producer.submit(make_message("m"), retry=False)
-        started = time.monotonic()
-        producer.close(timeout)
-        assert time.monotonic() - started < timeout + 0.5
+        with in_time(timeout + 0.5):
+            producer.close(timeout)
         assert isinstance(future.exception(0), PublishError)
         assert threads() <= {"mlproducer-proxy"}
 
@@ -389,39 +384,37 @@ def test_an_exit_hook_is_the_first_to_use_it(serve: Serve) -> None:
 def test_twenty_producers_end_within_one_limit(serve: Serve) -> None:
     """They are drained, ended and joined together, although no broker answers."""
     broker = serve(Silent())
-    started = time.monotonic()
-    _, errors = run_script(
-        """
-        producers = [MLProducer(settings) for _ in range(20)]
-        for each in producers:
-            each.submit(Message(body=b"", routing_key="k"))
-        assert all(each.wait_connected(5) for each in producers)
-        print(time.monotonic())
-        """,
-        broker.url,
-        exit_timeout=1.0,
-    )
-    assert time.monotonic() - started < 6.0
+    with in_time(6.0):
+        _, errors = run_script(
+            """
+            producers = [MLProducer(settings) for _ in range(20)]
+            for each in producers:
+                each.submit(Message(body=b"", routing_key="k"))
+            assert all(each.wait_connected(5) for each in producers)
+            print(time.monotonic())
+            """,
+            broker.url,
+            exit_timeout=1.0,
+        )
     assert "messages lost that lived in memory: 20" in errors
 
 
 def test_ctrl_c_at_exit(serve: Serve) -> None:
     """It is not waited any longer, everything is ended, and what is lost is told."""
     broker = serve(Silent())
-    started = time.monotonic()
-    _, errors = run_script(
-        """
-        producers = [MLProducer(settings) for _ in range(3)]
-        for each in producers:
-            each.submit(Message(body=b"", routing_key="k"))
-        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-        timer.daemon = True
-        timer.start()
-        """,
-        broker.url,
-        exit_timeout=15.0,
-    )
-    assert time.monotonic() - started < 10.0
+    with in_time(10.0):
+        _, errors = run_script(
+            """
+            producers = [MLProducer(settings) for _ in range(3)]
+            for each in producers:
+                each.submit(Message(body=b"", routing_key="k"))
+            timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+            timer.daemon = True
+            timer.start()
+            """,
+            broker.url,
+            exit_timeout=15.0,
+        )
     assert "messages lost that lived in memory: 3" in errors
 
 
@@ -579,9 +572,8 @@ def test_close_without_a_broker(
     broker.stop_listening()
     producer = connect(broker, exit_timeout=0.2)
     receipt = producer.publish(make_message("m"))
-    started = time.monotonic()
-    report = producer.close() if timeout is None else producer.close(timeout)
-    assert least <= time.monotonic() - started < most
+    with in_time(most, least):
+        report = producer.close() if timeout is None else producer.close(timeout)
     assert report.abandoned == (receipt.message_id,)
 
 

@@ -368,6 +368,8 @@ def test_a_lost_listener_comes_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """All sessions are ended; the next COMMIT is heard again, or found when it listens again."""
+    listens = "SELECT 1 FROM pg_stat_activity WHERE state = 'idle' AND query LIKE 'LISTEN%'"
+    until(lambda: postgresql_server.call(listens))  # else there is no session of its own to end
     with caplog.at_level(logging.WARNING):
         postgresql_server.end_sessions()
         until(lambda: "no notifications from" in caplog.text)

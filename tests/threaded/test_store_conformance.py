@@ -85,8 +85,21 @@ class TestSQLite(WithClock):
         copy.replace(self.path)
 
 
+AGE = """
+for _, name in ipairs({'due', 'ahead'}) do
+  local times = redis.call('ZRANGE', KEYS[1] .. name, 0, -1, 'WITHSCORES')
+  for i = 1, #times, 2 do
+    redis.call('ZINCRBY', KEYS[1] .. name, -ARGV[1], times[i])
+  end
+end
+"""
+"""Puts all times of a Redis store's rows back by some microseconds."""
+
+
 class TestRedis(StoreConformance):
-    """The store in Redis, whose clock is its own."""
+    """The store in Redis, whose clock is its own: rows grow old where it would go on."""
+
+    lease = 30.0
 
     @pytest.fixture(autouse=True)
     def _begin(self, redis_server: RedisServer) -> None:
@@ -99,6 +112,10 @@ class TestRedis(StoreConformance):
 
         return RedisStore(self.url, lease=lease, prefix=self.prefix)
 
+    def advance(self, seconds: float) -> None:
+        """Put the times of all rows back."""
+        self.server.call("EVAL", AGE, 1, f"{self.prefix}{{store}}:", f"{seconds * 1_000_000:.0f}")
+
     def empty_place(self) -> None:
         """Do to our keys what FLUSHALL does to all."""
         for key in self.server.call("KEYS", f"{self.prefix}*"):
@@ -106,7 +123,9 @@ class TestRedis(StoreConformance):
 
 
 class TestPostgreSQL(StoreConformance):
-    """The store in PostgreSQL, whose clock is its own."""
+    """The store in PostgreSQL, whose clock is its own: rows grow old where it would go on."""
+
+    lease = 30.0
 
     @pytest.fixture(autouse=True)
     def _begin(self, postgresql_server: PostgreSQLServer) -> None:
@@ -119,6 +138,10 @@ class TestPostgreSQL(StoreConformance):
         from mlproducer.stores.postgres import PostgreSQLStore  # an extra
 
         return PostgreSQLStore(self.url, lease=lease)
+
+    def advance(self, seconds: float) -> None:
+        """Put the times of all rows back."""
+        self.server.call(f"UPDATE {self.table} SET due = due - interval '{seconds} seconds'")
 
     def empty_place(self) -> None:
         """Drop the tables."""

@@ -1,0 +1,107 @@
+"""A stopwatch for promises of time, which leaves out what a busy machine adds.
+
+A limit of time is a promise of the program. Where other programs take the CPUs, a thread that could
+run waits for one; how long, Linux counts for each thread. `in_time` leaves that out, so a limit is
+as tight as what is promised and still holds beside any load. On an idle machine it is next to
+nothing. A lock, a missed wake-up, a timer or another program's answer that is waited for is never
+left out.
+
+Elsewhere than on Linux nothing is left out.
+
+Runs on: the tests' threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+NANO = 1e-9
+TICK = 0.01
+"""The unit of /proc/stat, in seconds."""
+
+_ended: Counter[str] = Counter()
+"""What threads of this process had waited when they ended, by their /proc directories."""
+
+_run = threading.Thread.run
+
+
+def _run_and_note(thread: threading.Thread) -> None:
+    try:
+        _run(thread)
+    finally:
+        own = Path(f"/proc/self/task/{threading.get_native_id()}")
+        _ended[str(own)] += _waited(own)  # a number that comes again is counted on
+
+
+threading.Thread.run = _run_and_note  # type: ignore[method-assign] # the kernel forgets with a thread
+
+
+@contextmanager
+def in_time(most: float, at_least: float = 0.0) -> Iterator[None]:
+    """Fail where the block takes less than ``at_least`` seconds, or ``most`` and longer."""
+    watch = Stopwatch()
+    yield
+    wall, own = watch.wall(), watch.own()
+    assert at_least <= wall, f"took only {wall:.3f} s"
+    assert own < most, f"took {wall:.3f} s, {wall - own:.3f} s of them without a CPU"
+
+
+class Stopwatch:
+    """Measures from when it is made; from any thread."""
+
+    def __init__(self) -> None:
+        self._before = _all_waits()
+        self._began = time.monotonic()
+
+    def wall(self) -> float:
+        """Return the seconds that have passed."""
+        return time.monotonic() - self._began
+
+    def own(self) -> float:
+        """Return the seconds that have passed without those in which threads waited for a CPU.
+
+        Threads that wait one after the other add up; what waits at the same time is left out more
+        than once, which makes no promise look broken that was kept.
+        """
+        wall, after = self.wall(), _all_waits()
+        return wall - sum(
+            max(0.0, waited - self._before.get(each, 0.0)) for each, waited in after.items()
+        )
+
+
+def _all_waits() -> dict[str, float]:
+    """Give the seconds that each thread has waited for a CPU, here and in programs started here."""
+    waits = {"machine": _taken_from_the_machine()}
+    processes = ["/proc/self"]
+    for process in processes:
+        with suppress(OSError):  # it has ended
+            for thread in Path(process, "task").iterdir():
+                waits[str(thread)] = _waited(thread) * NANO
+                children = (thread / "children").read_text(encoding="ascii")
+                processes += [f"/proc/{child}" for child in children.split()]
+    for thread, waited in list(_ended.items()):
+        waits[thread] = waits.get(thread, 0.0) + waited * NANO
+    return waits
+
+
+def _waited(thread: Path) -> int:
+    """Give the nanoseconds that a thread has waited for a CPU."""
+    try:
+        return int((thread / "schedstat").read_text(encoding="ascii").split()[1])
+    except OSError:  # it has ended, or this is no Linux
+        return 0
+
+
+def _taken_from_the_machine() -> float:
+    """Give the seconds for which a virtual machine's CPUs were taken from it."""
+    try:
+        fields: Any = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+    except OSError:
+        return 0.0
+    return float(fields[8]) * TICK
