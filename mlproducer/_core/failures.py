@@ -177,17 +177,25 @@ class FailureHandler:
         """Whether its publisher gets it back, and is told so once its row is gone."""
         return not isinstance(self.owed.get(delivery), StoreError | None)
 
+    def may_pay(self, delivery: Delivery) -> bool:
+        """Whether its publisher is to be told what is owed, which nothing else can be then.
+
+        It is not where the publisher has left meanwhile, and relies on the order to store its
+        message: that is still under way, and a second one would make a second row.
+        """
+        error = self.owed.get(delivery)
+        if not isinstance(error, StoreError) or not delivery.open:
+            return error is not None
+        return delivery.may_fail()
+
     def pay(self, delivery: Delivery, now: float, *, gone: bool) -> None:
-        """Tell what is owed, since the store has had its time.
+        """Tell what is owed, since the store has had its time; `may_pay` has said so.
 
         :param gone: its row is gone. Else that row, if there is one, may become another process's,
             or is, and is sent: it has not been deleted, or its lease is over
         """
-        error = self.owed.get(delivery)
-        if error is None or (isinstance(error, StoreError) and delivery.promised):
-            return
-        del self.owed[delivery]
-        if not delivery.open:
+        error = self.owed.pop(delivery, None)
+        if error is None or not delivery.open:
             return
         left = not isinstance(error, StoreError) or delivery.leased_until < now
         if left and not gone:

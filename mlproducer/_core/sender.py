@@ -428,8 +428,9 @@ class Sender:
 
         :param gone: its row is known to be gone; else another process may send the message
         """
-        owes = self.failures.owes(delivery) and not delivery.promised
-        if owes and delivery.place is Place.WAITING:
+        if not self.failures.may_pay(delivery):
+            return
+        if delivery.open and delivery.place is Place.WAITING:
             self._send_queue.withdraw(delivery)  # a suspect, of which nothing could be stored
         self.failures.pay(delivery, now, gone=gone)
 
@@ -464,7 +465,7 @@ class Sender:
 
     def _store_is_silent(self, delivery: Delivery, now: float) -> None:
         """Give back a message that was to be stored before it is sent, unless its row is there."""
-        if delivery.claim():
+        if delivery.claim() and delivery.may_fail():  # else its publisher relies on the order
             self.failures.refused(delivery, silent_store(delivery, self._retry_worker.name), now)
 
     # --- why a message was not sent ------------------------------------------------------------

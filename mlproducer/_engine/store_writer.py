@@ -282,7 +282,7 @@ class StoreWriter:
                 kept.append(delivery)
             elif put.restores:
                 continue
-            elif delivery.claim():
+            elif delivery.claim() or (delivery.open and delivery.promised):
                 delivery.stored = True
                 ahead.append(delivery)
             else:  # its publisher has given up while it was being stored

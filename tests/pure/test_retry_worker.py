@@ -13,6 +13,7 @@ from mlproducer._engine import retry_worker as module
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.stored_rows import record_of
+from mlproducer._fate import Fate
 from mlproducer.errors import PublishError, StoreError
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import RetryPolicy
@@ -46,6 +47,10 @@ class Owner:
 
     def kept(self, deliveries: Sequence[Delivery]) -> None:
         """They are stored."""
+
+    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored, and are sent."""
+        self.readmit(deliveries)
 
     def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Note them."""
@@ -153,6 +158,19 @@ def test_what_the_store_refuses(bench: Bench) -> None:
     bench.keep(delivery)
     assert bench.store.depth() == Depth()
     assert bench.retry_worker.stored_rows.deliveries() == []
+
+
+@pytest.mark.parametrize("relied_on", [True, False])
+def test_taken_while_it_is_stored_ahead(bench: Bench, relied_on: bool) -> None:
+    """The I/O thread took it since its time was up; it is sent if its publisher relies on that."""
+    delivery = make_delivery()
+    bench.retry_worker.write_ahead(delivery)
+    assert delivery.claim()
+    if relied_on:
+        delivery.leave(Fate())
+    bench.work()
+    assert bench.owner.readmitted == ([delivery] if relied_on else [])
+    assert bench.store.depth() == Depth(ahead=int(relied_on))
 
 
 def test_a_row_that_is_not_there_counts_for_none(bench: Bench) -> None:

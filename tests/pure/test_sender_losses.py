@@ -311,6 +311,51 @@ def test_the_store_is_silent_about_what_its_publisher_relies_on(world: World) ->
     assert world.retry_worker.rows == {}
 
 
+class Leaving(Delivery):
+    """One whose publisher leaves at the very moment at which it is decided what it is told."""
+
+    __slots__ = ()
+
+    def may_fail(self) -> bool:
+        """Have it leave first."""
+        if not self.promised:
+            self.leave(Fate())
+        return super().may_fail()
+
+
+@pytest.mark.parametrize("suspect", [False, True])
+def test_its_publisher_leaves_while_the_store_is_silent(world: World, suspect: bool) -> None:
+    """The order to store it stands: a second one would make a second row, which is sent, too."""
+    [delivery, other] = world.send("a", "b")
+    if suspect:
+        world.sender.expire(delivery, 5.0)
+        world.down(403)
+    else:
+        world.nack(1)
+    delivery.__class__ = Leaving
+    world.sender.pay(delivery, 5.2)  # FakeRetryWorker would notice a second order
+    heir = delivery.heir
+    assert isinstance(heir, Fate)
+    world.store(delivery)
+    if suspect:
+        world.up()
+        world.ack(1)
+    else:
+        world.retry(delivery)
+        world.ack(3)
+    assert heir.result(0).confirmed
+    assert world.retry_worker.rows == {}
+
+
+def test_its_publisher_leaves_while_it_is_to_be_stored_ahead(world: World) -> None:
+    """It is sent once it is stored; until then there is nothing to be done."""
+    delivery = make_delivery("a")
+    delivery.__class__ = Leaving
+    world.sender.expire(delivery, 5.0)
+    assert (delivery.open, delivery.promised, delivery.place) == (True, True, Place.MAILBOX)
+    assert world.retry_worker.rows == {}
+
+
 def test_the_store_is_silent_about_a_suspect(world: World) -> None:
     """It was sent again meanwhile, and its error counts that attempt."""
     [delivery, other] = world.send("a", "b")
