@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 
 from attrs import define
 from django.db import transaction
@@ -19,7 +20,7 @@ from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._wire.encode import Task
 from mlproducer.contrib.django.process import one, producer
-from mlproducer.errors import ConfigurationError, PublishError
+from mlproducer.errors import ConfigurationError, PublishError, RetriesExhaustedError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ def publish_on_commit(task: Task, *, using: str | None = None) -> None:
     must not get lost even then is for `publish_in_transaction`.
 
     However many tasks a transaction has, waiting for the broker takes the producer's
-    ``publish_timeout`` once; what is left then is handed over, and confirmed or deferred later.
+    ``publish_timeout`` once; what is left then is handed over, as far as the in-flight window has
+    room, and confirmed, deferred or refused later.
 
     :param using: alias of the database; ``None`` is the default one
     :raises InvalidMessageError: AMQP or strict JSON cannot carry it
@@ -46,9 +48,14 @@ def publish_on_commit(task: Task, *, using: str | None = None) -> None:
 
     def publish() -> None:
         try:
-            _publish(task, batch)
+            made = one.current()
         except Exception as error:  # noqa: BLE001 - whatever it is, the request goes on
-            _refused(task, error)
+            _log_refusal(task, error)
+            return
+        try:
+            _publish(made, task, batch)
+        except Exception as error:  # noqa: BLE001 - as above
+            _refused(made, task, error)
 
     transaction.on_commit(publish, using)
 
@@ -124,20 +131,32 @@ def _batch(using: str | None) -> _Batch:
     return batch
 
 
-def _publish(task: Task, batch: _Batch) -> None:
+def _publish(made: MLProducer, task: Task, batch: _Batch) -> None:
     now = time.monotonic()
     if batch.ends is None:
-        batch.ends = now + producer.settings.publish_timeout
+        batch.ends = now + made.settings.publish_timeout
     if now < batch.ends:
-        producer.publish(task, timeout=batch.ends - now)
+        made.publish(task, timeout=batch.ends - now)
     else:
-        producer.submit(task, timeout=0)
+        future = made.submit(task, timeout=0)
+        future.add_done_callback(partial(_settled, made, task))
 
 
-def _refused(task: Task, error: Exception) -> None:
-    text = "a %s was not published after COMMIT: %s: %s"
-    write(logger, logging.ERROR, text, type(task).__name__, type(error).__name__, error)
+def _settled(made: MLProducer, task: Task, future: Future[Receipt]) -> None:
+    """Tell what came of a task after its request; a dead letter is the producer's, not refused."""
+    error = future.exception()
+    if isinstance(error, Exception) and not isinstance(error, RetriesExhaustedError):
+        _refused(made, task, error)
+
+
+def _refused(made: MLProducer, task: Task, error: Exception) -> None:
+    _log_refusal(task, error)
     try:
-        producer.note_refused(task, error)
+        made.note_refused(task, error)
     except Exception as another:  # noqa: BLE001 - as above
         write(logger, logging.ERROR, "cannot count it: %s", type(another).__name__)
+
+
+def _log_refusal(task: Task, error: Exception) -> None:
+    text = "a %s was not published after COMMIT: %s: %s"
+    write(logger, logging.ERROR, text, type(task).__name__, type(error).__name__, error)

@@ -8,6 +8,7 @@ import textwrap
 import threading
 import unittest
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import skipUnless
 
@@ -33,7 +34,13 @@ from mlproducer.contrib import django as contrib
 from mlproducer.contrib.django import producer, publish_in_transaction, publish_on_commit
 from mlproducer.contrib.django.process import one
 from mlproducer.contrib.hosting import settings_of
-from mlproducer.errors import ConfigurationError, InvalidMessageError, NackError, StoreError
+from mlproducer.errors import (
+    ConfigurationError,
+    InvalidMessageError,
+    NackError,
+    RetriesExhaustedError,
+    StoreError,
+)
 from mlproducer.testing import RecordingProducer
 from shares.models import Share
 
@@ -136,6 +143,27 @@ class Committed(TransactionTestCase):
             in (logs.output[0])
         )
         assert Share.objects.count() == 2
+
+    def test_refused_after_the_request(self) -> None:
+        """What is handed over when its time is up, and refused later, is told all the same."""
+        told: list[str] = []
+        with override_settings(MLPRODUCER={"PUBLISH_TIMEOUT": 1e-6}):
+            recording = one.current()
+            assert isinstance(recording, RecordingProducer)
+            recording.on("refused", lambda event: told.append(event.detail))
+            with self.assertLogs("mlproducer.contrib.django", logging.ERROR) as logs:
+                with transaction.atomic():
+                    publish_on_commit(TASK)
+                    publish_on_commit(TASK)
+                    publish_on_commit(TASK)
+                    transaction.on_commit(partial(recording.fail_next, NackError(message_id="m")))
+                    publish_on_commit(TASK)
+                    transaction.on_commit(partial(recording.fail_next, RetriesExhaustedError()))
+                    publish_on_commit(TASK)
+                recording.close()
+        assert told == ["NackError"]
+        assert "SummarizationTask was not published after COMMIT: NackError" in logs.output[0]
+        assert len(recording.published) == 3
 
     def test_no_url(self) -> None:
         """A URL that is missing is no reason for a 500 after the COMMIT."""
