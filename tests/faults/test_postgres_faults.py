@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import psycopg
 import pytest
@@ -35,6 +36,7 @@ SLACK = 0.75
 """Seconds for the order to cancel, and what a busy machine may add."""
 
 PATIENCE = 5.0
+HOUR = 3600.0
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,32 @@ def test_a_put_that_ends_without_an_answer_is_undone(
     assert store.claim(10) == []
 
 
+def test_a_put_that_is_late_for_some_of_its_rows_stores_none(
+    store: PostgreSQLStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time after which it may do nothing is over in the middle of the statement."""
+    entries = [entry(f"m{n}") for n in range(1000)]
+    known = store._session.server_time
+    shortest, longest = 0.0, PATIENCE
+    for _ in range(30):  # towards the time that it takes, and then around it
+        limit = (shortest + longest) / 2
+        late = partial(_later, known, limit)
+        monkeypatch.setattr(store._session, "server_time", late)
+        try:
+            stored = len(store.put(entries, PATIENCE))
+        except StoreError:
+            stored = 0
+        assert store.depth().total == stored
+        shortest, longest = (shortest, limit) if stored else (limit, longest)
+        if longest - shortest < longest / 50:
+            shortest, longest = shortest * 0.98, longest * 1.02
+        store._run(f"DELETE FROM {store.table}", {})
+
+
+def _later(known: Callable[[float], float], limit: float, _moment: float) -> float:
+    return known(time.monotonic() + limit)
+
+
 def test_publishers_deadlines_hold(mortal: PostgreSQLServer, url: str) -> None:
     """With messages written ahead: what raised while it was frozen is never sent."""
     with FakeBroker() as broker:
@@ -332,6 +360,62 @@ def test_a_damaged_row_is_put_aside(
     assert store.claim(10) == []
     assert store.depth() == Depth(1, 0)
     assert mortal.call(f"SELECT message_id FROM {store.table} WHERE state = 3") == [("a",)]
+
+
+def test_a_token_without_room_to_grow_holds_nothing_up(
+    mortal: PostgreSQLServer, store: PostgreSQLStore
+) -> None:
+    """It was written by others; the row has a place, and so a fence, like any other."""
+    store.put([entry("a", 0.0), entry("b", 0.0)], PATIENCE)
+    mortal.call(f"UPDATE {store.table} SET token = {2**63 - 1} WHERE message_id = 'a'")
+    rows = store.claim(10)
+    assert ids(rows) == ["a", "b"]
+    assert store.renew([row.claim for row in rows]) == []
+
+
+# --- clocks and leases ---------------------------------------------------------------------------
+
+
+def test_a_server_whose_clock_was_put_forward_is_asked_again(store: PostgreSQLStore) -> None:
+    """What seems late only by its new clock is done after all."""
+
+    def set_clock() -> None:
+        store._session._ahead -= HOUR  # as if the server's clock had said so before
+
+    set_clock()
+    (claim,) = store.put([entry("a")], PATIENCE)
+    set_clock()
+    assert store.release([Change(claim, Record(make_envelope("a")), 0.0)]) == []
+    set_clock()
+    rows = store.claim(10)
+    assert ids(rows) == ["a"]
+    store.release([Change(rows[0].claim, Record(make_envelope("letter"), dead=True), 0.0)])
+    (letter,) = store.letters(1)
+    set_clock()
+    assert store.seize(letter) is not None
+
+
+def test_clocks_that_drift_apart_are_compared_again(store: PostgreSQLStore) -> None:
+    """A connection of days does not rely on what it heard of the server's clock at its start."""
+    store._session._ahead += HOUR
+    store._session._trusted_until = 0.0
+    store.depth()
+    (now,) = store._run("SELECT extract(epoch FROM clock_timestamp())::float8", {})[0]
+    assert abs(store._session.server_time(time.monotonic()) - now) < LIMIT
+
+
+def test_a_lease_longer_than_ones_own_horizon_holds(url: str) -> None:
+    """Processes on one store need not have the same ``ML_STORE_LEASE``."""
+    with closing(PostgreSQLStore(url, lease=60.0, horizon=60.0)) as patient:
+        (claim,) = patient.put([Entry(Record(make_envelope("a")), ahead=True)], PATIENCE)
+        with closing(PostgreSQLStore(url, lease=1.0, horizon=2.0)) as hasty:
+            assert hasty.claim(10) == []
+            assert hasty.depth() == Depth(ahead=1)
+            patient._run(
+                f"UPDATE {patient.table} SET due = due + make_interval(secs => {HOUR})", {}
+            )
+            assert ids(hasty.claim(10)) == ["a"]  # the server's clock was put back
+        assert patient.renew([claim]) == [claim]
 
 
 # --- a pooler ------------------------------------------------------------------------------------

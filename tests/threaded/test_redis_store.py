@@ -137,6 +137,38 @@ def test_a_server_whose_clock_was_put_forward_is_asked_again(connect: Open) -> N
     assert ids(store.claim(10)) == ["a"]
 
 
+def test_a_lease_longer_than_ones_own_horizon_holds(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """Processes on one store need not have the same ``ML_STORE_LEASE``."""
+    patient, hasty = connect(lease=60.0, horizon=60.0), connect(lease=1.0, horizon=2.0)
+    message, letter = patient.put(
+        [
+            Entry(Record(make_envelope("a")), ahead=True),
+            Entry(Record(make_envelope("b"), dead=True)),
+        ],
+        1.0,
+    )
+    assert hasty.claim(10) == []
+    assert hasty.seize(Row(letter, Record(make_envelope("b"), dead=True))) is None
+    redis_server.call("ZINCRBY", f"{prefix}{{store}}:due", HOUR * 1_000_000, str(message.key))
+    assert ids(hasty.claim(10)) == ["a"]  # the server's clock was put back
+    assert patient.renew([message, letter]) == [message]
+
+
+def test_letters_behind_a_page_of_unreadable_ones_are_shown(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """A page without a letter would be taken for the end."""
+    store = connect()
+    letters = [Entry(Record(make_envelope(name), dead=True)) for name in "abcde"]
+    claims = store.put(letters, 1.0)
+    for claim, field in zip(claims[:4], ("body", "token", "body", "token"), strict=True):
+        redis_server.call("HSET", f"{prefix}{{store}}:row:{claim.key}", field, "other")
+    assert ids(store.letters(2)) == ["e"]
+    assert store.letters(2, claims[4].key) == []
+
+
 def test_two_prefixes_are_two_stores(redis_server: RedisServer) -> None:
     """What one prefix has, another does not see."""
     one = RedisStore(f"{redis_server.url}?prefix=one-{secrets.token_hex(4)}:")

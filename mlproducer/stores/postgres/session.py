@@ -37,6 +37,9 @@ TIMEOUT = 1.0
 
 CONNECT_TIMEOUT = 2.0
 CANCEL_TIMEOUT = 0.25
+TRUST = 1.0
+"""Seconds for which the server's clock is taken to go as this machine's monotonic one does: it may
+be set, and no two clocks go alike for days."""
 TRIES = 3
 """How often a statement is tried that conflicts with another transaction."""
 
@@ -185,13 +188,14 @@ class Session:
         self._address = address
         self._connection: _Connection | None = None
         self._ahead = 0.0
+        self._trusted_until = 0.0
 
     def server_time(self, moment: float) -> float:
         """Give the server's time, in seconds since the epoch, at a monotonic moment."""
         return moment + self._ahead
 
     def get_ready(self) -> None:
-        """Have a connection that works, as far as one can tell without asking, and a table.
+        """Have a connection that works, a table, and the server's time.
 
         :raises StoreError: there is none
         """
@@ -207,6 +211,17 @@ class Session:
                 return
             self.drop()
             raise failure  # with nothing of psycopg's in it, whose frames know the password
+        if time.monotonic() >= self._trusted_until:
+            self._note_time(*self.run(sql.TIME, {})[0])
+
+    def is_past(self, latest: float) -> bool:
+        """Ask the server whether a time of its own, in seconds since the epoch, is over.
+
+        :raises StoreError: there is no answer
+        """
+        ((now,),) = self.run(sql.TIME, {})
+        self._note_time(now)
+        return bool(now > latest)
 
     def run(
         self, statement: str, values: Mapping[str, Any], limit: float = TIMEOUT
@@ -265,8 +280,7 @@ class Session:
         for made in (False, True):
             answer = self._execute(sql.OPEN, {"table": table}, deadline)
             now, standby, read_only, there, mark = answer[0]
-            # Its time when it was asked: the store must not take it to be later than it is.
-            self._ahead = now - time.monotonic()
+            self._note_time(now)
             if standby or read_only:
                 raise sqlstates.ReadOnlySqlTransaction
             if there is not None or made:
@@ -274,6 +288,11 @@ class Session:
             self._make_table(deadline)
         self._check(there, mark)
         self._execute(sql.statements(table).anchor, None, deadline)
+
+    def _note_time(self, now: float) -> None:
+        """Note the server's time when it was asked: it must not be taken to be later than it is."""
+        heard = time.monotonic()
+        self._ahead, self._trusted_until = now - heard, heard + TRUST
 
     def _make_table(self, deadline: float) -> None:
         table = self._address.table

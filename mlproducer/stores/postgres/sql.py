@@ -27,6 +27,9 @@ AHEAD, WAITING, DEAD, ASIDE = range(4)
 """What a row is: stored ahead of its first attempt; a message; a dead letter; put aside, as it
 cannot be read."""
 
+MOST_TOKEN = 2**62
+"""A larger one was written by others, and has no room to grow."""
+
 COLUMNS = (
     "message_id",
     "task_type",
@@ -95,9 +98,20 @@ OPEN = (
 )
 """Time, whether it is a standby or read-only, and the table and its mark, if it is there."""
 
+TIME = "SELECT extract(epoch FROM clock_timestamp())::float8"
+
+LEASE_BITS = 20
+LONGEST_LEASE = 2**LEASE_BITS - 1
+"""Seconds. An owner's number ends with the length of its leases, since those of other processes
+may be shorter."""
+
 _NOW = "statement_timestamp()"
 _AFTER = f"{_NOW} + make_interval(secs => %(lease)s)"
-_DUE = f"(due <= {_NOW} OR due > {_NOW} + make_interval(secs => %(horizon)s))"
+_DUE = (
+    f"(due <= {_NOW} OR (due > {_NOW} + make_interval(secs => %(horizon)s)"
+    f" AND due > {_NOW} + make_interval(secs => (owner & {LONGEST_LEASE})::float8)))"
+)
+"""Also what no delay, and no lease of its owner's, can explain: the clock was put back."""
 _CLAIMS = "unnest(%(keys)b::bigint[], %(tokens)b::bigint[]) AS c(key, token)"
 
 ROW = (
@@ -170,7 +184,8 @@ def statements(table: str) -> Statements:
         " AS sizes WHERE total - size < %(room)s"
     )
     taken = (
-        f"token = (t.token | 1) + %(step)s + (t.origin <> %(me)s AND t.origin <> 0)::int,"
+        f"token = (CASE WHEN t.token BETWEEN 1 AND {MOST_TOKEN} THEN t.token ELSE 1 END | 1)"
+        " + %(step)s + (t.origin <> %(me)s AND t.origin <> 0)::int,"
         f" doubtful = t.doubtful OR t.owner <> 0, owner = %(me)s, call = %(call)s, ready = false,"
         f" due = {_AFTER}, state = CASE t.state WHEN {DEAD} THEN {DEAD} ELSE {WAITING} END"
     )
@@ -178,8 +193,11 @@ def statements(table: str) -> Statements:
         f"{each} = CASE WHEN n.state = {DEAD} THEN n.{each} ELSE t.{each} END" for each in COLUMNS
     )
     mine = "t.key = c.key AND t.token = c.token AND t.owner = %(me)s"
-    late = "clock_timestamp() <= to_timestamp(%(latest)s)"
-    entered = "(SELECT pg_try_advisory_xact_lock_shared(%(me)s) AS alone) AS entered"
+    # Asked once for all rows: a call takes effect as a whole, or not at all.
+    entered = (
+        "entered AS MATERIALIZED (SELECT pg_try_advisory_xact_lock_shared(%(me)s)"
+        " AND clock_timestamp() <= to_timestamp(%(latest)s) AS may)"
+    )
     return Statements(
         # The sequence is never set back: no key can be drawn in each microsecond of the clock.
         anchor="WITH held AS MATERIALIZED (SELECT pg_advisory_xact_lock(hashtext"
@@ -187,9 +205,10 @@ def statements(table: str) -> Statements:
         f" > coalesce(pg_sequence_last_value({sequence}::regclass), 0) + 1000"
         f" THEN setval({sequence}, {clock}) END FROM held",
         barrier="SELECT pg_advisory_xact_lock(%(me)s)",
-        put=f"INSERT INTO {table} (token, owner, call, origin, ready, due, {_STORED})"
+        put=f"WITH {entered}"
+        f" INSERT INTO {table} (token, owner, call, origin, ready, due, {_STORED})"
         f" SELECT %(token)s, %(me)s, %(call)s, %(me)s, false, {_AFTER}, {_STORED}"
-        f" FROM {_ROWS}, {entered} WHERE alone AND {late} ORDER BY place RETURNING key",
+        f" FROM {_ROWS}, entered WHERE may ORDER BY place RETURNING key",
         undo_put=f"DELETE FROM {table} WHERE NOT ready AND owner = %(me)s AND call = %(call)s",
         free=f"UPDATE {table} AS t SET owner = 0, ready = c.delay <= 0,"
         f" due = {_NOW} + make_interval(secs => least(c.delay, %(horizon)s)) FROM"
@@ -198,24 +217,25 @@ def statements(table: str) -> Statements:
         ripen=f"UPDATE {table} SET ready = true WHERE key IN (SELECT key FROM {table}"
         f" WHERE NOT ready AND state < {ASIDE} AND {_DUE}"
         " ORDER BY due LIMIT 5000 FOR UPDATE SKIP LOCKED)",
-        claim=f"WITH picked AS MATERIALIZED (SELECT key, {sized} FROM {table} WHERE ready"
+        claim=f"WITH {entered}, picked AS MATERIALIZED"
+        f" (SELECT key, {sized} FROM {table} WHERE ready"
         f" ORDER BY key LIMIT %(limit)s FOR UPDATE SKIP LOCKED), fitting AS ({fitting})"
-        f" UPDATE {table} AS t SET {taken} FROM fitting WHERE t.key = fitting.key AND %(me)s <> 0"
-        f" AND pg_try_advisory_xact_lock_shared(%(me)s) AND {late} RETURNING {ROW}",
+        f" UPDATE {table} AS t SET {taken} FROM fitting, entered WHERE t.key = fitting.key AND may"
+        f" RETURNING {ROW}",
         undo_claim=f"UPDATE {table} SET owner = 0, ready = true"
         " WHERE NOT ready AND owner = %(me)s AND call = %(call)s",
-        seize=f"UPDATE {table} AS t SET {taken} WHERE key = %(key)s AND token = %(was)s"
-        f" AND state = {DEAD} AND (owner = 0 OR ready OR {_DUE}) AND {late}"
-        f" AND pg_try_advisory_xact_lock_shared(%(me)s) RETURNING {ROW}",
-        release=f"UPDATE {table} AS t SET"
+        seize=f"WITH {entered} UPDATE {table} AS t SET {taken} FROM entered WHERE key = %(key)s"
+        f" AND token = %(was)s AND state = {DEAD} AND (owner = 0 OR ready OR {_DUE}) AND may"
+        f" RETURNING {ROW}",
+        release=f"WITH {entered} UPDATE {table} AS t SET"
         " owner = CASE WHEN n.delay IS NULL THEN t.owner ELSE 0 END,"
         f" ready = coalesce(n.delay <= 0, false), due = {_NOW} + make_interval("
         " secs => least(coalesce(n.delay, %(lease)s), %(horizon)s)), state = n.state,"
         " attempts = n.attempts, doubtful = n.doubtful, reason = n.reason, retry = n.retry,"
         f" first_failed_at = n.first_failed_at, {message}"
         f" FROM {_ROWS} JOIN unnest(%(keys)b::bigint[], %(tokens)b::bigint[])"
-        f" WITH ORDINALITY AS c(key, token, place) USING (place), {entered}"
-        f" WHERE {mine} AND alone AND {late} RETURNING t.key",
+        " WITH ORDINALITY AS c(key, token, place) USING (place), entered"
+        f" WHERE {mine} AND may RETURNING t.key",
         undo_release=f"UPDATE {table} AS t SET owner = %(me)s, ready = false, due = {_AFTER}"
         f" FROM {_CLAIMS} WHERE t.key = c.key AND t.token = c.token AND t.owner = 0",
         renew=f"UPDATE {table} AS t SET ready = false, due = {_AFTER} FROM {_CLAIMS}"

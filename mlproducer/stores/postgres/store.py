@@ -11,6 +11,7 @@ Runs on: the retry thread.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +53,9 @@ MANY = 10_000
 
 _STEP_BITS = 40
 
+TRIES = 2
+"""How often a call is made that the server takes to be late."""
+
 _inherited: list[object] = []
 """Connections of a parent process: never used here, and never closed either."""
 
@@ -82,7 +86,7 @@ class PostgreSQLStore:
     was lost, and this process ended, or did not get through again, for a whole lease; then another
     process sends the row, although its `put` raised.
 
-    All processes that share a table should have the same lease and horizon.
+    All processes that share a table should have the same horizon.
 
     :ivar backlog: how many rows may be claimed, and the age of the oldest in seconds, when they
         were last counted
@@ -118,7 +122,7 @@ class PostgreSQLStore:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._session = Session(self.address)
-        self._me = _new_owner()
+        self._me = _new_owner(self.lease)
         self._call = 0
         self._unanswered: _Call | None = None
         self._unfreed: list[tuple[Claim, float]] = []
@@ -151,8 +155,6 @@ class PostgreSQLStore:
         keys = self._change(
             self._sql.put, self._sql.undo_put, {**rows, "token": token}, max(MIN_PATIENCE, limit)
         )
-        if len(keys) != len(new):
-            raise StoreError(f"the store at {self.name} was reached too late")
         claims = [Claim(key, token) for key in sorted(key for (key,) in keys)]
         self._unfreed = [
             (claim, entry.delay)
@@ -248,7 +250,7 @@ class PostgreSQLStore:
             if self._call:
                 self._get_ready()
                 self._run(self._sql.close, {})
-                self._me, self._call = _new_owner(), 0
+                self._me, self._call = _new_owner(self.lease), 0
         finally:
             self._session.drop()
 
@@ -298,13 +300,22 @@ class PostgreSQLStore:
         limit: float = TIMEOUT,
         claims: Sequence[Claim] = (),
     ) -> list[tuple[Any, ...]]:
-        """Run a statement that is to be undone if there is no answer."""
-        self._call += 1
-        self._unanswered = _Call(undo, self._call, claims)
-        latest = self._session.server_time(time.monotonic() + limit)
-        done = self._run(statement, {**values, "call": self._call, "latest": latest}, limit)
-        self._unanswered = None
-        return done
+        """Run a statement that is to be undone if there is no answer.
+
+        :raises StoreError: it came too late, and changed nothing, or there is no answer
+        """
+        deadline = time.monotonic() + limit
+        for _ in range(TRIES):
+            left = max(MIN_PATIENCE, deadline - time.monotonic())
+            self._call += 1
+            self._unanswered = _Call(undo, self._call, claims)
+            latest = self._session.server_time(time.monotonic() + left)
+            done = self._run(statement, {**values, "call": self._call, "latest": latest}, left)
+            self._unanswered = None
+            if done or not self._session.is_past(latest):
+                return done
+            # It did nothing, though by our clock it came in time: the server's was put forward.
+        raise StoreError(f"the store at {self.name} was reached too late")
 
     def _run(
         self, statement: str, values: dict[str, Any], limit: float = TIMEOUT
@@ -329,8 +340,11 @@ class PostgreSQLStore:
         return sorted(good, key=lambda row: row.claim.key)
 
 
-def _new_owner() -> int:
-    return 1 + secrets.randbits(62)
+def _new_owner(lease: float) -> int:
+    """Give a number that ends with the length of the owner's leases."""
+    random = 1 + secrets.randbits(62 - sql.LEASE_BITS)
+    seconds: int = min(math.ceil(lease), sql.LONGEST_LEASE)
+    return (random << sql.LEASE_BITS) | seconds
 
 
 def _first_token() -> int:

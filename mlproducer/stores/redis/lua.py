@@ -6,9 +6,9 @@ share one hash tag, so that in a cluster they lie on one node:
 
 - ``row:KEY``: a hash, one message. ``id``, ``route`` (JSON), ``properties`` and ``body`` (raw
   bytes) are the message, ``sum`` their CRC-32, ``state`` (JSON) what is known of its attempts.
-  ``owner`` is who claims it; it begins with ``-`` once that one has released it. ``origin`` is
-  who put it, once another has claimed it. ``token`` is the fence, odd where the claim is not its
-  origin's; ``accepted`` is in microseconds.
+  ``owner`` is who claims it, and ends with the length of its leases; it begins with ``-`` once
+  that one has released it. ``origin`` is who put it, once another has claimed it. ``token`` is the
+  fence, odd where the claim is not its origin's; ``accepted`` is in microseconds.
 - ``due``: a sorted set, when each row is due, or its claim ends. ``ready``: those that are due,
   by key. A row is in one of the two.
 - ``dead``: dead letters, by key. ``ahead``: rows stored ahead, until their claim ends.
@@ -58,6 +58,12 @@ end
 
 local function claimed(owner)
   return string.sub(owner, 1, 1) ~= '-'
+end
+
+-- Whether a claim that ends then can be one of its owner's, whose leases may be longer than ours.
+local function plausible(owner, until_)
+  local lease = string.match(owner, '%.(%d+)$')
+  return claimed(owner) and lease and tonumber(until_) <= now + tonumber(lease)
 end
 
 -- Whether nobody has claimed the row since; then, whether the claim still holds.

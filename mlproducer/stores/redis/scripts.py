@@ -154,11 +154,14 @@ local lease, horizon = tonumber(ARGV[3]), tonumber(ARGV[4])
 local limit, room = tonumber(ARGV[5]), tonumber(ARGV[6])
 local bad, keys, rows = {}, {}, {}
 
-local function ripen(from, to)
-  local due = redis.call('ZRANGEBYSCORE', P .. 'due', from, to, 'LIMIT', 0, 5000)
-  local ready = {}
-  for _, key in ipairs(due) do
-    if string.find(key, '^%d+$') then add(ready, key, key) else bad[#bad + 1] = key end
+local function ripen(from, to, keeps)
+  local found = redis.call('ZRANGEBYSCORE', P .. 'due', from, to, 'LIMIT', 0, 5000)
+  local due, ready = {}, {}
+  for _, key in ipairs(found) do
+    if not keeps(key) then
+      due[#due + 1] = key
+      if string.find(key, '^%d+$') then add(ready, key, key) else bad[#bad + 1] = key end
+    end
   end
   many('ZREM', 'due', due)
   many('ZADD', 'ready', ready)
@@ -177,8 +180,11 @@ if now + 1000000 < seen then
 end
 if math.abs(now - seen) > 1000000 then redis.call('SET', P .. 'clock', text(now)) end
 
-ripen('-inf', text(now))
-ripen('(' .. text(now + horizon), '+inf')
+ripen('-inf', text(now), function() return false end)
+ripen('(' .. text(now + horizon), '+inf', function(key)
+  local owner = redis.pcall('HGET', P .. 'row:' .. key, 'owner')
+  return type(owner) == 'string' and plausible(owner, redis.call('ZSCORE', P .. 'due', key))
+end)
 for _, key in ipairs(redis.call('ZRANGE', P .. 'ready', 0, limit - 1)) do
   local row = read(key)
   if row then
@@ -319,9 +325,10 @@ LETTERS = (
     WITHOUT_WRITES
     + COMMON
     + """
-local rows, bad, room = {}, {}, tonumber(ARGV[5])
+local rows, bad, room, last = {}, {}, tonumber(ARGV[5]), false
 local dead = redis.call('ZRANGEBYSCORE', P .. 'dead', '(' .. ARGV[3], '+inf', 'LIMIT', 0, ARGV[4])
 for _, key in ipairs(dead) do
+  last = key
   local row = read(key)
   if row then
     room = room - #row[6] - #row[7]
@@ -331,10 +338,10 @@ for _, key in ipairs(dead) do
     bad[#bad + 1] = key
   end
 end
-return {now, rows, bad}
+return {now, rows, bad, last and redis.call('ZSCORE', P .. 'dead', last) or ''}
 """
 )
-"""Show dead letters."""
+"""Show dead letters, and where among them the last one stands, in case none can be read."""
 
 SEIZE = (
     FREELY
@@ -345,7 +352,8 @@ local lease, horizon, key = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local row = read(key)
 if not row or row[1] ~= ARGV[6] then return {now, {}, {}} end
 local due = tonumber(redis.call('ZSCORE', P .. 'due', key) or 0)
-if claimed(row[2]) and due > now and due <= now + horizon then return {now, {}, {}} end
+local sound = due <= now + horizon or plausible(row[2], due)
+if claimed(row[2]) and due > now and sound then return {now, {}, {}} end
 local taken = take(key, row)
 redis.call('ZREM', P .. 'ahead', key)
 hold({key}, text(now + lease))

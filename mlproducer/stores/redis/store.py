@@ -79,7 +79,7 @@ class RedisStore:
     answer was lost, and this process then ended, or did not get through to Redis, for a whole
     lease; then whoever is next sends the row, although its `put` raised.
 
-    All processes that share a prefix should have the same lease and horizon.
+    All processes that share a prefix should have the same horizon.
 
     :param url: ``redis://[user:password@]host[:port][/db]``, ``rediss://`` for TLS,
         ``unix://[user:password@]/path`` for a socket of this machine, or
@@ -116,7 +116,7 @@ class RedisStore:
 
     def _begin(self) -> None:
         self._pid = os.getpid()
-        self._owner = secrets.token_hex(8)
+        self._owner = f"{secrets.token_hex(8)}.{self._lease}"
         self._connection = Connection(self._address, self._prefix, (scripts.OPEN, [self._owner, 0]))
         self._number = 0
         self._unanswered: _Call | None = None
@@ -207,8 +207,13 @@ class RedisStore:
     def letters(self, limit: int, after: int = 0) -> list[Row]:
         """Show dead letters, at most 16 MiB of them; only an empty list is the end."""
         self._get_ready()
-        rows, bad = self._run(scripts.LETTERS, 0, after, limit, ROOM)
-        return self._read(rows, bad)
+        place: Field = after
+        while True:
+            rows, bad, last = self._run(scripts.LETTERS, 0, place, limit, ROOM)
+            found = self._read(rows, bad)
+            if found or not last:
+                return found
+            place = last  # no row of these could be read; there may be others behind them
 
     def seize(self, row: Row) -> Row | None:
         """Claim a letter."""
