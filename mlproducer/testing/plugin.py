@@ -4,8 +4,9 @@ If ``RABBITMQ_TEST_URL`` names a broker, that one is used instead: tests cannot 
 and all of them use the URL's virtual host. Nothing else here connects to a broker that it has not
 started.
 
-Owns the servers that the fixtures start. Use with ``pytest_plugins = ["mlproducer.testing.plugin"]``
-in the topmost ``conftest.py``. The only module here that imports pytest.
+Owns the servers that the fixtures start. Use with
+``pytest_plugins = ["mlproducer.testing.plugin"]`` in the topmost ``conftest.py``. The only module
+here that imports pytest.
 
 Runs on: pytest's main thread.
 """
