@@ -326,7 +326,7 @@ class Leaving(Delivery):
 @pytest.mark.parametrize("suspect", [False, True])
 def test_its_publisher_leaves_while_the_store_is_silent(world: World, suspect: bool) -> None:
     """The order to store it stands: a second one would make a second row, which is sent, too."""
-    [delivery, other] = world.send("a", "b")
+    [delivery, _] = world.send("a", "b")
     if suspect:
         world.sender.expire(delivery, 5.0)
         world.down(403)
