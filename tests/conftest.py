@@ -1,0 +1,31 @@
+"""What all rings share: the library's own fixtures, and coverage in the workers of pytest-xdist.
+
+Runs on: pytest's main thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+_MEASURE = "COVERAGE_PROCESS_START"
+"""Where this variable names a configuration, each worker measures by it from here on."""
+
+_coverage = None
+if _MEASURE in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
+    from coverage import Coverage
+
+    # Before anything imports the library; not in what the tests start, which may look at stderr.
+    _coverage = Coverage(config_file=os.environ.pop(_MEASURE))
+    _coverage.start()
+
+pytest_plugins = ["mlproducer.testing.plugin"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Write down what was measured: a worker ends without the interpreter's own end."""
+    if _coverage is not None:
+        _coverage.stop()
+        _coverage.save()
