@@ -500,15 +500,18 @@ class MLProducer:
     def flush(self, timeout: float | None = None) -> int:
         """Wait until nothing is in flight or waiting for a retry.
 
-        With a durable store it starts the producer, since others may have left rows there.
+        With a durable store it starts the producer, since others may have left rows there. It waits
+        until another thread has closed the producer at the most.
 
         :param timeout: seconds; ``None`` waits without a limit
         :returns: how many messages are left
         """
-        unused = self._life.runtime is None
-        if self._life.closed or (unused and not self._plan.stores_durably()):
+        runtime = self._life.runtime
+        if runtime is None and (self._life.closed or not self._plan.stores_durably()):
             return 0
         deadline = None if timeout is None else time.monotonic() + seconds(timeout)
+        if runtime is not None and self._life.closed:
+            return runtime.flush(deadline)  # another thread closes it, or has
         return self._life.started().flush(deadline)
 
     def close(self, timeout: float | None = None) -> CloseReport:

@@ -306,7 +306,7 @@ class Sender:
 
     def _settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
         settled = self._send_queue.confirms.settle(tag, multiple=multiple)
-        if not settled and tag != 0:
+        if not settled and tag != 0 and not self.shutdown.begun:
             self._events.stray_confirm(tag)
         for delivery in settled:
             delivery.place = Place.WAITING

@@ -23,10 +23,12 @@ class Shutdown:
     """The end of one sender's work.
 
     :ivar begun: nothing is sent any more
+    :ivar abandoned: what was given back, since only this process had it
     """
 
     def __init__(self, send_queue: SendQueue, failures: FailureHandler) -> None:
         self.begun = False
+        self.abandoned: list[Delivery] = []
         self._send_queue = send_queue
         self._failures = failures
         self._durable = failures.retry_worker.durable
@@ -56,7 +58,7 @@ class Shutdown:
             elif delivery.kept and self._durable and delivery not in unsafe:
                 delivery.entrust(now)
             else:
-                self._failures.part(delivery, failure(ProducerClosedError, delivery, CLOSED))
+                self._part(delivery, failure(ProducerClosedError, delivery, CLOSED))
 
     def see_off(self, delivery: Delivery, now: float) -> None:
         """Part with a message: have it stored, or give it back; what is in flight stays there."""
@@ -69,4 +71,8 @@ class Shutdown:
             delivery.reason = delivery.reason or error
             self._failures.keep(delivery, now)
         elif delivery.place is not Place.IN_FLIGHT:
-            self._failures.part(delivery, error)
+            self._part(delivery, error)
+
+    def _part(self, delivery: Delivery, error: ProducerClosedError) -> None:
+        self.abandoned.append(delivery)
+        self._failures.part(delivery, error)

@@ -296,6 +296,11 @@ class Engine:
         return self._io.connector.idle
 
     @property
+    def abandoned(self) -> list[Delivery]:
+        """Messages that were given back here since the producer was closed."""
+        return list(self._io.sender.shutdown.abandoned)
+
+    @property
     def confirmed(self) -> int:
         """Messages that were confirmed here so far."""
         return self._io.sender.confirmed

@@ -76,6 +76,11 @@ class RetryWorker:
         """Whether the store has said how much it holds, and has not failed since."""
         return self._store_writer.known
 
+    @property
+    def abandoned(self) -> list[Delivery]:
+        """Messages that were given back here, since their I/O thread had ended."""
+        return list(self._store_writer.abandoned)
+
     def serve(self, owners: Sequence[Owner], watch: Callable[[], None]) -> None:
         """Say whom to answer, and what to look after at each sweep."""
         self._store_writer.owners = owners

@@ -103,7 +103,7 @@ class Runtime:
         self._threads: list[threading.Thread] = []
         # Noted by each who closes, before the next step; the first counts, the others come late.
         self._confirmed_before: list[int] = []
-        self._abandoned: list[tuple[str, ...]] = []
+        self._abandoned: list[Delivery] = []
         self._shelved: list[Latch] = []
         self._ended = False
 
@@ -188,7 +188,6 @@ class Runtime:
         for shelved in self._shelved or self._shelve():
             if shelved.wait(deadline - time.monotonic()):
                 shelved.open()  # for another thread that closes at the same time
-        self._abandoned.append(tuple(each.envelope.message_id for each in self._unsettled()))
         for engine in self.engines:
             engine.end()
         self._ended = True
@@ -218,7 +217,18 @@ class Runtime:
             engine.join_timers(deadline)
         stored = self._depth().stored if self.durable else 0
         confirmed = self._confirmed() - self._confirmed_before[0]
-        return CloseReport(confirmed, stored, self._abandoned[0])
+        return CloseReport(confirmed, stored, self._abandoned_ids())
+
+    def _abandoned_ids(self) -> tuple[str, ...]:
+        """Name what was given back, and what nobody has an answer for, since a thread hangs.
+
+        What is confirmed, or handed in, while the threads end makes a difference: so it is counted
+        after they have.
+        """
+        told = [each for engine in self.engines for each in engine.abandoned]
+        told += [*self._retry_worker.abandoned, *self._abandoned]
+        left = dict.fromkeys([*told, *self._unsettled()])
+        return tuple(each.envelope.message_id for each in left)
 
     def _confirmed(self) -> int:
         return sum(engine.confirmed for engine in self.engines)
@@ -231,6 +241,7 @@ class Runtime:
                 delivery.entrust(now)
             else:
                 error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
+                self._abandoned.append(delivery)
                 self._events_of_all.given_back(delivery, error)
                 delivery.give_back(error)
 

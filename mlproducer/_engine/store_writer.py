@@ -129,6 +129,7 @@ class StoreWriter:
     :param ring: has `carry_out` called soon, on the retry thread
     :ivar owners: the connections; each is answered for the messages that belong to it
     :ivar known: the store has been counted, and has not failed since
+    :ivar abandoned: what was given back, since its I/O thread had ended
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class StoreWriter:
         self._carried = Counter[bool]()
         self._counted = _Count(Depth())
         self.known = not store.durable
+        self.abandoned: list[Delivery] = []
 
     @property
     def depth(self) -> Depth:
@@ -304,9 +306,7 @@ class StoreWriter:
             else:
                 self.order(End(delivery, delivery.dead, kept=delivery.kept))
                 message_id = delivery.envelope.message_id
-                error = ProducerClosedError(CLOSED, message_id=message_id)
-                self._events.given_back(delivery, error)
-                delivery.give_back(error)
+                self._abandon(delivery, ProducerClosedError(CLOSED, message_id=message_id))
 
     def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
         """Tell that messages are not stored; but what was promised is put again at each sweep."""
@@ -321,9 +321,14 @@ class StoreWriter:
             lambda owner, some: owner.not_kept([(each, refusals[each]) for each in some]),
         ):
             if delivery.open and delivery.is_ours:
-                self._events.given_back(delivery, refusals[delivery])
-                delivery.give_back(refusals[delivery])
+                self._abandon(delivery, refusals[delivery])
         _open(puts)
+
+    def _abandon(self, delivery: Delivery, error: PublishError) -> None:
+        """Give a message back whose I/O thread has ended."""
+        self.abandoned.append(delivery)
+        self._events.given_back(delivery, error)
+        delivery.give_back(error)
 
     def _as_store_error(self, error: Exception) -> StoreError:
         if isinstance(error, StoreError):

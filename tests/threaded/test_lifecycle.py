@@ -26,6 +26,7 @@ from mlproducer.errors import (
     ProducerClosedError,
     PublishError,
 )
+from mlproducer.observe.callbacks import DeliveryFuture
 from mlproducer.testing.proxy import Proxy
 from tests.helpers import LIMIT, Background, descriptors, make_message
 from tests.stopwatch import in_time
@@ -176,10 +177,49 @@ def test_close_gives_up_in_time(connect: Connect, serve: Serve) -> None:
 def test_what_was_given_back_is_not_abandoned(connect: Connect, serve: Serve) -> None:
     """A message whose error was raised is its publisher's, and not among those that were lost."""
     producer = connect(serve(Silent()))
+    assert producer.wait_connected(LIMIT)
     with pytest.raises(ConfirmTimeoutError):
         producer.publish(make_message("given back"), timeout=0.1, retry=False)
     producer.submit(make_message("ours"))
     assert producer.close(0.1).abandoned == ("ours",)
+
+
+def test_abandoned_is_what_its_future_says(connect: Connect, serve: Serve) -> None:
+    """Also where confirms, and further messages, come while the producer closes."""
+    for _ in range(5):
+        producer, publishers = connect(serve()), Background()
+        assert producer.wait_connected(LIMIT)
+        futures: list[DeliveryFuture] = []
+
+        def submit_on(producer: MLProducer = producer, futures: Any = futures) -> None:
+            with suppress(ProducerClosedError):
+                while True:
+                    futures.append(producer.submit(make_message()))
+
+        for _ in range(20):
+            publishers.call(submit_on)
+        assert producer.publish(make_message()).confirmed
+        report = producer.close(0.0)
+        publishers.gather()
+        errors = [(future.message_id, future.exception(LIMIT)) for future in futures]
+        assert set(report.abandoned) == {name for name, error in errors if error is not None}
+
+
+def test_flush_while_another_thread_closes(connect: Connect, serve: Serve) -> None:
+    """It waits, and does not say that nothing is left while something is."""
+    broker, background = serve(Silent()), Background()
+    producer = connect(broker)
+    future = producer.submit(make_message())
+    [message] = broker.wait_for_messages(1, LIMIT)
+    closing = background.call(producer.close, LIMIT)
+    while not producer.closed:
+        threading.Event().wait(0.001)
+    assert producer.flush(0.1) == 1
+    flushing = background.call(producer.flush)
+    ack(message)
+    assert (closing.result(LIMIT).confirmed, flushing.result(LIMIT)) == (1, 0)
+    assert future.result(0).confirmed
+    background.gather()
 
 
 def test_close_twice(connect: Connect, serve: Serve) -> None:
