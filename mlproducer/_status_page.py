@@ -52,7 +52,7 @@ def reason(status: Status, max_attempts: int, said: str = "") -> str:
     if status.blocked:
         return f"{status.broker} blocks publishers: a memory or disk alarm"
     if status.circuit_breaker_open:
-        return f"the circuit breaker is open after {status.consecutive_failures} failures in a row"
+        return f"the circuit breaker is open; failures in a row: {status.consecutive_failures}"
     return f"{status.broker} is connected and confirms nothing"
 
 
@@ -118,8 +118,10 @@ def _trouble(status: Status, rates: Sequence[Rates]) -> str:
     silent = list(takewhile(lambda each: not each.confirmed, reversed(rates)))
     if status.pending_confirms and any(each.published for each in silent[PATIENCE:]):
         return "but the broker confirms nothing"
-    if status.consecutive_failures or status.retry_queue_size:
+    if status.retry_queue_size:
         return "but messages wait for a retry"
+    if status.consecutive_failures:
+        return "but nothing has been confirmed since the last failure"
     return "but dead letters wait for the broker" if status.dead_letters else ""
 
 

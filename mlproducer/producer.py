@@ -26,7 +26,7 @@ from mlproducer import _clock as time
 from mlproducer._awaiting import AwaitedAnswer
 from mlproducer._core.delivery import Delivery, Waiter
 from mlproducer._engine.lifecycle import Lifecycle
-from mlproducer._guard import guarded, write
+from mlproducer._guard import guarded
 from mlproducer._latch import seconds
 from mlproducer._waiting import Answer, Line, finish
 from mlproducer._wire.encode import Encoder, Task
@@ -40,6 +40,7 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, Event, EventName
+from mlproducer.observe.lines import Lines
 from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import RetryPolicy, Settings, redact
 from mlproducer.status import CloseReport, Status
@@ -88,6 +89,7 @@ class MLProducer:
         self._encoder = Encoder(self.settings)
         self._callbacks = Callbacks()
         self._hooks: list[Hook] = []
+        self._lines = Lines(logger)
         self._plan = _Plan(self.settings, store, registry, self._callbacks)
         holder = weakref.ref(self)
         self._life = Lifecycle(self._plan, lambda: holder() is not None)
@@ -367,7 +369,7 @@ class MLProducer:
             if runtime is not None:
                 runtime.dispatcher.events.call(call)
             elif (raised := guarded(call)) is not None:
-                write(logger, logging.ERROR, "a callback raised", error=raised)
+                self._lines.log(logging.ERROR, "a callback raised", error=raised)
 
     def _encode_hooked(self, task: Task) -> Envelope:
         """Encode a message with the headers that hooks add to it, if it can be sent with them."""
@@ -377,8 +379,8 @@ class MLProducer:
             try:
                 hook(task, added)
             except Exception as error:  # noqa: BLE001 - whatever it raises, the message is sent
-                text = "a before_publish hook raised: %s"
-                write(logger, logging.WARNING, text, type(error).__name__)
+                text = "a before_publish hook raised:"
+                self._lines.log(logging.WARNING, text, "%s", type(error).__name__)
             else:
                 headers = added
         hooked = copy(task)
@@ -388,7 +390,7 @@ class MLProducer:
         except InvalidMessageError:
             envelope = self._encoder.encode(task)  # raises where the message itself is to blame
         text = "headers that before_publish hooks have added cannot be sent"
-        write(logger, logging.WARNING, text)
+        self._lines.log(logging.WARNING, text)
         return envelope
 
     def declare(self, declarations: Iterable[Declaration], *, timeout: float | None = None) -> bool:
@@ -524,7 +526,9 @@ class MLProducer:
         :param timeout: seconds for draining; ``None`` is 10 s, but no more than
             ``settings.exit_timeout`` where it is known that there is no broker
         """
-        return self._life.close(None if timeout is None else seconds(timeout))
+        report = self._life.close(None if timeout is None else seconds(timeout))
+        self._lines.close()
+        return report
 
     def __enter__(self) -> MLProducer:
         return self

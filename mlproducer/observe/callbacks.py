@@ -269,6 +269,7 @@ class CallbackSink(EventSink):
     def __init__(self, callbacks: Callbacks, dispatcher: Dispatcher) -> None:
         self._callbacks = callbacks
         self._dispatcher = dispatcher
+        self._blocked = False
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Tell of each."""
@@ -295,8 +296,10 @@ class CallbackSink(EventSink):
         self._tell(Event("connected", detail=address))
 
     def disconnected(self, loss: Loss) -> None:
-        """Tell, with the reason."""
+        """Tell, with the reason; what the broker blocked is blocked no more."""
         self._tell(Event("disconnected", detail=loss.text))
+        if self._blocked:
+            self.flow_changed(blocked=False, reason="disconnected")
 
     def gave_up(self, attempts: int, loss: Loss) -> None:
         """Tell, with the reason of the last failure."""
@@ -304,6 +307,7 @@ class CallbackSink(EventSink):
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
         """Tell, with the broker's reason."""
+        self._blocked = blocked
         self._tell(Event("blocked" if blocked else "unblocked", detail=reason))
 
     def refused(self, message_id: str, error: PublishError) -> None:

@@ -164,6 +164,20 @@ def names_of_threads() -> set[str]:
     return {name for name in names if name.startswith("mlproducer-")} - {FAKE_BROKER}
 
 
+def test_a_connection_that_is_lost_while_it_is_blocked(connect: Connect, serve: Serve) -> None:
+    """The next one is not blocked, and each ``blocked`` has its ``unblocked``."""
+    broker = serve()
+    producer = connect(broker)
+    seen = events_of(producer, "connected", "disconnected", "blocked", "unblocked")
+    producer.start()
+    seen.wait_for("connected")
+    broker.connections[0].block()
+    seen.wait_for("connected", "blocked")
+    broker.connections[0].reset()
+    seen.wait_for("connected", "blocked", "disconnected", "unblocked", "connected")
+    assert not producer.status().blocked
+
+
 def test_threads_are_there_from_the_start(connect: Connect, serve: Serve) -> None:
     """Callbacks have their threads before any is added: late in a program's life none starts."""
     producer = connect(serve())

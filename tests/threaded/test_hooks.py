@@ -83,6 +83,23 @@ def test_one_that_adds_what_cannot_be_sent(
     assert "cannot be sent" in caplog.text
 
 
+def test_one_that_always_raises(
+    serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many messages there are, the log has a few lines, and how many it lacks."""
+    producer = connect(serve())
+    producer.before_publish(lambda *_: 1 / 0)
+    with caplog.at_level("WARNING", logger="mlproducer.producer"):
+        for _ in range(20):
+            producer.publish(make_message())
+        producer.close()
+    told = [each for each in caplog.messages if "hook" in each]
+    assert told == [
+        *["a before_publish hook raised: ZeroDivisionError"] * 5,
+        "a before_publish hook raised: suppressed=15",
+    ]
+
+
 def test_settings_that_are_none() -> None:
     """A URL is no settings; the error says how it is passed, and does not show it."""
     with pytest.raises(TypeError, match=r"Settings\(url=") as caught:

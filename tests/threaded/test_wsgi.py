@@ -181,7 +181,7 @@ def test_open_breaker(produce: Connect, serve: Serve) -> None:
     answer = Answer(make_app(producer), "/health")
     assert (answer.status, answer.json["healthy"]) == (503, False)
     assert answer.json["rabbitmq"]["circuitBreakerOpen"] is True
-    assert answer.json["reason"] == "the circuit breaker is open after 2 failures in a row"
+    assert answer.json["reason"] == "the circuit breaker is open; failures in a row: 2"
 
 
 def test_closed(produce: Connect, serve: Serve) -> None:
@@ -209,6 +209,23 @@ def test_gave_up(produce: Connect, serve: Serve) -> None:
         "the next publish, or reconnect(), starts over; 1 attempt has failed; "
         "the last error was: connection refused"
     )
+
+
+def test_a_failure_after_which_nothing_waits(produce: Connect, serve: Serve) -> None:
+    """The page says so, and not that messages wait."""
+    broker = Moody("nack")
+    producer = produce(serve(broker))
+    app = make_app(producer)
+    with pytest.raises(NackError):
+        producer.publish(make_message(), retry=False)
+    page = Answer(app, "/page.json").json
+    assert page["texts"]["retry-queue"] == "0"
+    assert page["texts"]["headline"] == (
+        "Connected, but nothing has been confirmed since the last failure"
+    )
+    broker.mood = "ack"
+    producer.publish(make_message())
+    assert Answer(app, "/page.json").json["texts"]["headline"] == "Connected, all is well"
 
 
 STATE = ConnectionState

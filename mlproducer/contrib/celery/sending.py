@@ -33,11 +33,11 @@ from kombu.serialization import dumps
 
 from mlproducer import Message, MLProducer
 from mlproducer import _clock as time
-from mlproducer._guard import write
 from mlproducer.contrib.celery import brokers
 from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
 from mlproducer.errors import ConfigurationError, MLProducerError
 from mlproducer.observe import metric_families as catalog
+from mlproducer.observe.lines import Lines
 from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
@@ -161,10 +161,12 @@ class Installed:
 
     :ivar given: the user's producer, where one was given
     :ivar rollout: which tasks go through the producer; ``None``: as the settings say
+    :ivar lines: what is logged while tasks are sent, of which there may be many
     """
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        self.lines = Lines(logger)
         self.given: MLProducer | None = None
         self.rollout: Rollout | None = None
         self._made: MLProducer | None = None
@@ -207,6 +209,7 @@ class Installed:
         for producer in (self.given, self._made, *self._replaced):
             if producer is not None:
                 producer.close(max(0.0, deadline - time.monotonic()))
+        self.lines.close()
 
     # --- what Celery calls ---------------------------------------------------------------------
 
@@ -238,6 +241,7 @@ class Installed:
             made, self._made, self._hooked = self._made, None, None
         if made is not None:
             made.close()
+        self.lines.close()
 
     def send_task_message(self, producer: Any, name: str, message: Any, **options: Any) -> Any:
         """Send a task as Celery does, with the last step replaced where the rollout says so."""
@@ -270,8 +274,8 @@ class Installed:
             try:
                 return bool(rollout(name))
             except Exception as error:  # noqa: BLE001 - the user's own; a task is sent all the same
-                text = "the rollout callable raised %s: Celery's own way is taken"
-                write(logger, logging.WARNING, text, type(error).__name__)
+                text = "the rollout callable raised: Celery's own way is taken:"
+                self.lines.log(logging.WARNING, text, "%s", type(error).__name__)
                 return False
         if rollout is None:
             rollout = self.producer().settings.rollout
@@ -345,7 +349,7 @@ class Installed:
         try:
             _real(stock).maybe_declare(entity)
         except Exception as error:  # noqa: BLE001 - whatever it raises, the task is to be sent
-            write(logger, logging.WARNING, "not declared: %s", type(error).__name__)
+            self.lines.log(logging.WARNING, "not declared:", "%s", type(error).__name__)
 
     def _notice_fork(self) -> None:
         if self._pid != os.getpid():  # a child has connections of its own to be asked
@@ -563,7 +567,8 @@ class TaskProducer:
             )
             self._installed.producer().submit(message, timeout=0, retry=False)
         except Exception as error:  # noqa: BLE001 - the task is on its way, whatever this raises
-            write(logger, logging.WARNING, "an event was not sent: %s", type(error).__name__)
+            lines = self._installed.lines
+            lines.log(logging.WARNING, "an event was not sent:", "%s", type(error).__name__)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
