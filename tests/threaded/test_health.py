@@ -138,9 +138,7 @@ def test_a_freeze_that_ends_in_time(connect: Connect, serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("code", [403, 404])
-def test_a_fault_is_reported_and_alive(
-    connect: Connect, serve: Serve, impatient: float, code: int
-) -> None:
+def test_a_fault_is_reported_and_alive(connect: Connect, serve: Serve, code: int) -> None:
     """What is missing or forbidden does not cost the connection, however often it is found."""
     patient = Patient()
     patient.fault = code
@@ -233,7 +231,9 @@ def test_a_submit_that_waits_does_not_ask(connect: Connect, serve: Serve) -> Non
     assert not patient.asked.acquire(timeout=0.2)
 
 
-def test_muted_while_blocked(connect: Connect, serve: Serve, impatient: float) -> None:
+def test_muted_while_blocked(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A broker under an alarm does not read; it is not asked, and not given up (32)."""
     patient = Patient()
     broker = serve(patient)
@@ -243,16 +243,17 @@ def test_muted_while_blocked(connect: Connect, serve: Serve, impatient: float) -
     assert patient.asked.acquire(timeout=LIMIT)
     broker.connections[0].block()
     flow.wait_for("blocked")
-    checks = probes_of(producer)
-    checks.wait_until(lambda: len(checks.seen) >= 20)
-    assert checks.seen[-1] - checks.seen[0] > impatient
+    with monkeypatch.context() as impatient:
+        impatient.setattr(health, "ANSWER_LIMIT", 0.1)
+        checks = probes_of(producer)
+        checks.wait_until(lambda: checks.seen and checks.seen[-1] - checks.seen[0] > 1.0)
     broker.connections[0].unblock()
     flow.wait_for("blocked", "unblocked")
     assert producer.publish(make_message()).confirmed
     assert broker.accepted == 1
 
 
-def test_blocked_while_it_asks(connect: Connect, serve: Serve, impatient: float) -> None:
+def test_blocked_while_it_asks(connect: Connect, serve: Serve) -> None:
     """An alarm that comes between question and answer ends the check without a verdict."""
     patient = Patient()
     broker = serve(patient)
