@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 NANO = 1e-9
 TICK = 0.01
 """The unit of /proc/stat, in seconds."""
 
-_ended: Counter[str] = Counter()
-"""What threads of this process had waited when they ended, by their /proc directories."""
+_ended: list[tuple[str, float]] = []
+"""What threads of this process had waited when they ended; the kernel forgets it with them."""
 
 _run = threading.Thread.run
 
@@ -35,11 +33,11 @@ def _run_and_note(thread: threading.Thread) -> None:
     try:
         _run(thread)
     finally:
-        own = Path(f"/proc/self/task/{threading.get_native_id()}")
-        _ended[str(own)] += _waited(own)  # a number that comes again is counted on
+        own = f"/proc/self/task/{threading.get_native_id()}"
+        _ended.append((own, _waited(Path(own))))
 
 
-threading.Thread.run = _run_and_note  # type: ignore[method-assign] # the kernel forgets with a thread
+threading.Thread.run = _run_and_note  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -56,7 +54,8 @@ class Stopwatch:
     """Measures from when it is made; from any thread."""
 
     def __init__(self) -> None:
-        self._before = _all_waits()
+        self._ended = len(_ended)
+        self._before = _waits()
         self._began = time.monotonic()
 
     def wall(self) -> float:
@@ -69,39 +68,36 @@ class Stopwatch:
         Threads that wait one after the other add up; what waits at the same time is left out more
         than once, which makes no promise look broken that was kept.
         """
-        wall, after = self.wall(), _all_waits()
-        return wall - sum(
-            max(0.0, waited - self._before.get(each, 0.0)) for each, waited in after.items()
-        )
+        wall = self.wall()
+        waits = [*_ended[self._ended :], *_waits().items()]
+        return wall - sum(max(0.0, now - self._before.get(each, 0.0)) for each, now in waits)
 
 
-def _all_waits() -> dict[str, float]:
+def _waits() -> dict[str, float]:
     """Give the seconds that each thread has waited for a CPU, here and in programs started here."""
     waits = {"machine": _taken_from_the_machine()}
     processes = ["/proc/self"]
     for process in processes:
         with suppress(OSError):  # it has ended
             for thread in Path(process, "task").iterdir():
-                waits[str(thread)] = _waited(thread) * NANO
+                waits[str(thread)] = _waited(thread)
                 children = (thread / "children").read_text(encoding="ascii")
                 processes += [f"/proc/{child}" for child in children.split()]
-    for thread, waited in list(_ended.items()):
-        waits[thread] = waits.get(thread, 0.0) + waited * NANO
     return waits
 
 
-def _waited(thread: Path) -> int:
-    """Give the nanoseconds that a thread has waited for a CPU."""
+def _waited(thread: Path) -> float:
+    """Give the seconds that a thread has waited for a CPU."""
     try:
-        return int((thread / "schedstat").read_text(encoding="ascii").split()[1])
+        return int((thread / "schedstat").read_text(encoding="ascii").split()[1]) * NANO
     except OSError:  # it has ended, or this is no Linux
-        return 0
+        return 0.0
 
 
 def _taken_from_the_machine() -> float:
     """Give the seconds for which a virtual machine's CPUs were taken from it."""
     try:
-        fields: Any = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
     except OSError:
         return 0.0
     return float(fields[8]) * TICK
