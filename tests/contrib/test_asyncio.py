@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from mlproducer import MLProducer, Settings, SummarizationTask, contrib
-from mlproducer.errors import BufferFullError, NotConnectedError
+from mlproducer.errors import BufferFullError
 from mlproducer.testing import Behaviour, FakeBroker, RecordingProducer
 from mlproducer.testing.fake_broker import FakeConnection, ReceivedMessage
-from tests.contrib.pages import snippets
+from tests.pages import run, snippets
 
 fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
@@ -136,21 +136,18 @@ def test_the_event_loop_is_never_held_up() -> None:
     assert longest < LAG + control.longest
 
 
-def test_readme(recording_producer: RecordingProducer) -> None:
-    """What the page shows of asyncio and of tests runs."""
-    page = Path(contrib.__file__).with_name("README.rst").read_text()
+def test_page(recording_producer: RecordingProducer) -> None:
+    """What the page shows runs."""
+    page = Path(contrib.__file__).with_name("asyncio.rst")
     app = fastapi.FastAPI()
     module: dict[str, Any] = {
         "app": app,
         "producer": recording_producer,
-        "pytest": pytest,
         "SummarizationTask": SummarizationTask,
         "HTTPException": fastapi.HTTPException,
         "BufferFullError": BufferFullError,
-        "NotConnectedError": NotConnectedError,
     }
-    asynchronous, testing = snippets(page[page.index("\nasyncio\n---") :])
-    exec(compile(asynchronous, "README.rst", "exec"), module)
+    run(snippets(page.read_text())[0], page, module)
 
     async def ask() -> list[int]:
         transport = httpx.ASGITransport(app=app)
@@ -161,10 +158,6 @@ def test_readme(recording_producer: RecordingProducer) -> None:
         return [each.status_code for each in answers]
 
     assert asyncio.run(ask()) == [200, 200, 503]
-    exec(compile(testing, "README.rst", "exec"), module)
-    for name in ("test_summarize", "test_no_broker"):
-        recording_producer.clear()
-        module[name](recording_producer)
 
 
 def test_a_cancelled_publish_that_was_handed_over_goes_on() -> None:

@@ -16,7 +16,7 @@ import pytest
 from mlproducer import MLProducer, SummarizationTask
 from mlproducer.errors import ConfigurationError
 from mlproducer.testing import FakeBroker, RecordingProducer
-from tests.contrib.pages import snippets
+from tests.pages import run, snippets
 
 flask = pytest.importorskip("flask")
 
@@ -136,13 +136,14 @@ def test_blueprint() -> None:
     assert client.post("/ml/health").status_code == 405
 
 
-def test_readme() -> None:
+def test_page() -> None:
     """What the page shows runs, in its order, in one module."""
     names = ("Flask", "request", "g", "abort")
     module: dict[str, Any] = {name: getattr(flask, name) for name in names}
     module["__name__"] = __name__
-    for snippet in snippets(Path(contrib.__file__).with_name("README.rst").read_text()):
-        exec(compile(snippet, "README.rst", "exec"), module)
+    page = Path(contrib.__file__).with_name("README.rst")
+    for snippet in snippets(page.read_text()):
+        run(snippet, page, module)
     module["test_summarize"]()
     client = module["create_app"](TESTING=True).test_client()
     assert client.get("/ml/").status_code == 403

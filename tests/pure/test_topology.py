@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ast import literal_eval
-from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from mlproducer import Queue, Settings, Topology
 from mlproducer.errors import ConfigurationError
 from mlproducer.topology import Declaration
+from tests.pages import ROOT
 
 KEYS = ["ml.summarize", "ml.summarize_local", "ml.transcribe", "ml.transcribe_local", "ml.embed"]
 QUORUM = {
@@ -45,11 +45,11 @@ def test_active() -> None:
     ]
 
 
-def test_the_readme_has_them_to_copy() -> None:
-    """A worker that is made from the README declares what the library does."""
-    readme = (Path(__file__).parents[2] / "README.rst").read_text()
-    start = readme.index("arguments = {") + len("arguments = ")
-    assert literal_eval(dedent(readme[start : readme.index("}", start) + 1])) == QUORUM
+def test_a_page_has_them_to_copy() -> None:
+    """A worker that is made from the page about Celery declares what the library does."""
+    page = (ROOT / "mlproducer/contrib/celery/README.rst").read_text()
+    start = page.index("arguments = {") + len("arguments = ")
+    assert literal_eval(dedent(page[start : page.index("}", start) + 1])) == QUORUM
 
 
 def test_nothing_is_bound_before_it_exists() -> None:

@@ -3,8 +3,6 @@
 import asyncio
 import logging
 import os
-import re
-import textwrap
 import threading
 import unittest
 from datetime import timedelta
@@ -43,6 +41,7 @@ from mlproducer.errors import (
 )
 from mlproducer.testing import RecordingProducer
 from shares.models import Share
+from tests.pages import run, snippets
 
 RUN = "mlproducer.django.run"
 ON_COMMIT = {"OPTIONS": {"on_commit": True}}
@@ -197,13 +196,12 @@ class Broken(RecordingProducer):
         1 / 0  # noqa: B018 - fails
 
 
-class Readme(TransactionTestCase):
+class Page(TransactionTestCase):
     """What the page of `mlproducer.contrib.django` shows."""
 
     def test_snippets(self) -> None:
         """Each piece runs, in its order, in one module."""
-        page = Path(contrib.__file__).with_name("README.rst").read_text()
-        pieces = re.findall(r"^\.\. code:: python\n\n((?:    .*\n|\n)+)", page, re.MULTILINE)
+        page = Path(contrib.__file__).with_name("README.rst")
         told: list[str] = []
         module = {
             "INSTALLED_APPS": [],
@@ -218,8 +216,8 @@ class Readme(TransactionTestCase):
             "StoreError": StoreError,
             "notify": lambda _message_id, detail: told.append(detail),
         }
-        for piece in pieces:
-            exec(compile(textwrap.dedent(piece), "README.rst", "exec"), module)
+        for snippet in snippets(page.read_text()):
+            run(snippet, page, module)
         [noted] = producer.published
         assert noted.payload()["content"] == {"text": "some text"}
         module["create"](RequestFactory().post("/shares", {"text": "some"}))

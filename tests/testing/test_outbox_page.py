@@ -1,4 +1,4 @@
-"""The Python in the page about the outbox runs.
+"""The Python in the pages about the outbox runs.
 
 Runs on: pytest's main thread.
 """
@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import re
 import secrets
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import sqlalchemy
-from docutils.core import publish_doctree
 from sqlalchemy.orm import Session
 
+import mlproducer
 from mlproducer import MLProducer, Settings, outbox, stores
 from mlproducer.testing import FakeBroker, PostgreSQLServer
+from tests.pages import ROOT, run, snippets
 
 LIMIT = 10.0
 
 PAGE = Path(stores.__file__).with_name("README.rst")
+README = ROOT / "README.rst"
 
 
 def test_snippets_run(postgresql_server: PostgreSQLServer) -> None:
@@ -33,16 +34,17 @@ def test_snippets_run(postgresql_server: PostgreSQLServer) -> None:
     engine = sqlalchemy.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     module: dict[str, Any] = {"psycopg": psycopg, "DATABASE": url, "engine": engine}
     module |= {"Session": Session, "text": sqlalchemy.text}
-    text = PAGE.read_text()
-    snippets = re.findall(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", text, re.MULTILINE)
-    assert snippets
+    [shown] = [each for each in snippets(PAGE.read_text()) if "outbox.add" in each]
+    [first] = [each for each in snippets(README.read_text()) if "outbox.add" in each]
     with FakeBroker() as broker:
         settings = Settings(url=broker.url, store_url=f"{url}?table={table}")
         with MLProducer(settings) as producer:
             producer.start()
-            for each in snippets:
-                exec(compile(textwrap.dedent(each), str(PAGE), "exec"), module)
+            run(shown, PAGE, module)
             assert len(broker.wait_for_messages(2, LIMIT)) == 2
+            postgresql_server.call("DELETE FROM orders", user="app")
+            run(first, README, module | {"mlproducer": mlproducer})
+            assert len(broker.wait_for_messages(3, LIMIT)) == 3
     engine.dispose()
 
 
@@ -62,8 +64,3 @@ def test_grants_are_enough(postgresql_server: PostgreSQLServer) -> None:
     store.create()
     assert store.depth().total >= 0
     store.close()
-
-
-def test_the_page_is_well_formed() -> None:
-    """Docutils finds nothing to say."""
-    publish_doctree(PAGE.read_text(), settings_overrides={"report_level": 2, "halt_level": 2})

@@ -1,10 +1,10 @@
-"""Every piece of Python in the README of `mlproducer.contrib` runs."""
+"""The Python in the page about Celery runs.
+
+Runs on: pytest's main thread.
+"""
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,17 @@ import pytest
 from mlproducer.contrib import celery
 from mlproducer.errors import NotConnectedError
 from mlproducer.testing import RecordingProducer
+from tests.pages import run, snippets
 
-README = Path(celery.__file__).parents[1] / "README.rst"
-
-
-def _snippets(section: str) -> Iterator[str]:
-    page = README.read_text()
-    begin = page.index(f"\n{section}\n---")
-    end = re.search(r"\n\n[^\n]+\n---+\n", page[begin + 1 :])
-    text = page[begin:] if end is None else page[begin : begin + 1 + end.start()] + "\n"
-    for each in re.findall(r"^\.\. code:: python\n\n((?:    .*\n|\n)+)", text, re.MULTILINE):
-        yield textwrap.dedent(each)
+PAGE = Path(celery.__file__).with_name("README.rst")
 
 
-def test_celery(
+def test_snippets(
     recording_producer: RecordingProducer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In the order of the page, in one module; the place of a broker is taken."""
+    """In the order of the page, in one module; a recording producer takes the broker's place."""
     installed: list[dict[str, Any]] = []
     install = celery.install
 
@@ -42,15 +34,22 @@ def test_celery(
 
     monkeypatch.setattr(celery, "install", recording)
     module: dict[str, Any] = {}
-    snippets = list(_snippets("Celery"))
-    assert len(snippets) == 5
-    for snippet in snippets:
-        if "except PublishFailedError" in snippet:
+    *pieces, worker, other_worker = snippets(PAGE.read_text())
+    assert len(pieces) == 5
+    for piece in pieces:
+        if "except PublishFailedError" in piece:
             recording_producer.fail_next(NotConnectedError("no broker"))
-        exec(compile(snippet, str(README), "exec"), module)
+        run(piece, PAGE, module)
     module["install"](module["app"], rollout=1.0)
     recording_producer.clear()
     module["test_billing"](recording_producer)
     assert capsys.readouterr().out == "no broker\nFalse\n"
     assert [each.get("rollout") for each in installed[:3]] == [None, 0.05, installed[2]["rollout"]]
     celery.uninstall(module["app"])
+
+    module = {}
+    run(worker, PAGE, module)
+    run(other_worker, PAGE, module)
+    [queue] = module["app"].conf.task_queues
+    assert (queue.exchange.name, queue.routing_key) == ("bookmarkai.ml", queue.name)
+    assert "llm_service.tasks.summarize_content" in module["app"].tasks
