@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Place(enum.Enum):
     """Where a delivery is; always exactly one."""
 
-    MAILBOX = enum.auto()  # handed over, not yet seen by the sender
+    MAILBOX = enum.auto()  # handed over, by its publisher or another sender, not yet seen by this
     WAITING = enum.auto()  # with the sender, for a connection that can carry it
     IN_FLIGHT = enum.auto()  # written, its tag open
     STORED = enum.auto()  # with the retry worker, for a retry

@@ -217,6 +217,7 @@ class IOThread:
             for delivery in deliveries:
                 if not self._give(delivery):
                     self.sender.accept((delivery,), now)
+        self._expire_overdue(deliveries)
 
     def _channels(self) -> OpenChannel | None:
         """Give what opens a channel for declarations on a connection that carries messages."""
@@ -309,11 +310,22 @@ class IOThread:
         if delivery.owner is not None and delivery.owner is not self:
             delivery.owner.order(partial(delivery.owner.expire, delivery))  # it was handed over
             return
+        written_ahead = self._retry_worker.writes_ahead and not delivery.stored
+        if delivery.place is Place.MAILBOX and not written_ahead:
+            return  # it is handed over just now, and its deadline is looked at when it is here
         self.sender.expire(delivery, time.monotonic())
         if delivery.place is Place.IN_FLIGHT:
             self._health.check_soon()
         if self.sender.failures.owes(delivery):
             self.io_loop.call_later(STORE_LIMIT, partial(self._pay, delivery))
+
+    def _expire_overdue(self, deliveries: Sequence[Delivery]) -> None:
+        """End the waits of publishers who have asked while another connection handed it over."""
+        if self.peers:
+            now = time.monotonic()
+            for delivery in deliveries:
+                if delivery.deadline <= now and delivery.open and delivery.answer_deferral:
+                    self.expire(delivery)
 
     def _pay(self, delivery: Delivery) -> None:
         self.sender.pay(delivery, time.monotonic())
@@ -326,11 +338,14 @@ class IOThread:
         now = time.monotonic()
         for delivery in deliveries:
             self.sender.readmit(delivery, now)
+        self._expire_overdue(deliveries)
         self.relieve()
 
     def pass_on(self, deliveries: Sequence[Delivery], owner: Owner) -> None:
         """Have another connection send messages that belong to this one, and are not written."""
         for delivery in deliveries:
+            if delivery.place is Place.WAITING:
+                delivery.place = Place.MAILBOX  # in no queue until the other one has it
             delivery.owner = owner
         if not owner.order(partial(owner.readmit, deliveries)):
             for delivery in deliveries:

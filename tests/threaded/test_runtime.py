@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlproducer import CircuitState, ConnectionState, Message, MLProducer, Outcome, Settings
+from mlproducer._core.delivery import Delivery
 from mlproducer._latch import Latch
 from mlproducer.errors import NackError
 from mlproducer.stores.memory import MemoryStore
@@ -20,7 +21,7 @@ from mlproducer.testing.fake_broker import (
     ReceivedMessage,
 )
 from tests.helpers import LIMIT, Background, make_message
-from tests.threaded.brokers import Silent, ack
+from tests.threaded.brokers import Holding, Silent, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
 from tests.threaded.moods import Happenings, events_of
 
@@ -432,3 +433,40 @@ def test_suspects_stay_where_they_are(connect: Connect, serve: Serve) -> None:
     producer.submit(make_message("e"))
     later = [each.properties.message_id for each in broker.wait_for_messages(7, LIMIT)[4:]]
     assert later == [*others, "e"]
+
+
+@pytest.mark.parametrize("way", ["accepted", "waiting"])
+def test_a_deadline_while_a_message_is_handed_over(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The other connection hears of the deadline before it has the message, and keeps it then."""
+    producer = connect(serve(Holding("start", times=2)), connections=2, connection_timeout=LIMIT)
+    crashes: list[BaseException] = []
+    producer.start()
+    runtime: Any = producer._life.runtime
+    one, two = (engine.io for engine in runtime.engines)
+    monkeypatch.setattr(two, "failed", crashes.append)
+    put, asked = two.io_loop.mailbox.put, threading.Event()
+
+    def put_late(item: Any) -> Any:
+        order = getattr(item, "func", None)
+        if isinstance(item, Delivery) or order == two.readmit:
+            asked.wait(LIMIT)
+        done = put(item)
+        if order == two.expire:
+            asked.set()
+        return done
+
+    monkeypatch.setattr(two.io_loop.mailbox, "put", put_late)
+    if way == "accepted":
+        monkeypatch.setattr(one, "peer", lambda _mine=None: two)
+    background = Background()
+    call = background.call(producer.publish, make_message("m"), timeout=0.3)
+    if way == "waiting":
+        while not one.sender.waiting:
+            threading.Event().wait(0.001)
+        one.order(lambda: one.pass_on(one.sender.release(suspects=False), two))
+    receipt = call.result(LIMIT)
+    assert (receipt.outcome, str(receipt.reason)) == (Outcome.DEFERRED, "not connected in time")
+    assert crashes == []
+    background.gather()
