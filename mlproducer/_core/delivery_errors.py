@@ -51,7 +51,7 @@ def rejected(delivery: Delivery, reply_code: int, reply_text: str) -> BrokerReje
     """Make the error of a message over which the broker closed the channel.
 
     It was never routed, also where an earlier attempt went down with a channel that another message
-    had closed; unless the broker has failed over it.
+    had closed; unless the broker has failed over it, or what it lacks now was there before.
     """
     error = failure(BrokerRejectedError, delivery, reply_text)
     error.possibly_sent = delivery.doubtful and not delivery.suspected

@@ -26,6 +26,7 @@ from mlproducer._core.delivery_errors import (
 )
 from mlproducer._core.failures import FailureHandler
 from mlproducer._core.interfaces import Carrier, DeadLetterMaker, Door, Events, Loss, RetryWorker
+from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
 from mlproducer._core.send_queue import SendQueue
 from mlproducer._core.shutdown import CLOSED, Shutdown
 from mlproducer._core.states import CircuitState, FlowEvent
@@ -397,9 +398,26 @@ class Sender:
         """Reject the one that closed the channel alone; the others are free."""
         if loss.reply_code == INTERNAL_ERROR:
             guilty.doubtful, guilty.suspected = True, False
-        for delivery in self._send_queue.poison.convict(guilty, loss.reply_code):
+        convicted = self._send_queue.poison.convict(guilty, loss.reply_code)
+        if loss.reply_code in (NO_PERMISSION, NOT_FOUND):
+            self._doubt_what_was_there(convicted, loss.reply_code)
+        for delivery in convicted:
             self.failures.fail(delivery, rejected(delivery, loss.reply_code, loss.text), now)
         self._send_queue.add_first(self._send_queue.poison.discharge())
+
+    def _doubt_what_was_there(self, convicted: list[Delivery], reply_code: int) -> None:
+        """Suspect earlier attempts of having been routed, where the broker would have done so.
+
+        It has confirmed messages to that exchange, or on that route. So that was taken away since,
+        and some were routed before it was, though their confirms never came.
+        """
+        routes = self.failures.routes
+        exchanges = {exchange for exchange, _ in routes}
+        for delivery in convicted:
+            exchange, key = delivery.envelope.exchange, delivery.envelope.routing_key
+            there = exchange in exchanges if reply_code == NOT_FOUND else (exchange, key) in routes
+            if there:
+                delivery.suspected = False
 
     # --- the retry worker ------------------------------------------------------------------------
 

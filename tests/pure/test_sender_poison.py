@@ -97,8 +97,21 @@ def test_a_guilty_suspect_was_never_routed(world: World, first: int, possibly_se
     close_over(world, first)
     world.ack(1)
     assert receipt_of(other).confirmed
-    close_over(world, 404)
+    close_over(world, 406)
     assert (error_of(bad).attempts, error_of(bad).possibly_sent) == (2, possibly_sent)
+
+
+@pytest.mark.parametrize(("code", "elsewhere"), [(404, "x"), (403, "x"), (404, "y"), (403, "y")])
+def test_a_suspect_whose_route_was_there(world: World, code: int, elsewhere: str) -> None:
+    """It was taken away under messages that were routed, whose confirms never came."""
+    world.send("before")
+    world.ack(1)
+    suspects = world.send("a", "b", retry=False, exchange=elsewhere)
+    close_over(world, code)  # under both
+    close_over(world, code)  # under the first, which answers for the other
+    for each in suspects:
+        assert isinstance(error_of(each), BrokerRejectedError)
+        assert error_of(each).possibly_sent is (elsewhere == "x")
 
 
 @pytest.mark.parametrize(("code", "possibly_sent"), [(404, False), (501, False), (541, True)])
