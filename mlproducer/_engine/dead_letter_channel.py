@@ -122,6 +122,8 @@ class DeadLetterChannel:
         method = frame.method
         last = method.delivery_tag or self._last  # 0 stands for all
         settled = [n for n in self._sent if n <= last] if method.multiple else [last]
+        if last > self._last:
+            settled = []  # a confirm of what was never sent must not settle what was
         for number in settled:
             _, tag = self._sent.pop(number, (None, 0))
             if tag and self._owner is not None:

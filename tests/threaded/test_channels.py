@@ -15,6 +15,7 @@ from mlproducer import Message, MLProducer, Topology
 from mlproducer.errors import RetriesExhaustedError, UnroutableError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT, make_message
+from tests.threaded.brokers import ack
 from tests.threaded.conftest import Connect, Serve
 from tests.threaded.moods import LETTERS, Happenings, told
 
@@ -338,6 +339,40 @@ def test_letters_that_are_refused_hit_no_other_message(
     assert len(behaviour.letters) == 5
     assert broker.accepted == 1
     assert confirmed(producer)
+
+
+class AcksTooMuch(RefusesLetters):
+    """Acks the first letter by a tag that was never sent, and those that come after it rightly."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.first: ReceivedMessage | None = None
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Ack up to a tag beyond the last, and then another message."""
+        if message.exchange == LETTERS and self.first is None:
+            self.first = message
+            connection.ack(channel, tag + 1, multiple=True)
+            self.refused.note(message.body)
+        else:
+            super().on_publish(connection, channel, tag, message)
+
+
+def test_a_confirm_of_what_was_never_sent_settles_no_letter(connect: Connect, serve: Serve) -> None:
+    """As with any other message: it is a dead letter until its own confirm comes."""
+    behaviour = AcksTooMuch()
+    producer = connect(serve(behaviour), **LETTERED)
+    doomed = producer.submit(make_message(body=b"doomed"))
+    behaviour.refused.wait_for(b"doomed")
+    assert confirmed(producer)  # whose ack came behind the other
+    assert not doomed.done()
+    assert producer.status().dead_letters == 1
+    assert behaviour.first is not None
+    ack(behaviour.first)
+    with pytest.raises(RetriesExhaustedError):
+        doomed.result(LIMIT)
 
 
 def test_one_letter_that_is_refused_hits_no_other_letter(connect: Connect, serve: Serve) -> None:
