@@ -13,7 +13,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
@@ -140,6 +140,10 @@ def is_over() -> bool:
     return _lives.over
 
 
+_finalizers: dict[str, Any] = {}
+"""By module: one is enough for all producers; a child's are its own."""
+
+
 def finish_in_children() -> None:
     """Be told of the end also where the process ends without ``atexit``.
 
@@ -147,10 +151,12 @@ def finish_in_children() -> None:
     of its own. A child of Celery's prefork pool runs neither: it has a signal for its end.
     """
     for name in ("multiprocessing.util", "billiard.util"):
-        module = sys.modules.get(name)
-        if module is not None:
-            module.Finalize(None, _lives.exiting, exitpriority=100)
+        module, finalizer = sys.modules.get(name), _finalizers.get(name)
+        # Both forget all of them when the target of a process begins.
+        if module is not None and (finalizer is None or not finalizer.still_active()):
+            _finalizers[name] = module.Finalize(None, _lives.exiting, exitpriority=100)
 
 
 forks.in_child(_lives.forked)
+forks.in_child(_finalizers.clear)
 atexit.register(_lives.exiting)

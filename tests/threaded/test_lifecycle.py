@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import multiprocessing.util
 import pickle
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from mlproducer import ConnectionState, MLProducer, Settings
+from mlproducer._engine import process_hooks
 from mlproducer._latch import Latch
 from mlproducer.errors import (
     ConfigurationError,
@@ -560,6 +562,21 @@ def test_timeouts_that_are_none(connect: Connect, serve: Serve, timeout: float) 
 
 
 # --- what it shows and refuses -----------------------------------------------------------------
+
+
+def test_one_finalizer_for_all(connect: Connect, serve: Serve) -> None:
+    """However many producers come and go; another once those of a process were forgotten."""
+    broker, registry = serve(), multiprocessing.util._finalizer_registry  # type: ignore[attr-defined]
+
+    def finalizers() -> int:
+        assert connect(broker).publish(make_message()).confirmed
+        return len(registry)
+
+    before = finalizers()
+    assert [finalizers(), finalizers()] == [before, before]
+    for finalizer in process_hooks._finalizers.values():
+        assert registry.pop(finalizer._key, None)
+    assert finalizers() == before
 
 
 @pytest.mark.parametrize("carry", [pickle.dumps, copy.copy, copy.deepcopy])
