@@ -14,6 +14,7 @@ Runs on: the application's threads.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -25,6 +26,7 @@ from attrs import evolve
 from mlproducer import _clock as time
 from mlproducer._core.delivery import NO_WAITER, Delivery, Place
 from mlproducer._fate import Fate
+from mlproducer._guard import write
 from mlproducer._store_url import NAME, TABLE, check_table, read_postgresql
 from mlproducer._wire.encode import Task
 from mlproducer.errors import ConfigurationError, frameless
@@ -35,6 +37,8 @@ from mlproducer.stores.postgres import rows, sql
 from mlproducer.stores.protocol import Claim, Entry, Store, policy_text
 
 __all__ = ["add", "schema"]
+
+logger = logging.getLogger(__name__)
 
 Execute = Callable[[str, Mapping[str, Any]], Any]
 """Carries out a statement with parameters ``:name``, and gives what it returns, if it does."""
@@ -185,8 +189,14 @@ _SQLITE_INSERT = (
 )
 _SQLITE_SELECT = (
     f"SELECT key, 0, 1, 0, 0, '', retry, 0, accepted_at, {', '.join(sql.COLUMNS)}"  # noqa: S608
-    f" FROM {SQLITE_TABLE} WHERE key > ? ORDER BY key LIMIT 100"
+    f" FROM {SQLITE_TABLE} ORDER BY key LIMIT 100"
 )
+_SQLITE_DELETE = f"DELETE FROM {SQLITE_TABLE} WHERE key <= ?"  # noqa: S608
+QUARANTINE = f"{SQLITE_TABLE}_quarantine"
+_SQLITE_QUARANTINE = (
+    f"CREATE TABLE IF NOT EXISTS {QUARANTINE} AS SELECT * FROM {SQLITE_TABLE} WHERE 0"  # noqa: S608
+)
+_SQLITE_ONE = f"SELECT * FROM {SQLITE_TABLE} WHERE key = ?"  # noqa: S608
 BUSY = 5.0
 """Seconds to wait for another connection that writes to the application's file."""
 
@@ -195,7 +205,8 @@ class Mover:
     """Takes committed rows from an application's SQLite file to a store.
 
     A row is deleted once it is stored; a process that ends in between stores it again, so that the
-    message is sent twice, with the same id.
+    message is sent twice, with the same id. Of several processes one moves rows at a time. A row
+    that cannot be read is logged, and put aside in the table ``mlproducer_outbox_quarantine``.
 
     :param path: the application's file
     :param store: takes the messages; durable
@@ -206,24 +217,37 @@ class Mover:
         self._store = store
 
     def move(self) -> int:
-        """Move what is committed, in its order, and give how many rows that were.
+        """Move the oldest of what is committed, in its order, and give how many rows that were.
 
+        :returns: 0 where there are none, or another process is moving them
         :raises StoreError: the store takes nothing, or the file cannot be read
         """
-        from mlproducer.stores.sqlite.outbox import opened  # noqa: PLC0415 - for development
+        from mlproducer.stores.sqlite.outbox import alone, opened  # noqa: PLC0415 - for development
 
-        moved = 0
-        with opened(self._path, BUSY) as connection:
+        with opened(self._path, BUSY) as connection, alone(self._path) as undisturbed:
             known = "SELECT count(*) FROM sqlite_master WHERE name = ?"
-            if not connection.execute(known, (SQLITE_TABLE,)).fetchone()[0]:
+            if not undisturbed or not connection.execute(known, (SQLITE_TABLE,)).fetchone()[0]:
                 return 0
-            while found := connection.execute(_SQLITE_SELECT, (0,)).fetchall():
-                entries = [Entry(rows.read_row(each).record, 0.0) for each in found]
+            found = connection.execute(_SQLITE_SELECT).fetchall()
+            entries = []
+            for each in found:
+                try:
+                    entries.append(Entry(rows.read_row(each).record, 0.0))
+                except rows.UnreadableRowError as error:
+                    self._put_aside(connection, error.claim.key)
+            if entries:
                 self._store.put(entries, BUSY)
-                last = (found[-1][0],)
-                connection.execute(f"DELETE FROM {SQLITE_TABLE} WHERE key <= ?", last)  # noqa: S608
-                moved += len(found)
-        return moved
+                connection.execute(_SQLITE_DELETE, (found[-1][0],))
+        return len(found)
+
+    def _put_aside(self, connection: Any, key: int) -> None:
+        connection.execute(_SQLITE_QUARANTINE)
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(f"INSERT INTO {QUARANTINE} {_SQLITE_ONE}", (key,))
+        connection.execute(f"DELETE {_SQLITE_ONE.removeprefix('SELECT * ')}", (key,))
+        connection.execute("COMMIT")
+        text = "row %d of the outbox in %s is damaged; it is now in the table %s"
+        write(logger, logging.ERROR, text, key, self._path, QUARANTINE)
 
 
 # --- connections ---------------------------------------------------------------------------------

@@ -132,11 +132,17 @@ def _relay(
 
 def _wait(mover: Mover | None, interval: float, console: Console) -> None:
     """Wait for the order to end, and move rows meanwhile where there is an outbox of SQLite's."""
+    told = ""
     while True:
+        problem, moved = "", 0
         if mover is not None:
             try:
-                mover.move()
+                moved = mover.move()
             except StoreError as error:
-                console.complain(str(error))
+                problem = str(error)
+                if problem != told:
+                    console.complain(problem)
+        told = problem
         with console.interruptible():
-            threading.Event().wait(IDLE if mover is None else interval)
+            if not moved:
+                threading.Event().wait(IDLE if mover is None else interval)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mlproducer.errors import (
     StoreError,
 )
 from mlproducer.stores.postgres import PostgreSQLStore
+from mlproducer.stores.protocol import Claim, Entry
 from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
 from tests.helpers import LIMIT
@@ -313,6 +315,65 @@ def test_sqlite_for_development(connect: Connect, serve: Serve, tmp_path: Path) 
     engine.dispose()
     producer.start()
     assert bodies(broker, 2) == [b"a", b"b"]
+
+
+class Busy:
+    """A store that does something else before it takes anything."""
+
+    def __init__(self, store: SQLiteStore, first: Callable[[], object]) -> None:
+        self._store, self._first = store, first
+
+    def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+        """Store messages."""
+        self._first()
+        return self._store.put(entries, patience)
+
+
+@pytest.fixture
+def application(connect: Connect, serve: Serve, tmp_path: Path) -> str:
+    """Give the path of an application's file with 250 rows in its outbox."""
+    connect(serve(), store_url=f"sqlite:///{tmp_path}/store.db")
+    path = f"{tmp_path}/application.db"
+    engine = sqlalchemy.create_engine(f"sqlite:///{path}")
+    with Session(engine) as session:
+        for n in range(250):
+            outbox.add(session, message(f"m{n}"))
+        session.commit()
+    engine.dispose()
+    return path
+
+
+def test_rows_are_moved_by_one_process_at_a_time(application: str, tmp_path: Path) -> None:
+    """Two that read the same rows would store each twice; and between two batches one may end."""
+    with closing(SQLiteStore(tmp_path / "store.db")) as store:
+        other = outbox.Mover(application, store)
+        moved: list[int] = []
+        busy: Any = Busy(store, lambda: moved.append(other.move()))
+        mover = outbox.Mover(application, busy)
+        while count := mover.move():
+            moved.append(count)
+        assert moved == [0, 100, 0, 100, 0, 50]
+        assert store.depth().waiting == 250
+
+
+@pytest.mark.parametrize(
+    "damage", ["body = 'text'", "accepted_at = 'soon'", "retry = 5", "routing_key = x'00'"]
+)
+def test_a_damaged_row_is_put_aside(
+    application: str, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged and kept; those behind it are moved."""
+    with closing(sqlite3.connect(application)) as connection:
+        connection.execute(f"UPDATE mlproducer_outbox SET {damage} WHERE message_id = 'm7'")
+        connection.commit()
+        with closing(SQLiteStore(tmp_path / "store.db")) as store:
+            mover = outbox.Mover(application, store)
+            while mover.move():
+                pass
+            assert store.depth().waiting == 249
+        assert "row 8 of the outbox" in caplog.text
+        kept = connection.execute("SELECT message_id FROM mlproducer_outbox_quarantine")
+        assert kept.fetchall() == [("m7",)]
 
 
 # --- through Django ------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def read_row(fields: Sequence[Any]) -> Row:
             accepted / MICROSECONDS,
             read_policy(retry),
         )
-    except ValueError:
+    except (ValueError, TypeError, AttributeError):  # where an outbox is in SQLite, types too
         raise UnreadableRowError(claim) from None
     return Row(claim, record)
 

@@ -5,6 +5,8 @@ Runs on: the relay's main thread.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -30,3 +32,27 @@ def opened(path: str, busy: float) -> Iterator[sqlite3.Connection]:
     else:
         return
     raise failure
+
+
+@contextmanager
+def alone(path: str) -> Iterator[bool]:
+    """Keep other relays from this file's rows; false where one of them is at it.
+
+    The lock is on a file beside it: SQLite's own on the file would be lost with any descriptor.
+
+    :raises StoreError: that file cannot be made
+    """
+    beside = f"{path}-relay"
+    try:
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"{beside} cannot be made: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
