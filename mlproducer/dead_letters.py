@@ -10,7 +10,7 @@ Runs on: the caller's thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from typing import Protocol
 
@@ -234,10 +234,17 @@ class StoredDeadLetters:
         fates = list(
             self._dead_end.republish(producer, [letter for _, letter in held], target, limit)
         )
+        noted = list(zip((row for row, _ in held), (error for _, error in fates), strict=True))
         try:
-            _note(store, [row for row, _ in held], [error for _, error in fates])
+            store.done([row.claim for row, error in noted if error is None])
         except StoreError as error:
             yield from ((letter, error) for letter, _ in fates)
+            raise
+        try:
+            back = [Change(row.claim, row.record, 0.0) for row, error in noted if error is not None]
+            store.release(back)
+        except StoreError:  # those come back by themselves; the others are gone nevertheless
+            yield from fates
             raise
         yield from fates
         for _, fate in fates:
@@ -257,13 +264,6 @@ def _seize(store: Store, page: Page) -> tuple[Page, list[Fate]]:
         else:
             held.append((seized, letter))
     return held, busy
-
-
-def _note(store: Store, rows: Sequence[Row], errors: Sequence[PublishError | None]) -> None:
-    """Delete the rows of what was sent, and give the others back."""
-    noted = list(zip(rows, errors, strict=True))
-    store.done([row.claim for row, error in noted if error is None])
-    store.release([Change(row.claim, row.record, 0.0) for row, error in noted if error is not None])
 
 
 def _chosen(batch: list[Letter], wanted: Wanted) -> list[Letter]:

@@ -39,13 +39,14 @@ from mlproducer.errors import (
     StoreError,
 )
 from mlproducer.stores import anchored, open_store
+from mlproducer.stores.protocol import Entry, Record
 from mlproducer.topology import Declaration
 
 HELP = "go the whole way of a message, step by step"
 DESCRIPTION = (
     "Check the broker in RABBITMQ_URL and the store in ML_STORE_URL: connect, declare, publish, "
     "confirm, that each routing key leads to a queue, that dead letters may be sent, that the "
-    "store opens. Nothing is left behind that a worker would run."
+    "store can be written to. Nothing is left behind that a worker would run."
 )
 LOG_LEVEL = logging.CRITICAL  # the steps themselves say what the library would log
 
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     producer = MLProducer(evolve(settings, max_reconnect_attempts=1, store_url="memory://"))
     try:
         steps = []
-        for step in (*_broker_steps(producer), _store(settings)):
+        for step in (*_broker_steps(producer), _store(settings, producer)):
             _show(step, console)
             steps.append(step)
         broker = producer.status().broker
@@ -307,8 +308,12 @@ def _dead_letters(session: Session, topology: Topology) -> Step:
     return Step("dead letters", False, seconds, detail, advice)
 
 
-def _store(settings: Settings) -> Step:
-    """Open the store and count what is in it; a file that is not there yet is not made."""
+def _store(settings: Settings, producer: MLProducer) -> Step:
+    """Open the store, count what is in it, and see that it takes a message and deletes it.
+
+    A full one, a read-only one, and a user who may only read are found by nothing else. A file that
+    is not there yet is not made.
+    """
     settings = anchored(settings)
     if settings.store_url.startswith("memory:"):
         return Step("store", None, None, "memory:// needs none")
@@ -319,6 +324,11 @@ def _store(settings: Settings) -> Step:
             return _future_store(Path(store.name))
         with closing(store):
             depth = store.depth()
+            envelope, policy = producer.prepare(reach.probe_message(), retry=False)
+            # Claimed by this process, so that no other sends it; should this one end in between, it
+            # is sent when the lease has ended, and returned.
+            probe = Entry(Record(envelope, retry=policy), ahead=True)
+            store.done(store.put([probe], settings.publish_timeout))
     except StoreError as error:
         advice = "mend the store or ML_STORE_URL; run this as the producers' user"
         return Step("store", False, time.monotonic() - started, str(error), advice)

@@ -87,9 +87,10 @@ def _compare(path: Path, text: str) -> str:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "is a symbolic link, which is not followed", path) from None
         raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EEXIST, "is there, and is no file", path)
     with os.fdopen(descriptor, "rb") as there:
-        if not stat.S_ISREG(os.fstat(there.fileno()).st_mode):
-            raise OSError(errno.EEXIST, "is there, and is no file", path)
         return "unchanged" if there.read() == text.encode() else "replaced"
 
 

@@ -54,6 +54,11 @@ MIN_PAUSE = 0.05
 MAX_WAITING = 1000
 """Messages that may wait for a retry before no further line is read."""
 
+_KEPT = (
+    "it stays in the store, from which a producer or mlproducer relay delivers it: not to be "
+    "published again"
+)
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the file, and how patient to be."""
@@ -92,7 +97,7 @@ class Counts:
     :ivar refused: given back by the library
     :ivar bad: no task
     :ivar dead_lettered: failed at every retry, and are among the dead letters now
-    :ivar undelivered: still waiting for a retry when the time was up
+    :ivar undelivered: still waiting for a retry when the time was up; a durable store keeps them
     """
 
     lines: int = 0
@@ -351,23 +356,35 @@ class Publication:
     def _give_up(self) -> None:
         """Account for the deferred messages that have not."""
         for each in self._deferred:
-            self._fail("undelivered", each.number, each.receipt.reason)
+            stored = each.receipt.durable
+            self._fail("undelivered", each.number, each.receipt.reason, stored=stored)
 
     def _confirm(self, number: int, receipt: Receipt) -> None:
         self.counts.confirmed += 1
         self._emit(number, "confirmed", receipt.message_id)
 
-    def _fail(self, outcome: str, number: int, error: Exception | None) -> None:
+    def _fail(
+        self, outcome: str, number: int, error: Exception | None, *, stored: bool = False
+    ) -> None:
         setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
-        self._console.complain(f"line {number}: {outcome.replace('_', '-')}: {error}")
-        self._emit(number, outcome, getattr(error, "message_id", None), error)
+        text = f"line {number}: {outcome.replace('_', '-')}: {error}"
+        self._console.complain(text + ("; " + _KEPT if stored else ""))
+        self._emit(number, outcome, getattr(error, "message_id", None), error, stored=stored)
 
     def _emit(
-        self, number: int, outcome: str, message_id: str | None, error: Exception | None = None
+        self,
+        number: int,
+        outcome: str,
+        message_id: str | None,
+        error: Exception | None = None,
+        *,
+        stored: bool = False,
     ) -> None:
         record: dict[str, Any] = {"line": number, "outcome": outcome, "message_id": message_id}
         if error is not None:
             record |= {"error": type(error).__name__, "text": str(error)}
+        if stored:
+            record["stored"] = True
         self._console.emit(record)
 
 

@@ -36,19 +36,23 @@ QUICK = 1.0
 """Seconds within which a connection is usually there, so that the reason is not asked for."""
 
 
-def probe(producer: MLProducer, timeout: float) -> PublishError | None:
-    """Publish a probe; ``None`` where it came back as expected, and was confirmed.
-
-    :param timeout: seconds; without a connection the answer comes as soon as an attempt failed
-    """
-    message = Message(
+def probe_message() -> Message:
+    """Make a message that leads to no queue."""
+    return Message(
         body=b"",
         routing_key=f"mlproducer.check.{uuid.uuid4()}",
         expiration=PROBE_TTL,
         persistent=False,
     )
+
+
+def probe(producer: MLProducer, timeout: float) -> PublishError | None:
+    """Publish a probe; ``None`` where it came back as expected, and was confirmed.
+
+    :param timeout: seconds; without a connection the answer comes as soon as an attempt failed
+    """
     try:
-        producer.publish(message, timeout=timeout, retry=False)
+        producer.publish(probe_message(), timeout=timeout, retry=False)
     except UnroutableError:
         return None
     except PublishError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlproducer.cli.check import STEPS
-from mlproducer.testing import CeleryWorker, Certificates, RabbitMQNode
+from mlproducer.testing import CeleryWorker, Certificates, RabbitMQNode, RedisServer
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import ROUTING_KEYS
 from tests.accounting import drain, open_channel
@@ -115,6 +115,26 @@ def test_check_opens_the_store(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> N
     assert str(path) in steps["store"]["detail"]
     code, steps = _check(url, ML_STORE_URL=f"sqlite:///{tmp_path / 'none' / 'store.db'}")
     assert (code, steps["store"]["ok"]) == (1, False)
+
+
+def test_check_writes_to_the_store(rabbitmq_vhost: VirtualHost) -> None:
+    """One that is full or read-only opens nevertheless; of the probe nothing is left."""
+    url = rabbitmq_vhost.url
+    with RedisServer() as server, RedisServer() as replica:
+        replica.call("REPLICAOF", server.host, str(server.port))
+        code, steps = _check(url, ML_STORE_URL=replica.url)
+        assert (code, steps["store"]["ok"]) == (1, False)
+        assert "read-only" in steps["store"]["detail"]
+        server.call("CONFIG", "SET", "maxmemory", "1mb")
+        code, steps = _check(url, ML_STORE_URL=server.url)
+        assert (code, steps["store"]["ok"]) == (1, False)
+        assert "out of memory" in steps["store"]["detail"]
+        server.call("CONFIG", "SET", "maxmemory", "0")
+        for _ in range(2):
+            code, steps = _check(url, ML_STORE_URL=server.url)
+            assert (code, steps["store"]["ok"]) == (0, True)
+            assert ": 0 messages stored" in steps["store"]["detail"]
+        assert not server.call("KEYS", "*row:*")
 
 
 def test_check_names_a_slash_too_many(rabbitmq_vhost: VirtualHost) -> None:
@@ -328,6 +348,17 @@ def test_publish_waits_for_what_was_deferred(rabbitmq_vhost: VirtualHost) -> Non
     assert record["outcome"] == "confirmed"
     assert (last["summary"]["deferred"], last["summary"]["confirmed"]) == (1, 1)
     assert drain(rabbitmq_vhost.url, ["later"]) == {record["message_id"]: 1}
+
+
+def test_publish_tells_what_stays_in_a_store(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
+    """A message that another process will deliver is not to be published again."""
+    line = _lines({**CELERY, "routing_key": "nowhere"})
+    for store, kept in (("memory://", None), (f"sqlite:///{tmp_path}/store.db", True)):
+        argv = ("publish", "-", "--json", "--timeout", "1")
+        result = run(*argv, url=rabbitmq_vhost.url, stdin=line, ML_STORE_URL=store)
+        record, _ = documents(result.stdout)
+        assert (record["outcome"], record.get("stored")) == ("undelivered", kept)
+        assert ("it stays in the store" in result.stderr) is bool(kept)
 
 
 def test_publish_tells_of_dead_letters(rabbitmq_vhost: VirtualHost) -> None:

@@ -313,6 +313,16 @@ def test_export_keeps_mode_and_owner(tmp_path: Path) -> None:
     )
 
 
+def test_export_names_a_directory_in_a_files_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With ``--force`` too it stays, and nothing is written."""
+    (tmp_path / ALERTS_FILE).mkdir()
+    assert export(tmp_path, "--force") == 1
+    assert f"{tmp_path / ALERTS_FILE}: is there, and is no file" in capsys.readouterr().err
+    assert names(tmp_path) == {ALERTS_FILE}
+
+
 @pytest.mark.parametrize("name", ["", ALERTS_FILE, f"{ALERTS_FILE}/below"])
 def test_export_to_where_it_cannot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
