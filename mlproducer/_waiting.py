@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import NO_WAITER, Delivery
+from mlproducer._core.delivery_states import AnswerState
 from mlproducer._core.delivery_errors import failure
 from mlproducer._fate import Fate
 from mlproducer._latch import Latch, Relay
@@ -133,13 +134,13 @@ def stop_waiting(engine: Engine, delivery: Delivery) -> tuple[Receipt | PublishE
         return error, True
     error.possibly_sent = True
     if delivery.retry:
-        heir = Fate()
-        if delivery.leave(heir):
+        successor = Fate()
+        if delivery.leave(successor):
             elapsed = time.monotonic() - delivery.started
             message_id = delivery.envelope.message_id
-            return Receipt(message_id, delivery.attempts, elapsed, False, error, heir), True
+            return Receipt(message_id, delivery.attempts, elapsed, False, error, successor), True
     else:
-        delivery.recalled = True
+        delivery.recall()
         if delivery.leave(NO_WAITER):
             return error, True
     return error, False
@@ -191,7 +192,7 @@ class Line:
         try:
             hand_in(delivery)
         except PublishError as error:
-            if delivery.open or delivery.taken:
+            if delivery.answer is not AnswerState.WITHDRAWN:
                 raise  # it is not about this message: a signal handler has raised it
             answer.set_exception(error)
 

@@ -24,7 +24,7 @@ from typing import Any
 from attrs import evolve
 
 from mlproducer import _clock as time
-from mlproducer._core.delivery import NO_WAITER, Delivery, Place
+from mlproducer._core.delivery import Delivery
 from mlproducer._fate import Fate
 from mlproducer._guard import write
 from mlproducer._store_url import NAME, TABLE, check_table, read_postgresql
@@ -163,10 +163,8 @@ def _receipt(
 ) -> Receipt:
     """Give a receipt whose fate the producer learns, if it runs."""
     left = evolve(envelope, properties=b"", body=b"")  # the row has them
-    delivery = Delivery(left, NO_WAITER, started=started, deadline=started, answer_deferral=False)
-    delivery.place, delivery.policy = Place.STORED, policy
-    delivery.stored = delivery.kept = True
-    delivery.fate = fate = Fate()
+    fate = Fate()
+    delivery = Delivery.stored(left, started=started, policy=policy, fate=fate)
     fate.set_running_or_notify_cancel()
     fate.delivery = delivery
     if claim is not None:

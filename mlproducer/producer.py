@@ -182,7 +182,7 @@ class MLProducer:
         future = DeliveryFuture(engine.dispatcher)
         patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
         delivery = self._delivery(
-            engine, task, future, None, started, retry=retry, answer_deferral=False
+            engine, task, future, None, started, retry=retry, answers_deferral=False
         )
         future.message_id = delivery.envelope.message_id
         future.delivery = delivery
@@ -281,7 +281,7 @@ class MLProducer:
         started: float,
         *,
         retry: Retry,
-        answer_deferral: bool = True,
+        answers_deferral: bool = True,
     ) -> Delivery:
         patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
         policy = None if retry is True or retry is False else self._checked(retry)
@@ -298,7 +298,8 @@ class MLProducer:
             deadline=started + patience,
             retry=retry is not False,
             policy=policy,
-            answer_deferral=answer_deferral,
+            answers_deferral=answers_deferral,
+            owner=engine.io,
         )
         if span is not None:
             engine.spans.follow(delivery, span)

@@ -66,7 +66,7 @@ def make_delivery(
     started: float = 0.0,
     deadline: float = 5.0,
     retry: bool = True,
-    answer_deferral: bool = True,
+    answers_deferral: bool = True,
 ) -> Delivery:
     """Give a delivery as `MLProducer.publish` makes it."""
     return Delivery(
@@ -81,7 +81,7 @@ def make_delivery(
         started=started,
         deadline=deadline,
         retry=retry,
-        answer_deferral=answer_deferral,
+        answers_deferral=answers_deferral,
     )
 
 

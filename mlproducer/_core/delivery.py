@@ -1,9 +1,11 @@
-"""A message on its way: where it is, what was tried, and whom to tell.
+"""A message on its way: where it stands, what was tried, and whom to tell.
 
 Two endings, each exactly once: the publisher is *answered*, and the delivery *retires*. They often
 coincide, but a confirm that is late answers first and retires later.
 
-Runs on: the I/O thread, which owns a delivery from the mailbox to its retirement.
+Runs on: the I/O thread, which owns a delivery from the mailbox to its retirement, but for what the
+retry thread does with one that it has claimed from the store and not handed over yet; and
+`Delivery.withdraw`, `Delivery.recall` and `Delivery.leave` on the publisher's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,25 @@ import math
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
+from attrs import evolve
+
+from mlproducer._core.delivery_states import (
+    ANSWER_MOVES,
+    ATTEMPT_MOVES,
+    CONFIRMED,
+    ON_THE_WIRE,
+    ROW_KEEPS,
+    ROW_MOVES,
+    TAKEN,
+    UNANSWERED,
+    AnswerEvent,
+    AnswerState,
+    AttemptEvent,
+    AttemptState,
+    RowEvent,
+    RowState,
+)
+from mlproducer._core.states import step
 from mlproducer._fate import Fate
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
@@ -22,14 +43,12 @@ if TYPE_CHECKING:
     from mlproducer._core.interfaces import Owner
 
 
-class Place(enum.Enum):
-    """Where a delivery is; always exactly one."""
+class Doubt(enum.IntEnum):
+    """Whether a queue may have the message by an earlier attempt; it only grows."""
 
-    MAILBOX = enum.auto()  # handed over, by its publisher or another sender, not yet seen by this
-    WAITING = enum.auto()  # with the sender, for a connection that can carry it
-    IN_FLIGHT = enum.auto()  # written, its tag open
-    STORED = enum.auto()  # with the retry worker, for a retry
-    RETIRED = enum.auto()  # confirmed, or given back, or dead-lettered
+    NONE = 0
+    SUSPECTED = 1  # only if another message was the one over which the channel was closed
+    POSSIBLE = 2
 
 
 class Waiter(Protocol):
@@ -69,114 +88,223 @@ class NoWaiter:
 class Delivery:
     """One message, from `publish()` to its fate.
 
+    :ivar attempt: where the attempt to send it stands
+    :ivar row: where its row of the store stands
+    :ivar answer: what its publisher has been told
     :ivar owner: the connection that it belongs to; only that one's I/O thread gives it to another
     :ivar size: bytes, as the gate and the connection count them
-    :ivar answer: what the publisher waits for; for ``submit()`` the message's fate
+    :ivar waiter: what the publisher waits for; for ``submit()`` the message's fate
+    :ivar answers_deferral: the publisher waits for an answer, not for the fate
     :ivar fate: what is told next, once something was or is about to be: mostly what a receipt
         waits for, from when the answer was DEFERRED
-    :ivar taken: the library has the message: its publisher cannot withdraw it any more
-    :ivar heir: what gets the answer where the publisher has ended its wait without one
+    :ivar successor: gets the answer where the publisher has ended its wait without one
     :ivar recalled: its publisher was told that the message is its own: it is not written again
     :ivar retry: the library may keep the message and try again
     :ivar policy: how often and how soon it is tried again; ``None``: as the settings say
-    :ivar answer_deferral: the publisher waits for an answer, not for the fate
     :ivar deadline: monotonic time until which the publisher waits
+    :ivar dead: retries are used up; what is sent now, the envelope, is the dead letter
     :ivar counted: the breaker has counted the attempt as failed
-    :ivar dead: retries are used up; what is sent now is the dead letter
     :ivar first_failed: monotonic time of the first failure, 0 before it
-    :ivar open: somebody is still to be told
-    :ivar doubtful: an earlier attempt, or another process, may have brought it to a queue
-    :ivar suspected: the only doubt is of an attempt on a channel that was closed over a message
+    :ivar doubt: whether an earlier attempt, or another process, may have brought it to a queue
     :ivar unrouted: how often it was returned although its route had been confirmed before
     :ivar innocent: how many attempts went down with a channel that was closed over one of several
-    :ivar stored: the retry worker has a row for it, or was told to make one
-    :ivar kept: the message is ours: it goes on without its publisher
-    :ivar buried: its letter has been handed to the retry worker before
     :ivar leased_until: monotonic time until which its row is this process's, who may send it
     :ivar reason: what went wrong with the last attempt
-    :ivar late: its publisher has stopped waiting for the confirm of the attempt under way
-    :ivar returned: the broker's reply code and text, between Basic.Return and its ack
+    :ivar returned: the broker's reply code and text, from the last Basic.Return
     """
 
     __slots__ = (
         "__weakref__",
+        "_unspoken",
         "answer",
-        "answer_deferral",
+        "answers_deferral",
+        "attempt",
         "attempts",
-        "buried",
         "counted",
         "dead",
         "deadline",
-        "doubtful",
+        "doubt",
         "envelope",
         "fate",
         "first_failed",
-        "heir",
         "innocent",
-        "kept",
-        "late",
         "leased_until",
-        "open",
         "owner",
-        "place",
         "policy",
         "reason",
         "recalled",
         "retry",
         "returned",
+        "row",
         "sent_at",
         "size",
         "started",
-        "stored",
-        "suspected",
-        "taken",
+        "successor",
         "unrouted",
-        "word",
+        "waiter",
     )
 
     def __init__(
         self,
         envelope: Envelope,
-        answer: Waiter,
+        waiter: Waiter,
         *,
         started: float,
         deadline: float,
         retry: bool = True,
         policy: RetryPolicy | None = None,
-        answer_deferral: bool = True,
+        answers_deferral: bool = True,
+        owner: Owner | None = None,
     ) -> None:
+        self.attempt = AttemptState.MAILBOX
+        self.row = RowState.NONE
+        self.answer = AnswerState.WITHDRAWABLE
         self.envelope = envelope
-        self.owner: Owner | None = None
+        self.owner = owner
         self.size = envelope.size
-        self.answer = answer
+        self.waiter = waiter
+        self.answers_deferral = answers_deferral
         self.fate: Waiter | None = None
-        self.heir: Waiter | None = None
-        self.word = None
-        self.taken = False
-        self.recalled = False
+        self.successor: Waiter | None = None
+        self._unspoken = None
         self.started = started
         self.deadline = deadline
         self.retry = retry
+        self.recalled = False
         self.policy = policy
-        self.answer_deferral = answer_deferral
         self.attempts = 0
-        self.sent_at = 0.0
-        self.first_failed = 0.0
-        self.counted = False
-        self.dead = False
-        self.open = True
-        self.doubtful = False
-        self.suspected = False
-        self.unrouted = 0
-        self.innocent = 0
-        self.stored = False
-        self.kept = False
-        self.buried = False
+        self.sent_at = self.first_failed = 0.0
+        self.counted = self.dead = False
+        self.doubt = Doubt.NONE
+        self.unrouted = self.innocent = 0
         self.leased_until = math.inf
-        self.late = False
-        self.place = Place.MAILBOX
         self.reason: PublishError | None = None
-        self.returned: tuple[int, str] | None = None
+        self.returned = (0, "")
+
+    @classmethod
+    def stored(
+        cls,
+        envelope: Envelope,
+        *,
+        started: float,
+        policy: RetryPolicy | None = None,
+        attempts: int = 0,
+        dead: bool = False,
+        doubtful: bool = False,
+        reason: PublishError | None = None,
+        first_failed: float = 0.0,
+        fate: Waiter | None = None,
+    ) -> Delivery:
+        """Return the delivery of a message that is a row of the store, whoever wrote it.
+
+        :param fate: what waits for its end; ``None``: nothing in this process
+        """
+        delivery = cls(envelope, NO_WAITER, started=started, deadline=started, policy=policy)
+        delivery.attempt, delivery.row = AttemptState.SCHEDULED, RowState.HELD
+        delivery.answer = AnswerState.DEFERRED
+        delivery.fate = fate
+        delivery.attempts, delivery.dead = attempts, dead
+        delivery.doubt = Doubt.POSSIBLE if doubtful else Doubt.NONE
+        delivery.reason, delivery.first_failed = reason, first_failed
+        return delivery
+
+    # --- where it stands -----------------------------------------------------------------------
+
+    def step_attempt(self, event: AttemptEvent) -> AttemptState:
+        """Move the attempt, and return its new state.
+
+        :raises IllegalMoveError: its table has no such move; nothing has changed
+        """
+        self.attempt = step(ATTEMPT_MOVES, self.attempt, event)
+        return self.attempt
+
+    def step_row(self, event: RowEvent) -> RowState:
+        """Move the row, and return its new state.
+
+        :raises IllegalMoveError: its table has no such move; nothing has changed
+        """
+        self.row = step(ROW_MOVES, self.row, event)
+        return self.row
+
+    def step_answer(self, event: AnswerEvent) -> AnswerState:
+        """Move the answer, and return its new state.
+
+        :raises IllegalMoveError: its table has no such move; nothing has changed
+        """
+        self.answer = step(ANSWER_MOVES, self.answer, event)
+        return self.answer
+
+    @property
+    def open(self) -> bool:
+        """Whether something is still to be told."""
+        return self.answer in UNANSWERED
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether its tag is open."""
+        return self.attempt in ON_THE_WIRE
+
+    @property
+    def waits_for_answer(self) -> bool:
+        """Whether a call waits until something is said; not one that waits for the fate."""
+        unanswered = self.answer is AnswerState.WAITING or self.answer is AnswerState.WITHDRAWABLE
+        return unanswered and self.answers_deferral
+
+    @property
+    def kept(self) -> bool:
+        """Whether it goes on as a row of the store; what was only written ahead may go back."""
+        return self.row in ROW_KEEPS
+
+    # --- facts that threads other than its owner note --------------------------------------------
+
+    def recall(self) -> None:
+        """Have it not written again: its publisher has been, or is being, told that it is its own.
+
+        It is set by the publisher's thread, once, and read by the I/O thread right before each
+        write: one that has begun by then is not undone, and none begins after it.
+        """
+        self.retry = False
+        self.recalled = True
+
+    def hand_over(self, owner: Owner) -> None:
+        """Give what waits here, or is due, to another connection; on the thread that has it."""
+        if self.attempt is AttemptState.QUEUED:
+            self.step_attempt(AttemptEvent.HANDED_OVER)
+        self.owner = owner
+
+    def give_to(self, owner: Owner) -> None:
+        """Let another connection own it; on the thread that has it."""
+        self.owner = owner
+
+    def extend(self, deadline: float) -> None:
+        """Let its publisher wait until ``deadline``; before it is handed over."""
+        self.deadline = deadline
+
+    def lease(self, until: float) -> None:
+        """Note until when its row is this process's; ``-inf``: it may be another's already."""
+        self.leased_until = until
+
+    def unload(self) -> None:
+        """Drop the body, which its row has: a backlog takes no memory."""
+        self.envelope = evolve(self.envelope, properties=b"", body=b"")
+
+    def reload(self, envelope: Envelope, attempts: int, *, dead: bool, doubtful: bool) -> None:
+        """Take from its row, which was claimed again, what another process may have added.
+
+        What is in flight stays as it is written, and its tag decides; but that another process may
+        have sent it is true of it as well.
+        """
+        if doubtful and self.doubt is Doubt.NONE:
+            self.doubt = Doubt.POSSIBLE
+        if not self.in_flight:
+            self.envelope = envelope
+            # Of its attempts a row has those that count, as `record_of` writes them.
+            self.attempts = max(self.attempts, attempts + (0 if dead else self.innocent))
+            self.dead = self.dead or dead
+
+    def suspect(self, doubt: Doubt) -> None:
+        """Note that a queue may have it."""
+        self.doubt = max(self.doubt, doubt)
 
     # --- who has the message -------------------------------------------------------------------
 
@@ -184,55 +312,71 @@ class Delivery:
         """Take the message over from its publisher; false if it was withdrawn, or taken before.
 
         The sender does so before the first write, the failure handler before it decides what
-        becomes of a message that was not written, and the store's writer once its row is committed.
-        A publisher that withdraws its message takes the same token, so only one of them goes on
-        with it.
+        becomes of a message that was not written, and the store writer once its row is committed.
+        A publisher that withdraws its message takes the same token. Taking it is one step in C that
+        the interpreter's lock does not divide (`del`, or a lock of the standard library's future),
+        so one thread wins, and only that one moves the answer out of WITHDRAWABLE. Asking first and
+        taking then would let two of them go on with the message.
         """
-        claimed = self.answer.set_running_or_notify_cancel()
+        claimed = self.waiter.set_running_or_notify_cancel()
         if claimed:
-            self.taken = True
+            self.answer = TAKEN[self.answer]
         return claimed
+
+    def withdraw(self) -> bool:
+        """Take the message back; on the publisher's thread.
+
+        :returns: false if the library has it, or had it: see `claim`
+        """
+        withdrawn = self.open and self.waiter.cancel()
+        if withdrawn:
+            self.step_answer(AnswerEvent.WITHDRAWN)
+        return withdrawn
 
     @property
     def is_ours(self) -> bool:
         """Whether the library has the message, or gets it now."""
-        return self.taken or self.claim()
+        if self.answer is AnswerState.WITHDRAWABLE:
+            return self.claim()
+        return self.answer is not AnswerState.WITHDRAWN
 
     # --- who speaks first ----------------------------------------------------------------------
 
-    def leave(self, heir: Waiter) -> bool:
+    def leave(self, successor: Waiter) -> bool:
         """End a publisher's wait although the I/O thread has not answered; on its own thread.
 
-        :param heir: gets the answer if it comes
+        :param successor: gets the answer if it comes
         :returns: false if the I/O thread is about to answer; then that is the answer
         """
-        self.heir = heir
-        return self._take_word()
+        self.successor = successor  # before the token goes, so that whoever misses it finds this
+        return self._speak_first()
 
     @property
     def promised(self) -> bool:
         """Whether its publisher has been told, or has told itself, that the message is ours."""
-        told = self.fate or self.heir
-        return told is not self.answer and isinstance(told, Fate)
+        told = self.fate or self.successor
+        return told is not self.waiter and isinstance(told, Fate)
 
     def may_fail(self) -> bool:
         """Take the right to say that it is the publisher's; false where it was promised."""
         listener = self._listener()
-        return listener is self.answer or not isinstance(listener, Fate)
+        return listener is self.waiter or not isinstance(listener, Fate)
 
     def confirm(self, now: float) -> None:
         """Tell that the broker has confirmed it."""
-        self.open = False
+        self.answer = CONFIRMED[self.answer]
         receipt = Receipt(self.envelope.message_id, self.attempts, now - self.started)
         self._listener().set_result(receipt)
 
     def defer(self, now: float, *, durable: bool) -> None:
         """Tell a publisher that waits for an answer that the library goes on without it."""
-        if not (self.open and self.answer_deferral):
+        if self.answer is not AnswerState.WAITING:
             return
-        self.answer_deferral = False
+        self.step_answer(AnswerEvent.DEFERRED)
+        if not self.answers_deferral:
+            return
         listener = self._listener()
-        left = listener if isinstance(listener, Fate) and listener is not self.answer else None
+        left = listener if isinstance(listener, Fate) and listener is not self.waiter else None
         self.fate = fate = left or Fate()
         if durable:
             fate.delivery = self
@@ -240,9 +384,9 @@ class Delivery:
             fate.set_running_or_notify_cancel()
             listener.set_result(self._deferral(now, fate, durable=durable))
 
-    def entrust(self, now: float) -> None:
+    def release(self, now: float) -> None:
         """Tell that the message is in a durable store, and its fate not to be learned here."""
-        self.open, self.kept = False, True
+        self.step_answer(AnswerEvent.RELEASED)
         unknown: Future[Receipt] = Future()
         unknown.cancel()
         self._listener().set_result(self._deferral(now, unknown, durable=True))
@@ -251,27 +395,31 @@ class Delivery:
         message_id, elapsed = self.envelope.message_id, now - self.started
         return Receipt(message_id, self.attempts, elapsed, durable, self.reason, fate)
 
-    def give_back(self, error: PublishError) -> None:
+    def fail(self, error: PublishError) -> None:
         """Tell that the library does not own it, or gives up on it."""
-        self.open = False
+        self.step_answer(AnswerEvent.FAILED)
         self._listener().set_exception(error)
 
     def _listener(self) -> Waiter:
-        """Give what is to be told: the publisher's answer, or what came in its place."""
+        """Return what is to be told: the publisher's waiter, or what came in its place."""
         fate = self.fate
         if fate is None:
-            try:  # `_take_word`, without a call, since each confirm comes through here
-                del self.word
-                fate = self.answer
+            try:  # `_speak_first`, without a call, since each confirm comes through here
+                del self._unspoken
+                fate = self.waiter
             except AttributeError:
-                fate = self.heir or NO_WAITER
+                fate = self.successor or NO_WAITER
             self.fate = fate
         return fate
 
-    def _take_word(self) -> bool:
-        """Take the right to speak first, which only one thread can: it deletes the attribute."""
+    def _speak_first(self) -> bool:
+        """Take the right to speak first.
+
+        Deleting an attribute is one step in C: of two threads that do it one finds it gone. The
+        I/O thread that finds it gone tells the successor instead, so none of the two is silent.
+        """
         try:
-            del self.word
+            del self._unspoken
         except AttributeError:
             return False
         return True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer.errors import (
     AuthenticationError,
     BrokerRejectedError,
@@ -28,7 +28,7 @@ def failure(kind: type[E], delivery: Delivery, text: str, /, **facts: Any) -> E:
         **facts,
         message_id=delivery.envelope.message_id,
         attempts=delivery.attempts,
-        possibly_sent=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
+        possibly_sent=delivery.doubt is not Doubt.NONE or delivery.in_flight,
     )
 
 
@@ -39,7 +39,7 @@ def silent_store(delivery: Delivery, name: str) -> StoreError:
 
 def unroutable(delivery: Delivery) -> UnroutableError:
     """Make the error of a message that the broker has returned."""
-    reply_code, reply_text = delivery.returned or (0, "")
+    reply_code, reply_text = delivery.returned
     error = failure(
         UnroutableError, delivery, f"the broker returned the message: {reply_code} {reply_text}"
     )
@@ -54,7 +54,7 @@ def rejected(delivery: Delivery, reply_code: int, reply_text: str) -> BrokerReje
     had closed; unless the broker has failed over it, or what it lacks now was there before.
     """
     error = failure(BrokerRejectedError, delivery, reply_text)
-    error.possibly_sent = delivery.doubtful and not delivery.suspected
+    error.possibly_sent = delivery.doubt is Doubt.POSSIBLE
     error.reply_code, error.reply_text = reply_code, reply_text
     return error
 

@@ -13,10 +13,17 @@ from attrs import field, frozen
 
 from mlproducer._core.breaker import Breaker
 from mlproducer._core.decision import Decision, decide
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import exhausted, failure, silent_store
+from mlproducer._core.delivery_states import (
+    ROW_KNOWN,
+    ROW_PENDING,
+    AttemptEvent,
+    RowEvent,
+    RowState,
+)
 from mlproducer._core.interfaces import DeadLetterMaker, Door, Events, RetryWorker
-from mlproducer.errors import NotConnectedError, PublishError, StoreError, UnroutableError
+from mlproducer.errors import NotConnectedError, PublishError, UnroutableError
 
 
 @frozen
@@ -24,7 +31,7 @@ class FailureHandler:
     """Carries out what `decide` says, so that nothing is lost and nobody is told twice.
 
     :ivar max_retries: attempts after the first, for messages without a policy of their own
-    :ivar owed: what publishers are told if the store stays silent
+    :ivar pending: those whose publisher's answer waits for the store's: their rows say which
     :ivar routes: exchanges and routing keys that the broker has confirmed messages for
     """
 
@@ -34,7 +41,7 @@ class FailureHandler:
     dead_letter_maker: DeadLetterMaker
     door: Door
     events: Events
-    owed: dict[Delivery, PublishError] = field(factory=dict, init=False)
+    pending: dict[Delivery, None] = field(factory=dict, init=False)
     routes: set[tuple[str, str]] = field(factory=set, init=False)
 
     # --- failures ------------------------------------------------------------------------------
@@ -42,11 +49,11 @@ class FailureHandler:
     def fail(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Judge an attempt that failed, or a wait that was in vain."""
         if not delivery.is_ours:
-            self.leave(delivery, Place.RETIRED)  # its publisher has withdrawn it
+            self.retire(delivery)  # its publisher has withdrawn it
             return
         self._count(delivery, error, now)
         if not delivery.open:
-            self.leave(delivery, Place.RETIRED)
+            self.retire(delivery)
             return
         if delivery.dead:
             self.keep(delivery, now)
@@ -54,6 +61,9 @@ class FailureHandler:
         delivery.reason = error
         delivery.first_failed = delivery.first_failed or now
         self.events.failed(delivery, error)
+        if delivery.row is RowState.WITHDRAWING:
+            self.retire(delivery)  # it goes back as soon as its row is gone, with this reason
+            return
         waits = isinstance(error, UnroutableError) and self._route_comes_back(delivery)
         verdict = decide(
             error,
@@ -64,95 +74,114 @@ class FailureHandler:
         )
         if verdict is Decision.GIVE_BACK:
             self.give_back(delivery, error, now)
-            return
-        if verdict is Decision.BURY:
+        elif verdict is Decision.BURY:
             self._bury(delivery, error, now)
-        self.keep(delivery, now)
+        else:
+            self.keep(delivery, now)
 
     def _bury(self, delivery: Delivery, error: PublishError, now: float) -> None:
         delivery.dead = True
         delivery.envelope = self.dead_letter_maker.dead_letter(delivery, error, now)
+        self.keep(delivery, now, fresh=True)
 
-    def keep(self, delivery: Delivery, now: float) -> None:
-        """Have it stored, or have its row say what came of the last attempt."""
-        known, was_ours = delivery.stored, delivery.kept
-        sure = known and delivery.leased_until >= now
-        delivery.stored = True
+    def keep(self, delivery: Delivery, now: float, *, fresh: bool = False) -> None:
+        """Have it stored, or have its row say what came of the last attempt.
+
+        :param fresh: it has become a dead letter just now, and is due at once
+        """
+        before = delivery.row
+        known = before in ROW_KNOWN
         if known:
-            self.leave(delivery, Place.STORED)
-        elif delivery.place is not Place.IN_FLIGHT:
-            delivery.place = Place.STORED  # its slot is free once it is stored
-        self.retry_worker.keep(delivery, now, known=known)
-        delivery.kept = True
-        if not (sure or (known and was_ours)):
-            self.owed[delivery] = silent_store(delivery, self.retry_worker.name)
-        elif not was_ours:
+            self.leave(delivery, AttemptEvent.SCHEDULED)
+        elif not delivery.in_flight:
+            delivery.step_attempt(AttemptEvent.SCHEDULED)  # its slot is free once it is stored
+        sure = delivery.kept or (known and delivery.leased_until >= now)
+        # Before the order: the retry thread stores only what its row says is wanted.
+        self._step(delivery, RowEvent.NOTE if sure else RowEvent.WRITE)
+        self.retry_worker.keep(delivery, now, before=before, fresh=fresh)
+        if sure and before is RowState.AHEAD:
             self.promise(delivery, now)  # it was stored before it was sent
 
     def give_back(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Let the publisher have it; what has its tag open stays there, and is not sent again."""
         if not delivery.may_fail():  # its publisher has left a moment ago, and relies on us
-            delivery.kept = True
             if not delivery.dead and (error.permanent or self._used_up(delivery)):
                 self._bury(delivery, error, now)
-            self.keep(delivery, now)
+            else:
+                self.keep(delivery, now)
             return
-        self.leave(delivery, Place.RETIRED)
-        if delivery.stored and self.retry_worker.durable:
-            self.owed[delivery] = error
+        self.retire(delivery)
+        if delivery.row in ROW_KNOWN and self.retry_worker.durable:
+            delivery.reason = error
             self.retry_worker.withdraw(delivery)
+            self._step(delivery, RowEvent.WITHDRAW)
             return
-        if delivery.stored:
-            self.retry_worker.settle(delivery)
+        self.delete(delivery)
         self._tell(delivery, error)
 
     def part(self, delivery: Delivery, error: PublishError) -> None:
         """Give a message back at the very end, when no answer of the store is heard any more."""
-        self.owed.pop(delivery, None)
-        self.leave(delivery, Place.RETIRED)
-        if delivery.stored:
-            self.retry_worker.settle(delivery)
+        self.retire(delivery)
+        self.delete(delivery)
         self._tell(delivery, error)
 
     def learn(self, delivery: Delivery, now: float, *, dead: bool) -> None:
         """Tell how a message ended in another process."""
-        self.owed.pop(delivery, None)
-        self.leave(delivery, Place.RETIRED)
+        self.retire(delivery)
         if not delivery.open:
             return
+        self._step(delivery, RowEvent.GONE)
         if dead:
-            delivery.give_back(exhausted(delivery))
+            delivery.fail(exhausted(delivery))
         else:
             delivery.confirm(now)
 
     def lose(self, delivery: Delivery, error: PublishError) -> None:
         """Tell that the store has lost a message."""
-        self.owed.pop(delivery, None)
-        self.leave(delivery, Place.RETIRED)
+        self.retire(delivery)
         if delivery.open:
+            self._step(delivery, RowEvent.GONE)
             self._tell(delivery, error)
 
     def drop(self, delivery: Delivery) -> None:
         """Let go of what nobody waits for: it is the store's, or was withdrawn on its way there."""
-        self.leave(delivery, Place.RETIRED)
-        if delivery.stored and not delivery.kept:
-            self.retry_worker.settle(delivery)
+        self.retire(delivery)
+        if delivery.row is RowState.AHEAD:
+            self.delete(delivery)
 
-    def leave(self, delivery: Delivery, place: Place) -> None:
+    def delete(self, delivery: Delivery) -> None:
+        """Have its row deleted, if there is one; nothing waits for that."""
+        if delivery.row in ROW_KNOWN or delivery.row is RowState.WITHDRAWING:
+            self.retry_worker.settle(delivery)
+            self._step(delivery, RowEvent.DELETE)
+
+    def retire(self, delivery: Delivery) -> None:
+        """Send it no more; what has its tag open stays there."""
+        self.leave(delivery, AttemptEvent.RETIRED)
+
+    def leave(self, delivery: Delivery, event: AttemptEvent) -> None:
         """Let go of a delivery, unless its tag is open: then only its publisher's wait is over."""
-        if delivery.place is not Place.IN_FLIGHT:
+        if not delivery.in_flight:
             self.door.leave((delivery,))
-            delivery.place = place
+            delivery.step_attempt(event)
+
+    def _step(self, delivery: Delivery, event: RowEvent) -> None:
+        """Move the row, and remember whether an answer of the store is waited for."""
+        if delivery.step_row(event) in ROW_PENDING:
+            self.pending[delivery] = None
+        else:
+            self.pending.pop(delivery, None)
 
     # --- answers of the retry worker -------------------------------------------------------------
 
     def promise(self, delivery: Delivery, now: float) -> None:
         """Tell that it is ours: it is stored."""
-        if self.goes_back(delivery):
+        if delivery.row is RowState.WITHDRAWING:
             return  # it was given back meanwhile, and that is told once its row is gone
-        self.owed.pop(delivery, None)
+        if delivery.row is not RowState.HELD:
+            self._step(delivery, RowEvent.COMMITTED)
         if not delivery.open:
-            self.retry_worker.settle(delivery)  # its publisher has got it back meanwhile
+            self.delete(delivery)  # its publisher has got it back meanwhile
         elif delivery.retry or delivery.promised:
             self.events.deferred(delivery)
             delivery.defer(now, durable=self.retry_worker.durable)
@@ -162,58 +191,47 @@ class FailureHandler:
 
     def refused(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Give back what the store cannot take, or not in time; what is in flight stays there."""
-        self.owed.pop(delivery, None)
-        delivery.stored = delivery.kept = False
+        if delivery.row is RowState.WRITING:
+            self._step(delivery, RowEvent.REFUSED)
         if delivery.open and delivery.is_ours:
-            error.possibly_sent = delivery.doubtful or delivery.place is Place.IN_FLIGHT
+            error.possibly_sent = delivery.doubt is not Doubt.NONE or delivery.in_flight
             error.attempts = delivery.attempts
             self.give_back(delivery, error, now)
 
-    def owes(self, delivery: Delivery) -> bool:
-        """Whether its publisher's answer waits for the store."""
-        return delivery in self.owed
-
-    def goes_back(self, delivery: Delivery) -> bool:
-        """Whether its publisher gets it back, and is told so once its row is gone."""
-        return not isinstance(self.owed.get(delivery), StoreError | None)
-
     def may_pay(self, delivery: Delivery) -> bool:
-        """Whether its publisher is to be told what is owed, which nothing else can be then.
+        """Whether its publisher is to be told what the store did not, which nothing else can then.
 
         It is not where the publisher has left meanwhile, and relies on the order to store its
         message: that is still under way, and a second one would make a second row.
         """
-        error = self.owed.get(delivery)
-        if not isinstance(error, StoreError) or not delivery.open:
-            return error is not None
-        return delivery.may_fail()
+        if delivery.row is RowState.WRITING and delivery.open:
+            return delivery.may_fail()
+        return delivery.row in ROW_PENDING
 
     def pay(self, delivery: Delivery, now: float, *, gone: bool) -> None:
-        """Tell what is owed, since the store has had its time; `may_pay` has said so.
+        """Tell what waits for the store's answer, which has had its time; `may_pay` has said so.
 
         :param gone: its row is gone. Else that row, if there is one, may become another process's,
             or is, and is sent: it has not been deleted, or its lease is over
         """
-        error = self.owed.pop(delivery, None)
-        if error is None or not delivery.open:
-            return
-        left = not isinstance(error, StoreError) or delivery.leased_until < now
-        if left and not gone:
-            delivery.doubtful, delivery.suspected = True, False
-        if isinstance(error, StoreError):
-            ordered = delivery.stored
-            self.refused(delivery, error, now)
-            if ordered and not delivery.open:
-                self.retry_worker.settle(
-                    delivery
-                )  # behind the order to store it, which may succeed yet
-        else:
-            error.possibly_sent = error.possibly_sent or delivery.doubtful
+        if delivery.row is RowState.WITHDRAWING:
+            self._step(delivery, RowEvent.GONE if gone else RowEvent.DELETE)
+            if not gone:
+                delivery.suspect(Doubt.POSSIBLE)
+            error = delivery.reason or failure(PublishError, delivery, "taken back")
+            error.possibly_sent = error.possibly_sent or delivery.doubt is not Doubt.NONE
             self._tell(delivery, error)
+        elif delivery.row is RowState.WRITING:
+            if delivery.leased_until < now and not gone:
+                delivery.suspect(Doubt.POSSIBLE)
+            self.refused(delivery, silent_store(delivery, self.retry_worker.name), now)
+            if not delivery.open:  # behind the order to store it, which may succeed yet
+                self.retry_worker.settle(delivery)
+                self._step(delivery, RowEvent.DELETE)
 
     def _tell(self, delivery: Delivery, error: PublishError) -> None:
         self.events.given_back(delivery, error)
-        delivery.give_back(error)
+        delivery.fail(error)
 
     # --- what is known of an attempt -----------------------------------------------------------
 
@@ -228,7 +246,7 @@ class FailureHandler:
     def _used_up(self, delivery: Delivery) -> bool:
         """Whether the last retry is over; not while its tag is open."""
         over = self._retries_over(delivery)
-        return over >= 0 and delivery.place is not Place.IN_FLIGHT
+        return over >= 0 and not delivery.in_flight
 
     def _retries_over(self, delivery: Delivery) -> int:
         """Say how many attempts it has had beyond those that it may; 0: it was the last.

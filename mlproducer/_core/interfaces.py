@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from attrs import frozen
 
 from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import RowState
 from mlproducer._core.states import CircuitState
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope
@@ -85,8 +86,13 @@ class RetryWorker(Protocol):
     durable: bool
     """Whether what is kept survives this process."""
 
-    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
-        """Store it, or, where it is ``known``, note in its row what came of the last attempt.
+    def keep(
+        self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
+    ) -> None:
+        """Store it, or note in its row what came of the last attempt.
+
+        :param before: where its row stood until now: whether there is one
+        :param fresh: it has become a dead letter just now, and is due at once
 
         The answer to the first comes back through `Sender.kept` or `Sender.not_kept`.
         """

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from mlproducer._core.confirms import Confirms
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import ACCEPTED, AttemptEvent
 from mlproducer._core.interfaces import Carrier
 from mlproducer._core.poison import PoisonIsolation
 from mlproducer._core.states import FLOW_MOVES, FlowEvent, FlowState, Machine
@@ -46,7 +47,7 @@ class SendQueue:
 
     def add(self, delivery: Delivery) -> None:
         """Let a message wait for its turn."""
-        delivery.place = Place.WAITING
+        delivery.attempt = ACCEPTED[delivery.attempt]
         self._backlog.append(delivery)
 
     def add_first(self, deliveries: list[Delivery]) -> None:
@@ -74,7 +75,7 @@ class SendQueue:
         self.carrier = None
         lost = self.confirms.abandon()
         for delivery in lost:
-            delivery.place = Place.WAITING
+            delivery.step_attempt(AttemptEvent.LOST)
         return lost
 
     def clear(self) -> list[Delivery]:

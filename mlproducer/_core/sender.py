@@ -15,7 +15,7 @@ from typing import Any
 
 from mlproducer._core.breaker import Breaker
 from mlproducer._core.decision import INTERNAL_ERROR, SOFT_ACCUSATIONS, accuses
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import (
     exhausted,
     failure,
@@ -23,6 +23,15 @@ from mlproducer._core.delivery_errors import (
     silent_store,
     unreachable,
     unroutable,
+)
+from mlproducer._core.delivery_states import (
+    ACKED,
+    ROW_PENDING,
+    WRITTEN,
+    AttemptEvent,
+    AttemptState,
+    RowEvent,
+    RowState,
 )
 from mlproducer._core.failures import FailureHandler
 from mlproducer._core.interfaces import Carrier, DeadLetterMaker, Door, Events, Loss, RetryWorker
@@ -133,16 +142,15 @@ class Sender:
         What a publisher waits for, it may withdraw until it is written; a future, until now.
         """
         for delivery in deliveries:
-            if delivery.answer_deferral or delivery.claim():
+            if delivery.answers_deferral or delivery.claim():
                 self.readmit(delivery, now)
             else:
-                self.failures.leave(delivery, Place.RETIRED)
+                self.failures.retire(delivery)
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
-        if delivery.stored and not self._wants(delivery, now):
+        if delivery.row is not RowState.NONE and not self._wants(delivery, now):
             return
-        delivery.place = Place.WAITING
         if not delivery.open:
             self.failures.drop(delivery)
         elif self.shutdown.begun:
@@ -156,14 +164,19 @@ class Sender:
 
     def _wants(self, delivery: Delivery, now: float) -> bool:
         """Whether a message whose row this process has claimed again is to be sent."""
-        if delivery.place is Place.IN_FLIGHT:
+        if delivery.in_flight:
             return False  # another had its row for a while; its tag, which is open, decides
-        if self.failures.owes(delivery):
+        if delivery.row is RowState.WRITING:
             self.failures.promise(delivery, now)  # its row is there after all
-        if delivery.open and delivery.place is Place.RETIRED:
-            self.failures.leave(delivery, Place.RETIRED)  # it goes back once its row is deleted
+        if delivery.open and delivery.attempt is AttemptState.RETIRED:
+            self.failures.retire(delivery)  # it goes back once its row is deleted
             return False
         return True
+
+    def stored_ahead(self, deliveries: Iterable[Delivery]) -> None:
+        """Note that messages are stored, and may be sent for the first time."""
+        for delivery in deliveries:
+            delivery.step_row(RowEvent.STORED_AHEAD)
 
     def turn_away(self, delivery: Delivery, now: float) -> None:
         """Judge a message for which the in-flight window had no room in time."""
@@ -171,17 +184,17 @@ class Sender:
 
     def expire(self, delivery: Delivery, now: float) -> None:
         """End the wait of a publisher whose time is up; its message may live on."""
-        if not (delivery.open and delivery.answer_deferral):
+        if not delivery.waits_for_answer:
             return
-        if self.failures.owes(delivery):
+        if delivery.row in ROW_PENDING:
             return  # the store has a moment more, then it is paid
-        if delivery.place is Place.MAILBOX:
+        if delivery.attempt is AttemptState.MAILBOX:
             self._store_is_silent(delivery, now)
-        elif delivery.place is Place.WAITING:
+        elif delivery.attempt is AttemptState.QUEUED:
             self._send_queue.withdraw(delivery)
             self._fail_unsent(delivery, now)
-        elif delivery.place is Place.IN_FLIGHT:
-            delivery.late = True
+        elif delivery.in_flight:
+            delivery.step_attempt(AttemptEvent.TIMED_OUT)
             self.timeouts += 1
             self.failures.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
 
@@ -202,8 +215,8 @@ class Sender:
         room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
         for delivery in self._send_queue.next(room):
-            if not (delivery.open and (delivery.taken or delivery.claim())):
-                self.failures.leave(delivery, Place.RETIRED)  # withdrawn while it waited
+            if not (delivery.open and delivery.is_ours):
+                self.failures.retire(delivery)  # withdrawn while it waited
             elif delivery.leased_until < now or (delivery.recalled and not delivery.promised):
                 self._hold_back(delivery, now)
             elif len(delivery.envelope.properties) <= carrier.longest_properties:
@@ -227,7 +240,7 @@ class Sender:
         if delivery.recalled and not delivery.promised:
             self.failures.fail(delivery, failure(PublishError, delivery, "taken back"), now)
             return
-        delivery.doubtful, delivery.suspected = True, False
+        delivery.suspect(Doubt.POSSIBLE)
         if delivery.retry or delivery.kept or delivery.promised:
             self.failures.keep(delivery, now)
         else:
@@ -238,7 +251,7 @@ class Sender:
         """Note an attempt before it is written, and give its tag."""
         if delivery.attempts or delivery.kept:
             self._begin_retry(delivery)
-        delivery.place = Place.IN_FLIGHT
+        delivery.attempt = WRITTEN[delivery.attempt]
         delivery.attempts += not delivery.dead
         delivery.sent_at = now
         if self.breaker.state is CircuitState.HALF_OPEN:
@@ -247,10 +260,9 @@ class Sender:
 
     def _begin_retry(self, delivery: Delivery) -> None:
         """Forget what came of the attempt before, and tell of this one."""
-        delivery.counted = delivery.late = False
-        delivery.returned = None
+        delivery.counted = False
         self._events.resumed(delivery)
-        if delivery.doubtful:
+        if delivery.doubt is not Doubt.NONE:
             self._events.possible_duplicate(delivery)
         if delivery.attempts and not delivery.dead:
             self._events.retried(delivery)
@@ -260,22 +272,27 @@ class Sender:
     def acked(self, tag: int, now: float, *, multiple: bool) -> None:
         """Settle what the broker has taken; what it returned before is unroutable."""
         settled = self._settle(tag, multiple=multiple)
-        taken = [delivery for delivery in settled if delivery.returned is None]
+        taken, delivered = [], []
         for delivery in settled:
-            if delivery.returned is not None:
+            if delivery.attempt is AttemptState.LATE:
+                self._events.late_confirm(delivery)
+            delivery.attempt = attempt = ACKED[delivery.attempt]
+            if attempt is AttemptState.CONFIRMED:
+                taken.append(delivery)
+            else:
                 self.failures.fail(delivery, unroutable(delivery), now)
         if settled:
             self.timeouts = 0
         if taken:
             self.breaker.succeeded(taken, now)
         for delivery in taken:
-            delivery.place = Place.RETIRED
-            if delivery.stored or delivery.late or delivery.dead:
+            if delivery.row is not RowState.NONE or delivery.dead:
                 self._conclude(delivery)
+            if delivery.open:
+                delivered.append(delivery)
             envelope = delivery.envelope
             if envelope.routing_key is not self._key or envelope.exchange is not self._exchange:
                 self._note_route(envelope)
-        delivered = [delivery for delivery in taken if delivery.open]
         if delivered:
             self.confirmed += len(delivered)
             self._events.confirmed(delivered, now)
@@ -291,15 +308,17 @@ class Sender:
 
     def nacked(self, tag: int, now: float, *, multiple: bool) -> None:
         """Settle what the broker has refused; another queue it was routed to may hold it."""
-        self._fail_all(
-            self._settle(tag, multiple=multiple), NackError, "the broker nacked the message", now
-        )
+        settled = self._settle(tag, multiple=multiple)
+        for delivery in settled:
+            delivery.step_attempt(AttemptEvent.NACKED)
+        self._fail_all(settled, NackError, "the broker nacked the message", now)
 
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """Note that a message has no queue; its ack follows (RabbitMQ guide, *Publishers*)."""
         delivery = self._send_queue.confirms.find(tag)
         if delivery is not None:
             delivery.returned = (reply_code, reply_text)
+            delivery.step_attempt(AttemptEvent.RETURNED)
 
     def block(self, *, blocked: bool) -> None:
         """Stop or go on writing, as the broker's alarm comes or goes."""
@@ -309,19 +328,14 @@ class Sender:
         settled = self._send_queue.confirms.settle(tag, multiple=multiple)
         if not settled and tag != 0 and not self.shutdown.begun:
             self._events.stray_confirm(tag)
-        for delivery in settled:
-            delivery.place = Place.WAITING
         return settled
 
     def _conclude(self, delivery: Delivery) -> None:
         """Do what is left where the broker has taken a message that was in trouble before."""
-        if delivery.stored:
-            self._retry_worker.settle(delivery)
-        if delivery.late:
-            self._events.late_confirm(delivery)
-        if delivery.dead:
+        self.failures.delete(delivery)
+        if delivery.dead and delivery.open:
             self._events.dead_lettered(delivery)
-            delivery.give_back(exhausted(delivery))
+            delivery.fail(exhausted(delivery))
 
     # --- the connection --------------------------------------------------------------------------
 
@@ -371,11 +385,11 @@ class Sender:
     ) -> None:
         """Fail attempts whose message may be in a queue, but for those that were returned."""
         for delivery in deliveries:
-            if delivery.returned is None:
-                delivery.doubtful, delivery.suspected = True, False
-                self.failures.fail(delivery, failure(kind, delivery, text, **facts), now)
-            else:
+            if delivery.attempt is AttemptState.UNROUTABLE:
                 self.failures.fail(delivery, unroutable(delivery), now)
+            else:
+                delivery.suspect(Doubt.POSSIBLE)
+                self.failures.fail(delivery, failure(kind, delivery, text, **facts), now)
 
     def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:
         """Give those whose publishers do not get them back, to be sent again.
@@ -384,20 +398,20 @@ class Sender:
         """
         wanted = []
         for delivery in lost:
-            delivery.suspected = linked and (delivery.suspected or not delivery.doubtful)
-            delivery.doubtful = True
+            delivery.suspect(Doubt.SUSPECTED if linked else Doubt.POSSIBLE)
             delivery.innocent += 1
             self.breaker.released(delivery)
-            if delivery.open and not self.failures.goes_back(delivery):
+            if delivery.open and delivery.row is not RowState.WITHDRAWING:
+                delivery.step_attempt(AttemptEvent.ISOLATED)
                 wanted.append(delivery)
             else:
-                self.failures.leave(delivery, Place.RETIRED)
+                self.failures.retire(delivery)
         return wanted
 
     def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""
         if loss.reply_code == INTERNAL_ERROR:
-            guilty.doubtful, guilty.suspected = True, False
+            guilty.suspect(Doubt.POSSIBLE)
         convicted = self._send_queue.poison.convict(guilty, loss.reply_code)
         if loss.reply_code in (NO_PERMISSION, NOT_FOUND):
             self._doubt_what_was_there(convicted, loss.reply_code)
@@ -416,20 +430,20 @@ class Sender:
         for delivery in convicted:
             exchange, key = delivery.envelope.exchange, delivery.envelope.routing_key
             there = exchange in exchanges if reply_code == NOT_FOUND else (exchange, key) in routes
-            if there:
-                delivery.suspected = False
+            if there and delivery.doubt is Doubt.SUSPECTED:
+                delivery.suspect(Doubt.POSSIBLE)
 
     # --- the retry worker ------------------------------------------------------------------------
 
     def kept(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Messages are stored: now their publishers may be told so."""
         for delivery in deliveries:
-            if self.failures.owes(delivery) or not delivery.open:
+            if delivery.row in ROW_PENDING or not delivery.open:
                 self.failures.promise(delivery, now)
 
     def not_kept(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
-        if delivery.place is Place.WAITING:
+        if delivery.attempt is AttemptState.QUEUED:
             self._send_queue.withdraw(delivery)
         self.failures.refused(delivery, error, now)
 
@@ -448,7 +462,7 @@ class Sender:
         """
         if not self.failures.may_pay(delivery):
             return
-        if delivery.open and delivery.place is Place.WAITING:
+        if delivery.attempt is AttemptState.QUEUED:
             self._send_queue.withdraw(delivery)  # a suspect, of which nothing could be stored
         self.failures.pay(delivery, now, gone=gone)
 
@@ -458,17 +472,17 @@ class Sender:
         What is in flight stays there, since its confirm would be the first to come.
         """
         for delivery in deliveries:
-            delivery.doubtful, delivery.suspected = True, False
-            if delivery.place is Place.WAITING:
+            delivery.suspect(Doubt.POSSIBLE)
+            if delivery.attempt is AttemptState.QUEUED:
                 self._send_queue.withdraw(delivery)
                 self._hold_back(delivery, now)
-            if delivery.place is Place.STORED and self.failures.owes(delivery):
+            if delivery.attempt is AttemptState.SCHEDULED and delivery.row in ROW_PENDING:
                 self.failures.promise(delivery, now)
 
     def ended(self, deliveries: Iterable[Delivery], now: float, *, dead: bool) -> None:
         """Another process has delivered or dead-lettered them, and counted that: tell it here."""
         for delivery in deliveries:
-            if delivery.place is Place.WAITING:
+            if delivery.attempt is AttemptState.QUEUED:
                 self._send_queue.withdraw(delivery)
             self.failures.learn(delivery, now, dead=dead)
 
@@ -476,7 +490,7 @@ class Sender:
         """Their rows are gone, and no copy of them is here: they are their publishers' again."""
         for delivery in deliveries:
             # Another process may have claimed the row before, and have or deliver its message.
-            delivery.doubtful, delivery.suspected = True, False
+            delivery.suspect(Doubt.POSSIBLE)
             store = self._retry_worker.name
             text = f"the message is gone from the store, by no doing of ours: {store}"
             self.failures.lose(delivery, failure(StoreError, delivery, text))

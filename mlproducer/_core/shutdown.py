@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import failure
+from mlproducer._core.delivery_states import ROW_KNOWN, RowState
 from mlproducer._core.failures import FailureHandler
 from mlproducer._core.send_queue import SendQueue
 from mlproducer.errors import ProducerClosedError
@@ -49,14 +50,13 @@ class Shutdown:
         self._heard = False
         lost = self._send_queue.lose_channel()
         for delivery in lost:
-            delivery.doubtful = True
-        owed = self._failures.owed
-        unsafe = owed.keys() | rowless
-        for delivery in dict.fromkeys([*lost, *self._send_queue.clear(), *stored, *owed]):
+            delivery.suspect(Doubt.POSSIBLE)
+        pending = list(self._failures.pending)
+        for delivery in dict.fromkeys([*lost, *self._send_queue.clear(), *stored, *pending]):
             if not (delivery.open and delivery.is_ours):
-                self._failures.leave(delivery, Place.RETIRED)
-            elif delivery.kept and self._durable and delivery not in unsafe:
-                delivery.entrust(now)
+                self._failures.retire(delivery)
+            elif delivery.row is RowState.HELD and self._durable and delivery not in rowless:
+                delivery.release(now)
             else:
                 self._part(delivery, failure(ProducerClosedError, delivery, CLOSED))
 
@@ -64,13 +64,13 @@ class Shutdown:
         """Part with a message: have it stored, or give it back; what is in flight stays there."""
         error = failure(ProducerClosedError, delivery, CLOSED)
         if not (delivery.open and delivery.is_ours):
-            self._failures.leave(delivery, Place.RETIRED)
+            self._failures.retire(delivery)
             return
         ours = delivery.retry or delivery.promised
-        if ours and self._durable and (delivery.stored or self._heard):
+        if ours and self._durable and (delivery.row in ROW_KNOWN or self._heard):
             delivery.reason = delivery.reason or error
             self._failures.keep(delivery, now)
-        elif delivery.place is not Place.IN_FLIGHT:
+        elif not delivery.in_flight:
             self._part(delivery, error)
 
     def _part(self, delivery: Delivery, error: ProducerClosedError) -> None:

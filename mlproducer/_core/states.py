@@ -17,8 +17,39 @@ E = TypeVar("E", bound=enum.Enum)
 Moves = Mapping[S, Mapping[E, S]]
 
 
+class State(enum.Enum):
+    """A state or event that is looked up for each message.
+
+    An enum's own hash is that of its name, and Python code; by identity it is a constant in C.
+    """
+
+    __hash__ = object.__hash__
+
+
 class IllegalMoveError(RuntimeError):
     """A state was asked for a move that its table does not have: a bug in this library."""
+
+
+def step(moves: Moves[S, E], state: S, event: E) -> S:
+    """Return the state to which ``event`` leads.
+
+    :raises IllegalMoveError: the table has no such move
+    """
+    try:
+        return moves[state][event]
+    except KeyError:
+        raise IllegalMoveError(f"{event.name} while {state.name}") from None
+
+
+class Column(dict[S, S]):
+    """Where one event leads, by the state before; another state raises `IllegalMoveError`."""
+
+    def __init__(self, moves: Moves[S, E], event: E) -> None:
+        super().__init__((state, legal[event]) for state, legal in moves.items() if event in legal)
+        self._event = event.name
+
+    def __missing__(self, state: S) -> S:
+        raise IllegalMoveError(f"{self._event} while {state.name}")
 
 
 class Machine(Generic[S, E]):
@@ -33,10 +64,7 @@ class Machine(Generic[S, E]):
 
         :raises IllegalMoveError: there is none; the state stays as it was
         """
-        try:
-            self.state = self._moves[self.state][event]
-        except KeyError:
-            raise IllegalMoveError(f"{event.name} while {self.state.name}") from None
+        self.state = step(self._moves, self.state, event)
         return self.state
 
     def allows(self, event: E) -> bool:

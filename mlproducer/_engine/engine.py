@@ -170,7 +170,6 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
-        delivery.owner = self._io
         if self._retry_worker.writes_ahead and not self._closing:
             self._retry_worker.write_ahead(delivery)
         elif not self._io.io_loop.mailbox.put(delivery):
@@ -185,8 +184,8 @@ class Engine:
         if self._closing or not self._retry_worker.writes_ahead:
             self.post(delivery)
             return
-        delivery.owner = self._io
-        delivery.deadline = time.monotonic() + self._patience  # the gate has had a time of its own
+        # The gate has had a time of its own.
+        delivery.extend(time.monotonic() + self._patience)
         done = Latch()
         put = self._retry_worker.write_ahead(delivery, done)
         if done.wait(delivery.deadline - time.monotonic()):
@@ -224,7 +223,6 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
-        delivery.owner = self._io
         if not self._io.order(partial(self._io.turn_away, delivery)):
             self._refuse_closed(delivery)
 
@@ -240,17 +238,15 @@ class Engine:
 
     def withdraw(self, delivery: Delivery, error: BaseException | None = None) -> None:
         """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""
-        delivery.retry = False
+        delivery.recall()
         told = error if isinstance(error, PublishError) else PublishError("interrupted")
-        if not self.take_back(delivery, told):
-            delivery.recalled = True
+        self.take_back(delivery, told)
         self._io.io_loop.mailbox.ring()
 
     def take_back(self, delivery: Delivery, error: PublishError) -> bool:
         """Take back a delivery, with an error, unless the library has it already."""
-        taken = delivery.open and delivery.answer.cancel()
+        taken = delivery.withdraw()
         if taken:
-            delivery.open = False
             self.gate.leave((delivery,))
             self._events.given_back(delivery, error)
         return taken

@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AttemptState
 from mlproducer._engine.connection import EventLoop
 from mlproducer._engine.mailbox import Item, Mailbox, Order
 from mlproducer._engine.threads import IDLE
@@ -145,7 +146,7 @@ class IOLoop:
         here: object = self._owner
         for delivery in in_hand:
             handed_over = delivery.owner is not None and delivery.owner is not here
-            if delivery.place is Place.MAILBOX and not handed_over:
+            if delivery.attempt is AttemptState.MAILBOX and not handed_over:
                 self.mailbox.put(delivery)
 
     def _clear_away(self) -> None:

@@ -20,7 +20,8 @@ from attrs import evolve
 from mlproducer import _clock as time
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.breaker import Adaptive, Breaker, Consecutive, Trip
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import ROW_PENDING, AttemptState, RowState
 from mlproducer._core.interfaces import Carrier, Loss, LossKind, Owner
 from mlproducer._core.poison import NOT_FOUND
 from mlproducer._core.sender import Sender
@@ -242,10 +243,10 @@ class IOThread:
         peer = self.peer()
         if peer is None:
             return False
-        delivery.owner = peer
+        delivery.give_to(peer)
         given = peer.io_loop.mailbox.put(delivery)
         if not given:
-            delivery.owner = self
+            delivery.give_to(self)
         return given
 
     def relieve(self, mine: Standing | None = None) -> None:
@@ -310,13 +311,13 @@ class IOThread:
         if delivery.owner is not None and delivery.owner is not self:
             delivery.owner.order(partial(delivery.owner.expire, delivery))  # it was handed over
             return
-        written_ahead = self._retry_worker.writes_ahead and not delivery.stored
-        if delivery.place is Place.MAILBOX and not written_ahead:
+        written_ahead = self._retry_worker.writes_ahead and delivery.row is RowState.NONE
+        if delivery.attempt is AttemptState.MAILBOX and not written_ahead:
             return  # it is handed over just now, and its deadline is looked at when it is here
         self.sender.expire(delivery, time.monotonic())
-        if delivery.place is Place.IN_FLIGHT:
+        if delivery.in_flight:
             self._health.check_soon()
-        if self.sender.failures.owes(delivery):
+        if delivery.row in ROW_PENDING:
             self.io_loop.call_later(STORE_LIMIT, partial(self._pay, delivery))
 
     def _expire_overdue(self, deliveries: Sequence[Delivery]) -> None:
@@ -324,7 +325,7 @@ class IOThread:
         if self.peers:
             now = time.monotonic()
             for delivery in deliveries:
-                if delivery.deadline <= now and delivery.open and delivery.answer_deferral:
+                if delivery.deadline <= now and delivery.waits_for_answer:
                     self.expire(delivery)
 
     def _pay(self, delivery: Delivery) -> None:
@@ -344,16 +345,15 @@ class IOThread:
     def pass_on(self, deliveries: Sequence[Delivery], owner: Owner) -> None:
         """Have another connection send messages that belong to this one, and are not written."""
         for delivery in deliveries:
-            if delivery.place is Place.WAITING:
-                delivery.place = Place.MAILBOX  # in no queue until the other one has it
-            delivery.owner = owner
+            delivery.hand_over(owner)
         if not owner.order(partial(owner.readmit, deliveries)):
             for delivery in deliveries:
-                delivery.owner = self
+                delivery.give_to(self)
             self.readmit(deliveries)  # the producer is being closed, and they are told here
 
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that are stored, as `accept` and `after_burst` do with others."""
+        self.sender.stored_ahead(deliveries)
         self.readmit(deliveries)
         now = time.monotonic()
         for delivery in deliveries:

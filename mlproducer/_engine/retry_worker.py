@@ -19,7 +19,8 @@ from functools import partial
 
 from mlproducer import _clock as time
 from mlproducer._core.backoff import Backoff
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import ROW_KNOWN, RowState
 from mlproducer._core.interfaces import Owner
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.store_writer import End, Note, Put, StoreWriter
@@ -99,11 +100,13 @@ class RetryWorker:
         self._store_writer.order(put)
         return put
 
-    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
+    def keep(
+        self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
+    ) -> None:
         """Store a message, or note in its row what came of the last attempt."""
-        record, delay = record_of(delivery, now), self._delay(delivery)
-        if known:
-            new = not delivery.kept
+        record, delay = record_of(delivery, now), self._delay(delivery, fresh=fresh)
+        if before in ROW_KNOWN:
+            new = before is RowState.AHEAD
             told = new and delivery.leased_until < now
             self._store_writer.order(Note(delivery, record, delay, first=new, told=told))
         else:
@@ -144,13 +147,12 @@ class RetryWorker:
     def _ring(self) -> None:
         self.thread.order(self._store_writer.carry_out)
 
-    def _delay(self, delivery: Delivery) -> float | None:
+    def _delay(self, delivery: Delivery, *, fresh: bool) -> float | None:
         """Say when a message is due again; never while its tag is open and may be confirmed."""
-        if delivery.place is Place.IN_FLIGHT:
+        if delivery.in_flight:
             return None
         if delivery.dead:
-            buried, delivery.buried = delivery.buried, True
-            return self._backoff.maximum if buried else 0.0
+            return 0.0 if fresh else self._backoff.maximum
         if delivery.attempts == 0:
             return 0.0
         policy, backoff = delivery.policy, self._backoff
@@ -200,8 +202,9 @@ class RetryWorker:
         for row in rows:
             delivery = self.stored_rows.take(row, now, epoch)
             if not delivery.open:
-                self.settle(delivery)  # it was given back, and its row left to whoever held it
-            elif delivery.place is Place.IN_FLIGHT:
+                # it was given back, and its row left to whoever held it
+                self._store_writer.order(End(delivery, row.record.dead, kept=True))
+            elif delivery.in_flight:
                 continue  # its row was another process's for a while; its tag decides
             elif self._gate.try_enter(delivery):
                 taken.append(delivery)
@@ -222,7 +225,8 @@ class RetryWorker:
             owner = home if home and ready.get(home) else max(ready, key=ready.__getitem__)
             ready[owner] -= 1
             if home is None:
-                delivery.owner = home = owner
+                delivery.give_to(owner)
+                home = owner
             batches.setdefault((home, owner), []).append(delivery)
         for (home, owner), batch in batches.items():
             if home is owner:

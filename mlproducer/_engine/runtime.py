@@ -237,13 +237,15 @@ class Runtime:
         """Tell those whose message no I/O thread had any more, now that all have ended."""
         now = time.monotonic()
         for delivery in self._still_open():
+            if not delivery.is_ours:
+                continue  # its publisher has taken it back
             if self.durable and delivery.kept:
-                delivery.entrust(now)
+                delivery.release(now)
             else:
                 error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
                 self._abandoned.append(delivery)
                 self._events_of_all.given_back(delivery, error)
-                delivery.give_back(error)
+                delivery.fail(error)
 
     def disown(self) -> None:
         """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.

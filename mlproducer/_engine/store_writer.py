@@ -51,7 +51,7 @@ class Put:
         """Whether it is still to be stored; not what has gone back to its publisher."""
         if self.entry.ahead or self.restores:
             return self.delivery.open
-        return self.delivery.stored
+        return self.delivery.kept
 
 
 @define(eq=False)
@@ -285,7 +285,6 @@ class StoreWriter:
             elif put.restores:
                 continue
             elif delivery.claim() or (delivery.open and delivery.promised):
-                delivery.stored = True
                 ahead.append(delivery)
             else:  # its publisher has given up while it was being stored
                 self.order(End(delivery, dead=False, kept=False))
@@ -301,10 +300,11 @@ class StoreWriter:
     def _part(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Answer those whose message was stored when the producer had been closed already."""
         for delivery in deliveries:
-            if delivery.retry:
-                delivery.entrust(now)
-            else:
-                self.order(End(delivery, delivery.dead, kept=delivery.kept))
+            if delivery.open and delivery.retry:
+                delivery.release(now)
+                continue
+            self.order(End(delivery, delivery.dead, kept=False))
+            if delivery.open:
                 message_id = delivery.envelope.message_id
                 self._abandon(delivery, ProducerClosedError(CLOSED, message_id=message_id))
 
@@ -328,7 +328,7 @@ class StoreWriter:
         """Give a message back whose I/O thread has ended."""
         self.abandoned.append(delivery)
         self._events.given_back(delivery, error)
-        delivery.give_back(error)
+        delivery.fail(error)
 
     def _as_store_error(self, error: Exception) -> StoreError:
         if isinstance(error, StoreError):
@@ -399,7 +399,7 @@ class StoreWriter:
             if astray is None:
                 vanished.append(delivery)
             elif delivery.open:
-                delivery.leased_until = math.inf  # there is nothing that another could have
+                delivery.lease(math.inf)  # there is nothing that another could have
                 self._stored_rows.rowless[delivery] = astray.put or self._restoring(delivery)
         self._tell(vanished, lambda owner, some: owner.vanished(some))
         for fate in _ENDS:

@@ -17,10 +17,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from attrs import define, evolve
+from attrs import define
 
 from mlproducer import errors
-from mlproducer._core.delivery import Delivery, NoWaiter, Place
+from mlproducer._core.delivery import Delivery, Doubt
+from mlproducer._core.delivery_states import AnswerEvent
 from mlproducer.errors import PublishError
 from mlproducer.stores.protocol import Claim, Record, Row
 
@@ -132,20 +133,20 @@ class StoredRows:
         """
         claim = self.claims.pop(delivery, None)
         if claim is not None:
-            delivery.leased_until = -math.inf
+            delivery.lease(-math.inf)
             self.ahead.discard(delivery)
             self.astray[delivery] = Astray(claim)
             self._parked[claim.key] = delivery
 
     def _begin_lease(self, delivery: Delivery, now: float) -> None:
         self.renew_at = min(self.renew_at, now + self._lease / 3)
-        delivery.leased_until = now + self._lease * SAFETY
+        delivery.lease(now + self._lease * SAFETY)
 
     def park(self, delivery: Delivery, claim: Claim) -> None:
         """Remember a delivery whose row waits, and is nobody's."""
         self.claims.pop(delivery, None)
         if self._durable:
-            delivery.envelope = evolve(delivery.envelope, properties=b"", body=b"")
+            delivery.unload()
         self._parked[claim.key] = delivery
         self._last[delivery] = claim
 
@@ -164,16 +165,16 @@ class StoredRows:
         delivery = self._parked.pop(row.claim.key, None)
         if delivery is None:
             delivery = _revived(row.record, now, epoch)
-            delivery.open = self._durable  # memory forgets only what has found its end
+            if not self._durable:  # memory forgets only what has found its end
+                delivery.step_answer(AnswerEvent.RELEASED)
         else:
             self._last.pop(delivery, None)
             self._expected.pop(delivery, None)
             self.astray.pop(delivery, None)
-            delivery.envelope = row.record.envelope
-            uncounted = 0 if row.record.dead else delivery.innocent  # as `record_of` has it
-            delivery.attempts = max(delivery.attempts, row.record.attempts + uncounted)
-            delivery.dead = delivery.dead or row.record.dead
-            delivery.doubtful = delivery.doubtful or row.record.doubtful
+            record = row.record
+            delivery.reload(
+                record.envelope, record.attempts, dead=record.dead, doubtful=record.doubtful
+            )
         self.hold(delivery, row.claim, now)
         return delivery
 
@@ -200,7 +201,7 @@ def record_of(delivery: Delivery, now: float) -> Record:
     return Record(
         delivery.envelope,
         attempts=delivery.attempts if delivery.dead else delivery.attempts - delivery.innocent,
-        doubtful=delivery.doubtful or delivery.place is Place.IN_FLIGHT,
+        doubtful=delivery.doubt is not Doubt.NONE or delivery.in_flight,
         dead=delivery.dead,
         reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
         first_failed_at=epoch - (now - failed) if failed else 0.0,
@@ -211,22 +212,17 @@ def record_of(delivery: Delivery, now: float) -> Record:
 
 def _revived(record: Record, now: float, epoch: float) -> Delivery:
     """Make the delivery of a message that another process, or another life of this one, stored."""
-    delivery = Delivery(
-        record.envelope, NoWaiter(), started=now, deadline=now, answer_deferral=False
+    accepted, failed = record.accepted_at, record.first_failed_at
+    return Delivery.stored(
+        record.envelope,
+        started=now - max(0.0, epoch - accepted) if accepted else now,
+        policy=record.retry,
+        attempts=record.attempts,
+        dead=record.dead,
+        doubtful=record.doubtful,
+        reason=_error(record) if record.reason else None,
+        first_failed=now - max(0.0, epoch - failed) if failed else 0.0,
     )
-    delivery.policy = record.retry
-    delivery.place = Place.STORED
-    delivery.stored = delivery.kept = True
-    delivery.dead = delivery.buried = record.dead
-    delivery.attempts = record.attempts
-    delivery.doubtful = record.doubtful
-    if record.reason:
-        delivery.reason = _error(record)
-    if record.accepted_at:
-        delivery.started = now - max(0.0, epoch - record.accepted_at)
-    if record.first_failed_at:
-        delivery.first_failed = now - max(0.0, epoch - record.first_failed_at)
-    return delivery
 
 
 def _error(record: Record) -> PublishError:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlproducer import _clock as time
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import (
@@ -169,7 +169,7 @@ class MetricsSink(EventSink):
             self._count(catalog.NACKS)
         elif isinstance(error, UnroutableError):
             self._count(catalog.RETURNS)
-        elif isinstance(error, ConfirmTimeoutError) and delivery.place is Place.IN_FLIGHT:
+        elif isinstance(error, ConfirmTimeoutError) and delivery.in_flight:
             self._count(catalog.CONFIRM_TIMEOUTS)
 
     def retried(self, delivery: Delivery) -> None:

@@ -19,6 +19,7 @@ from attrs import frozen
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AnswerState
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import CircuitState
 from mlproducer.errors import PublishError, StoreError
@@ -145,6 +146,9 @@ class Recorder:
         self._letters.append(Incident(_now(), kind, text))
 
 
+_UNTOLD = (AnswerState.WITHDRAWABLE, AnswerState.WAITING)
+
+
 class RecorderSink(EventSink):
     """Takes the events of one engine.
 
@@ -166,7 +170,7 @@ class RecorderSink(EventSink):
     def counts(self) -> tuple[int, int, int]:
         """Count what was published, confirmed and deferred so far."""
         at_once = self._confirmed - self._confirmed_later
-        unanswered = sum(each.open and not each.kept for each in self._inside())
+        unanswered = sum(each.answer in _UNTOLD for each in self._inside())
         answered = at_once + self._deferred + int(self._given_back.total()[0])
         return answered + unanswered, self._confirmed, self._deferred
 
@@ -176,7 +180,7 @@ class RecorderSink(EventSink):
         """Count them."""
         self._confirmed += len(deliveries)
         for each in deliveries:
-            if each.kept:
+            if each.answer is AnswerState.DEFERRED:
                 self._confirmed_later += 1
 
     def deferred(self, delivery: Delivery) -> None:
@@ -185,7 +189,7 @@ class RecorderSink(EventSink):
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
         """Count it, unless its publisher had an answer already."""
-        if not delivery.kept:
+        if delivery.answer is not AnswerState.DEFERRED:
             self._given_back.inc()
 
     def failed(self, delivery: Delivery, error: PublishError) -> None:

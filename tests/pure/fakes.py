@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from attrs import evolve
 
 from mlproducer._core.breaker import Breaker, Consecutive
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import ROW_KNOWN, ROW_PENDING, AttemptState, RowState
 from mlproducer._core.interfaces import Loss
 from mlproducer._core.sender import Sender
 from mlproducer.errors import PublishError
@@ -50,9 +51,11 @@ class FakeRetryWorker:
         self.settled: list[Delivery] = []
         self.withdrawn: list[Delivery] = []
 
-    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
+    def keep(
+        self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
+    ) -> None:
         """Store it."""
-        assert known == (delivery in self.rows)
+        assert (before in ROW_KNOWN) == (delivery in self.rows)
         self.rows[delivery] = delivery.attempts
 
     def withdraw(self, delivery: Delivery) -> None:
@@ -175,24 +178,24 @@ class World:
 
     def store(self, delivery: Delivery) -> None:
         """Have the retry worker report that it has stored the message, whose slot is free now."""
-        if delivery.place is Place.STORED and self.sender.failures.owes(delivery):
+        if delivery.attempt is AttemptState.SCHEDULED and delivery.row in ROW_PENDING:
             self.door.leave([delivery])
         self.sender.kept([delivery], self.now)
 
     def retry(self, delivery: Delivery) -> None:
         """Have the retry worker send a stored message again."""
-        assert delivery.place is Place.STORED
+        assert delivery.attempt is AttemptState.SCHEDULED
         self.sender.readmit(delivery, self.now)
         self.sender.pump(self.now)
 
 
 def receipt_of(delivery: Delivery) -> Receipt:
     """Give the receipt that the publisher got."""
-    return delivery.answer.result(0)
+    return delivery.waiter.result(0)
 
 
 def error_of(delivery: Delivery) -> PublishError:
     """Give the error that the publisher got."""
-    error = delivery.answer.exception(0)
+    error = delivery.waiter.exception(0)
     assert isinstance(error, PublishError), error
     return error

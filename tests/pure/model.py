@@ -16,8 +16,9 @@ from attrs import evolve
 
 from mlproducer import _waiting as waiting
 from mlproducer._core.decision import SOFT_ACCUSATIONS, accuses
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_errors import silent_store
+from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState
 from mlproducer._core.interfaces import Loss
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState
@@ -82,7 +83,7 @@ class House:
     def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
         """Make a letter, once, and only of what has used up its retries or is hopeless (I14)."""
         assert delivery.envelope.exchange != "dead", "I22: a letter of a letter"
-        assert delivery.place is not Place.IN_FLIGHT, "buried while its tag is open"
+        assert not delivery.in_flight, "buried while its tag is open"
         assert delivery.attempts > self.setup.max_retries or reason.permanent, "I14"
         assert not isinstance(reason, RetriesExhaustedError)
         return evolve(delivery.envelope, exchange="dead")
@@ -105,9 +106,9 @@ class House:
         """Send again what was stored, and not before its time."""
         for delivery in deliveries:
             if delivery.open:
-                owed = self.sender.failures.owes(delivery)
-                given_back = owed and delivery.place is Place.RETIRED
-                assert delivery.place is Place.STORED or given_back, delivery.place
+                owed = delivery.row in ROW_PENDING
+                given_back = owed and delivery.attempt is AttemptState.RETIRED
+                assert delivery.attempt is AttemptState.SCHEDULED or given_back, delivery.attempt
                 assert self.clock.now >= self.record(delivery).not_before, "I15: early"
                 inside = delivery in self.gate._inside or given_back
                 assert inside, "I6: inside without a slot"
@@ -120,6 +121,7 @@ class House:
                 self.retry_worker.stored_rows.claim_of(delivery) or self.record(delivery).stolen
             )
             assert stored, "I20: sent before it was stored"
+            self.sender.stored_ahead([delivery])
             self.sender.readmit(delivery, self.clock.now)
             if delivery.deadline <= self.clock.now and self.record(delivery).asked:
                 self._expire(delivery)  # its publisher has asked while it was being stored
@@ -183,10 +185,10 @@ class House:
             started=self.clock.now,
             deadline=self.clock.now + TIMEOUT,
             retry=retry,
-            answer_deferral=waits,
+            answers_deferral=waits,
         )
         if waits:
-            delivery.answer = Handed()
+            delivery.waiter = Handed()
         record = Record(delivery, len(self.records) + 1, retry)
         self.records[delivery] = self.by_id[delivery.envelope.message_id] = record
         if self.gate.try_enter(delivery):
@@ -227,23 +229,21 @@ class House:
     def give_up(self, delivery: Delivery) -> None:
         """End the wait of a publisher to whom the I/O thread does not speak."""
         record = self.record(delivery)
-        assert isinstance(delivery.answer, Handed)
+        assert isinstance(delivery.waiter, Handed)
         try:
-            record.told = waiting.unanswered(self, delivery, delivery.answer)  # type: ignore[arg-type]
+            record.told = waiting.unanswered(self, delivery, delivery.waiter)  # type: ignore[arg-type]
         except PublishError as error:
             record.told = error
 
     def withdraw(self, delivery: Delivery, _error: BaseException | None = None) -> None:
         """Take a message back, as an interrupted publisher does."""
-        delivery.retry = False
-        if not self.take_back(delivery, PublishError("interrupted")):
-            delivery.recalled = True
+        delivery.recall()
+        self.take_back(delivery, PublishError("interrupted"))
 
     def take_back(self, delivery: Delivery, _error: PublishError) -> bool:
         """Take a message back, as a publisher does that gives up, unless it is ours already."""
-        taken = delivery.open and delivery.answer.cancel()
+        taken = delivery.withdraw()
         if taken:
-            delivery.open = False
             self.record(delivery).ends.append("withdrawn")
             self.gate.leave((delivery,))
         return taken
@@ -255,17 +255,18 @@ class House:
 
     def _expire(self, delivery: Delivery) -> None:
         self.sender.expire(delivery, self.clock.now)
-        owes = self.sender.failures.owes(delivery)
+        owes = delivery.row in ROW_PENDING
         if owes:
             self.owing.append(delivery)
-        done = delivery.answer.done() or not (delivery.answer_deferral and delivery.open)
+        waits = delivery.answer in (AnswerState.WITHDRAWABLE, AnswerState.WAITING)
+        done = delivery.waiter.done() or not (delivery.answers_deferral and waits)
         assert done or owes or self.store.write_ahead or self.record(delivery).told, "I4, I5"
 
     def pay(self) -> None:
         """Let the time be over that the store has beyond a publisher's."""
         owing, self.owing = self.owing, []
         for delivery in owing:
-            if self.sender.failures.owes(delivery):
+            if delivery.row in ROW_PENDING:
                 self.record(delivery).lapsed = True  # what it does not delete, others may send
             self.sender.pay(delivery, self.clock.now)
 

@@ -25,7 +25,8 @@ from mlproducer import (
     Status,
     SummarizationTask,
 )
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AttemptState
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer.errors import (
     BrokerBlockedError,
@@ -302,7 +303,7 @@ def test_types_that_are_no_label(registry: CollectorRegistry, sink: EventSink, n
 def test_what_the_broker_says(registry: CollectorRegistry, sink: EventSink) -> None:
     """A nack, a return and a confirm timeout are told apart; what was never written is neither."""
     written, unwritten = make_delivery(), make_delivery()
-    written.place, unwritten.place = Place.IN_FLIGHT, Place.WAITING
+    written.attempt, unwritten.attempt = AttemptState.LATE, AttemptState.QUEUED
     sink.failed(written, NackError())
     sink.failed(written, UnroutableError())
     sink.failed(written, ConfirmTimeoutError())

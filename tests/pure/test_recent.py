@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AnswerState
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import CircuitState
 from mlproducer.errors import (
@@ -50,7 +51,7 @@ def test_deferred_then_confirmed() -> None:
     second, delivery = Second(), make_delivery()
     second.inside = [delivery]
     assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=0.0)
-    delivery.kept = True
+    delivery.answer = AnswerState.DEFERRED
     second.sink.deferred(delivery)
     assert second.rates() == Rates(age=0.0, published=0.0, confirmed=0.0, deferred=1.0)
     second.inside = []
@@ -63,7 +64,7 @@ def test_given_back() -> None:
     second, ours = Second(), make_delivery()
     second.sink.given_back(make_delivery(), CircuitOpenError())
     assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=0.0)
-    ours.kept = True
+    ours.answer = AnswerState.DEFERRED
     second.sink.deferred(ours)
     second.sink.given_back(ours, NackError())
     assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=1.0)

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 
 from mlproducer._core.backoff import Backoff
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.retry_worker import RetryWorker
@@ -67,12 +68,11 @@ class Bench:
         self.retry_worker = RetryWorker(self.store, Gate(10), Backoff(1.0, 10.0), 1.0, EventSink())
         self.retry_worker.serve([self.owner], lambda: None)  # type: ignore[list-item]
 
-    def keep(self, delivery: Delivery, attempts: int = 1) -> None:
+    def keep(self, delivery: Delivery, attempts: int = 1, *, fresh: bool = False) -> None:
         """Have it stored."""
         delivery.attempts = attempts
-        known, delivery.stored = delivery.stored, True
-        delivery.kept = True
-        self.retry_worker.keep(delivery, self.clock.now, known=known)
+        before, delivery.row = delivery.row, RowState.HELD
+        self.retry_worker.keep(delivery, self.clock.now, before=before, fresh=fresh)
         self.work()
 
     def work(self) -> None:
@@ -105,7 +105,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 def test_due(bench: Bench, attempts: int, due: float) -> None:
     """After an attempt 1, 2, 4 ... s, 10 at the most; at once where nothing was sent (I15)."""
     delivery = make_delivery()
-    delivery.place = Place.WAITING
+    delivery.attempt = AttemptState.QUEUED
     bench.keep(delivery, attempts)
     assert bench.wait_for(delivery) == due
 
@@ -115,7 +115,7 @@ def test_due_by_its_own_policy(bench: Bench, attempts: int, due: float) -> None:
     """A message with a policy of its own waits as that says."""
     delivery = make_delivery()
     delivery.policy = RetryPolicy(5, 0.5, 3.0)
-    delivery.place = Place.WAITING
+    delivery.attempt = AttemptState.QUEUED
     bench.keep(delivery, attempts)
     assert bench.wait_for(delivery) == due
 
@@ -123,10 +123,10 @@ def test_due_by_its_own_policy(bench: Bench, attempts: int, due: float) -> None:
 def test_not_due_while_its_tag_is_open(bench: Bench) -> None:
     """What may still be confirmed is not sent again, until its channel is lost (I11)."""
     delivery = make_delivery()
-    delivery.place = Place.IN_FLIGHT
+    delivery.attempt = AttemptState.IN_FLIGHT
     bench.keep(delivery)
     assert bench.wait_for(delivery) is None
-    delivery.place = Place.WAITING
+    delivery.attempt = AttemptState.QUEUED
     bench.keep(delivery)
     assert bench.wait_for(delivery) == 1.0
 
@@ -134,9 +134,9 @@ def test_not_due_while_its_tag_is_open(bench: Bench) -> None:
 def test_a_letter_is_due_at_once_and_then_seldom(bench: Bench) -> None:
     """A dead letter that was not taken waits for the longest delay (102)."""
     delivery = make_delivery()
-    delivery.place = Place.WAITING
+    delivery.attempt = AttemptState.QUEUED
     delivery.dead = True
-    bench.keep(delivery, 4)
+    bench.keep(delivery, 4, fresh=True)
     assert bench.retry_worker.depth == Depth(0, 1)
     assert bench.wait_for(delivery) == 0.0
     bench.owner.readmitted.clear()
@@ -151,7 +151,7 @@ def test_what_the_store_refuses(bench: Bench) -> None:
     """It is held until the I/O thread has heard of it, is not put again, and leaves nothing."""
     bench.store._max_rows = 0
     delivery = make_delivery()
-    delivery.place, delivery.dead = Place.WAITING, True
+    delivery.attempt, delivery.dead = AttemptState.QUEUED, True
     bench.keep(delivery)
     assert bench.owner.refused == [delivery]
     bench.store._max_rows = 10
@@ -176,9 +176,9 @@ def test_taken_while_it_is_stored_ahead(bench: Bench, relied_on: bool) -> None:
 def test_a_row_that_is_not_there_counts_for_none(bench: Bench) -> None:
     """What ends before it was stored is not subtracted from others."""
     delivery, other = make_delivery(), make_delivery()
-    delivery.place = other.place = Place.WAITING
+    delivery.attempt = other.attempt = AttemptState.QUEUED
     bench.keep(other)
-    delivery.kept = True
+    delivery.row = RowState.HELD
     bench.retry_worker.settle(delivery)
     assert bench.retry_worker.depth == Depth(1)
     bench.work()
@@ -193,7 +193,7 @@ def test_a_store_that_fails_before_it_looks(bench: Bench, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(bench.store, "put", fail)
     delivery = make_delivery()
-    delivery.place = Place.WAITING
+    delivery.attempt = AttemptState.QUEUED
     bench.keep(delivery)
     assert bench.owner.refused == [delivery]
     assert not bench.retry_worker.known
@@ -202,7 +202,7 @@ def test_a_store_that_fails_before_it_looks(bench: Bench, monkeypatch: pytest.Mo
 def test_the_window_is_whole_again(bench: Bench) -> None:
     """Once the backlog is gone, nothing is kept for it any more."""
     delivery = make_delivery()
-    delivery.place = Place.WAITING
+    delivery.attempt = AttemptState.QUEUED
     bench.keep(delivery, 0)
     assert bench.wait_for(delivery) == 0.0
     assert bench.retry_worker._gate._reserved > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlproducer import Outcome
-from mlproducer._core.delivery import Place
+from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer.errors import (
     BrokerBlockedError,
     ConfirmTimeoutError,
@@ -32,14 +32,14 @@ def test_confirm(world: World) -> None:
     """An ack makes a receipt, lets the next one in, and needs no retry worker."""
     [delivery] = world.send("a")
     assert world.carrier.written == [("a", 1)]
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     world.now = 0.25
     world.ack(1)
     receipt = receipt_of(delivery)
     assert (receipt.message_id, receipt.outcome) == ("a", Outcome.CONFIRMED)
     assert (receipt.attempts, receipt.elapsed, receipt.reason) == (1, 0.25, None)
     assert receipt.durable
-    assert delivery.place is Place.RETIRED
+    assert delivery.attempt is AttemptState.CONFIRMED
     assert world.door.left == [delivery]
     assert world.retry_worker.settled == []
     assert world.events.log == [("confirmed", "a")]
@@ -49,7 +49,7 @@ def test_multiple(world: World) -> None:
     """One ack settles all up to its tag and nothing beyond."""
     deliveries = world.send("a", "b", "c")
     world.ack(2, multiple=True)
-    assert [delivery.answer.done() for delivery in deliveries] == [True, True, False]
+    assert [delivery.waiter.done() for delivery in deliveries] == [True, True, False]
     assert world.sender.in_flight == 1
 
 
@@ -57,7 +57,7 @@ def test_nack_with_retry(world: World) -> None:
     """A nacked message is stored first, and only then is its publisher told so."""
     [delivery] = world.send("a")
     world.nack(1)
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     assert list(world.retry_worker.rows) == [delivery]
     world.store(delivery)
     receipt = receipt_of(delivery)
@@ -86,7 +86,7 @@ def test_return_then_answer(world: World, answer: str) -> None:
     """What was returned is unroutable, however the broker settles its tag, and was not queued."""
     [delivery, other] = world.send("a", "b", retry=False)
     world.sender.returned(1, 312, "NO_ROUTE")
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     getattr(world, answer)(1)
     error = error_of(delivery)
     assert isinstance(error, UnroutableError)
@@ -117,7 +117,7 @@ def test_tags_that_are_not_open_settle_nothing(world: World, tag: int, multiple:
     world.ack(tag, multiple=multiple)
     world.nack(tag, multiple=multiple)
     world.sender.returned(tag, 312, "NO_ROUTE")
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     assert world.events.strays == [tag, tag]
     world.ack(1)
     assert receipt_of(delivery).confirmed
@@ -138,7 +138,7 @@ def test_expire_in_flight_then_late_ack(world: World) -> None:
     assert receipt.outcome is Outcome.DEFERRED
     assert isinstance(receipt.reason, ConfirmTimeoutError)
     assert receipt.reason.possibly_sent
-    assert delivery.place is Place.IN_FLIGHT
+    assert delivery.attempt is AttemptState.LATE
     assert world.door.left == []
     world.ack(1)
     assert receipt.confirmed
@@ -174,7 +174,7 @@ def test_expire_in_flight_without_retry(world: World) -> None:
     world.nack(1)
     assert error_of(delivery) is error
     assert world.door.left == [delivery]
-    assert delivery.place is Place.RETIRED
+    assert delivery.attempt is AttemptState.RETIRED
     assert world.retry_worker.rows == {}
 
 
@@ -184,7 +184,7 @@ def test_expire_is_sent_again_only_after_a_loss(world: World) -> None:
     world.sender.expire(delivery, 5.0)
     world.store(delivery)
     world.down()
-    assert delivery.place is Place.STORED
+    assert delivery.attempt is AttemptState.SCHEDULED
     world.up()
     assert world.carrier.written == []
     world.retry(delivery)
@@ -223,20 +223,20 @@ def test_turned_away_by_a_full_window(world: World) -> None:
     assert isinstance(error_of(delivery), ConfirmTimeoutError)
     assert not error_of(delivery).possibly_sent
     withdrawn = make_delivery("b")
-    withdrawn.answer.cancel()
+    withdrawn.waiter.cancel()
     world.sender.turn_away(withdrawn, 5.0)
     assert world.retry_worker.rows == {}
 
 
 def test_submit_waits_for_the_fate(world: World) -> None:
     """A publisher that wants the fate is not told of a deferral, and its time is never up."""
-    delivery = make_delivery("a", answer_deferral=False)
+    delivery = make_delivery("a", answers_deferral=False)
     world.sender.accept([delivery], 0.0)
     world.sender.pump(0.0)
     world.sender.expire(delivery, 5.0)
     world.nack(1)
     world.store(delivery)
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     world.retry(delivery)
     world.ack(2)
     assert receipt_of(delivery).confirmed
@@ -247,12 +247,12 @@ def test_not_sent_after_its_lease(world: World) -> None:
     """A process that was frozen sends nothing that another may have taken over by now (I21)."""
     world.carrier.room_left = 0
     delivery = make_delivery("a")
-    delivery.stored = delivery.kept = True
+    delivery.row = RowState.HELD
     delivery.leased_until = 5.0
     world.retry_worker.rows[delivery] = 0
     world.sender.readmit(delivery, 1.0)
     world.carrier.room_left = PLENTY
     world.sender.pump(5.1)
     assert world.carrier.written == []
-    assert delivery.place is Place.STORED
+    assert delivery.attempt is AttemptState.SCHEDULED
     assert world.door.left == [delivery]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AttemptState
 from mlproducer._core.states import CircuitState
 from mlproducer.errors import (
     AuthenticationError,
@@ -63,7 +64,7 @@ def settle(world: World, name: str, *, good: bool = True) -> None:
 
 def is_refused(delivery: Delivery) -> bool:
     """Whether its publisher was told that the breaker is open."""
-    return delivery.answer.done() and isinstance(error_of(delivery), CircuitOpenError)
+    return delivery.waiter.done() and isinstance(error_of(delivery), CircuitOpenError)
 
 
 # --- open --------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def test_open(world: World) -> None:
     assert isinstance(error, CircuitOpenError)
     assert error.retry_after == COOLDOWN - 10.0
     assert (error.attempts, error.possibly_sent) == (0, False)
-    assert (ours.place, ours.attempts) == (Place.STORED, 1)
+    assert (ours.attempt, ours.attempts) == (AttemptState.SCHEDULED, 1)
 
 
 def open_circuit_by(world: World, name: str) -> None:
@@ -131,7 +132,7 @@ def test_one_place_without_a_connection(world: World) -> None:
     world.down()
     [probe, refused] = world.send("probe", "refused")
     assert is_refused(refused)
-    assert not probe.answer.done()
+    assert not probe.waiter.done()
     assert world.up().written == [("probe", 1)]
 
 
@@ -156,7 +157,7 @@ def test_a_probe_that_says_nothing(world: World, end: str) -> None:
     else:
         world.down(404, "NOT_FOUND")
         world.up()
-    assert probe.answer.done()
+    assert probe.waiter.done()
     assert state(world) is HALF_OPEN
     world.send("next")
     assert written(world)[-1] == "next"
@@ -196,7 +197,7 @@ def test_time_runs_out_for_the_probe(world: World) -> None:
 def test_a_probe_that_nobody_waits_for(world: World) -> None:
     """A submit() that is never confirmed is given up as a probe, and the next message is one."""
     half_open(world)
-    probe = make_delivery("probe", answer_deferral=False)
+    probe = make_delivery("probe", answers_deferral=False)
     world.sender.accept([probe], world.now)
     world.sender.pump(world.now)
     assert world.wakes[-1] == world.now + PATIENCE
@@ -382,7 +383,7 @@ def test_a_letter_is_no_message(end: str) -> None:
         world.down()
     else:
         world.down(404 if end == "reject" else 0)
-    assert delivery.place is Place.STORED
+    assert delivery.attempt is AttemptState.SCHEDULED
     assert delivery.envelope is letter
     assert delivery.attempts == 1
     assert isinstance(delivery.reason, NackError)

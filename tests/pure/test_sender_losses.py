@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._fate import Fate
 from mlproducer.errors import (
     AuthenticationError,
@@ -43,7 +44,7 @@ def test_loss(world: World) -> None:
     reason = receipt_of(written).reason
     assert isinstance(reason, ConnectionLostError)
     assert (reason.attempts, reason.possibly_sent) == (1, True)
-    assert not unwritten.answer.done()
+    assert not unwritten.waiter.done()
     assert world.up().written == [("b", 1)]
     assert [name for event, name in world.events.log if event == "ConnectionLostError"] == ["a"]
 
@@ -101,7 +102,7 @@ def test_refused_credentials() -> None:
     assert error_of(one) is not error_of(two)
     assert not error_of(one).possibly_sent
     world.retry(owned)
-    assert owned.place is Place.STORED
+    assert owned.attempt is AttemptState.SCHEDULED
     assert not receipt_of(owned).confirmed
     world.up()
     world.retry(owned)
@@ -152,7 +153,7 @@ def test_a_route_that_was_there_comes_back() -> None:
     world.retry(waits)
     world.nack(world.carrier.written[-1][1])
     assert not waits.dead, "what was returned used up none of its retries"
-    assert waits.place is Place.STORED
+    assert waits.attempt is AttemptState.SCHEDULED
 
 
 def test_returned_in_another_life() -> None:
@@ -160,11 +161,11 @@ def test_returned_in_another_life() -> None:
     world = World(max_retries=1)
     world.up()
     [delivery] = world.send("a")
-    delivery.attempts, delivery.stored, delivery.kept = 7, True, True
+    delivery.attempts, delivery.row = 7, RowState.HELD
     world.retry_worker.rows[delivery] = 7
     return_(world, 1)
     assert not delivery.dead
-    assert delivery.place is Place.STORED
+    assert delivery.attempt is AttemptState.SCHEDULED
 
 
 def test_interrupted_after_it_was_promised(world: World) -> None:
@@ -172,7 +173,7 @@ def test_interrupted_after_it_was_promised(world: World) -> None:
     [delivery] = world.send("a")
     world.nack(1)
     world.store(delivery)
-    delivery.retry, delivery.recalled = False, True
+    delivery.recall()
     world.retry(delivery)
     world.ack(2)
     assert receipt_of(delivery).confirmed
@@ -209,18 +210,18 @@ def test_a_new_connection_is_not_blocked(world: World) -> None:
 def test_withdrawn_is_never_sent(world: World) -> None:
     """A future that was cancelled before the hand-over takes its message along."""
     delivery = make_delivery("a")
-    assert delivery.answer.cancel()
+    assert delivery.waiter.cancel()
     world.sender.accept([delivery], 0.0)
     world.sender.pump(0.0)
     assert world.carrier.written == []
     assert world.door.left == [delivery]
-    assert delivery.place is Place.RETIRED
+    assert delivery.attempt is AttemptState.RETIRED
 
 
 def test_accepted_cannot_be_withdrawn(world: World) -> None:
     """Once the sender has it, it is too late to cancel."""
     [delivery] = world.send("a")
-    assert not delivery.answer.cancel()
+    assert not delivery.waiter.cancel()
     world.ack(1)
     assert receipt_of(delivery).confirmed
 
@@ -246,7 +247,7 @@ def test_store_fails(world: World, error: Exception) -> None:
     world.sender.not_kept(delivery, error, 0.0)  # type: ignore[arg-type]
     assert error_of(delivery) is error
     assert error_of(delivery).possibly_sent
-    assert delivery.place is Place.RETIRED
+    assert delivery.attempt is AttemptState.RETIRED
     assert world.door.left == [delivery]
 
 
@@ -259,7 +260,7 @@ def test_given_back_while_it_is_being_stored(world: World) -> None:
     world.down(403, "refused")
     assert world.retry_worker.withdrawn == [delivery]
     world.sender.kept([delivery], 5.0)
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     world.sender.withdrawn([delivery], 5.0, gone=True)
     assert isinstance(error_of(delivery), BrokerRejectedError)
 
@@ -271,7 +272,7 @@ def test_store_fails_for_what_is_in_flight(world: World) -> None:
     world.sender.not_kept(delivery, StoreError("locked"), 5.0)
     assert error_of(delivery).possibly_sent
     world.down()
-    assert delivery.place is Place.RETIRED
+    assert delivery.attempt is AttemptState.RETIRED
     assert world.up().written == []
     assert world.door.left == [delivery]
 
@@ -292,7 +293,7 @@ def test_the_store_refuses_what_its_publisher_relies_on(buried: bool) -> None:
     world.sender.not_kept(delivery, StoreError("locked"), 5.0)
     assert list(world.retry_worker.rows) == [delivery]
     exchange = "dead" if buried else "x"
-    assert (delivery.envelope.exchange, delivery.place) == (exchange, Place.STORED)
+    assert (delivery.envelope.exchange, delivery.attempt) == (exchange, AttemptState.SCHEDULED)
     assert world.sender.waiting == (0 if buried else 1)
     assert not heir.done()
 
@@ -303,7 +304,7 @@ def test_the_store_is_silent_about_what_its_publisher_relies_on(world: World) ->
     world.nack(1)
     delivery.leave(heir := Fate())
     world.sender.pay(delivery, 5.2)
-    assert delivery.place is Place.STORED
+    assert delivery.attempt is AttemptState.SCHEDULED
     world.store(delivery)
     world.retry(delivery)
     world.ack(2)
@@ -334,7 +335,7 @@ def test_its_publisher_leaves_while_the_store_is_silent(world: World, suspect: b
         world.nack(1)
     delivery.__class__ = Leaving
     world.sender.pay(delivery, 5.2)  # FakeRetryWorker would notice a second order
-    heir = delivery.heir
+    heir = delivery.successor
     assert isinstance(heir, Fate)
     world.store(delivery)
     if suspect:
@@ -352,7 +353,7 @@ def test_its_publisher_leaves_while_it_is_to_be_stored_ahead(world: World) -> No
     delivery = make_delivery("a")
     delivery.__class__ = Leaving
     world.sender.expire(delivery, 5.0)
-    assert (delivery.open, delivery.promised, delivery.place) == (True, True, Place.MAILBOX)
+    assert (delivery.open, delivery.promised, delivery.attempt) == (True, True, AttemptState.MAILBOX)
     assert world.retry_worker.rows == {}
 
 
@@ -376,7 +377,7 @@ def written_ahead(world: World, *, leased_until: float) -> Delivery:
     world.retry_worker.durable = True
     delivery = make_delivery("a")
     delivery.claim()
-    delivery.stored, delivery.leased_until = True, leased_until
+    delivery.row, delivery.leased_until = RowState.AHEAD, leased_until
     world.retry_worker.rows[delivery] = 0
     world.sender.readmit(delivery, 0.0)
     world.sender.pump(0.0)
@@ -389,7 +390,7 @@ def test_whose_row_it_is_has_to_be_known(world: World) -> None:
         delivery = written_ahead(world, leased_until=leased_until)
         world.now = 5.0
         world.nack(len(world.carrier.written))
-        assert delivery.answer.done() == (leased_until > world.now)
+        assert delivery.waiter.done() == (leased_until > world.now)
         world.sender.kept([delivery], world.now)
         assert not receipt_of(delivery).confirmed
         world.now = 0.0
@@ -401,7 +402,7 @@ def test_rejected_while_its_row_comes_back(world: World) -> None:
     world.down(404)
     assert world.retry_worker.withdrawn == [delivery]
     world.sender.readmit(delivery, 1.0)
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     world.sender.withdrawn([delivery], 1.0, gone=True)
     assert isinstance(error_of(delivery), BrokerRejectedError)
     assert world.sender.waiting == 0
@@ -412,7 +413,7 @@ def test_taken_over_while_it_is_being_stored(world: World) -> None:
     world.retry_worker.durable = True
     [delivery] = world.send("a")
     world.nack(1)
-    assert not delivery.answer.done()
+    assert not delivery.waiter.done()
     world.sender.taken_over([delivery], 1.0)
     assert receipt_of(delivery).durable
 
@@ -442,7 +443,7 @@ def test_time_is_up_amid_a_close(world: World) -> None:
     [delivery] = world.send("a")
     world.sender.shutdown.shelve(4.9)
     world.sender.expire(delivery, 5.0)
-    assert (world.sender.timeouts, delivery.late) == (0, False)
+    assert (world.sender.timeouts, delivery.attempt) == (0, AttemptState.IN_FLIGHT)
     world.store(delivery)
     assert receipt_of(delivery).durable
 
@@ -451,7 +452,7 @@ def test_room_behind_what_was_withdrawn(world: World) -> None:
     """What has been withdrawn while it waited takes no room from those behind it."""
     world.carrier.room_left = 0
     [withdrawn, _] = world.send("a", "b")
-    withdrawn.open = False  # as by its publisher, whose call was interrupted
+    assert withdrawn.withdraw()  # as by its publisher, whose call was interrupted
     world.carrier.room_left = 1
     world.sender.pump(0.0)
     assert world.carrier.written == [("b", 1)]

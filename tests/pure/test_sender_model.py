@@ -25,7 +25,8 @@ from hypothesis.stateful import (
 )
 
 from mlproducer import _waiting as waiting
-from mlproducer._core.delivery import Delivery, NoWaiter, Place
+from mlproducer._core.delivery import Delivery, NoWaiter
+from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState
 from mlproducer._core.states import CircuitState
 from mlproducer._engine import retry_worker, store_writer
 from mlproducer.errors import (
@@ -48,7 +49,7 @@ from tests.pure.witnesses import (
     TopologyDeclarer,
 )
 
-INSIDE = {Place.MAILBOX, Place.WAITING, Place.IN_FLIGHT}
+ENDED = {AttemptState.CONFIRMED, AttemptState.RETIRED}
 CALLS = ["put", "put's answer", "release", "renew", "done", "claim", "depth", "trace"]
 MOMENTS = [
     "a_second_passes",
@@ -148,7 +149,8 @@ class SenderMachine(RuleBasedStateMachine):
     def _waits(self, delivery: Delivery) -> bool:
         """Whether a call of `publish` waits for its answer."""
         record = self.house.record(delivery)
-        waits = delivery.answer_deferral and not delivery.answer.done() and record.told is None
+        told = delivery.answer is AnswerState.DEFERRED or delivery.waiter.done()
+        waits = delivery.answers_deferral and not told and record.told is None
         return waits and record.ends != ["withdrawn"]
 
     def everyone_expires(self) -> None:
@@ -397,14 +399,14 @@ class SenderMachine(RuleBasedStateMachine):
         waiting = Counter([*send_queue._backlog, *send_queue.poison.suspects])
         flying = Counter(house.channel.open.values()) if house.channel else Counter()
         for delivery, record in self.live.items():
-            place = delivery.place
-            assert waiting[delivery] == (place is Place.WAITING)
-            assert flying[record] == (place is Place.IN_FLIGHT)
-            withdrawn = place is Place.WAITING and not delivery.open
-            if place in (Place.WAITING, Place.IN_FLIGHT) and not withdrawn:
+            place = delivery.attempt
+            assert waiting[delivery] == (place is AttemptState.QUEUED)
+            assert flying[record] == delivery.in_flight
+            withdrawn = place is AttemptState.QUEUED and not delivery.open
+            if (place is AttemptState.QUEUED or delivery.in_flight) and not withdrawn:
                 assert delivery in house.gate._inside, "I6: inside without a slot"
-            elif place is Place.STORED:
-                owed = house.sender.failures.owes(delivery)
+            elif place is AttemptState.SCHEDULED:
+                owed = delivery.row in ROW_PENDING
                 owed = owed or delivery in posted
                 assert owed or delivery in house.retry_worker.stored_rows.deliveries()
                 assert owed or delivery not in house.gate._inside
@@ -418,15 +420,15 @@ class SenderMachine(RuleBasedStateMachine):
     def answers_stand(self) -> None:
         """I4: an answer never changes; what was confirmed or given back was answered so."""
         for delivery, record in self.live.items():
-            if delivery.answer.done() and not delivery.answer.cancelled():
-                answer = delivery.answer.exception(0) or delivery.answer.result(0)
+            if delivery.waiter.done() and not delivery.waiter.cancelled():
+                answer = delivery.waiter.exception(0) or delivery.waiter.result(0)
                 record.answer = record.answer or answer
                 assert record.answer is answer
             assert delivery.open == (not record.ends)
-            deferred = delivery.fate not in (None, delivery.answer) and not record.ends
+            deferred = delivery.fate not in (None, delivery.waiter) and not record.ends
             if deferred and not self._goes_back(delivery) and not record.stolen:
                 stored_rows = self.house.retry_worker.stored_rows
-                owed = delivery in stored_rows.rowless or self.house.sender.failures.owes(delivery)
+                owed = delivery in stored_rows.rowless or delivery.row in ROW_PENDING
                 stored = (
                     stored_rows.claim_of(delivery) or (record.told and owed) or record.elsewhere
                 )
@@ -439,7 +441,7 @@ class SenderMachine(RuleBasedStateMachine):
 
     def _goes_back(self, delivery: Delivery) -> bool:
         """Whether its publisher was interrupted, and a failure ends it once its row is gone."""
-        return not delivery.retry and self.house.sender.failures.owes(delivery)
+        return not delivery.retry and delivery.row in ROW_PENDING
 
     def circuit(self) -> None:
         """I17: closed below the threshold; counted is what was told."""
@@ -468,7 +470,7 @@ class SenderMachine(RuleBasedStateMachine):
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""
         for delivery, record in list(self.live.items()):
-            if delivery.place is Place.RETIRED and not self.house.sender.failures.owes(delivery):
+            if delivery.attempt in ENDED and delivery.row not in ROW_PENDING:
                 assert record.ends, "I4: it has retired, and nobody has been told"
                 assert delivery not in self.house.gate._inside, "I6: a slot leaks"
                 del self.live[delivery]
@@ -538,15 +540,15 @@ class SenderMachine(RuleBasedStateMachine):
     def _check_the_end(self) -> None:
         house = self.house
         for delivery, record in house.records.items():
-            if delivery.place is Place.MAILBOX and not record.ends:
+            if delivery.attempt is AttemptState.MAILBOX and not record.ends:
                 assert delivery in house.submits or self._waits(delivery), "nothing waits for it"
                 house.withdraw(delivery)  # its publisher's own wait ends
             if not record.ends and not delivery.open:
                 assert house.store.durable, "I20: entrusted to a store that does not last"
                 continue
             assert len(record.ends) == 1, f"I4: told {record.ends}"
-            assert delivery.place is Place.RETIRED or record.ends == ["withdrawn"]
-            told = delivery.fate or delivery.answer
+            assert delivery.attempt in ENDED or record.ends == ["withdrawn"]
+            told = delivery.fate or delivery.waiter
             nobody = record.ends == ["withdrawn"] or isinstance(told, NoWaiter)
             assert nobody or told.done()
             if record.ends == ["dead-lettered"]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlproducer._core.delivery import NO_WAITER, Delivery, Place
+from mlproducer._core.delivery import NO_WAITER, Delivery
+from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer.errors import (
     BrokerRejectedError,
     BufferFullError,
@@ -26,7 +27,7 @@ def close_over(world: World, code: int = 406, text: str = "PRECONDITION_FAILED")
 
 def is_settled(delivery: Delivery) -> bool:
     """Whether its publisher has an answer."""
-    return delivery.answer.done()
+    return delivery.waiter.done()
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_what_others_are_guilty_of_uses_up_no_retry() -> None:
     for _ in range(5):
         close_over(world, 404)  # under all
         close_over(world, 404)  # under the first alone, which is guilty
-    assert (good.attempts, good.place) == (6, Place.IN_FLIGHT)
+    assert (good.attempts, good.attempt) == (6, AttemptState.IN_FLIGHT)
     world.down(320)
     world.store(good)
     assert receipt_of(good).outcome is Outcome.DEFERRED
@@ -140,7 +141,7 @@ def test_a_doubt_outlives_a_later_poison(world: World) -> None:
 def test_what_was_raised_is_no_suspect(world: World) -> None:
     """Its publisher has left, and does not want it sent again."""
     [delivery, _] = world.send("a", "b", retry=False)
-    delivery.recalled = True
+    delivery.recall()
     delivery.leave(NO_WAITER)
     world.down(406)
     assert world.up().written == [("b", 1)]
@@ -180,7 +181,7 @@ def test_guilty_after_its_publisher_has_gone(world: World) -> None:
     world.store(delivery)
     receipt = receipt_of(delivery)
     close_over(world, 406)
-    assert delivery.place is Place.STORED
+    assert delivery.attempt is AttemptState.SCHEDULED
     world.retry(delivery)
     world.ack(1)
     with pytest.raises(RetriesExhaustedError) as caught:
@@ -254,7 +255,7 @@ def test_going_back_is_no_suspect(world: World) -> None:
     """One whose row is being deleted, since it goes back, is not sent again, and has no slot."""
     world.retry_worker.durable = True
     late, other = world.send("late", "other", retry=False)
-    late.stored = True  # ahead of its first attempt
+    late.row = RowState.AHEAD  # ahead of its first attempt
     world.sender.expire(late, world.now)
     assert world.retry_worker.withdrawn == [late]
     assert not is_settled(late)
@@ -262,7 +263,7 @@ def test_going_back_is_no_suspect(world: World) -> None:
     assert world.carrier.written == [("other", 1)]
     assert world.door.left == [late]
     world.sender.withdrawn([late], world.now, gone=True)
-    assert late.place is Place.RETIRED
+    assert late.attempt is AttemptState.RETIRED
     assert isinstance(error_of(late), ConfirmTimeoutError)
     world.ack(1)
     assert receipt_of(other).confirmed

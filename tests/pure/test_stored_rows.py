@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from mlproducer._core.delivery import Doubt
 from mlproducer._engine.stored_rows import StoredRows, record_of
 from mlproducer.stores.protocol import Claim, Record, Row
 from tests.helpers import make_delivery
@@ -15,7 +16,7 @@ def test_a_claim_that_was_lost_comes_back() -> None:
     """The delivery is found by its row's key, and keeps what is known of it here."""
     stored_rows = StoredRows(30.0, durable=True)
     delivery = make_delivery()
-    delivery.attempts, delivery.doubtful = 2, True
+    delivery.attempts, delivery.doubt = 2, Doubt.POSSIBLE
     stored_rows.hold(delivery, Claim(1, 1), 0.0)
     stored_rows.ahead.add(delivery)
     stored_rows.renewed([Claim(1, 1)], 10.0)
@@ -27,7 +28,7 @@ def test_a_claim_that_was_lost_comes_back() -> None:
     assert delivery.leased_until == -math.inf
     row = Row(Claim(1, 3), Record(delivery.envelope, attempts=1))
     assert stored_rows.take(row, 20.0, 0.0) is delivery
-    assert (delivery.attempts, delivery.doubtful) == (2, True)
+    assert (delivery.attempts, delivery.doubt) == (2, Doubt.POSSIBLE)
     assert (stored_rows.astray, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
     assert 40.0 < delivery.leased_until < 50.0
 

@@ -16,7 +16,8 @@ from attrs import define, evolve, field, frozen
 
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.breaker import Breaker, Consecutive
-from mlproducer._core.delivery import Delivery, Place
+from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import RowState
 from mlproducer._core.states import CircuitState
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._latch import Relay
@@ -80,6 +81,7 @@ class Record:
     retry: bool = True
     sends: int = 0
     letters: int = 0
+    buried: bool = False  # its letter has been handed to the retry worker before
     hits: int = 0
     acked: bool = False
     hidden: bool = False  # written, or taken over, its fate unknown: a queue may hold it
@@ -199,7 +201,7 @@ class Sink(EventSink):
     def dead_lettered(self, delivery: Delivery) -> None:
         """Only a letter that is ours, and that the broker has."""
         record = self._house.record(delivery)
-        assert delivery.kept, "only what is ours is buried"
+        assert delivery.row in (RowState.HELD, RowState.DELETING), "only what is ours is buried"
         assert record.letters, "I22: dead-lettered without a letter"
         assert record.acked, "I22: dead-lettered without an ack, or returned"
         self._end(delivery, "dead-lettered")
@@ -443,20 +445,23 @@ class ModelRetryWorker(RetryWorker):
         super().__init__(house.store, house.gate, backoff, SWEEP, Sink(house))
         self._house = house
 
-    def keep(self, delivery: Delivery, now: float, *, known: bool) -> None:
+    def keep(
+        self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
+    ) -> None:
         """Store it, as soon as the thread gets to it."""
         record = self._house.record(delivery)
         assert not record.ends, "kept after its end"
         assert record.retry, "I2: retry=False, and kept for a retry"
         assert now == self._house.clock.now
         record.not_before = now + self._earliest(delivery)
-        super().keep(delivery, now, known=known)
+        record.buried = record.buried or delivery.dead
+        super().keep(delivery, now, before=before, fresh=fresh)
 
     def _earliest(self, delivery: Delivery) -> float:
-        if delivery.place is Place.IN_FLIGHT:
+        if delivery.in_flight:
             return math.inf
         if delivery.dead:
-            return MAX_DELAY if delivery.buried else 0.0
+            return MAX_DELAY if self._house.record(delivery).buried else 0.0
         if delivery.attempts == 0:
             return 0.0
         return float(min(BASE_DELAY * 2.0 ** (delivery.attempts - 1), MAX_DELAY))

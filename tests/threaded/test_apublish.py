@@ -213,7 +213,7 @@ def test_an_answer_that_has_begun() -> None:
     async def work() -> Receipt:
         answer = AwaitedAnswer(Relay(lambda: None))
         delivery = make_delivery(deadline=time.monotonic())
-        delivery.answer = answer
+        delivery.waiter = answer
         speaking = delivery._listener()
         assert speaking is answer
 
