@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import NO_WAITER, Delivery
-from mlproducer._core.delivery_states import AnswerState
 from mlproducer._core.delivery_errors import failure
+from mlproducer._core.delivery_states import AnswerState
 from mlproducer._fate import Fate
 from mlproducer._latch import Latch, Relay
 from mlproducer.errors import ConfirmTimeoutError, PublishError

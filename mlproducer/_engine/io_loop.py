@@ -56,11 +56,20 @@ class IOLoop:
         self._open = True
         self._left = False
         self._never = threading.Event()
+        self._thread = 0
         self.mailbox = Mailbox()
 
     def order(self, order: Order) -> bool:
         """Have something done on the I/O thread; false if that has ended."""
         return self.mailbox.put(order)
+
+    def check_owner(self) -> None:
+        """See, in debug runs, that this is the I/O thread, or that there is none yet.
+
+        Not on the way of a confirmed message, where it would be the dearest call.
+        """
+        if __debug__ and self._thread not in (0, threading.get_ident()):
+            raise AssertionError("a delivery is touched by a thread that does not own it")
 
     def descriptors(self) -> list[int]:
         """Give every descriptor that is held here, for a forked child to let go of."""
@@ -74,6 +83,7 @@ class IOLoop:
 
     def run(self) -> None:
         """Run until `stop`; survive whatever a callback raises."""
+        self._thread = threading.get_ident()
         while self._open:
             self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
             self._owner.begin(self._loop)

@@ -303,10 +303,12 @@ class IOThread:
 
     def turn_away(self, delivery: Delivery) -> None:
         """Judge a message for which there was no room in time."""
+        self.io_loop.check_owner()
         self.sender.turn_away(delivery, time.monotonic())
 
     def expire(self, delivery: Delivery) -> None:
         """End a publisher's wait."""
+        self.io_loop.check_owner()
         self._delayed.release(delivery)
         if delivery.owner is not None and delivery.owner is not self:
             delivery.owner.order(partial(delivery.owner.expire, delivery))  # it was handed over
@@ -333,6 +335,7 @@ class IOThread:
 
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that the retry worker held."""
+        self.io_loop.check_owner()
         self._take_again(self._delayed.hold(deliveries, self._take_again, self._channels()))
 
     def _take_again(self, deliveries: Sequence[Delivery]) -> None:
@@ -344,6 +347,7 @@ class IOThread:
 
     def pass_on(self, deliveries: Sequence[Delivery], owner: Owner) -> None:
         """Have another connection send messages that belong to this one, and are not written."""
+        self.io_loop.check_owner()
         for delivery in deliveries:
             delivery.hand_over(owner)
         if not owner.order(partial(owner.readmit, deliveries)):
@@ -353,6 +357,7 @@ class IOThread:
 
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that are stored, as `accept` and `after_burst` do with others."""
+        self.io_loop.check_owner()
         self.sender.stored_ahead(deliveries)
         self.readmit(deliveries)
         now = time.monotonic()
@@ -363,27 +368,33 @@ class IOThread:
 
     def kept(self, deliveries: Sequence[Delivery]) -> None:
         """Tell publishers that their messages are stored."""
+        self.io_loop.check_owner()
         self.sender.kept(deliveries, time.monotonic())
 
     def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Tell publishers that the store cannot take their messages."""
+        self.io_loop.check_owner()
         for delivery, error in refusals:
             self.sender.not_kept(delivery, error, time.monotonic())
 
     def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
         """Tell publishers that their messages are their own again."""
+        self.io_loop.check_owner()
         self.sender.withdrawn(deliveries, time.monotonic(), gone=gone)
 
     def taken_over(self, deliveries: Sequence[Delivery]) -> None:
         """Send no more what another process has claimed."""
+        self.io_loop.check_owner()
         self.sender.taken_over(deliveries, time.monotonic())
 
     def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
         """Tell what became of messages in another process."""
+        self.io_loop.check_owner()
         self.sender.ended(deliveries, time.monotonic(), dead=dead)
 
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
         """Give back what the store has lost."""
+        self.io_loop.check_owner()
         self.sender.vanished(deliveries)
 
     def declare(self, answer: Answer) -> None:
@@ -405,6 +416,7 @@ class IOThread:
 
         A close() that was cut by an interrupt orders it again; it is done once.
         """
+        self.io_loop.check_owner()
         if not self.sender.shutdown.begun:
             self._delayed.release()
             self.sender.shutdown.shelve(time.monotonic())
@@ -413,6 +425,7 @@ class IOThread:
 
     def close(self) -> None:
         """Tell everybody how it stands, and end the connection and the thread; once."""
+        self.io_loop.check_owner()
         if self._closes:
             return
         self._closes = True

@@ -353,7 +353,11 @@ def test_its_publisher_leaves_while_it_is_to_be_stored_ahead(world: World) -> No
     delivery = make_delivery("a")
     delivery.__class__ = Leaving
     world.sender.expire(delivery, 5.0)
-    assert (delivery.open, delivery.promised, delivery.attempt) == (True, True, AttemptState.MAILBOX)
+    assert (delivery.open, delivery.promised, delivery.attempt) == (
+        True,
+        True,
+        AttemptState.MAILBOX,
+    )
     assert world.retry_worker.rows == {}
 
 
