@@ -63,14 +63,17 @@ class Stopwatch:
         return time.monotonic() - self._began
 
     def own(self) -> float:
-        """Return the seconds that have passed without those in which threads waited for a CPU.
+        """Return the seconds that have passed without those in which threads waited for a CPU."""
+        return self.wall() - self.waited()
 
-        Threads that wait one after the other add up; what waits at the same time is left out more
-        than once, which makes no promise look broken that was kept.
+    def waited(self) -> float:
+        """Return the seconds for which threads have waited for a CPU.
+
+        Those that wait one after the other add up; two that wait at the same time count twice,
+        which makes no promise look broken that was kept.
         """
-        wall = self.wall()
         waits = [*_ended[self._ended :], *_waits().items()]
-        return wall - sum(max(0.0, now - self._before.get(each, 0.0)) for each, now in waits)
+        return sum(max(0.0, now - self._before.get(each, 0.0)) for each, now in waits)
 
 
 def _waits() -> dict[str, float]:

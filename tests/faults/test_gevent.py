@@ -35,7 +35,8 @@ def test_greenlets_go_on_during_a_publish(rabbitmq_vhost: VirtualHost, proxy: Pr
         f"{late['ticks']} of {late['expected']:.0f} turns during a publish of {late['took']:.2f} s"
     )
     assert late["outcome"] == "DEFERRED"
-    assert 1.0 <= late["took"] < 1.25
+    assert late["took"] >= 1.0
+    assert late["own"] < 1.25
     assert late["ticks"] >= 0.7 * late["expected"]
     assert drain(rabbitmq_vhost.url) == {f"m{n}": 1 for n in range(50)} | {"late": 1}
 

@@ -520,14 +520,15 @@ def test_what_cannot_be_started_is_an_error_of_ours(
 FEW = """
 import resource, sys
 from mlproducer import MLProducer, Message, Settings, errors
-settings = Settings(url=sys.argv[1], connection_timeout=1.0)
-with MLProducer(settings) as producer:  # so that all is imported
+few, enough = Settings(url=sys.argv[1], connection_timeout=1.0), Settings(url=sys.argv[1])
+with MLProducer(enough) as producer:  # so that all is imported
     producer.publish(Message(body=b"x", routing_key="k"))
 for limit in range(3, 16):
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 64))
+    settings, timeout = (few, 0.5) if limit < 15 else (enough, 30.0)
     producer = MLProducer(settings)
     try:
-        producer.publish(Message(body=b"x", routing_key="k"), timeout=0.5, retry=False)
+        producer.publish(Message(body=b"x", routing_key="k"), timeout=timeout, retry=False)
     except errors.MLProducerError as error:
         print(limit, type(error).__name__)
     else:
