@@ -23,6 +23,7 @@ from mlproducer._core.poison import NO_PERMISSION
 from mlproducer._engine.tls import describe
 
 NOT_ALLOWED = 530
+NOT_IMPLEMENTED = 540
 CONNECTION_FORCED = 320
 """The broker shuts down, or an operator has closed the connection."""
 

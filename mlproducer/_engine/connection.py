@@ -34,6 +34,7 @@ from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.poison import NOT_FOUND
 from mlproducer._engine.close_reasons import (
     CONNECTION_FORCED,
+    NOT_ALLOWED,
     ClosedInWaiterError,
     NoMechanismError,
     OversizedFrameError,
@@ -417,6 +418,7 @@ class Connection:
         self._askers: list[Answer] = []
         self._vain = 0
         self._asking: set[int] = set()
+        self._declaring: set[int] = set()
         self.probes = probes
         self.fatal: Declaration | None = None
         self._timer: Any = None
@@ -501,7 +503,7 @@ class Connection:
         elif self._adding is not None and self._adding.asked is not None:
             self.fatal = self._adding.asked
             self._owner.topology_fault(self.fatal, loss)
-        elif self._asking:
+        elif self._asking or (self._declaring and loss.reply_code == NOT_ALLOWED):
             self._owner.probe_refused(loss)
 
     def _fail(self, loss: Loss) -> None:
@@ -699,8 +701,17 @@ class Connection:
 
     # --- questions beside publishing -----------------------------------------------------------
 
-    def side_channel(
+    def declaring_channel(
         self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
+    ) -> None:
+        """Open a side channel for declarations: whoever declares sees to it what they cost."""
+        self.side_channel(on_open, on_closed, self._declaring)
+
+    def side_channel(
+        self,
+        on_open: Callable[[Channel], None],
+        on_closed: Callable[[Loss], None],
+        among: set[int] | None = None,
     ) -> None:
         """Open a channel for questions; the broker may close it without harm to any other."""
         if not self._connection.is_open:
@@ -713,7 +724,7 @@ class Connection:
         except exceptions.NoFreeChannels:
             self._without_side_channels(on_closed)
             return
-        self._asking.add(int(channel))
+        (self._asking if among is None else among).add(int(channel))
         channel.add_on_close_callback(functools.partial(self._on_side_closed, on_closed))
 
     def _without_side_channels(self, on_closed: Callable[[Loss], None]) -> None:
@@ -728,6 +739,7 @@ class Connection:
     ) -> None:
         if not isinstance(reason, exceptions.ConnectionClosed):
             self._asking.discard(int(channel))
+            self._declaring.discard(int(channel))
         if isinstance(reason, exceptions.ChannelClosedByBroker):
             on_closed(closed_by_broker(reason))
 

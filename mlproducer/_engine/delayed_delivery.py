@@ -16,12 +16,16 @@ from typing import Any
 
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.interfaces import Carrier, Loss
+from mlproducer._engine.close_reasons import CONNECTION_FORCED
 from mlproducer._wire.delay import Delays
 from mlproducer.message import Envelope
 from mlproducer.topology import Declaration
 
 PATIENCE = 5.0
 """Seconds for the broker to declare them; a cluster takes one or two for 28 quorum queues."""
+
+LIMIT = 3
+"""Connections that may be lost without a word while we ask for the same; with one, it is enough."""
 
 OpenChannel = Callable[[Callable[[Any], None], Callable[[Loss], None]], None]
 Take = Callable[[Sequence[Delivery]], None]
@@ -55,7 +59,7 @@ class DelayedDelivery:
         self._wanted = False  # ours do
         self._usable: bool | None = None  # None: not known on this connection
         self._round: _Round | None = None
-        self._cut_off = 0  # connections in a row that were lost while we asked
+        self._cut_off = 0  # of `LIMIT` for each step: connections in a row lost while we asked
         self._held: list[tuple[Take, Delivery]] = []
         self._then: Callable[[], None] | None = None
 
@@ -120,18 +124,29 @@ class DelayedDelivery:
         if self._round is None:
             self._begin(open_channel)
 
+    def lost(self, loss: Loss) -> None:
+        """Note that the connection is gone, and whether it may be so because of what was asked.
+
+        What was given up on one connection is asked for again on a later one, with less at first.
+        """
+        if self._round is None:
+            self._cut_off = max(0, self._cut_off - LIMIT)
+        elif loss.reply_code in (0, CONNECTION_FORCED):
+            self._cut_off += loss.reply_code == 0  # without a word, as networks do
+        else:
+            self._cut_off += LIMIT
+        self.forget()
+
     def forget(self) -> None:
         """Know nothing any more of what is declared: the connection is gone, or an exchange is."""
-        if self._round is not None:
-            self._cut_off += 1
         self._usable = self._round = self._then = None
         self.release()
 
     def _begin(self, open_channel: OpenChannel) -> None:
         # Some brokers answer what they do not know by ending the connection: ask for less then.
-        if self._active and not self._cut_off:
+        if self._active and self._cut_off < LIMIT:
             self._start(open_channel, self._delays.declarations(), last=False)
-        elif self._cut_off < (2 if self._active else 1):
+        elif self._cut_off < (2 * LIMIT if self._active else LIMIT):
             self._start(open_channel, self._delays.passive(), last=True)
         else:
             self._give_up(next(self._delays.passive()), Loss("it costs the connection"))

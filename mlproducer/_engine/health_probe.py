@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from mlproducer._core.interfaces import Loss
+from mlproducer._engine.close_reasons import NOT_ALLOWED, NOT_IMPLEMENTED
 from mlproducer._engine.health import settle
 from mlproducer.observe.events import EventSink
 from mlproducer.topology import Topology
@@ -33,6 +34,7 @@ class HealthProbe:
         self._events = events
         self._reply: Future[None] | None = None
         self._left_out: dict[str, int] = {}
+        self._excused = False
 
     def begin(self, open_channel: OpenChannel, reply: Future[None]) -> None:
         """Ask; the reply is resolved at the first answer."""
@@ -51,8 +53,18 @@ class HealthProbe:
             settle(reply)
         return reply is not None
 
+    def excuses(self, loss: Loss) -> bool:
+        """Whether a connection that ended while we asked may have ended over something else.
+
+        So it may for once, until the next answer: a message in flight can end it just then. But a
+        broker says so where it allows no second channel, or has no answer to what was asked.
+        """
+        excused, self._excused = self._excused, True
+        return not excused and loss.reply_code not in (0, NOT_ALLOWED, NOT_IMPLEMENTED)
+
     def on_alive(self) -> None:
         """Take any answer for a sign of life."""
+        self._excused = False
         if self.end():
             self._events.health_checked(alive=True)
 

@@ -223,7 +223,7 @@ class IOThread:
     def _channels(self) -> OpenChannel | None:
         """Give what opens a channel for declarations on a connection that carries messages."""
         connection = self.connector.connection
-        return None if connection is None or not self.is_connected else connection.side_channel
+        return None if connection is None or not self.is_connected else connection.declaring_channel
 
     def after_burst(self) -> None:
         """Write what has come."""
@@ -505,7 +505,9 @@ class IOThread:
         """Let the sender carry on the new channel, once what it needs is declared."""
         connection = self.connector.connection
         if connection is not None:
-            self._delayed.prepare(connection.side_channel, partial(self._connection_ready, channel))
+            self._delayed.prepare(
+                connection.declaring_channel, partial(self._connection_ready, channel)
+            )
 
     def _connection_ready(self, channel: Carrier) -> None:
         first = self.connector.state is ConnectionState.CONNECTING
@@ -528,7 +530,7 @@ class IOThread:
         was_up = self.is_connected
         self.is_connected = False
         self._health_probe.end()
-        self._delayed.forget()
+        self._delayed.lost(loss)
         self.sender.down(loss, time.monotonic())
         self.sender.disconnected()
         if was_up:
@@ -565,6 +567,8 @@ class IOThread:
     def probe_refused(self, loss: Loss) -> None:
         """Ask this broker no more: it is well, and its silence is noticed by heartbeats."""
         self._health_probe.end()
+        if self._health_probe.excuses(loss):
+            return
         if self.connector.without_probes():
             text = f"no health check: only heartbeats notice its silence: {loss.text}"
             self._events.health_fault(self._topology.exchange, evolve(loss, text=text))

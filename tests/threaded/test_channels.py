@@ -85,6 +85,33 @@ def test_a_probe_that_costs_the_connection(connect: Connect, serve: Serve) -> No
     assert len(faults.seen) == 1
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_connection_that_ends_during_a_probe(connect: Connect, serve: Serve, times: int) -> None:
+    """Once it may be by chance, over a message say; twice without an answer it is the probe."""
+
+    class Ends(Behaviour):
+        left = times
+
+        def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+            if isinstance(method, spec.Exchange.Declare) and method.passive and self.left:
+                self.left -= 1
+                connection.close_connection(541, "INTERNAL_ERROR")
+            else:
+                super().on_method(connection, channel, method)
+
+    broker = serve(Ends())
+    producer = connect(broker, health_check_interval=0.05)
+    faults = health_faults(producer)
+    checked = told(producer, "health_checked", lambda alive: alive)
+    if times == 1:
+        checked.wait_for(True, True)
+        assert faults.seen == []
+    else:
+        faults.wait_until(lambda: len(faults.seen) == 1)
+    assert confirmed(producer)
+    assert broker.accepted == 1 + times
+
+
 def checks_of(producer: MLProducer) -> Happenings:
     """Watch the health thread ask."""
     engine: Any = producer._life.runtime.engines[0]  # type: ignore[union-attr]

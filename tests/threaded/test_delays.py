@@ -171,3 +171,48 @@ def test_closing_tells_of_what_is_held(connect: Connect, serve: Serve) -> None:
     report = producer.close(0.2)
     assert report.abandoned == ("later",)
     assert future.exception(LIMIT) is not None
+
+
+class LosesConnections(Levels):
+    """Loses as many connections in the middle of the declarations, and then accepts them."""
+
+    def __init__(self, times: int, lose: Callable[[FakeConnection], None]) -> None:
+        super().__init__(self._lose_or_accept)
+        self.times = times
+        self._lose = lose
+
+    def _lose_or_accept(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        if self.times:
+            self.times -= 1
+            self._lose(connection)
+        else:
+            _accept(connection, channel, method)
+
+
+@pytest.mark.parametrize(
+    ("times", "lose"),
+    [
+        (2, lambda connection: connection.reset()),
+        (5, lambda connection: connection.close_connection(320, "CONNECTION_FORCED")),
+    ],
+)
+def test_connections_lost_for_other_reasons(
+    connect: Connect, serve: Serve, times: int, lose: Callable[[FakeConnection], None]
+) -> None:
+    """A bad network, or a broker that restarts, is no reason to do without delayed delivery."""
+    broker = serve(LosesConnections(times, lose))
+    producer = connect(broker, declare_topology="active")
+    assert producer.publish(_later()).result(LIMIT).confirmed
+    [(_, exchange, _)] = _arrived(broker)
+    assert exchange == ENTRY
+
+
+def test_what_was_given_up_is_tried_on_a_later_connection(connect: Connect, serve: Serve) -> None:
+    """The broker may have been replaced by another version, or another program have declared."""
+    behaviour = LosesConnections(2, lambda connection: connection.close_connection(540, "NO"))
+    broker = serve(behaviour)
+    producer = connect(broker, declare_topology="active")
+    assert producer.publish(_later("first")).result(LIMIT).confirmed
+    broker.connections[0].reset()
+    assert producer.publish(_later("second")).result(LIMIT).confirmed
+    assert [exchange for _, exchange, _ in _arrived(broker)] == ["bookmarkai.ml", ENTRY]
