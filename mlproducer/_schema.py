@@ -256,7 +256,7 @@ def headers(name: str, value: Any) -> Any:
     extra = _EXTRA_ROUTES.intersection(copy)
     if extra:
         raise InvalidTaskError(
-            f"{name} holds {min(extra)}, which RabbitMQ takes for more routing keys; not accepted"
+            f"{name} holds {min(extra)}, which RabbitMQ reads as more routing keys; not accepted"
         )
     if "x-death" in copy and not is_history(copy["x-death"]):
         raise InvalidTaskError(f"{name}.x-death is {NO_HISTORY}")
@@ -387,7 +387,7 @@ def word(key: str) -> str:
 def _json_leaf(item: Any) -> bool:
     if isinstance(item, str):
         if _lone_surrogate(item):
-            raise _WrongError("holds a lone surrogate, no Unicode text")
+            raise _WrongError("holds a lone surrogate, which UTF-8 cannot encode")
     elif isinstance(item, float):
         if not isfinite(item):
             raise _WrongError(f"is a float that is not finite; accepted is {JSON_TYPES}")
@@ -411,13 +411,13 @@ def _json_key(key: Any) -> None:
     if not isinstance(key, str):
         raise _WrongError(f"holds a key of type {type(key).__name__}; accepted is a str")
     if not key.isascii() and _lone_surrogate(key):
-        raise _WrongError("holds a key with a lone surrogate, no Unicode text")
+        raise _WrongError("holds a key with a lone surrogate, which UTF-8 cannot encode")
 
 
 def _table_leaf(item: Any) -> bool:
     if isinstance(item, str):
         if _lone_surrogate(item):
-            raise _WrongError("holds a lone surrogate, no Unicode text")
+            raise _WrongError("holds a lone surrogate, which UTF-8 cannot encode")
     elif isinstance(item, int):
         if not -(1 << 63) <= item < 1 << 63:
             raise _WrongError(f"is an int of more than 64 bits; accepted is {TABLE_TYPES}")

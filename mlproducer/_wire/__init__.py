@@ -1,4 +1,4 @@
-"""Bytes and nothing else: strict JSON, AMQP property lists and frames, Celery's message protocol.
+"""The wire format: strict JSON, AMQP properties and frames, Celery's message protocol.
 
 Runs on: any thread.
 """

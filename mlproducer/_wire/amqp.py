@@ -1,12 +1,12 @@
 """AMQP 0-9-1 values: short strings, field tables and the property list of a message.
 
-Encoding is the check: what AMQP cannot carry is refused here, on the caller's thread, by the
-field's name and type and never by its content. What is accepted is byte for byte what pika would
-write.
+Encoding is also the check: what AMQP cannot carry is refused here, on the caller's thread, with an
+error that shows the field's name and type, never its content. Accepted values are encoded byte for
+byte as pika encodes them.
 
-The property list is left open at its end: its last property, ``cluster-id``, which AMQP reserves
-and brokers pass through untouched, is filled in for each attempt with the delivery tag, so that a
-returned message is matched to its attempt exactly, whatever ids users chose.
+The property list ends before the value of its last property, ``cluster-id``, which AMQP reserves
+and brokers pass on unchanged. Each attempt adds its delivery tag there, so that a returned message
+is matched to its attempt, even where several messages have one id.
 
 Runs on: any thread.
 """
@@ -24,16 +24,16 @@ from mlproducer._schema import NO_HISTORY, is_history
 from mlproducer.errors import InvalidMessageError, MessageTooLargeError
 
 FRAME_MAX = 131_072
-"""What RabbitMQ and pika negotiate unless told otherwise, in bytes."""
+"""The frame size that RabbitMQ and pika negotiate by default, in bytes."""
 
 FRAME_OVERHEAD = 8  # type, channel, size, end octet
 CONTENT_HEADER = 12  # class, weight, body size
 ATTEMPT_MAX = 21  # a short string of the longest delivery tag
-DEATH_ROOM = 1024
-"""Bytes that the headers of a dead letter may take, beside those that the message has already."""
+DEATH_HEADERS = 1024
+"""Bytes that are left for the headers that a dead letter adds."""
 
 LETTER_MAX = FRAME_MAX - FRAME_OVERHEAD - CONTENT_HEADER - ATTEMPT_MAX
-PROPERTIES_MAX = LETTER_MAX - DEATH_ROOM
+PROPERTIES_MAX = LETTER_MAX - DEATH_HEADERS
 
 MAX_EXPIRATION = 4_294_967
 """Seconds; RabbitMQ takes a message's time to live in milliseconds, as 32 bits."""
@@ -47,8 +47,8 @@ _CONTROL = frozenset(map(chr, [*range(32), 127]))
 
 _FLAG_CLUSTER_ID = 1 << 2
 NOT_MANDATORY = 1 << 1
-"""A flag that AMQP has no property for. In an envelope, and so in a store, it says that a message
-asks for no return; `FrameWriter` takes it out, for brokers insist on zero."""
+"""A flag to which AMQP assigns no property. In an envelope, and so in a store, it marks a message
+that is not mandatory; `FrameWriter` clears it, since brokers require zero."""
 
 _pack_flags = struct.Struct(">H").pack
 _pack_long = struct.Struct(">I").pack
@@ -63,7 +63,7 @@ _pack_longlong = struct.Struct(">Q").pack
 def short_string(field: str, value: str) -> bytes:
     """Encode a short string (AMQP 0-9-1, section 4.2.5.3): at most 255 bytes of UTF-8.
 
-    :raises InvalidMessageError: it is too long, no text, or holds control characters
+    :raises InvalidMessageError: it is not a str, too long, or holds control characters
     """
     if not isinstance(value, str):
         raise InvalidMessageError(f"{field} is {_kind(value)}; accepted is str")
@@ -89,12 +89,12 @@ def table(field: str, mapping: Mapping[str, Any]) -> bytes:
 
 
 def table_entries(field: str, mapping: Mapping[str, Any], depth: int = 1) -> bytes:
-    """Encode a table's entries without the leading length, so that more can be added to them."""
+    """Encode a table's entries without the leading length, so that others can be appended."""
     pieces = []
     for key, value in mapping.items():
         if key in _EXTRA_ROUTES and depth == 1:
             raise InvalidMessageError(
-                f"{field} holds {key}, which RabbitMQ takes for more routing keys; not accepted"
+                f"{field} holds {key}, which RabbitMQ reads as more routing keys; not accepted"
             )
         if key == "x-death" and depth == 1 and not is_history(value):
             raise InvalidMessageError(f"{field}.x-death is {NO_HISTORY}")
@@ -120,14 +120,14 @@ def properties(
     app_id: str | None = None,
     mandatory: bool = True,
 ) -> bytes:
-    """Encode a message's properties (AMQP 0-9-1, section 1.8.2), open at the end.
+    """Encode a message's properties (AMQP 0-9-1, section 1.8.2), without the value of cluster-id.
 
-    :param headers: a table as `table` encodes it
+    :param headers: a table, as `table` encodes it
     :param expiration: seconds
     :param timestamp: seconds since the epoch
-    :param mandatory: without it, the flags say `NOT_MANDATORY`
-    :raises InvalidMessageError: a value out of its range
-    :raises MessageTooLargeError: all together do not fit a frame
+    :param mandatory: if false, the flag `NOT_MANDATORY` is set
+    :raises InvalidMessageError: a value is out of range
+    :raises MessageTooLargeError: together they do not fit a frame
     """
     flags, pieces = _FLAG_CLUSTER_ID if mandatory else _FLAG_CLUSTER_ID | NOT_MANDATORY, [b""]
     if content_type is not None:
@@ -173,11 +173,11 @@ def properties(
 
 
 def check_size(encoded: bytes) -> bytes:
-    """Give back an encoded property list that fits one frame.
+    """Return an encoded property list if it fits one frame.
 
-    A longer one would make the broker close the connection under all other messages.
+    Over a longer one the broker would close the connection, with all other messages on it.
 
-    :raises MessageTooLargeError: it does not
+    :raises MessageTooLargeError: it does not fit
     """
     if len(encoded) > PROPERTIES_MAX:
         raise MessageTooLargeError(
@@ -236,10 +236,10 @@ def _float(field: str, value: float, _depth: int) -> bytes:
 
 
 def _datetime(field: str, value: datetime, _depth: int) -> bytes:
-    """Encode whole seconds since the epoch; without a time zone it is taken for UTC, as by pika."""
+    """Encode whole seconds since the epoch; without a time zone it is taken as UTC, as in pika."""
     seconds = timegm(value.utctimetuple())
     if seconds < 0:
-        raise InvalidMessageError(f"{field} holds a datetime before 1970, which AMQP has none of")
+        raise InvalidMessageError(f"{field} holds a datetime before 1970, which AMQP cannot carry")
     return _pack_timestamp(b"T", seconds)
 
 
@@ -286,7 +286,9 @@ def _utf8(field: str, value: str) -> bytes:
     try:
         return value.encode()
     except UnicodeEncodeError:
-        raise InvalidMessageError(f"{field} holds a lone surrogate, no Unicode text") from None
+        raise InvalidMessageError(
+            f"{field} holds a lone surrogate, which UTF-8 cannot encode"
+        ) from None
 
 
 def _kind(value: object) -> str:

@@ -1,10 +1,9 @@
 """Celery's message protocol 2: a task as headers, properties and a body that any worker takes.
 
-The headers are those that ``celery.app.amqp.AMQP.as_task_v2`` writes for the same task, as far as
-a worker needs them: what the protocol takes for granted where it is missing (no times, no
-retries, no group) is left out, for the broker decodes each. What is constant for a task's name is
-encoded once; what a task was given follows. ``argsrepr`` and ``kwargsrepr``, which brokers and
-monitors show, hold no user text.
+The headers are those that ``celery.app.amqp.AMQP.as_task_v2`` writes for the same task, except
+those that have the protocol's default value (no times, no retries, no group), since the broker has
+to decode each. The part that is constant for a task's name is encoded once. ``argsrepr`` and
+``kwargsrepr``, which brokers and monitors show, hold no user text.
 
 Runs on: any thread.
 """
@@ -40,12 +39,12 @@ def encode(
     now: datetime | None = None,
     delays: Delays | None = None,
 ) -> Envelope:
-    """Turn a task into a message.
+    """Encode a task as a message.
 
-    :param exchange: where it goes unless the task itself says
-    :param trace: the headers of a W3C trace context, or nothing
-    :param now: what a countdown counts from, with a time zone; ``None`` is this moment
-    :param delays: where a task waits that is due later; without, its worker holds it
+    :param exchange: the exchange, unless the task names one
+    :param trace: the headers of a W3C trace context, if there is one
+    :param now: when a countdown starts, with a time zone; ``None``: now
+    :param delays: the delayed delivery, for a task that is due later; ``None``: its worker holds it
     :raises InvalidMessageError: AMQP or strict JSON cannot carry the task
     :raises MessageTooLargeError: its headers do not fit a frame
     """
@@ -78,7 +77,7 @@ def encode(
         now = now or datetime.now(timezone.utc)
         eta, expires = _moments(task, now)
         expiration = _time_to_live(expires, now)
-        entries += _further(task, eta, expires)
+        entries += _optional_headers(task, eta, expires)
         if delays is not None and eta is not None:
             seconds = (eta - now).total_seconds()
             exchange, routing_key = delays.address(exchange, routing_key, seconds)
@@ -98,9 +97,9 @@ def encode(
 
 @lru_cache(_REMEMBERED)
 def check_route(exchange: str, routing_key: str) -> None:
-    """Check what `FrameWriter` will encode on the I/O thread, where nobody could be told.
+    """Check names that `FrameWriter` encodes later, on the I/O thread, where nothing may raise.
 
-    :raises InvalidMessageError: one of them is no short string
+    :raises InvalidMessageError: one of them is not a short string
     """
     amqp.short_string("exchange", exchange)
     amqp.short_string("routing_key", routing_key)
@@ -108,7 +107,7 @@ def check_route(exchange: str, routing_key: str) -> None:
 
 @lru_cache(_REMEMBERED)
 def _template(name: str) -> tuple[bytes, bytes, bytes]:
-    """Encode what is around the ids, all of one length, of an ML task with nothing further."""
+    """Encode what is around the ids, which have a fixed length, of a task without options."""
     short = b"$" + b"0" * 36
     entries = _lineage("", short, None)
     start, middle = _around_headers(None)
@@ -119,7 +118,7 @@ def _template(name: str) -> tuple[bytes, bytes, bytes]:
 
 
 def _lineage(task_id: str, short: bytes, running: Any) -> bytes:
-    """Encode the ids: of the task itself and, inside a Celery task, of what it comes from."""
+    """Encode the ids: the task's and, inside a Celery task, those of its root and its parent."""
     if running is None:
         # A table's text is a short string with three more octets of length.
         return b"".join((b"\x02idS\0\0\0", short, b"\x07root_idS\0\0\0", short))
@@ -129,7 +128,7 @@ def _lineage(task_id: str, short: bytes, running: Any) -> bytes:
 
 
 def _running() -> Any:
-    """Give the request of the Celery task that runs on this thread, if there is one."""
+    """Return the request of the Celery task that is running on this thread, if there is one."""
     task = getattr(
         sys.modules.get("celery"), "current_task", None
     )  # a proxy, false where no task runs
@@ -137,10 +136,12 @@ def _running() -> Any:
     return request if request is not None and request.id else None
 
 
-def _further(task: MLTask | CeleryTask, eta: datetime | None, expires: datetime | None) -> bytes:
-    """Encode the headers that were asked for; what the protocol takes for granted is left out."""
+def _optional_headers(
+    task: MLTask | CeleryTask, eta: datetime | None, expires: datetime | None
+) -> bytes:
+    """Encode the headers that the task asks for, except those with the protocol's defaults."""
     given: dict[str, Any] = {}
-    if not WORKERS_NAMES.isdisjoint(task.headers):  # added by a hook: the task would refuse them
+    if not WORKERS_NAMES.isdisjoint(task.headers):  # added by a hook: the task itself refuses them
         raise InvalidMessageError("headers has names that Celery's workers use themselves")
     if eta is not None:
         given["eta"] = eta.isoformat()
@@ -182,7 +183,7 @@ def _properties(
 
 @lru_cache(257)
 def _around_headers(priority: int | None) -> tuple[bytes, bytes]:
-    """Encode what comes before the headers, and what comes between them and the two ids."""
+    """Encode the properties before the headers, and those between the headers and the two ids."""
     encoded = amqp.properties(
         content_type="application/json",
         content_encoding="utf-8",
@@ -209,7 +210,7 @@ def _constant_entries(name: str, argsrepr: str = "(...)", kwargsrepr: str = "{..
 
 
 def _moments(task: MLTask | CeleryTask, now: datetime) -> tuple[datetime | None, datetime | None]:
-    """Give when a task may run, and after when it may not."""
+    """Return the time before which a task must not run, and the time after which it must not."""
     eta = now + timedelta(seconds=task.countdown) if task.countdown is not None else task.eta
     expires = task.expires
     if expires is not None and not isinstance(expires, datetime):
@@ -218,9 +219,9 @@ def _moments(task: MLTask | CeleryTask, now: datetime) -> tuple[datetime | None,
 
 
 def _time_to_live(expires: datetime | None, now: datetime) -> float | None:
-    """Give the seconds after which the broker may drop a task, as far as AMQP can say them.
+    """Return the seconds after which the broker may drop a task, if AMQP can express them.
 
-    The header says it too, for the worker, whose clock is the one that counts.
+    The header ``expires`` carries the time too: the worker checks it by its own clock.
     """
     if expires is None:
         return None
@@ -229,7 +230,7 @@ def _time_to_live(expires: datetime | None, now: datetime) -> float | None:
 
 
 def _forget_origin() -> None:
-    """Let a child of a fork name itself."""
+    """Encode the origin, which has the process id, again in a forked child."""
     _constant_entries.cache_clear()
     _template.cache_clear()
 

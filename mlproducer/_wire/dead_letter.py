@@ -1,7 +1,7 @@
-"""What a message becomes after its last retry: the same body, with headers that say what happened.
+"""Dead letters: the message after its last retry, with the same body, and headers about its death.
 
-It lives on in its queue until somebody looks at it, so an expiration becomes a header, as it does
-where RabbitMQ dead-letters (its guide, *Dead Letter Exchanges*).
+A dead letter must not expire in its queue, so the expiration becomes a header, as it does where
+RabbitMQ itself dead-letters (its guide, *Dead Letter Exchanges*).
 
 Runs on: the I/O thread.
 """
@@ -27,11 +27,11 @@ def dead_letter(
     headers: Mapping[str, str | int],
     longest: int = LETTER_MAX,
 ) -> Envelope:
-    """Address a message to the dead-letter exchange, under its own routing key and id.
+    """Return a message as a dead letter for an exchange, with its own routing key and id.
 
     :param headers: what happened, the most important first
-    :param longest: bytes of properties that the connection takes; what has no room is cut or left
-        out, since the message itself must be the same
+    :param longest: bytes of properties that the connection accepts; headers beyond them are cut or
+        left out, and nothing of the message itself
     """
     return Envelope(
         message_id=envelope.message_id,
@@ -44,26 +44,26 @@ def dead_letter(
 
 
 def _dead(properties: bytes, headers: Mapping[str, str | int], longest: int) -> bytes:
-    """Add headers to an encoded property list, which may have none yet, and drop its expiration."""
+    """Add headers to an encoded property list, and remove its expiration."""
     values = _split(properties)
     expiration = values.pop(_EXPIRATION, None)
     if expiration is not None:
         headers = {EXPIRATION_HEADER: expiration[1:].decode(), **headers}
     own = values.get(_HEADERS, bytes(4))[4:]
     values[_HEADERS] = bytes(4)
-    room = longest - 2 - sum(map(len, values.values())) - len(own)
-    entries = own + _fitting(headers, room)
+    space = longest - 2 - sum(map(len, values.values())) - len(own)
+    entries = own + _fitting(headers, space)
     values[_HEADERS] = len(entries).to_bytes(4, "big") + entries
     flags = sum(1 << bit for bit in values) | 1 << _CLUSTER_ID
     ordered = (values[bit] for bit in sorted(values, reverse=True))
     return b"".join((flags.to_bytes(2, "big"), *ordered))
 
 
-def _fitting(headers: Mapping[str, str | int], room: int) -> bytes:
-    """Encode headers as far as there is room; a text that is too long is cut."""
+def _fitting(headers: Mapping[str, str | int], space: int) -> bytes:
+    """Encode the headers that fit; a reason that is too long is cut."""
     encoded = b""
     for name, value in headers.items():
-        left = room - len(encoded)
+        left = space - len(encoded)
         entry = table_entries("headers", {name: value})
         excess = len(entry) - left
         if excess > 0 and isinstance(value, str) and name in _MAY_BE_CUT:
@@ -75,7 +75,7 @@ def _fitting(headers: Mapping[str, str | int], room: int) -> bytes:
 
 
 def _split(properties: bytes) -> dict[int, bytes]:
-    """Cut a property list, open at its end, into its values by their flag's bit."""
+    """Split a property list, without the value of cluster-id, into values by their flag's bit."""
     flags, at = int.from_bytes(properties[:2], "big"), 2
     values: dict[int, bytes] = {}
     for bit in range(15, _CLUSTER_ID, -1):

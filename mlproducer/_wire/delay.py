@@ -3,11 +3,11 @@
 There are 28 exchanges, ``celery_delayed_27`` to ``celery_delayed_0``, each with a queue whose
 messages expire after 2 ** level seconds and go on to the next level (Celery's guide, *Using
 RabbitMQ*, and ``kombu.transport.native_delayed_delivery``). A routing key begins with the seconds
-to wait as 28 binary digits, one a level: a 1 leads through the level's queue, a 0 past it. What has
-passed level 0 reaches the exchange ``celery_delayed_delivery`` and from there its own queue.
+to wait as 28 binary digits, one for each level: a 1 leads through the level's queue, a 0 past it.
+After level 0 a message reaches the exchange ``celery_delayed_delivery``, and from there its queue.
 
-A worker holds a task with an ``eta`` that it gets too early, and with it a place among the messages
-that it may hold; so the broker waits whole seconds, and the worker the rest of less than one.
+A worker holds a task that it gets before its ``eta``, and the task counts towards its prefetch
+limit. So the broker waits the whole seconds, and the worker the rest of less than one.
 
 Runs on: any thread.
 """
@@ -25,7 +25,7 @@ from mlproducer.topology import Declaration, Topology
 
 LEVELS = 28
 MAX_SECONDS = 2**LEVELS - 1
-"""Eight and a half years; what is due later waits with the worker for the rest."""
+"""Eight and a half years; the worker waits the rest of a longer delay."""
 
 SLACK = 0.1
 """Seconds that a task may be late by, so that one due in 59.95 s does not wait for 59."""
@@ -36,7 +36,7 @@ _ETA = re.compile(rb"\x03etaS\x00\x00\x00(.)", re.DOTALL)
 
 
 def is_level(queue: str) -> bool:
-    """Whether a queue is one in which delayed tasks wait, whatever prefix it has."""
+    """Return whether a queue is one of the levels, with any prefix."""
     return _LEVEL_QUEUE.fullmatch(queue) is not None
 
 
@@ -44,10 +44,10 @@ def is_level(queue: str) -> bool:
 class Delays:
     """The delayed delivery to the quorum queues of one topology.
 
-    :ivar exchange: what a topology's tasks are published to
-    :ivar routing_keys: those that lead from there to a quorum queue
-    :ivar prefix: what is before the names of the levels, so that environments that share a virtual
-        host do not get each other's tasks; as in kombu
+    :ivar exchange: the exchange of the topology
+    :ivar routing_keys: those that lead from it to a quorum queue
+    :ivar prefix: before the names of the levels, as in kombu, so that environments that share a
+        virtual host do not get each other's tasks
     """
 
     exchange: str
@@ -57,7 +57,7 @@ class Delays:
 
     @classmethod
     def of(cls, topology: Topology, prefix: str = "") -> Delays:
-        """Give the delays of a topology; only a topic exchange passes on what was delayed."""
+        """Return the delays of a topology; only a topic exchange routes delayed messages."""
         quorum = [queue for queue in topology.queues if queue.quorum]
         bindings = [(queue.name, key) for queue in quorum for key in queue.routing_keys]
         if topology.exchange_type != "topic":
@@ -75,26 +75,26 @@ class Delays:
         return self._level(LEVELS - 1)
 
     def address(self, exchange: str, routing_key: str, seconds: float) -> tuple[str, str]:
-        """Give the exchange and routing key of a task that is due in so many seconds."""
+        """Return the exchange and routing key for a task that is due in so many seconds."""
         whole = min(int(seconds + SLACK), MAX_SECONDS)
         if whole < 1 or exchange != self.exchange or routing_key not in self.routing_keys:
             return exchange, routing_key
         delayed = f"{'.'.join(f'{whole:0{LEVELS}b}')}.{routing_key}"
-        # A longer key does not fit: its task waits with the worker.
+        # AMQP has no longer routing keys: then the worker waits.
         return (self.entry, delayed) if len(delayed.encode()) <= 255 else (exchange, routing_key)
 
     def is_ours(self, envelope: Envelope) -> bool:
-        """Whether a message is one that was addressed here, with a delay."""
+        """Return whether a message was addressed by `address`, with a delay."""
         return (
             envelope.exchange == self.entry
             and _PREFIX.sub("", envelope.routing_key, count=1) in self.routing_keys
         )
 
     def again(self, envelope: Envelope, now: datetime, *, usable: bool) -> Envelope:
-        """Address a delayed message by what is left of its delay.
+        """Return a delayed message, addressed by what is left of its delay.
 
-        :param usable: whether the exchanges are there; otherwise it goes to its queue at once, and
-            waits with the worker
+        :param usable: whether the exchanges exist; otherwise the message goes to its queue at once,
+            and the worker waits
         """
         if envelope.exchange != self.entry:
             return envelope
@@ -107,7 +107,7 @@ class Delays:
         return evolve(envelope, exchange=exchange, routing_key=routing_key)
 
     def declarations(self) -> Iterator[Declaration]:
-        """Give all that is to be declared, with the arguments with which Celery's workers do."""
+        """Yield all declarations, with the same arguments as Celery's workers."""
         for level in range(LEVELS - 1, -1, -1):
             name = self._level(level)
             yield _exchange(name)
@@ -137,7 +137,7 @@ class Delays:
             )
 
     def passive(self) -> Iterator[Declaration]:
-        """Give what tells whether another program has declared it."""
+        """Yield passive declarations that show whether another program declared the levels."""
         for name in (self.entry, self._delivery):
             yield Declaration("exchange_declare", {"exchange": name, "passive": True})
 
@@ -153,9 +153,9 @@ class Delays:
 
 
 def _shortened(envelope: Envelope, plain: str, now: datetime) -> Envelope:
-    """Address a message that was delayed elsewhere, by Celery say, by what is left of its delay.
+    """Return a message that another program delayed, addressed by what is left of its delay.
 
-    What is overdue goes past all levels. Without a date that can be read it is left as it is.
+    An overdue message goes past all levels. Without an eta that can be read it is unchanged.
     """
     due = _eta(envelope.properties)
     if due is None or due.tzinfo is None or plain == envelope.routing_key:
@@ -180,7 +180,7 @@ def _exchange_bind(destination: str, source: str, pattern: str) -> Declaration:
 
 
 def _eta(properties: bytes) -> datetime | None:
-    """Read the header ``eta`` out of encoded properties, whose form is our own."""
+    """Find the header ``eta`` in properties that this library encoded."""
     found = _ETA.search(properties)
     if found is None:
         return None

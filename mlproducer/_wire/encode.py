@@ -1,4 +1,4 @@
-"""From what a user hands in to an envelope: which encoder, and how large it may get.
+"""Encode a task or message as an envelope, and check its size.
 
 Runs on: the publisher's thread.
 """
@@ -33,7 +33,7 @@ Task = (
 
 
 class Encoder:
-    """Encodes for one producer."""
+    """The encoder of one producer."""
 
     def __init__(self, settings: Settings) -> None:
         topology = Topology.of(settings)

@@ -1,7 +1,7 @@
-"""The publish fast path: the frames of ``Basic.Publish``, byte for byte as pika writes them.
+"""The frames of ``Basic.Publish``, byte for byte as pika encodes them.
 
-What is constant for a route is encoded once; what is constant for a message was encoded by its
-publisher. Here the two meet the delivery tag.
+The part that is constant for a route is encoded once, and that of a message was encoded on its
+publisher's thread. What is left for the I/O thread is to join them with the delivery tag.
 
 Runs on: the I/O thread.
 """
@@ -25,7 +25,7 @@ _END = b"\xce"
 _BASIC, _PUBLISH = 60, 40
 _BITS = {False: b"\x00", True: b"\x01"}  # mandatory
 _MAX_ROUTES = 1024
-"""Routes remembered; a producer with more distinct routing keys than this starts over."""
+"""Routes whose frames are kept; with more distinct routes than this, the cache is cleared."""
 
 _LENGTHS = [bytes((length,)) for length in range(ATTEMPT_MAX)]
 
@@ -35,19 +35,19 @@ _pack_ids = struct.Struct(">HHH").pack
 
 
 def _sent(properties: bytes) -> bytes:
-    """Give a property list as it travels, without the flag that is our own."""
+    """Return a property list without `NOT_MANDATORY`, which is not AMQP's."""
     if properties[1] & NOT_MANDATORY:
         return properties[:1] + bytes((properties[1] & ~NOT_MANDATORY,)) + properties[2:]
     return properties
 
 
 class FrameWriter:
-    """Turns envelopes into bytes for one channel.
+    """Encodes envelopes for one channel.
 
     :param channel: the channel's number
     :param frame_max: the negotiated frame size in bytes (AMQP 0-9-1, section 2.3.5)
-    :ivar longest_properties: bytes of an envelope's properties that fit one frame; a body may span
-        many, a content header may not
+    :ivar longest_properties: bytes of an envelope's properties that fit one frame; a body may be
+        split over several frames, a content header may not
     """
 
     def __init__(self, channel: int, frame_max: int) -> None:
@@ -58,14 +58,14 @@ class FrameWriter:
         self._optional: dict[tuple[str, str], bytes] = {}
 
     def properties(self, envelope: Envelope, tag: int) -> bytes:
-        """Give the whole property list of one attempt."""
+        """Return the whole property list of one attempt."""
         digits = b"%d" % tag
         return b"".join((_sent(envelope.properties), _LENGTHS[len(digits)], digits))
 
     def publish(self, batch: Iterable[tuple[Envelope, int]]) -> bytes:
-        """Encode messages: for each a method frame, a content header frame, body frames.
+        """Encode messages: a method frame, a content header frame and body frames for each.
 
-        :param batch: each message with its delivery tag, by which a return is matched to it
+        :param batch: messages with their delivery tags, by which returns are matched
         """
         channel, routes = self._channel, self._routes
         pieces: list[bytes] = []

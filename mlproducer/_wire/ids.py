@@ -1,7 +1,7 @@
-"""Message ids: random UUIDs (RFC 9562, version 4), drawn in blocks.
+"""Message ids: random UUIDs (RFC 9562, version 4), made in blocks.
 
-Asking the system for random bytes costs more than anything else about an id, and lets go of the
-interpreter's lock each time. A forked child draws its own, or it would repeat its parent's.
+Most of an id's cost is the call for random bytes, which also releases the GIL; so one call serves
+256 ids. A forked child discards its parent's block, or both would use the same ids.
 
 Runs on: any thread.
 """
@@ -13,23 +13,24 @@ from collections import deque
 
 from mlproducer import _forks as forks
 
-_BLOCK = 256
+_BLOCK_SIZE = 256
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
 
-_drawn: deque[str] = deque()
+_block: deque[str] = deque()
 
 
 def new_id() -> str:
-    """Give an id that nobody else has."""
+    """Return a new id."""
+    # deque.pop() is one step under the GIL: no id is returned twice, whatever threads do.
     while True:
         try:
-            return _drawn.pop()
+            return _block.pop()
         except IndexError:
-            _drawn.extend(_draw())
+            _block.extend(_new_block())
 
 
-def _draw() -> list[str]:
-    digits = os.urandom(16 * _BLOCK).hex()
+def _new_block() -> list[str]:
+    digits = os.urandom(16 * _BLOCK_SIZE).hex()
     return [
         f"{digits[at : at + 8]}-{digits[at + 8 : at + 12]}-4{digits[at + 13 : at + 16]}"
         f"-{_VARIANT[digits[at + 16]]}{digits[at + 17 : at + 20]}-{digits[at + 20 : at + 32]}"
@@ -37,4 +38,4 @@ def _draw() -> list[str]:
     ]
 
 
-forks.in_child(_drawn.clear)
+forks.in_child(_block.clear)

@@ -1,4 +1,4 @@
-"""A `Message` of any content, checked against the limits of AMQP 0-9-1 and encoded as it stands.
+"""Encode a `Message` of any content, unchanged, and check it against the limits of AMQP 0-9-1.
 
 Runs on: any thread.
 """
@@ -11,9 +11,9 @@ from mlproducer.message import Envelope, Message
 
 
 def encode(message: Message, *, exchange: str) -> Envelope:
-    """Turn a message into the form in which it travels; one without an id gets one.
+    """Encode a message; one without an id gets one.
 
-    :param exchange: where it goes unless the message itself says
+    :param exchange: the exchange, unless the message names one
     :raises InvalidMessageError: AMQP cannot carry one of its fields
     :raises MessageTooLargeError: its headers do not fit a frame
     """

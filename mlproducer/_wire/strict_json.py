@@ -1,8 +1,9 @@
-"""Strict JSON (RFC 8259) in UTF-8: what any stock reader reads back as it was written.
+"""Strict JSON (RFC 8259) in UTF-8, which every stock reader decodes to the same values.
 
-Python's own encoder does the work. What a task may hold was checked when it was made (`shapes`);
-what cannot be written all the same is refused by its field's name and type, never by its content.
-Types beyond JSON's are written as kombu's JSON has them, which a stock Celery worker reads back.
+Python's own encoder is used, or orjson's. The values of a task were checked when it was made
+(`mlproducer._schema`); what still cannot be encoded is refused with an error that shows the field's
+name and type, never its content. Types that JSON lacks are encoded as by kombu, whose decoder in a
+stock Celery worker restores them.
 
 Runs on: any thread.
 """
@@ -25,8 +26,8 @@ _ACCEPTED = "accepted are str, bool, None, int, finite float, list, tuple and di
 
 
 def _as_kombu(value: object) -> dict[str, object]:
-    """Give what ``kombu.utils.json`` makes of a value that JSON has no type for."""
-    if isinstance(value, datetime):  # before date, which it is as well
+    """Encode a value that JSON has no type for as ``kombu.utils.json`` does."""
+    if isinstance(value, datetime):  # first, since a datetime is a date too
         return _marked("datetime", datetime.isoformat(value))
     if isinstance(value, date):
         return _marked("date", date.isoformat(value))
@@ -55,17 +56,21 @@ _stock = json.JSONEncoder(
 
 @lru_cache(1)
 def _fast() -> Callable[[object], bytes] | None:
-    """Give orjson's encoder (the extra ``fast``), a third of the time of the stock one's."""
+    """Return orjson's encoder (the extra ``fast``), if installed: it takes a third of the time."""
     try:
-        import orjson  # noqa: PLC0415 - an extra, and not needed before the first message
+        import orjson  # noqa: PLC0415 - an extra, not needed before the first message
     except ImportError:
         return None
     dumps: Callable[[object], bytes] = orjson.dumps
     return dumps
 
 
-def _made_once() -> Callable[[object, int], Iterable[str]]:
-    """Give what the stock encoder sets up anew for each value: value and indent in, pieces out."""
+def _reusable_encoder() -> Callable[[object, int], Iterable[str]]:
+    """Return the stock encoder's C function, which ``JSONEncoder.encode`` makes for every call.
+
+    It takes a value and an indent, and yields pieces of text. ``c_make_encoder`` is not part of
+    the documented API; without it the documented one is used.
+    """
     make: Any = getattr(json.encoder, "c_make_encoder", None)
     if make is None:
         return lambda value, _indent: _stock.iterencode(value)
@@ -75,27 +80,29 @@ def _made_once() -> Callable[[object, int], Iterable[str]]:
     return pieces
 
 
-_pieces = _made_once()
+_pieces = _reusable_encoder()
 
 
 def dumps(field: str, value: object, *, plain: bool = True) -> bytes:
     """Encode a value, compactly; tuples become arrays.
 
-    :param field: what error texts call the value
-    :param plain: JSON's own types are enough; orjson would write others in its own way
+    :param field: the value's name in error texts
+    :param plain: the value has only JSON's own types; orjson encodes others in its own way
     :raises InvalidMessageError: a type, a number or a text that strict JSON cannot carry
     """
     fast = _fast() if plain else None
     if fast is not None:
-        with contextlib.suppress(TypeError):  # it takes less; what it refuses is judged below
+        with contextlib.suppress(
+            TypeError
+        ):  # it accepts less, such as smaller ints; the stock encoder decides
             encoded = fast(value)
-            if b"null" not in encoded:  # which also stands for a float that is not finite
+            if b"null" not in encoded:  # orjson writes null for a float that is not finite
                 return encoded
     try:
         return "".join(_pieces(value, 0)).encode()
     except UnicodeEncodeError:
-        reason = "holds a lone surrogate, no Unicode text"
+        reason = "holds a lone surrogate, which UTF-8 cannot encode"
     except (TypeError, ValueError, RecursionError):
         reason = f"of type {type(value).__name__}, cannot be written as JSON; {_ACCEPTED}"
-    # Raised out here, so that the encoder's own words, which may quote, are not chained to it.
+    # Raised outside of the handlers: the encoder's error, which may quote content, is not chained.
     raise InvalidMessageError(f"{field} {reason}")

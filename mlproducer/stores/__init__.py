@@ -1,4 +1,4 @@
-"""Where messages wait for a retry, and which store a URL names.
+"""The stores in which messages wait for a retry; open the one that a URL names.
 
 Runs on: the publisher's thread that starts the producer.
 """
@@ -18,9 +18,9 @@ from mlproducer.stores.protocol import Store
 
 @frameless
 def anchored(settings: Settings) -> Settings:
-    """Have a relative path of an SQLite store mean the current directory from now on.
+    """Return settings in which an SQLite store's relative path is made absolute.
 
-    :raises ConfigurationError: there is no current directory
+    :raises ConfigurationError: the current directory does not exist
     """
     if not settings.store_url.startswith("sqlite:///"):
         return settings
@@ -32,16 +32,16 @@ def anchored(settings: Settings) -> Settings:
     except OSError:
         raise ConfigurationError(
             f"{NAME} has a relative path, and the current directory was removed: use an absolute "
-            "one, sqlite:////path"
+            "path, sqlite:////path"
         ) from None
-    made = copy.copy(settings)  # not evolve(), which would failure handler, and warn, once more
+    made = copy.copy(settings)  # evolve() would check, and warn, once more
     object.__setattr__(made, "store_url", f"{scheme}{quote(here)}/{path}")
     return made
 
 
 @frameless
 def open_store(settings: Settings) -> Store:
-    """Make the store that the settings name; nothing is opened or connected before its first use.
+    """Return the store that the settings name; it opens and connects to nothing until it is used.
 
     :raises ConfigurationError: the URL does not parse, or its extra is not installed
     """

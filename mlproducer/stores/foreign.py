@@ -1,7 +1,7 @@
-"""A store of the user's own, whose every failure becomes a `StoreError` here.
+"""A user's own store, whose failures are turned into `StoreError`.
 
-It is a user's code on a thread of ours: what it raises that a `Store` should not, SystemExit
-included, would end the step that called it, and leave publishers without an answer.
+It is a user's code on a thread of the library: an exception that a `Store` should not raise, even
+SystemExit, would end the step that called it, and leave publishers without an answer.
 
 Runs on: the retry thread.
 """
@@ -17,7 +17,7 @@ from mlproducer.stores.protocol import Store
 
 
 class ForeignStore:
-    """Passes all calls on, and raises what a `Store` may."""
+    """Forwards all calls, and raises only what a `Store` may raise."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -37,5 +37,5 @@ class ForeignStore:
 
 
 def foreign(store: Store) -> Store:
-    """Return a user's store behind this fence."""
+    """Wrap a user's store."""
     return cast("Store", ForeignStore(store))

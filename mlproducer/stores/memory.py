@@ -1,6 +1,6 @@
-"""A store in memory: bounded, and gone with the process. Its claims end when they are given up.
+"""A store in memory: bounded, and lost with the process. Its claims do not expire.
 
-Runs on: the retry thread, its only owner; anyone may read its depth.
+Runs on: the retry thread, its only owner; any thread may read its depth.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MAX_BYTES = 64 * 1024 * 1024
 
 @define
 class _Slot:
-    """A row: claimed while it has no due time.
+    """A row; it is claimed while it has no due time.
 
-    :ivar ahead: it was stored before its first attempt, which is under way
+    :ivar ahead: it was stored before its first attempt, which is in progress
     """
 
     record: Record
@@ -32,9 +32,9 @@ class _Slot:
 
 
 class MemoryStore:
-    """Rows in a dict, in the order in which they came.
+    """Rows in a dict, in the order in which they were stored.
 
-    :param clock: gives monotonic seconds
+    :param clock: returns monotonic seconds
     """
 
     name = "memory"
@@ -58,9 +58,9 @@ class MemoryStore:
         self._last_key = 0
 
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
-        """Store messages, as far as there is room for all of them.
+        """Store messages, if there is room for all of them.
 
-        :raises BufferFullError: there is not
+        :raises BufferFullError: they do not all fit
         """
         new = list(entries)
         size = sum(entry.record.envelope.size for entry in new)
@@ -71,7 +71,7 @@ class MemoryStore:
         return [self._add(entry) for entry in new]
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
-        """Note what became of claimed rows."""
+        """Note what became of claimed rows, and return the claims that no longer hold."""
         lost = []
         for change in changes:
             slot = self._slots.get(change.claim.key)
@@ -85,7 +85,7 @@ class MemoryStore:
         return lost
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Give the claims that hold no longer; the others hold anyway."""
+        """Return the claims that no longer hold; the others do not expire."""
         return [claim for claim in claims if not self._holds(claim)]
 
     def done(self, claims: Sequence[Claim]) -> None:
@@ -96,11 +96,11 @@ class MemoryStore:
                 self._count(self._slots.pop(claim.key), -1)
 
     def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
-        """Say what became of rows; all are this process's own, so a deleted one left nothing."""
+        """Return what became of rows; all are of this process, so a deleted one left no fate."""
         return [self._fate(claim) for claim in claims]
 
     def claim(self, limit: int) -> list[Row]:
-        """Claim what is due, the oldest first."""
+        """Claim due rows, the oldest first."""
         now = self._clock()
         rows: list[Row] = []
         for key, slot in self._slots.items():
@@ -111,7 +111,7 @@ class MemoryStore:
         return rows
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
-        """Show dead letters, by key."""
+        """Return dead letters, by key."""
         dead = [
             Row(Claim(key, slot.token), slot.record)
             for key, slot in self._slots.items()
@@ -120,7 +120,7 @@ class MemoryStore:
         return dead[:limit]
 
     def seize(self, row: Row) -> Row | None:
-        """Claim a letter."""
+        """Claim a dead letter."""
         slot = self._slots.get(row.claim.key)
         if slot is None or slot.token != row.claim.token or slot.due is None:
             return None
@@ -131,7 +131,7 @@ class MemoryStore:
         return Depth(len(self._slots) - self._dead - self._ahead, self._dead, self._ahead)
 
     def close(self) -> None:
-        """Make what is claimed due."""
+        """Make claimed rows due."""
         now = self._clock()
         for slot in self._slots.values():
             if slot.due is None:

@@ -1,14 +1,14 @@
-"""What a store is, for those that come with this library and for a user's own.
+"""The protocol of stores: of those that come with this library, and of a user's own.
 
-A row is *due* after a delay, or *claimed* by whoever sends its message now. A claim is a lease: it
-ends by itself unless it is renewed, and then the row is due for anybody. Its token is a fence: each
-claim of a row has a larger one, and with an older one nothing can be changed any more, so that a
-process that was frozen past its lease does no harm when it wakes up. Neither keys nor tokens come
-again when the place is emptied, replaced, or put back to an earlier state: a claim from before
-matches no row that came after.
+A row is *due* after a delay, or *claimed* by the process that is sending its message. A claim is a
+lease: it expires unless it is renewed, and then the row is due for any process. Its token is a
+fence: each claim of a row has a larger one, and an older one can change nothing any more, so that a
+process that was frozen past its lease does no harm when it continues. Neither keys nor tokens are
+used again when a store is emptied, replaced, or put back to an earlier state: a claim from before
+matches no row from after.
 
-A row may change hands. When a process deletes a row that another one stored, it leaves the row's
-fate behind for a while, so that the first can tell its publisher (`Store.trace`).
+A row may change owners. When a process deletes a row that another one stored, it leaves the row's
+fate behind for a while, from which the first learns what to answer (`Store.trace`).
 
 Runs on: the retry thread.
 """
@@ -30,7 +30,7 @@ from mlproducer.settings import RetryPolicy
 class Claim:
     """The right to change one row.
 
-    :ivar key: the store's own name for the row; a row that came later has a larger one
+    :ivar key: the store's number for the row; a later row has a larger one
     :ivar token: the fence
     """
 
@@ -39,45 +39,44 @@ class Claim:
 
 
 class RowFate(enum.Enum):
-    """What became of a row, as the holder of a claim on it can learn from `Store.trace`."""
+    """What became of a row, as `Store.trace` tells the holder of a claim on it."""
 
     HELD = "held"
-    """The claim holds, or the row was released under it and nobody has claimed it since."""
+    """The claim holds, or the row was released under it and has not been claimed since."""
 
     TAKEN = "taken"
-    """The row is there, under a newer claim."""
+    """The row exists, under a newer claim."""
 
     CONFIRMED = "confirmed"
-    """Another owner had its message confirmed, and deleted it."""
+    """Another owner deleted it once its message was confirmed."""
 
     DEAD_LETTERED = "dead-lettered"
-    """Another owner delivered it as a dead letter, and deleted it."""
+    """Another owner deleted it once it was dead-lettered."""
 
     MISSING = "missing"
-    """There is no trace of it: its first owner deleted it, it was removed by hand, the store was
-    emptied or replaced, or its fate was left longer ago than `FATES_LAST`."""
+    """Nothing is known: its first owner deleted it, it was deleted by hand, the store was emptied
+    or replaced, or its fate has expired (`FATES_LAST`)."""
 
 
 FATES_LAST = 3600.0
-"""Seconds for which a store keeps the fates of rows that changed hands."""
+"""Seconds for which a store keeps the fates of rows that changed owners."""
 
 MOST_FATES = 100_000
-"""How many fates a store keeps; the oldest give way."""
+"""How many fates a store keeps; the oldest are deleted first."""
 
 
 @define
 class Record:
     """A message, and what is known of it.
 
-    :ivar attempts: how often it was written to the wire
+    :ivar attempts: how many times it was written to the wire
     :ivar doubtful: one of these attempts may have reached a queue
     :ivar dead: retries are used up, and ``envelope`` is the dead letter
     :ivar reason: the last failure: an error's name and text
     :ivar first_failed_at: when the first attempt failed, in seconds since the epoch; 0 if none has
     :ivar accepted_at: when the producer accepted the message, in seconds since the epoch; 0 where
-        that is not known. It is noted when the row is put, and does not change
-    :ivar retry: how often and how soon it is tried again, if that is its own; `policy_text`
-        is its form in a store
+        that is not known. It is set when the row is stored, and does not change
+    :ivar retry: the message's own retry policy, if it has one
     """
 
     envelope: Envelope = field(repr=False)
@@ -91,16 +90,16 @@ class Record:
 
 
 def policy_text(policy: RetryPolicy | None) -> str:
-    """Give the form that a policy has in a store; nothing where there is none."""
+    """Return a policy in the form in which stores keep it; an empty text where there is none."""
     if policy is None:
         return ""
     return f"{policy.max_retries} {policy.base_delay!r} {policy.max_delay!r}"
 
 
 def read_policy(text: str) -> RetryPolicy | None:
-    """Read what `policy_text` gave.
+    """Return the policy that `policy_text` was given.
 
-    :raises ValueError: it is something else
+    :raises ValueError: it cannot be a result of `policy_text`
     """
     if not text:
         return None
@@ -113,10 +112,10 @@ def read_policy(text: str) -> RetryPolicy | None:
 
 @define
 class Entry:
-    """What is to be stored.
+    """A record to be stored.
 
     :ivar delay: seconds until it is due; ``None``: it is claimed, since it is being sent
-    :ivar ahead: it is stored before its first attempt, and waits for no retry so far
+    :ivar ahead: it is stored before its first attempt, and does not count as waiting for a retry
     """
 
     record: Record
@@ -126,7 +125,7 @@ class Entry:
 
 @frozen
 class Row:
-    """A claimed row. After a claim that ended by itself, its record is doubtful."""
+    """A claimed row. After a lease that expired, its record is doubtful."""
 
     claim: Claim
     record: Record
@@ -146,12 +145,12 @@ class Change:
 
 @frozen
 class Depth:
-    """How many rows a store has, whoever wrote them.
+    """How many rows a store has, of all processes.
 
-    :ivar waiting: messages that wait for a retry, claimed for one or not; those of a process that
-        died in their first attempt too
-    :ivar dead: dead letters that the broker has not taken yet
-    :ivar ahead: messages stored ahead, whose first attempt is under way in a living process
+    :ivar waiting: messages that wait for a retry, claimed for one or not, including those whose
+        process ended during their first attempt
+    :ivar dead: dead letters that the broker has not confirmed yet
+    :ivar ahead: messages stored ahead, whose first attempt is in progress in a live process
     """
 
     waiting: int = 0
@@ -160,7 +159,7 @@ class Depth:
 
     @property
     def stored(self) -> int:
-        """Those that a sender has to come back for."""
+        """Rows that have to be sent, or sent again."""
         return self.waiting + self.dead
 
     @property
@@ -170,64 +169,64 @@ class Depth:
 
 
 class Store(Protocol):
-    """Keeps messages.
+    """A store of messages.
 
     Every method raises `StoreError`, which names the path or the host, where the store cannot be
-    used. Each is one transaction: it happens as a whole or not at all.
+    used. Each is one transaction: it takes effect as a whole or not at all.
     """
 
     name: str
-    """The path or host, for people; no password."""
+    """The path or host, for logs and errors; without a password."""
 
     durable: bool
     """Whether its rows survive this process."""
 
     write_ahead: bool
-    """Whether every message is to be stored before it is sent."""
+    """Whether every message is stored before it is sent."""
 
     lease: float
     """Seconds for which a claim holds."""
 
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
-        """Store messages, claimed, and give their claims in order.
+        """Store messages, and return their claims, in order.
 
-        ``entries`` is read once, after the store has become ready to write, so that whoever has
-        given up waiting by then is left out.
+        ``entries`` is read once, when the store is ready to write, so that messages whose publisher
+        has given up by then are left out.
 
         :param patience: seconds to wait for the store
-        :raises BufferFullError: there is no room for them all
+        :raises BufferFullError: they do not all fit; none is stored
         """
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
-        """Note what became of claimed rows; a dead one gets its letter in its message's place.
+        """Note what became of claimed rows; in a dead one, the dead letter replaces the message.
 
-        :returns: the claims among them that hold no longer, whose rows were left alone
+        :returns: the claims that no longer hold, whose rows were left unchanged
         """
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Let leases begin anew, and give the claims that hold no longer."""
+        """Renew leases, and return the claims that no longer hold."""
 
     def done(self, claims: Sequence[Claim]) -> None:
-        """Delete rows that nobody has claimed since, also released ones; leave all others alone.
+        """Delete rows that have not been claimed since, even released ones; leave all others.
 
-        A row that another owner put leaves its fate behind, for `trace`: DEAD_LETTERED if it was
-        dead, CONFIRMED if not. A row that never changed hands leaves nothing.
+        A row that another owner stored leaves its fate behind, for `trace`: DEAD_LETTERED if it was
+        dead, CONFIRMED if not. A row that never changed owners leaves nothing.
         """
 
     def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
-        """Say what became of the rows of these claims, in order; nothing is changed."""
+        """Return what became of the rows of these claims, in order; nothing is changed."""
 
     def claim(self, limit: int) -> list[Row]:
-        """Claim what is due, the oldest first; fewer than ``limit`` may be a part of it."""
+        """Claim due rows, the oldest first; fewer than ``limit`` may be only a part of them."""
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
-        """Show dead letters with a key above ``after``, by key, unclaimed; none at the end."""
+        """Return dead letters with a key above ``after``, by key, unclaimed; none at the end."""
 
     def seize(self, row: Row) -> Row | None:
-        """Claim a letter that `letters` showed; ``None`` if it is claimed, changed or gone."""
+        """Claim a dead letter from `letters`; return ``None`` if it is claimed, changed or gone."""
 
     def depth(self) -> Depth:
         """Count the rows."""
 
     def close(self) -> None:
-        """Make all claims of this store's own due at once, and let go of files and connections."""
+        """Make all claims of this process due at once, and close files and connections."""

@@ -345,7 +345,7 @@ def test_another_table_of_its_name(mortal: PostgreSQLServer, store: PostgreSQLSt
         store.depth()
     mortal.call(f"CREATE TABLE {store.table}_theirs (n int)", user="app")
     theirs = PostgreSQLStore(f"{mortal.url}?table={store.table}_theirs")
-    with raising(theirs, "is not this library's"):
+    with raising(theirs, "is not a store of mlproducer"):
         theirs.depth()
 
 
@@ -464,7 +464,7 @@ def test_pgbouncer_in_transaction_mode(
         with MLProducer(settings) as producer:
             producer.start()
             assert producer.wait_connected(LIMIT)
-            until(lambda: "there is a pooler" in caplog.text)
+            until(lambda: "is behind a pooler" in caplog.text)
             with psycopg.connect(mortal.url) as connection:
                 message = Message(body=b"", routing_key="k", message_id="outbox")
                 outbox.add(connection, message, producer=producer)

@@ -18,7 +18,6 @@ import pytest
 from mlproducer.errors import StoreError
 from mlproducer.stores.protocol import Depth, Entry, Record
 from mlproducer.stores.redis import RedisStore, dial, scripts
-from mlproducer.stores.redis.lua import COMMON
 from mlproducer.testing.redis_server import SERVICE, RedisServer
 from tests.helpers import make_envelope
 
@@ -121,7 +120,7 @@ _CALL = re.compile(r"(?:call|pcall)\('([A-Z]+)'|many\('([A-Z]+)'")
 NEEDED = sorted(
     {
         name
-        for script in (COMMON, *vars(scripts).values())
+        for script in vars(scripts).values()
         if isinstance(script, str)
         for pair in _CALL.findall(script)
         for name in pair
@@ -173,7 +172,7 @@ def test_an_evicting_policy_is_told_once(policy: str, caplog: pytest.LogCaptureF
                 store.put(entries("a"), 1.0)
         (told,) = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
         assert f"127.0.0.1:{server.port} has maxmemory-policy {policy}" in told
-        dial._told.discard(f"127.0.0.1:{server.port}")
+        dial._warned.discard(f"127.0.0.1:{server.port}")
 
 
 def test_who_may_not_ask_for_the_policy_is_not_refused(
@@ -183,7 +182,7 @@ def test_who_may_not_ask_for_the_policy_is_not_refused(
     name, prefix = f"u{secrets.token_hex(4)}", f"test-{secrets.token_hex(4)}:"
     redis_server.call("ACL", "SETUSER", name, "on", ">pw", "+@all", "-info", "~*")
     url = f"redis://{name}:pw@{redis_server.host}:{redis_server.port}"
-    dial._told.discard(f"{redis_server.host}:{redis_server.port}")
+    dial._warned.discard(f"{redis_server.host}:{redis_server.port}")
     with closing(RedisStore(url, prefix=prefix)) as store:
         store.put(entries("a"), 1.0)
         assert store.depth() == Depth(waiting=1)

@@ -489,7 +489,7 @@ def test_a_companion_that_others_can_read_is_refused(path: Path, suffix: str, th
     companion = Path(f"{path}{suffix}")
     companion.touch()
     companion.chmod(0o666)
-    with pytest.raises(StoreError, match="open to all users"):
+    with pytest.raises(StoreError, match="accessible to all users"):
         SQLiteStore(path).put([entry("m")], 0.05)
     assert stat.S_IMODE(companion.stat().st_mode) == 0o666
     assert path.exists() is there
@@ -504,7 +504,7 @@ def test_a_companion_of_another_user_is_refused(suffix: str) -> None:
         companion = folder / f"store.db{suffix}"
         companion.touch(0o600)
         os.chown(companion, NOBODY - 1, NOBODY - 1)
-        assert "is another user's" in as_nobody(folder / "store.db")
+        assert "belongs to another user" in as_nobody(folder / "store.db")
         assert companion.stat().st_size == 0
 
 

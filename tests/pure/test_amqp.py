@@ -340,10 +340,10 @@ def test_the_largest_headers_fit_a_frame_with_any_attempt() -> None:
     shell = len(raw.encode(with_header(0), exchange="x").properties)
     largest = raw.encode(with_header(amqp.PROPERTIES_MAX - shell), exchange="x")
     whole = FrameWriter(CHANNEL, amqp.FRAME_MAX).publish([(largest, 2**64 - 1)])
-    method = len(whole) - (amqp.FRAME_MAX - amqp.DEATH_ROOM)
+    method = len(whole) - (amqp.FRAME_MAX - amqp.DEATH_HEADERS)
     assert whole[method : method + 3] == bytes((spec.FRAME_HEADER, 0, CHANNEL))
     assert FrameWriter(CHANNEL, amqp.FRAME_MAX).longest_properties == amqp.LETTER_MAX
-    assert len(largest.properties) == amqp.LETTER_MAX - amqp.DEATH_ROOM
+    assert len(largest.properties) == amqp.LETTER_MAX - amqp.DEATH_HEADERS
     with pytest.raises(MessageTooLargeError):
         raw.encode(with_header(amqp.PROPERTIES_MAX - shell + 1), exchange="x")
 

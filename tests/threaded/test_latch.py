@@ -242,7 +242,7 @@ def test_an_interrupt_before_a_fork(tmp_path: Path) -> None:
 def test_a_store_amid_its_own_call(tmp_path: Path) -> None:
     """A handler or finaliser that comes back to it on the same thread is refused at once."""
     database = Database(str(tmp_path / "s.db"), 60.0, time.monotonic)
-    with in_time(1.0), pytest.raises(StoreError, match="in use by the call that is interrupted"):
+    with in_time(1.0), pytest.raises(StoreError, match="in use by the call that was interrupted"):
         database.run(
             lambda _: database.run(lambda connection: connection.execute("SELECT 1").fetchone())
         )

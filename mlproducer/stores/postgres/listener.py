@@ -1,9 +1,9 @@
-"""Listens for the NOTIFY that a COMMIT with rows of an outbox brings, and has them sent at once.
+"""Listen for the NOTIFY that a COMMIT with rows of an outbox sends, so that they go out at once.
 
-Owns a connection of its own, since LISTEN holds a session. Nothing depends on it: where it cannot
-listen, the next sweep finds the rows. A pooler such as pgbouncer gives each transaction another
-session, so that LISTEN would be heard by no one; it is told by the session's number, which is not
-the one that the connection was given.
+LISTEN needs a session, so the listener has a connection of its own. Nothing depends on it: where
+it cannot listen, the next sweep finds the rows. Behind a pooler such as pgbouncer each transaction
+may run in another session, and notifications get lost; a pooler is recognized by the session's
+process id, which then differs from the one that the connection was given.
 
 Runs on: a thread ``mlproducer-listen``.
 """
@@ -24,32 +24,32 @@ from mlproducer.stores.postgres.session import CONNECT_TIMEOUT, FOREIGN, describ
 logger = logging.getLogger(__name__)
 
 CHECK = 60.0
-"""Seconds of quiet after which the server is asked whether it is still there."""
+"""Seconds without a notification after which the connection is tested."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 POOLED_PAUSE = 600.0
-"""Seconds after which it is tried again."""
+"""Seconds after which it is tried again behind a pooler."""
 
 
 class Listener:
     """Calls ``wake`` when rows may have come, from `run` until `stop`.
 
-    :param wake: is called on the thread of `run`; must return at once
+    :param wake: called on the thread of `run`; it must return at once
     """
 
     def __init__(self, address: PostgreSQLAddress, wake: Callable[[], None]) -> None:
         self._address = address
         self._wake = wake
-        self._ear, self._bell = socket.socketpair()
+        self._wake_reader, self._wake_writer = socket.socketpair()
         self._stopped = False
 
     def stop(self) -> None:
-        """Have `run` end."""
+        """End `run`; from any thread."""
         self._stopped = True
         try:
-            self._bell.send(b"\0")
+            self._wake_writer.send(b"\0")
         except OSError:
-            return  # it has ended
+            return  # `run` has ended, and closed it
 
     def run(self) -> None:
         """Listen, and connect again whenever the connection is lost."""
@@ -59,32 +59,32 @@ class Listener:
                 pooled = self._listen()
             except FOREIGN as error:
                 if pause == FIRST_PAUSE:
-                    text = "no notifications from %s, which %s; rows wait for a sweep meanwhile"
+                    text = "no notifications from %s, which %s; meanwhile rows wait for a sweep"
                     write(logger, logging.WARNING, text, self._address.name, describe(error))
             else:
                 pause = POOLED_PAUSE if pooled else FIRST_PAUSE
-            self._heard(None, pause)
+            self._wait_readable(None, pause)
             pause = min(pause * 2, LONGEST_PAUSE)
-        self._ear.close()
-        self._bell.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
 
     def _listen(self) -> bool:
-        """Listen until `stop`, or give up because there is a pooler in between."""
+        """Listen until `stop`, and return false; return true at once where there is a pooler."""
         connection = dial(self._address, name="mlproducer-listen")
         try:
             connection.deadline = time.monotonic() + CONNECT_TIMEOUT
             row = connection.execute("SELECT pg_backend_pid()").fetchone()
             if row is None or row[0] != connection.pgconn.backend_pid:
                 text = (
-                    "between here and %s there is a pooler, which lets no notifications through: "
-                    "rows of the outbox wait for the next sweep"
+                    "%s is behind a pooler, through which notifications do not come: rows of the "
+                    "outbox wait for the next sweep"
                 )
                 write(logger, logging.WARNING, text, self._address.name)
                 return True
             connection.execute(f'LISTEN "{sql.channel(self._address.table)}"'.encode())
-            self._wake()  # for what came before
+            self._wake()  # for rows that came before LISTEN
             while not self._stopped:
-                if self._heard(connection.pgconn.socket, CHECK):
+                if self._wait_readable(connection.pgconn.socket, CHECK):
                     connection.pgconn.consume_input()
                 else:
                     connection.deadline = time.monotonic() + CONNECT_TIMEOUT
@@ -98,10 +98,10 @@ class Listener:
             connection.close()
         return False
 
-    def _heard(self, descriptor: int | None, patience: float) -> bool:
-        """Wait until there is something to read, or `stop`; false if nothing came."""
+    def _wait_readable(self, descriptor: int | None, patience: float) -> bool:
+        """Wait until there is something to read, or for `stop`; return false if nothing came."""
         poll = select.poll()
-        poll.register(self._ear, select.POLLIN)
+        poll.register(self._wake_reader, select.POLLIN)
         if descriptor is not None:
             poll.register(descriptor, select.POLLIN)
         return bool(poll.poll(patience * 1000))

@@ -1,9 +1,10 @@
-"""How records become rows of the PostgreSQL store, and rows records.
+"""Write records as rows of the PostgreSQL store, and read rows back.
 
-PostgreSQL's text has no NUL, and a database may have another encoding than UTF-8; so texts stand
-there as ASCII, all else as Python's escapes, which for ids and names of queues changes nothing.
+PostgreSQL's text cannot hold NUL, and a database may have another encoding than UTF-8. So texts are
+stored as ASCII, with Python's escapes for all other characters; usual ids and names are unchanged.
 
-What comes from the table is not trusted: each field has its range, and the message its checksum.
+What comes from the table is not trusted: the range of each field is checked, and the message by its
+checksum.
 
 Runs on: the retry thread; `message_values` on the thread that adds to an outbox too.
 """
@@ -20,11 +21,11 @@ from mlproducer.stores.protocol import Claim, Record, Row, policy_text, read_pol
 
 MICROSECONDS = 1_000_000
 LATEST = 2**53
-"""Microseconds since the epoch, in the year 2255: what is later is no time that was noted."""
+"""The latest time that is accepted, in microseconds since the epoch: in the year 2255."""
 
 
 class UnreadableRowError(Exception):
-    """A row that this library did not write, or not so."""
+    """A row that this library did not write, or that was changed since."""
 
     def __init__(self, claim: Claim) -> None:
         super().__init__(str(claim.key))
@@ -32,22 +33,22 @@ class UnreadableRowError(Exception):
 
 
 def text(raw: str) -> str:
-    """Give a text as it stands in the table."""
+    """Return a text as it is stored in the table."""
     if raw.isascii() and raw.isprintable() and "\\" not in raw:
         return raw
     return raw.encode("unicode_escape").decode("ascii")
 
 
 def read_text(stored: str) -> str:
-    """Read what `text` gave.
+    """Return the text that `text` was given.
 
-    :raises ValueError: it is something else
+    :raises ValueError: it cannot be a result of `text`
     """
     return stored.encode("ascii").decode("unicode_escape") if "\\" in stored else stored
 
 
 def message_values(envelope: Envelope) -> tuple[Any, ...]:
-    """Give the columns of the message itself, in the order of `COLUMNS`."""
+    """Return the values of `COLUMNS`, in their order."""
     route = (
         text(envelope.message_id),
         text(envelope.task_type),
@@ -62,16 +63,16 @@ def _bytes(envelope: Envelope) -> tuple[bytes, bytes]:
 
 
 def microseconds(seconds: float) -> int:
-    """Give a time of a record as the table has it."""
+    """Return a time of a record as it is stored in the table."""
     return round(seconds * MICROSECONDS)
 
 
 def given(
     records: Sequence[Record], delays: Sequence[float | None], ahead: Sequence[int | None]
 ) -> dict[str, list[Any]]:
-    """Give the arrays of what is put or changed.
+    """Return the arrays of `GIVEN` for rows to be stored or changed.
 
-    :param ahead: states that are not as the records say
+    :param ahead: states that replace those of the records; ``None`` keeps the record's
     """
     rows = [
         (

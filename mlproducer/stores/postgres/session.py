@@ -1,10 +1,10 @@
-"""The connection to PostgreSQL; the only file of the store that knows psycopg.
+"""The connection to PostgreSQL: runs statements, and turns psycopg's errors into `StoreError`.
 
-Owns one connection: makes it, runs statements over it, each within a limit of its own, and says
-what went wrong in words of its own. It must not know what the statements do.
+With `mlproducer.stores.postgres.listener` the only module that uses psycopg. Each statement has a
+limit of its own, after which the server is asked to cancel it.
 
-Each statement is a transaction, and none is prepared or relies on the session: so pgbouncer may
-give each another session. A server that says nothing is given up, and asked to cancel.
+Each statement is a transaction, is not prepared, and does not rely on the session, so that
+pgbouncer may run each in another one.
 
 Runs on: the retry thread; the listener has a connection of its own.
 """
@@ -33,15 +33,15 @@ except ImportError:
     ) from None
 
 TIMEOUT = 1.0
-"""Seconds for which a statement may take, and more for what is large."""
+"""Seconds that a statement may take; more for large messages."""
 
 CONNECT_TIMEOUT = 2.0
 CANCEL_TIMEOUT = 0.25
 TRUST = 1.0
-"""Seconds for which the server's clock is taken to go as this machine's monotonic one does: it may
-be set, and no two clocks go alike for days."""
+"""Seconds for which the server's clock is taken to run like this machine's monotonic one. It may be
+set, and over days any two clocks drift apart."""
 TRIES = 3
-"""How often a statement is tried that conflicts with another transaction."""
+"""How often a statement that conflicts with another transaction is tried."""
 
 _TROUBLES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (sqlstates.QueryCanceled, "has cancelled a statement (statement_timeout?)"),
@@ -50,14 +50,14 @@ _TROUBLES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...]
     (sqlstates.InsufficientPrivilege, "does not permit this role what the store needs"),
     (
         (sqlstates.UndefinedTable, sqlstates.UndefinedColumn),
-        "has lost the store's table, or has another of its name",
+        "has no table of the store, or another table of that name",
     ),
     (sqlstates.DiskFull, "has a full disk"),
     (sqlstates.OutOfMemory, "is out of memory"),
     (sqlstates.TooManyConnections, "has too many connections"),
     (
         (sqlstates.SerializationFailure, sqlstates.DeadlockDetected),
-        "has conflicting transactions, again and again",
+        "has transactions that conflict again and again",
     ),
     (
         (sqlstates.AdminShutdown, sqlstates.CrashShutdown, sqlstates.IdleSessionTimeout),
@@ -77,35 +77,40 @@ _SAID = (
     ("shutting down", "is starting up or shutting down"),
     ("not yet accepting", "is starting up or shutting down"),
     ("session is read-only", "is read-only: a standby, or made so"),
-    ("certificate", "cannot be reached: its certificate, or ours, is not accepted"),
+    ("certificate", "cannot be reached: its certificate, or the client's, is not accepted"),
     ("SSL", "cannot be reached: TLS failed"),
-    ("could not translate host name", "cannot be reached: its name is not known"),
+    ("could not translate host name", "cannot be reached: its name cannot be resolved"),
     ("Connection refused", "cannot be reached: Connection refused"),
-    ("No such file", "cannot be reached: there is no such socket"),
+    ("No such file", "cannot be reached: the socket does not exist"),
 )
-"""What servers and libpq say before there is a session; in other languages it is not told apart."""
+"""English texts of libpq and of servers before there is a session, which carry no SQLSTATE."""
 
 
 class SilentError(Exception):
-    """No answer within the limit."""
+    """There was no answer within the limit."""
 
 
 class _Connection(psycopg.Connection[Any]):
-    """A connection whose waits end at a monotonic deadline."""
+    """A connection whose waits end at a monotonic deadline.
+
+    psycopg implements its protocol as generators that yield what they wait for, and runs each in
+    `Connection.wait`, which has no deadline. The generators and that method are not part of its
+    public API.
+    """
 
     deadline = math.inf
 
     def wait(self, gen: Any, *_arguments: Any, **_options: Any) -> Any:
-        """Carry out one of psycopg's generators."""
-        return _carry_out(gen, self.pgconn.socket, self.deadline)
+        """Run one of psycopg's generators."""
+        return _drive(gen, self.pgconn.socket, self.deadline)
 
 
-def _carry_out(gen: Any, descriptor: int, deadline: float) -> Any:
-    """Send a generator what its descriptor is ready for, until it returns."""
+def _drive(gen: Any, descriptor: int, deadline: float) -> Any:
+    """Poll for what a generator waits for, and tell it, until it returns."""
     try:
         wanted = next(gen)
         while True:
-            if isinstance(wanted, tuple):  # while connecting, the descriptor may change
+            if isinstance(wanted, tuple):  # connect() tries several addresses, a socket for each
                 descriptor, wanted = wanted
             poll = select.poll()
             poll.register(
@@ -131,9 +136,9 @@ FOREIGN = (psycopg.Error, OSError, SilentError)
 
 
 def dial(address: PostgreSQLAddress, *, name: str) -> _Connection:
-    """Give a connection to the first of the hosts that can be reached, and takes writes.
+    """Connect to the first host that can be reached and accepts writes.
 
-    :param name: what the server's statistics call it
+    :param name: the ``application_name``, which the server's statistics show
     """
     nodes: list[tuple[str, int] | None] = list(address.nodes) or [None]
     options: dict[str, str] = {
@@ -156,14 +161,14 @@ def dial(address: PostgreSQLAddress, *, name: str) -> _Connection:
 def _dial(conninfo: str, address: PostgreSQLAddress) -> _Connection:
     deadline = time.monotonic() + (address.connect_timeout or CONNECT_TIMEOUT)
     gen = generators.connect(conninfo)
-    connection = _Connection(_carry_out(gen, -1, deadline))
+    connection = _Connection(_drive(gen, -1, deadline))
     connection.autocommit = True
     connection.prepare_threshold = None
     return connection
 
 
 def describe(error: Exception) -> str:
-    """Say what is wrong in words of our own: the server's may quote what it was sent."""
+    """Describe an error; the server's own text is not passed on, since it may quote statements."""
     if isinstance(error, SilentError):
         return "did not answer in time"
     if isinstance(error, _TableError):
@@ -182,7 +187,7 @@ def describe(error: Exception) -> str:
 
 
 class Session:
-    """One connection, made when it is needed, and made again after whatever went wrong."""
+    """One connection, made when it is needed, and made again after any failure."""
 
     def __init__(self, address: PostgreSQLAddress) -> None:
         self._address = address
@@ -191,13 +196,13 @@ class Session:
         self._trusted_until = 0.0
 
     def server_time(self, moment: float) -> float:
-        """Give the server's time, in seconds since the epoch, at a monotonic moment."""
+        """Return the server's time, in seconds since the epoch, at a monotonic moment."""
         return moment + self._ahead
 
     def get_ready(self) -> None:
-        """Have a connection that works, a table, and the server's time.
+        """Connect, create the table and ask for the server's time, where that is needed.
 
-        :raises StoreError: there is none
+        :raises StoreError: the server cannot be reached, or the table cannot be used
         """
         connection = self._connection
         if connection is not None and _is_over(connection):
@@ -210,14 +215,16 @@ class Session:
             else:
                 return
             self.drop()
-            raise failure  # with nothing of psycopg's in it, whose frames know the password
+            # Raised outside of the handler: nothing of psycopg, whose frames hold the password, is
+            # chained to it.
+            raise failure
         if time.monotonic() >= self._trusted_until:
             self._note_time(*self.run(sql.TIME, {})[0])
 
     def is_past(self, latest: float) -> bool:
-        """Ask the server whether a time of its own, in seconds since the epoch, is over.
+        """Ask the server whether a time, in seconds since the epoch by its clock, is over.
 
-        :raises StoreError: there is no answer
+        :raises StoreError: there was no answer
         """
         ((now,),) = self.run(sql.TIME, {})
         self._note_time(now)
@@ -226,10 +233,10 @@ class Session:
     def run(
         self, statement: str, values: Mapping[str, Any], limit: float = TIMEOUT
     ) -> list[tuple[Any, ...]]:
-        """Carry out a statement, as one transaction.
+        """Run a statement as one transaction, and return its rows.
 
         :param limit: seconds
-        :raises StoreError: it failed, or there is no answer
+        :raises StoreError: the statement failed, or there was no answer in time
         """
         deadline = time.monotonic() + limit
         for left in reversed(range(TRIES)):
@@ -248,13 +255,13 @@ class Session:
         raise failure
 
     def drop(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
     def failure(self, error: Exception) -> StoreError:
-        """Give the error that the store raises."""
+        """Return the error that the store raises."""
         return StoreError(f"the store at {self._address.name} {describe(error)}")
 
     def _execute(
@@ -290,34 +297,34 @@ class Session:
         self._execute(sql.statements(table).anchor, None, deadline)
 
     def _note_time(self, now: float) -> None:
-        """Note the server's time when it was asked: it must not be taken to be later than it is."""
+        # Taken after the answer: the server's time is never estimated to be later than it is.
         heard = time.monotonic()
         self._ahead, self._trusted_until = now - heard, heard + TRUST
 
     def _make_table(self, deadline: float) -> None:
         table = self._address.table
         lock = f"SELECT pg_advisory_xact_lock(hashtext('{table}'));"
-        try:  # without parameters, several statements are one transaction
+        try:  # sent without parameters, several statements are one transaction
             self._execute(lock + sql.schema(table), None, deadline, binary=False)
         except (sqlstates.InsufficientPrivilege, sqlstates.InvalidSchemaName):
             raise _TableError(
-                f"has no table {table}, which this role may not make: let its owner run "
-                "'mlproducer relay --create-table', or what --print-sql shows"
+                f"has no table {table}, and this role may not create it: have the owner run "
+                "'mlproducer relay --create-table', or the SQL that --print-sql prints"
             ) from None
 
     def _check(self, there: int | None, mark: str | None) -> None:
         table = self._address.table
         version = (mark or "").removeprefix(sql.MARK)
         if there is None or version == (mark or "") or not version.isdecimal():
-            raise _TableError(f"has a table {table} that is not this library's")
+            raise _TableError(f"has a table {table} that is not a store of mlproducer")
         if int(version) > sql.VERSION:
             raise _TableError(
                 f"has a table {table} of version {version}, made by a later mlproducer; this one "
-                f"knows version {sql.VERSION}"
+                f"reads version {sql.VERSION}"
             )
 
     def _cancel(self) -> None:
-        """Ask the server to cancel what it is at, so that it does not go on, or wait, in vain."""
+        """Ask the server to cancel the statement, which no one waits for any more."""
         connection = self._connection
         if connection is not None:
             connection.deadline = time.monotonic() + CANCEL_TIMEOUT
@@ -328,11 +335,11 @@ class Session:
 
 
 class _TableError(psycopg.Error):
-    """The table is not there, or not ours; the text says so in the words of the store."""
+    """The table does not exist, or is not a store's; the text is fit for a `StoreError`."""
 
 
 def _is_over(connection: _Connection) -> bool:
-    """Whether the server has ended it meanwhile; nothing is sent to find out."""
+    """Test whether the server has ended the connection, without sending anything."""
     if connection.closed or connection.pgconn.transaction_status != pq.TransactionStatus.IDLE:
         return True
     poll = select.poll()

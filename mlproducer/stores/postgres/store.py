@@ -1,9 +1,7 @@
-"""A store in PostgreSQL, for the producers of many machines, and for outboxes.
+"""The store in PostgreSQL: each call of the protocol is one statement, and so one transaction.
 
-Each call of the protocol is one statement, and so one transaction. A call that puts, claims or
-releases carries its number, and a time after which the server does nothing for it any more. A call
-that got no answer is undone before anything else is done, so that those who were told of a
-`StoreError` can rely on it.
+A call that stores, claims or releases rows carries its number, and a time after which the server
+does nothing for it any more.
 
 Runs on: the retry thread.
 """
@@ -12,17 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-from attrs import frozen
 
 from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._store_url import read_postgresql
 from mlproducer.errors import StoreError, frameless
+from mlproducer.stores.on_server import DAY, MIN_PATIENCE, ROOM, Call, StoreOnServer
 from mlproducer.stores.postgres import sql
 from mlproducer.stores.postgres.listener import Listener
 from mlproducer.stores.postgres.rows import UnreadableRowError, given, read_row
@@ -31,60 +27,40 @@ from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row,
 
 logger = logging.getLogger(__name__)
 
-MIN_PATIENCE = 0.05
-"""Seconds that PostgreSQL has in any case."""
-
 RATE = 5_000_000
-"""Bytes per second at least, for messages so large that it takes time to send them."""
-
-ROOM = 16 * 1024 * 1024
-"""Bytes of messages that one call reads, so that a backlog of large ones does not fill memory."""
-
-DAY = 86_400.0
+"""Bytes per second that are sent at least; more time is allowed for large messages."""
 
 FORGET = 10.0
-"""Seconds between two looks for fates that are old."""
+"""Seconds between two deletions of expired fates."""
 
 COUNTING = 0.02
-"""The part of the time in which rows may be counted: many rows are not counted at each sweep."""
+"""The share of the time that may be spent on counting rows, once there are `MANY`."""
 
 MANY = 10_000
-"""Rows below which they are counted whenever one asks."""
+"""Up to this number rows are counted at each call of `depth`."""
 
 _STEP_BITS = 40
 
 TRIES = 2
-"""How often a call is made that the server takes to be late."""
-
-_inherited: list[object] = []
-"""Connections of a parent process: never used here, and never closed either."""
+"""How often a call is made that comes too late by the server's clock."""
 
 
-@frozen
-class _Call:
-    """A call that changes claims, and has got no answer yet."""
-
-    undo: str
-    number: int
-    claims: Sequence[Claim] = ()
-
-
-class PostgreSQLStore:
+class PostgreSQLStore(StoreOnServer):
     """Rows in a table of PostgreSQL 13 or later.
 
-    **How long a row lives** is what ``synchronous_commit`` and replication promise; with
-    PostgreSQL's own defaults a row is on the disk when `put` returns.
+    **Durability** is PostgreSQL's: ``synchronous_commit`` and replication decide; with the default
+    settings a row is on disk when `put` returns.
 
-    **Time** is the server's, so it does not matter what the clocks of the machines say. No row
-    waits longer than ``horizon`` where that clock was put back.
+    **Time** is the server's, so the clocks of the machines need not agree. No row waits longer
+    than ``horizon``, even where the server's clock was set back.
 
-    **The table** is made at the first use, if it is not there and the role may make it.
+    **The table** is created at the first use, if it does not exist and the role may create it.
 
-    **A `put` that fails leaves nothing behind**: PostgreSQL is told until when it may take effect,
-    and what has taken effect without an answer is undone by the next call. Until then the row is
-    claimed, so no process sends it. One case remains: PostgreSQL took the row in time, its answer
-    was lost, and this process ended, or did not get through again, for a whole lease; then another
-    process sends the row, although its `put` raised.
+    **A `put` that fails leaves nothing behind**: the statement does nothing after a deadline, and
+    what took effect without an answer is undone by the next call. Until then the row is claimed,
+    so that no process sends it. One case remains: PostgreSQL stored the row in time, its answer was
+    lost, and this process then ended, or could not reach the server, for a whole lease; then
+    another process sends the row, although its `put` raised.
 
     All processes that share a table should have the same horizon.
 
@@ -93,12 +69,13 @@ class PostgreSQLStore:
     :param url: ``postgresql://[user[:password]@]host[:port][,host[:port]...]/database``, with the
         options ``write_ahead``, ``table`` and ``connect_timeout`` (seconds), and libpq's
     :param lease: seconds for which a claim holds
-    :param write_ahead: store every message before it is sent; the URL's option overrules it
+    :param write_ahead: store every message before it is sent; the URL's option takes precedence
     :param horizon: seconds; no row waits longer
     :raises ConfigurationError: the URL does not parse
     """
 
     durable = True
+    _connection: Session
 
     @frameless
     def __init__(
@@ -117,15 +94,12 @@ class PostgreSQLStore:
         self.write_ahead = write_ahead if chosen is None else chosen
         self._horizon = max(lease, horizon)
         self._sql = sql.statements(self.table)
-        self._begin()
+        self._start()
 
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._session = Session(self.address)
+    def _start(self) -> None:
+        super()._start()
+        self._connection = Session(self.address)
         self._me = _new_owner(self.lease)
-        self._call = 0
-        self._unanswered: _Call | None = None
-        self._unfreed: list[tuple[Claim, float]] = []
         self._forget_at = 0.0
         self._count_at = 0.0
         self._counted = Depth()
@@ -137,10 +111,10 @@ class PostgreSQLStore:
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
         """Store messages, all with one statement.
 
-        PostgreSQL answers within a second, and a fifth more for each megabyte, or is given up.
+        PostgreSQL has a second to answer, and a fifth more for each megabyte.
 
         :raises StoreError: they are not stored; there is no `BufferFullError`, since a disk is full
-            for all at once
+            for all clients at once
         """
         deadline = time.monotonic() + patience
         self._get_ready()
@@ -156,20 +130,11 @@ class PostgreSQLStore:
             self._sql.put, self._sql.undo_put, {**rows, "token": token}, max(MIN_PATIENCE, limit)
         )
         claims = [Claim(key, token) for key in sorted(key for (key,) in keys)]
-        self._unfreed = [
-            (claim, entry.delay)
-            for entry, claim in zip(new, claims, strict=True)
-            if entry.delay is not None
-        ]
-        try:
-            self._settle()
-        except StoreError as error:
-            text = "messages are stored, but wait until this has ended: %s"
-            write(logger, logging.WARNING, text, error)
+        self._free_stored(new, claims)
         return claims
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
-        """Note what became of claimed rows."""
+        """Note what became of claimed rows, and return the claims that no longer hold."""
         if not changes:
             return []
         self._get_ready()
@@ -182,7 +147,7 @@ class PostgreSQLStore:
         return _lost(claims, held)
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Let leases begin again."""
+        """Renew leases, and return the claims that no longer hold."""
         if not claims:
             return []
         self._get_ready()
@@ -199,7 +164,7 @@ class PostgreSQLStore:
             self._run(self._sql.forget, {})
 
     def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
-        """Say what became of rows."""
+        """Return what became of rows."""
         if not claims:
             return []
         self._get_ready()
@@ -207,7 +172,7 @@ class PostgreSQLStore:
         return [_fate(claim, *each) for claim, each in zip(claims, found, strict=True)]
 
     def claim(self, limit: int) -> list[Row]:
-        """Claim what is due, at most 16 MiB of it; fewer rows do not mean that no more is due."""
+        """Claim due rows, at most 16 MiB of them; fewer than ``limit`` may be only a part."""
         if limit <= 0:
             return []
         self._get_ready()
@@ -216,7 +181,7 @@ class PostgreSQLStore:
         return self._read(self._change(self._sql.claim, self._sql.undo_claim, values))
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
-        """Show dead letters, at most 16 MiB of them; only an empty list is the end."""
+        """Return dead letters, at most 16 MiB of them; only an empty list is the end."""
         self._get_ready()
         values = {"after": after, "limit": limit, "room": ROOM}
         found = self._run(self._sql.letters, values)
@@ -224,14 +189,14 @@ class PostgreSQLStore:
         return rows if rows or not found else self.letters(limit, max(row[0] for row in found))
 
     def seize(self, row: Row) -> Row | None:
-        """Claim a letter."""
+        """Claim a dead letter."""
         self._get_ready()
         values = {"key": row.claim.key, "was": row.claim.token, "step": _step()}
         found = self._change(self._sql.seize, self._sql.undo_claim, values)
         return next(iter(self._read(found)), None)
 
     def depth(self) -> Depth:
-        """Count the rows; where they are many, what was counted a moment ago."""
+        """Count the rows; where there are many, return what was counted a moment ago."""
         self._get_ready()
         started = time.monotonic()
         if self._counted.total >= MANY and started < self._count_at:
@@ -244,53 +209,39 @@ class PostgreSQLStore:
         return self._counted
 
     def close(self) -> None:
-        """Make this process's claims due, and end the connection."""
-        self._leave_the_parent()
+        """Make this process's claims due, and close the connection."""
+        self._leave_parent()
         try:
-            if self._call:
+            if self._number:
                 self._get_ready()
                 self._run(self._sql.close, {})
-                self._me, self._call = _new_owner(self.lease), 0
+                self._me, self._number = _new_owner(self.lease), 0
         finally:
-            self._session.drop()
+            self._connection.drop()
 
     def create(self) -> None:
-        """Make the table now, unless it is there.
+        """Create the table now, unless it exists.
 
-        :raises StoreError: it cannot be made
+        :raises StoreError: it cannot be created
         """
-        self._leave_the_parent()
-        self._session.get_ready()
+        self._leave_parent()
+        self._connection.get_ready()
 
     def listener(self, wake: Callable[[], None]) -> Listener:
-        """Make what calls ``wake`` when a COMMIT has brought rows of an outbox."""
+        """Return a listener that calls ``wake`` when a COMMIT has brought rows of an outbox."""
         return Listener(self.address, wake)
 
     # --- calls ---------------------------------------------------------------------------------
 
-    def _get_ready(self) -> None:
-        self._leave_the_parent()
-        self._session.get_ready()
-        self._settle()
+    def _undo(self, call: Call) -> None:
+        # The server may still be running the call. It holds a shared lock until it has ended.
+        self._run(self._sql.barrier, {})
+        claims = _arrays(call.claims) if call.claims else {}
+        self._run(call.undo, {**claims, "call": call.number})
 
-    def _leave_the_parent(self) -> None:
-        """After a fork, begin afresh as another process."""
-        if self._pid != os.getpid():
-            _inherited.append(self._session)
-            self._begin()
-
-    def _settle(self) -> None:
-        """Do what earlier calls have left undone."""
-        call = self._unanswered
-        if call is not None:
-            self._run(self._sql.barrier, {})  # behind what the server may still be at
-            claims = _arrays(call.claims) if call.claims else {}
-            self._run(call.undo, {**claims, "call": call.number})
-            self._unanswered = None
-        if self._unfreed:
-            claims = _arrays([claim for claim, _ in self._unfreed])
-            self._run(self._sql.free, {**claims, "delays": [delay for _, delay in self._unfreed]})
-            self._unfreed = []
+    def _free(self, delayed: Sequence[tuple[Claim, float]]) -> None:
+        claims = _arrays([claim for claim, _ in delayed])
+        self._run(self._sql.free, {**claims, "delays": [delay for _, delay in delayed]})
 
     def _change(
         self,
@@ -302,29 +253,28 @@ class PostgreSQLStore:
     ) -> list[tuple[Any, ...]]:
         """Run a statement that is to be undone if there is no answer.
 
-        :raises StoreError: it came too late, and changed nothing, or there is no answer
+        :raises StoreError: it came too late, and changed nothing, or there was no answer
         """
         deadline = time.monotonic() + limit
         for _ in range(TRIES):
             left = max(MIN_PATIENCE, deadline - time.monotonic())
-            self._call += 1
-            self._unanswered = _Call(undo, self._call, claims)
-            latest = self._session.server_time(time.monotonic() + left)
-            done = self._run(statement, {**values, "call": self._call, "latest": latest}, left)
-            self._unanswered = None
-            if done or not self._session.is_past(latest):
-                return done
-            # It did nothing, though by our clock it came in time: the server's was put forward.
+            number = self._next_call(undo, claims)
+            latest = self._connection.server_time(time.monotonic() + left)
+            rows = self._run(statement, {**values, "call": number, "latest": latest}, left)
+            self._answered()
+            if rows or not self._connection.is_past(latest):
+                return rows
+            # It came in time by this machine's clock: the server's has been set forward.
         raise StoreError(f"the store at {self.name} was reached too late")
 
     def _run(
         self, statement: str, values: dict[str, Any], limit: float = TIMEOUT
     ) -> list[tuple[Any, ...]]:
         common = {"me": self._me, "lease": float(self.lease), "horizon": float(self._horizon)}
-        return self._session.run(statement, {**common, **values}, limit)
+        return self._connection.run(statement, {**common, **values}, limit)
 
     def _read(self, rows: Iterable[Sequence[Any]]) -> list[Row]:
-        """Give the rows that can be read, by key, and put aside the others."""
+        """Return the rows that can be read, by key, and put the others aside."""
         good: list[Row] = []
         unreadable: list[Claim] = []
         for fields in rows:
@@ -341,19 +291,22 @@ class PostgreSQLStore:
 
 
 def _new_owner(lease: float) -> int:
-    """Give a number that ends with the length of the owner's leases."""
+    """Return a number that ends with the length of the owner's leases."""
     random = 1 + secrets.randbits(62 - sql.LEASE_BITS)
     seconds: int = min(math.ceil(lease), sql.LONGEST_LEASE)
     return (random << sql.LEASE_BITS) | seconds
 
 
 def _first_token() -> int:
-    """Give the even token of rows that are put."""
+    """Return an even token, for rows that are stored."""
     return (1 << 51) + 2 * secrets.randbits(50)
 
 
 def _step() -> int:
-    """Give what a token grows by when its row is claimed, odd; so no earlier state has the same."""
+    """Return an odd, random number by which a token grows when its row is claimed.
+
+    Random, so that a table that was put back to an earlier state never has the same tokens again.
+    """
     return 1 + 2 * secrets.randbits(_STEP_BITS)
 
 

@@ -1,6 +1,6 @@
-"""What a Redis store's URL names on this machine: files of certificates, looked at when it is made.
+"""Read a Redis store's URL, and check the certificate files that it names.
 
-The grammar is in `mlproducer._store_url`. Nothing here ever shows a user or a password.
+The grammar is in `mlproducer._store_url`. No error or log line here shows a user or a password.
 
 Runs on: the publisher's thread that starts the producer.
 """
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 @frameless
 def parse(url: str) -> RedisAddress:
-    """Read a URL, and find out now what would fail at the first message.
+    """Read a URL, and check its files now, rather than at the first message.
 
-    :raises ConfigurationError: it does not parse, or files that it names cannot be used
+    :raises ConfigurationError: it does not parse, or a file that it names cannot be used
     """
     address = read_redis(url)
     if address.tls:
@@ -32,7 +32,7 @@ def parse(url: str) -> RedisAddress:
                 logger,
                 logging.WARNING,
                 "TLS to the store at %s without certificate check (ssl_cert_reqs=none): "
-                "anyone in the network path can read and change what is stored",
+                "anyone in the network path can read and change stored messages",
                 address.name,
             )
     return address
@@ -49,18 +49,18 @@ def _check_files(address: RedisAddress) -> None:
             raise ConfigurationError(f"{option} in {NAME}: there is no such file")
     if address.ca_path is not None and not Path(address.ca_path).is_dir():
         raise ConfigurationError(f"ssl_ca_path in {NAME}: there is no such directory")
-    if not _can_be_used(address):
+    if not _loads(address):
         raise ConfigurationError(
-            f"ssl_ca_certs, ssl_certfile and ssl_keyfile in {NAME} must be certificates, and a "
-            "certificate with its private key, which needs no password but that of ssl_password"
+            f"ssl_ca_certs and ssl_certfile in {NAME} must be PEM files of certificates, and "
+            "ssl_keyfile the certificate's private key, encrypted with ssl_password or not at all"
         )
 
 
-def _can_be_used(address: RedisAddress) -> bool:
+def _loads(address: RedisAddress) -> bool:
     try:
         context = ssl.create_default_context(cafile=address.ca_certs, capath=address.ca_path)
         if address.certfile is not None:
-            # A password in any case: without one OpenSSL asks for it, and a server would hang.
+            # Never None: OpenSSL would ask for the password on the terminal, and the process hang.
             secret = address.key_password or ""
             context.load_cert_chain(address.certfile, address.keyfile, password=secret)
         if address.ciphers is not None:

@@ -1,7 +1,7 @@
-"""The connection to Redis; with `mlproducer.stores.redis.dial` the only file that knows redis-py.
+"""The connection to Redis: runs scripts, and turns redis-py's errors into `StoreError`.
 
-Owns one connection: has it made, runs scripts over it, and says what went wrong in words of its
-own. It must not know what the scripts do.
+With `mlproducer.stores.redis.dial` the only module that imports redis-py. It does not know what
+the scripts do.
 
 Runs on: the retry thread.
 """
@@ -22,12 +22,11 @@ from mlproducer.stores.redis.dial import TIMEOUT, connect, exceptions, warn_of_e
 from mlproducer.stores.redis.rows import MICROSECONDS, Field
 
 IDLE = 1.0
-"""Seconds after which a connection is asked whether it still works, before it is relied on."""
+"""Seconds after which an idle connection is tested before it is used."""
 
 SLICE = 1024 * 1024
 _HOPS = 5
 _MOVED = re.compile(r"(?:MOVED )?\d+ (\S+):(\d+)")
-_NEEDED = re.compile(r"the store needs ([A-Z]+)")
 _CODE = re.compile(r"[A-Z]{2,20}\b")
 _FOREIGN = (exceptions.RedisError, OSError, ValueError)
 
@@ -51,12 +50,21 @@ _ANSWERS = {
 }
 
 
-class Connection:
-    """One connection, made when it is needed, and made anew after whatever went wrong.
+class _CommandRefusedError(exceptions.NoPermissionError):
+    """A command that the scripts run is not permitted to this user."""
 
-    :param prefix: the one key that scripts are given
-    :param greeting: the script that is run first, and its arguments
-    :ivar timeout: seconds of silence after which Redis is taken to be away
+    def __init__(self, command: bytes) -> None:
+        super().__init__()
+        self.command = command.decode()
+
+
+class Connection:
+    """One connection, made when it is needed, and made again after any failure.
+
+    :param prefix: the one key that is passed to scripts
+    :param greeting: the script that is run first, and its arguments; it returns the first command
+        that this user may not run, if there is one
+    :ivar timeout: seconds without an answer after which Redis counts as unreachable
     """
 
     def __init__(
@@ -71,13 +79,13 @@ class Connection:
         self._ahead = 0.0
 
     def server_time(self, moment: float) -> int:
-        """Give the server's time at a monotonic moment, in microseconds, or a little less."""
+        """Return the server's time at a monotonic moment, in microseconds, or a little less."""
         return int((moment + self._ahead) * MICROSECONDS)
 
     def get_ready(self) -> None:
-        """Have a connection that works.
+        """Connect, unless there is a connection that works.
 
-        :raises StoreError: there is none
+        :raises StoreError: the server cannot be reached, or refuses the connection
         """
         try:
             if not self._works():
@@ -86,15 +94,17 @@ class Connection:
             failure = self._failed(error)
         else:
             return
-        raise failure  # with nothing of redis-py's in it, whose frames know the password
+        # Raised outside of the handler: nothing of redis-py, whose frames hold the password, is
+        # chained to it.
+        raise failure
 
     def run(
         self, script: str, arguments: Sequence[Field], deadline: float | None = None
     ) -> list[Any]:
-        """Run a script, and give what it returned after the time.
+        """Run a script, and return its results, without the time that comes first.
 
         :param deadline: when to give up, in monotonic seconds
-        :raises StoreError: it failed, or there is no answer
+        :raises StoreError: the script failed, or there was no answer in time
         """
         try:
             return self._evaluate(script, arguments, deadline)
@@ -103,31 +113,31 @@ class Connection:
         raise failure
 
     def drop(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.disconnect()
 
     def _works(self) -> bool:
-        """Whether there is a connection that was not closed, and answers if it has idled."""
+        """Test whether there is a connection that was not closed, and, if it was idle, answers."""
         if self._connection is None:
             return False
         try:
             if self._connection.can_read(0):
-                raise exceptions.ConnectionError("an answer that nobody asked for")
+                raise exceptions.ConnectionError("an answer without a question")
             if time.monotonic() - self._used > IDLE:
-                self._evaluate(*self._greeting)
+                self._greet()
         except (exceptions.ConnectionError, OSError):
             self.drop()
         return self._connection is not None
 
     def _connect(self) -> None:
-        """Connect, in a cluster to the node that has the keys."""
+        """Connect; in a cluster, to the node that has the keys."""
         node: tuple[str, int] | None = None
         for _ in range(_HOPS):
             self._connection = connect(self._address, node)
             try:
-                self._evaluate(*self._greeting)
+                self._greet()
             except exceptions.ResponseError as error:
                 moved = _MOVED.fullmatch(str(error))
                 if moved is None:
@@ -138,6 +148,11 @@ class Connection:
                 warn_of_eviction(self._connection, self._address)
                 return
         raise exceptions.ConnectionError("the nodes of the cluster do not agree")
+
+    def _greet(self) -> None:
+        refused = self._evaluate(*self._greeting)
+        if refused:
+            raise _CommandRefusedError(refused[0])
 
     def _evaluate(
         self, script: str, arguments: Sequence[Field], deadline: float | None = None
@@ -163,14 +178,15 @@ class Connection:
         return answer
 
     def _failed(self, error: Exception) -> StoreError:
+        """Close the connection, and return the error to be raised."""
         self.drop()
         return StoreError(f"the store at {self._address.name} {_describe(error)}")
 
 
 def _packed(command: Sequence[Field]) -> list[memoryview]:
-    """Write a command as Redis's protocol has it; redis-py takes three times as long.
+    """Encode a command in Redis's protocol (RESP); redis-py takes three times as long.
 
-    It comes in slices, since the time for each write is limited.
+    The result is in slices, since redis-py limits the time for each write, however long it is.
     """
     parts = [b"*%d\r\n" % len(command)]
     for each in command:
@@ -181,11 +197,12 @@ def _packed(command: Sequence[Field]) -> list[memoryview]:
 
 
 def _describe(error: Exception) -> str:
-    """Say what is wrong in words of our own: Redis's may quote what it was sent."""
+    """Describe an error; Redis's own text is not passed on, since it may quote what it was sent."""
     for kind, words in _TROUBLES:
         if isinstance(error, kind):
-            lacking = _NEEDED.search(str(error))
-            return words + (f": {lacking[1]}" if lacking else _cause(error.__context__))
+            if isinstance(error, _CommandRefusedError):
+                return f"{words}: {error.command}"
+            return words + _cause(error.__context__)
     text = str(error)
     if "DB index" in text:
         return "has no database of this number"
@@ -193,7 +210,7 @@ def _describe(error: Exception) -> str:
         return "is older than Redis 7.0"
     if isinstance(error, exceptions.ResponseError):
         found = _CODE.match(text)
-        code = found[0] if found else "ERR"  # which redis-py leaves out
+        code = found[0] if found else "ERR"  # redis-py strips this one
         return _ANSWERS.get(code, f"answered {code}")
     return f"did not answer as Redis does ({type(error).__name__})"
 

@@ -1,4 +1,4 @@
-"""How a connection to Redis is made: over TCP, TLS or a Unix socket, and by way of Sentinels.
+"""Connect to Redis: over TCP, TLS or a Unix socket, directly or by way of Sentinels.
 
 Runs on: the retry thread.
 """
@@ -26,27 +26,27 @@ __all__ = ["TIMEOUT", "connect", "exceptions", "warn_of_eviction"]
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 0.5
-"""Seconds of silence after which Redis is taken to be away."""
+"""Seconds without an answer after which Redis counts as unreachable."""
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def connect(address: RedisAddress, node: tuple[str, int] | None) -> Any:
-    """Give a connection that is up.
+    """Return an open connection.
 
-    :param node: where a cluster has moved the keys, in place of the address
-    :raises redis.RedisError: it cannot be made
+    :param node: host and port to which a cluster has redirected, in place of the address
+    :raises redis.RedisError: the connection cannot be made
     """
     if node is not None:
-        return _up(_server(address, *node))
+        return _opened(_server(address, *node))
     if address.path is not None:
-        return _up(_socket(address, address.path))
+        return _opened(_socket(address, address.path))
     if address.service is not None:
-        return _up_by_sentinels(address, address.service)
-    return _up(_server(address, *address.nodes[0]))
+        return _connect_by_sentinels(address, address.service)
+    return _opened(_server(address, *address.nodes[0]))
 
 
-def _up(connection: Any) -> Any:
+def _opened(connection: Any) -> Any:
     connection.connect()
     return connection
 
@@ -54,17 +54,17 @@ def _up(connection: Any) -> Any:
 # --- Sentinels -----------------------------------------------------------------------------------
 
 
-def _up_by_sentinels(address: RedisAddress, service: str) -> Any:
-    """Connect to the master that the first Sentinel that answers names, if it is one.
+def _connect_by_sentinels(address: RedisAddress, service: str) -> Any:
+    """Connect to the master that a Sentinel names, once the server says that it is the master.
 
-    A Sentinel that was cut off may name one that was replaced; then the next one is asked.
+    A Sentinel that was cut off may name a server that was replaced; then the next one is asked.
     """
     problem: Exception = exceptions.ConnectionError("no Sentinel knows a master of this name")
     for host, port in address.nodes:
         try:
             node = _ask_sentinel(_sentinel(address, host, port), service)
             if node is not None:
-                return _master(_up(_server(address, *node)))
+                return _master(_opened(_server(address, *node)))
         except (exceptions.RedisError, OSError) as error:
             problem = error
     raise problem
@@ -89,7 +89,7 @@ def _master(connection: Any) -> Any:
         raise
     if role != b"master":
         connection.disconnect()
-        raise exceptions.ReadOnlyError("no master any more")
+        raise exceptions.ReadOnlyError("the server is not the master any more")
     return connection
 
 
@@ -145,7 +145,7 @@ def _tls(address: RedisAddress) -> dict[str, Any]:
         "ssl_ca_path": address.ca_path,
         "ssl_certfile": address.certfile,
         "ssl_keyfile": address.keyfile,
-        # A password in any case: without one OpenSSL asks for it, and a server would hang.
+        # Never None: OpenSSL would ask for the password on the terminal, and the process hang.
         "ssl_password": address.key_password or "",
         "ssl_cert_reqs": "required" if address.verify else "none",
         "ssl_check_hostname": address.check_hostname,
@@ -153,18 +153,18 @@ def _tls(address: RedisAddress) -> dict[str, Any]:
     }
 
 
-# --- what Redis does on its own ------------------------------------------------------------------
+# --- eviction ------------------------------------------------------------------------------------
 
 
 def warn_of_eviction(connection: Any, address: RedisAddress) -> None:
-    """Say once for each server that it throws rows away when its memory is full."""
-    if address.name in _told:
+    """Warn, once for each server, if it evicts keys when its memory is full."""
+    if address.name in _warned:
         return
-    _told.add(address.name)
+    _warned.add(address.name)
     try:
         connection.send_command("INFO", "memory")
         memory = connection.read_response()
-    except exceptions.ResponseError:  # this user may not ask
+    except exceptions.ResponseError:  # this user may not run INFO
         return
     lines = memory.decode(errors="replace").splitlines()
     said = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -173,8 +173,8 @@ def warn_of_eviction(connection: Any, address: RedisAddress) -> None:
         write(
             logger,
             logging.WARNING,
-            "the store at %s has maxmemory-policy %s: when its memory is full, Redis may throw "
-            "stored messages away. Set it to noeviction",
+            "the store at %s has maxmemory-policy %s: when its memory is full, Redis may evict "
+            "stored messages; set it to noeviction",
             address.name,
             policy,
         )

@@ -1,7 +1,7 @@
-"""How records, changes and claims are written as a script's arguments, and rows are read back.
+"""Write records, changes and claims as arguments of a script, and read rows back.
 
-What comes from Redis is not trusted: each field has its type, and the message its checksum. It must
-not know how the fields travel.
+What comes from Redis is not trusted: the type of each field is checked, and the message by its
+checksum.
 
 Runs on: the retry thread.
 """
@@ -22,22 +22,22 @@ Field = bytes | str | int
 MICROSECONDS = 1_000_000
 
 WHOLE = 2**53
-"""Lua's numbers are whole up to here; as microseconds it is a time in the year 2255."""
+"""Up to here Lua's numbers, which are doubles, are exact; in microseconds, the year 2255."""
 
 
 class UnreadableRowError(Exception):
-    """A row that this library did not write, or not so."""
+    """A row that this library did not write, or that was changed since."""
 
 
 def entry_fields(entry: Entry) -> tuple[Field, ...]:
-    """Give flags, state, message and time of acceptance of what is to be stored."""
+    """Return flags, state, message and time of acceptance of an entry to be stored."""
     record = entry.record
     accepted = int(record.accepted_at * MICROSECONDS + 0.5)
     return _flags(record, entry.ahead), _state(record), *_message(record.envelope), accepted
 
 
 def change_fields(change: Change) -> tuple[Field, ...]:
-    """Give what is new of a row: its message only where a dead letter has taken its place."""
+    """Return the new fields of a row; the message only where it is replaced by its dead letter."""
     claim, record = change.claim, change.record
     delay = -1 if change.delay is None else int(change.delay * MICROSECONDS)
     message = _message(record.envelope) if record.dead else ("",) * 5
@@ -45,21 +45,21 @@ def change_fields(change: Change) -> tuple[Field, ...]:
 
 
 def claim_fields(claims: Iterable[Claim]) -> list[Field]:
-    """Give keys and tokens."""
+    """Return keys and tokens, in turn."""
     return [each for claim in claims for each in (claim.key, claim.token)]
 
 
 def read_row(fields: Sequence[bytes]) -> Row:
-    """Read what a script shows of a row.
+    """Read a row as the scripts return it.
 
-    :raises UnreadableRowError: it is none
+    :raises UnreadableRowError: it is not one that this library wrote
     """
     try:
         numbers, message_id, route, properties, body, state = fields
         key, token, doubtful, checksum, accepted = map(int, numbers.split(b" "))
         if not 0 < key < WHOLE or not 0 < token < WHOLE or not 0 <= accepted < WHOLE:
             raise UnreadableRowError
-        if checksum != _sum(message_id, route, properties, body):
+        if checksum != _checksum(message_id, route, properties, body):
             raise UnreadableRowError
         name = message_id.decode(errors="surrogatepass")
         envelope = Envelope(name, *_read_route(route), properties, body)
@@ -74,7 +74,7 @@ def read_row(fields: Sequence[bytes]) -> Row:
 
 
 def name_of(fields: Sequence[bytes]) -> tuple[bytes, bytes]:
-    """Give key and token of a row that cannot be read; the script has checked these two."""
+    """Return key and token of a row that cannot be read; the script has checked these two."""
     key, token, _ = fields[0].split(b" ", 2)
     return key, token
 
@@ -82,16 +82,16 @@ def name_of(fields: Sequence[bytes]) -> tuple[bytes, bytes]:
 def _message(envelope: Envelope) -> tuple[Field, ...]:
     message_id = envelope.message_id.encode(errors="surrogatepass")
     route = _route(envelope.task_type, envelope.exchange, envelope.routing_key)
-    checksum = _sum(message_id, route, envelope.properties, envelope.body)
+    checksum = _checksum(message_id, route, envelope.properties, envelope.body)
     return message_id, route, envelope.properties, envelope.body, checksum
 
 
 def _flags(record: Record, ahead: bool = False) -> Field:
-    """Say what a script must know of a record: doubtful (u), dead, stored ahead."""
+    """Return what a script has to know of a record, as letters: u (doubtful), d(ead), a(head)."""
     return "u" * record.doubtful + "d" * record.dead + "a" * ahead
 
 
-def _sum(message_id: bytes, route: bytes, properties: bytes, body: bytes) -> int:
+def _checksum(message_id: bytes, route: bytes, properties: bytes, body: bytes) -> int:
     return zlib.crc32(body, zlib.crc32(properties, zlib.crc32(route, zlib.crc32(message_id))))
 
 
@@ -100,7 +100,7 @@ def _state(record: Record) -> bytes:
     return _write_state(record.attempts, record.dead, record.reason, record.first_failed_at, retry)
 
 
-# Most rows have the same few routes, and no failure so far.
+# Cached, since most rows have one of a few routes, and no failure so far.
 
 
 @lru_cache(maxsize=256)

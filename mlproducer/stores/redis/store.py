@@ -1,8 +1,4 @@
-"""A store in Redis, for the producers of many machines.
-
-Each call of the protocol is one script, and one round trip. Every script that claims or releases
-carries the number of its call. A call that got no answer is undone before anything else is done,
-so that whoever was told of a `StoreError` can rely on it.
+"""The store in Redis: each call of the protocol is one script, and one round trip.
 
 Runs on: the retry thread.
 """
@@ -10,22 +6,19 @@ Runs on: the retry thread.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-from attrs import frozen
 
 from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._store_url import check_prefix
 from mlproducer.errors import StoreError, frameless
+from mlproducer.stores.on_server import DAY, MIN_PATIENCE, ROOM, Call, StoreOnServer
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.redis import scripts
 from mlproducer.stores.redis.address import parse
 from mlproducer.stores.redis.connection import Connection
-from mlproducer.stores.redis.lua import TAG
 from mlproducer.stores.redis.rows import (
     MICROSECONDS,
     Field,
@@ -36,48 +29,29 @@ from mlproducer.stores.redis.rows import (
     name_of,
     read_row,
 )
+from mlproducer.stores.redis.scripts import TAG
 
 logger = logging.getLogger(__name__)
 
-MIN_PATIENCE = 0.05
-"""Seconds that Redis has in any case."""
-
 RATE = 10_000_000
-"""Bytes per second at least, for messages so large that it takes time to send them."""
-
-ROOM = 16 * 1024 * 1024
-"""Bytes of messages that one call reads, so that a backlog of large ones does not fill memory."""
-
-DAY = 86_400.0
-
-_inherited: list[object] = []
-"""Connections of a parent process: never used here, and never closed either."""
+"""Bytes per second that are sent at least; more time is allowed for large messages."""
 
 
-@frozen
-class _Call:
-    """A call that claims or releases, and has got no answer yet."""
-
-    kind: str
-    number: int
-    claims: Sequence[Claim] = ()
-
-
-class RedisStore:
+class RedisStore(StoreOnServer):
     """Rows in Redis 7.0 or later.
 
-    **How long a row lives** is Redis's own affair: what ``appendonly`` and ``appendfsync`` promise
-    of a restart, what replication, which is asynchronous, promises of a failover (Redis guides,
-    *Persistence* and *Replication*). Redis's eviction policy must be ``noeviction``; any other may
-    throw messages away.
+    **Durability** is Redis's: ``appendonly`` and ``appendfsync`` decide what survives a restart,
+    and replication, which is asynchronous, what survives a failover (Redis guides, *Persistence*
+    and *Replication*). The eviction policy must be ``noeviction``; with any other Redis may evict
+    messages.
 
-    **Time** is the Redis server's, so it does not matter what the clocks of the machines say.
+    **Time** is the Redis server's, so the clocks of the machines need not agree.
 
-    **A `put` that fails leaves nothing behind**: Redis is told until when it may take effect, and
-    what has taken effect without an answer is undone by the next call, whichever that is. Until
-    then the row is claimed, so nobody sends it. One case remains: Redis took the row in time, its
-    answer was lost, and this process then ended, or did not get through to Redis, for a whole
-    lease; then whoever is next sends the row, although its `put` raised.
+    **A `put` that fails leaves nothing behind**: the script does nothing after a deadline, and
+    what took effect without an answer is undone by the next call, whichever that is. Until then
+    the row is claimed, so that no process sends it. One case remains: Redis stored the row in time,
+    its answer was lost, and this process then ended, or could not reach Redis, for a whole lease;
+    then another process sends the row, although its `put` raised.
 
     All processes that share a prefix should have the same horizon.
 
@@ -86,13 +60,14 @@ class RedisStore:
         ``redis+sentinel://[user:password@]host[:port],.../service[/db]`` for the master that
         Sentinels name; with the options ``write_ahead`` and ``prefix``, and those of redis-py
     :param lease: seconds for which a claim holds
-    :param write_ahead: store every message before it is sent; the URL's option overrules it
-    :param prefix: what the names of all keys begin with; likewise
-    :param horizon: seconds; no row waits longer, also where the server's clock was put back
+    :param write_ahead: store every message before it is sent; the URL's option takes precedence
+    :param prefix: with which the names of all keys begin; the URL's option takes precedence
+    :param horizon: seconds; no row waits longer, even where the server's clock was set back
     :raises ConfigurationError: the URL or the prefix does not parse
     """
 
     durable = True
+    _connection: Connection
 
     @frameless
     def __init__(
@@ -112,15 +87,12 @@ class RedisStore:
         self._prefix = (self._address.prefix or check_prefix(prefix)) + TAG
         self._lease = _whole(lease)
         self._horizon = _whole(max(lease, horizon))
-        self._begin()
+        self._start()
 
-    def _begin(self) -> None:
-        self._pid = os.getpid()
+    def _start(self) -> None:
+        super()._start()
         self._owner = f"{secrets.token_hex(8)}.{self._lease}"
         self._connection = Connection(self._address, self._prefix, (scripts.OPEN, [self._owner, 0]))
-        self._number = 0
-        self._unanswered: _Call | None = None
-        self._unfreed: list[tuple[Claim, int]] = []
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.name}>"
@@ -128,11 +100,10 @@ class RedisStore:
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
         """Store messages.
 
-        Redis answers within half a second (``socket_timeout``) or is given up, a tenth of a
-        second more for each megabyte that it is to store.
+        Redis has half a second to answer (``socket_timeout``), and a tenth more for each megabyte.
 
-        :raises StoreError: they are not stored; there is no `BufferFullError`, since Redis is out
-            of memory for everybody at once
+        :raises StoreError: they are not stored; there is no `BufferFullError`, since Redis runs out
+            of memory for all its clients at once
         """
         deadline = time.monotonic() + patience
         self._get_ready()
@@ -146,34 +117,21 @@ class RedisStore:
             raise StoreError(f"the store at {self.name} was reached too late")
         first, token = map(int, answer)
         claims = [Claim(first + place, token) for place in range(len(new))]
-        self._unfreed = [
-            (claim, token + _whole(entry.delay))
-            for entry, claim in zip(new, claims, strict=True)
-            if entry.delay is not None
-        ]
-        try:
-            self._settle()
-        except StoreError as error:
-            write(
-                logger,
-                logging.WARNING,
-                "messages are stored, but wait until this has ended: %s",
-                error,
-            )
+        self._free_stored(new, claims)
         return claims
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
-        """Note what became of claimed rows."""
+        """Note what became of claimed rows, and return the claims that no longer hold."""
         if not changes:
             return []
         self._get_ready()
         fields = [each for change in changes for each in change_fields(change)]
         claims = [change.claim for change in changes]
-        (lost,) = self._claim("release", scripts.RELEASE, self._lease, *fields, claims=claims)
+        (lost,) = self._call("release", scripts.RELEASE, self._lease, *fields, claims=claims)
         return [claims[place] for place in lost]
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Let leases begin anew."""
+        """Renew leases, and return the claims that no longer hold."""
         if not claims:
             return []
         self._get_ready()
@@ -187,7 +145,7 @@ class RedisStore:
             self._run(scripts.DONE, 0, *claim_fields(claims))
 
     def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
-        """Say what became of rows."""
+        """Return what became of rows."""
         if not claims:
             return []
         self._get_ready()
@@ -195,17 +153,17 @@ class RedisStore:
         return [RowFate(fate.decode()) for fate in fates]
 
     def claim(self, limit: int) -> list[Row]:
-        """Claim what is due, at most 16 MiB of it; fewer rows do not mean that no more is due."""
+        """Claim due rows, at most 16 MiB of them; fewer than ``limit`` may be only a part."""
         if limit <= 0:
             return []
         self._get_ready()
         bounds = (self._lease, self._horizon, limit, ROOM)
-        rows, bad = self._claim("claim", scripts.CLAIM, *bounds)
-        self._tell(bad)
+        rows, bad = self._call("claim", scripts.CLAIM, *bounds)
+        self._log_quarantined(bad)
         return self._read(rows, [])
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
-        """Show dead letters, at most 16 MiB of them; only an empty list is the end."""
+        """Return dead letters, at most 16 MiB of them; only an empty list is the end."""
         self._get_ready()
         place: Field = after
         while True:
@@ -213,13 +171,13 @@ class RedisStore:
             found = self._read(rows, bad)
             if found or not last:
                 return found
-            place = last  # no row of these could be read; there may be others behind them
+            place = last  # none of these could be read, but later ones may be
 
     def seize(self, row: Row) -> Row | None:
-        """Claim a letter."""
+        """Claim a dead letter."""
         self._get_ready()
         bounds = (self._lease, self._horizon)
-        rows, _ = self._claim("claim", scripts.SEIZE, *bounds, *claim_fields([row.claim]))
+        rows, _ = self._call("claim", scripts.SEIZE, *bounds, *claim_fields([row.claim]))
         return next(iter(self._read(rows, [])), None)
 
     def depth(self) -> Depth:
@@ -229,8 +187,8 @@ class RedisStore:
         return Depth(max(0, total - dead - ahead), dead, ahead)
 
     def close(self) -> None:
-        """Make this process's claims due, and end the connection."""
-        self._leave_the_parent()
+        """Make this process's claims due, and close the connection."""
+        self._leave_parent()
         try:
             if self._number:
                 self._get_ready()
@@ -240,49 +198,34 @@ class RedisStore:
 
     # --- calls ---------------------------------------------------------------------------------
 
-    def _get_ready(self) -> None:
-        self._leave_the_parent()
-        self._connection.get_ready()
-        self._settle()
+    def _undo(self, call: Call) -> None:
+        claims = claim_fields(call.claims)
+        self._run(scripts.UNDO, call.number, call.undo, self._lease, *claims)
 
-    def _leave_the_parent(self) -> None:
-        """After a fork, begin anew as somebody else."""
-        if self._pid != os.getpid():
-            _inherited.append(self._connection)
-            self._begin()
-
-    def _settle(self) -> None:
-        """Do what earlier calls have left undone."""
-        call = self._unanswered
-        if call is not None:
-            claims = claim_fields(call.claims)
-            self._run(scripts.UNDO, call.number, call.kind, self._lease, *claims)
-            self._unanswered = None
-        if self._unfreed:
-            due = [(claim.key, claim.token, when) for claim, when in self._unfreed]
-            self._run(scripts.FREE, 0, *(each for row in due for each in row))
-            self._unfreed = []
+    def _free(self, delayed: Sequence[tuple[Claim, float]]) -> None:
+        # The token of a row that was stored is the server's time then.
+        due = [(claim.key, claim.token, claim.token + _whole(delay)) for claim, delay in delayed]
+        self._run(scripts.FREE, 0, *(each for row in due for each in row))
 
     def _put(self, rows: Sequence[Field], size: int, deadline: float) -> list[Any]:
-        """Store rows; nothing is given where the server's clock says that it is too late."""
+        """Store rows; return nothing where the deadline has passed by the server's clock."""
         now = time.monotonic()
         limit = now + max(MIN_PATIENCE, min(deadline - now, self._connection.timeout + size / RATE))
         latest = self._connection.server_time(limit)
-        return self._claim("put", scripts.PUT, self._lease, latest, *rows, deadline=limit)
+        return self._call("put", scripts.PUT, self._lease, latest, *rows, deadline=limit)
 
-    def _claim(
+    def _call(
         self,
-        kind: str,
+        undo: str,
         script: str,
         *arguments: Field,
         claims: Sequence[Claim] = (),
         deadline: float | None = None,
     ) -> list[Any]:
         """Run a script that is to be undone if there is no answer."""
-        self._number += 1
-        self._unanswered = _Call(kind, self._number, claims)
-        answer = self._run(script, self._number, *arguments, deadline=deadline)
-        self._unanswered = None
+        number = self._next_call(undo, claims)
+        answer = self._run(script, number, *arguments, deadline=deadline)
+        self._answered()
         return answer
 
     def _run(
@@ -293,7 +236,7 @@ class RedisStore:
     # --- rows that cannot be read --------------------------------------------------------------
 
     def _read(self, rows: Sequence[Sequence[bytes]], bad: Sequence[bytes]) -> list[Row]:
-        """Give the rows that can be read, and put aside the others."""
+        """Return the rows that can be read, and quarantine the others."""
         good = []
         unreadable: list[tuple[bytes, bytes]] = [(key, b"") for key in bad]
         for fields in rows:
@@ -302,17 +245,17 @@ class RedisStore:
             except UnreadableRowError:
                 unreadable.append(name_of(fields))
         if unreadable:
-            self._put_aside(unreadable)
+            self._quarantine(unreadable)
         return good
 
-    def _put_aside(self, unreadable: Sequence[tuple[bytes, bytes]]) -> None:
+    def _quarantine(self, unreadable: Sequence[tuple[bytes, bytes]]) -> None:
         try:
             self._run(scripts.QUARANTINE, 0, *(each for row in unreadable for each in row))
         except StoreError as error:
-            write(logger, logging.WARNING, "unreadable rows could not be put aside: %s", error)
-        self._tell([key for key, _ in unreadable])
+            write(logger, logging.WARNING, "unreadable rows could not be quarantined: %s", error)
+        self._log_quarantined([key for key, _ in unreadable])
 
-    def _tell(self, bad: Sequence[bytes]) -> None:
+    def _log_quarantined(self, bad: Sequence[bytes]) -> None:
         for key in bad:
             write(
                 logger,

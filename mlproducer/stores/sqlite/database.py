@@ -1,7 +1,7 @@
-"""How the SQLite store uses its file: transactions, their failures, and forks.
+"""The SQLite store's use of its file: transactions, their failures, and forks.
 
-A fork waits until no call to SQLite is under way, and finds the file closed. It has to be so: what
-SQLite knows of its locks on a file is held once for a process, and a child that inherited it would
+A fork waits until no call to SQLite is in progress, and closes the file before: SQLite keeps its
+record of the locks on a file once for a process, and a child that inherited this record would
 believe that it holds its parent's locks, which it does not.
 
 Runs on: the retry thread; a command's thread for what only reads; the thread that forks.
@@ -38,32 +38,33 @@ WAIT = 0.25
 """Seconds to wait for another writer."""
 
 LOOK = 0.5
-"""Seconds between two looks for owners that have ended."""
+"""Seconds between two checks for owners that have ended."""
 
 MANY = 1_000_000
 
 TRUST = 1.0
-"""Seconds between two looks at the disk: for each one the interpreter's lock is let go."""
+"""Seconds between two checks of the disk; each call to the system releases the GIL, and getting
+it back from a busy thread can take 5 ms."""
 
 SHRINK_STEPS = 64
-"""How often 64 pages are given back to a full disk before it is left at that."""
+"""How often, at most, 64 pages are returned to a full disk."""
 
 FORK_WAIT = 10.0
-"""Seconds for which a fork waits for a call that is under way, and a call for another."""
+"""Seconds for which a fork waits for a call in progress, and a call for another."""
 
 
 class _LockedError(StoreError):
-    """Another writer is in the way."""
+    """Another writer holds SQLite's lock."""
 
 
 class Database:
-    """The file as one process uses it: opened at its first use, and again after it was lost.
+    """The file as one process uses it: opened at its first use, and again after it was replaced.
 
-    :param horizon: seconds; what is due later than that was written by another clock
-    :param clock: gives monotonic seconds
-    :ivar most_rows: how many rows a call may change: few where it has only the reserve's room
+    :param horizon: seconds; a row that is due later was written by another clock, and is due now
+    :param clock: returns monotonic seconds
+    :ivar most_rows: how many rows a call may change; few where only the reserve's space is left
     :ivar owner: this process as a user of the file
-    :ivar fence: what its tokens are made of, since the file was opened
+    :ivar fence: from which tokens are made, since the file was opened
     """
 
     def __init__(self, path: str, horizon: float, clock: Callable[[], float]) -> None:
@@ -83,24 +84,24 @@ class Database:
         self._connections: Connections | None = None
         self._opening = False
         self._shift = 0.0
-        self._sure_until = 0.0
-        self._room = 0
-        self._room_until = 0.0
-        self._entered: int | None = None  # where the lock was when this owner was made known
+        self._exists_until = 0.0
+        self._space = 0
+        self._space_until = 0.0
+        self._entered: int | None = None  # the lock's file when this owner was recorded
         self._may_own = False
         self._dead: list[int] = []
         self._dead_until = 0.0
         self.most_rows = MANY
 
     def now(self) -> float:
-        """Give the time by the file's clock, within a call."""
+        """Return the time by the file's clock; within a call."""
         return self._shift + self._clock()
 
     # --- calls ---------------------------------------------------------------------------------
 
     def store(self, work: Work[T], patience: float) -> T:
-        """Do work in a transaction that is on the disk afterwards, and has to have room there."""
-        self._sure_until = 0.0
+        """Do work in a transaction that needs space on the disk, and is on disk afterwards."""
+        self._exists_until = 0.0
         with self._use(patience) as connections:
             try:
                 return self._store(connections, work, patience)
@@ -112,52 +113,52 @@ class Database:
 
     def _store(self, connections: Connections, work: Work[T], patience: float) -> T:
         self._enter(connections, patience)
-        if time.monotonic() >= self._room_until:
+        if time.monotonic() >= self._space_until:
             self._reserve.fill()
-            self._room, self._room_until = self._reserve.room(), time.monotonic() + TRUST
+            self._space, self._space_until = self._reserve.free_space(), time.monotonic() + TRUST
         return _transact(connections.safe, work, patience)
 
-    def take_room(self, sizes: Iterable[int]) -> None:
-        """See, within a call, that messages fit into log and file beside the reserve.
+    def take_space(self, sizes: Iterable[int]) -> None:
+        """Check, within a call, that messages fit into log and file without using the reserve.
 
-        :raises OSError: they do not
+        :raises OSError: there is not enough space
         """
         size = need(sizes)
-        if size > self._room:
-            self._room = self._reserve.room()
-        if size > self._room:
+        if size > self._space:
+            self._space = self._reserve.free_space()
+        if size > self._space:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._room -= size
+        self._space -= size
 
     def change(self, work: Work[T], *, safe: bool = False) -> T:
-        """Do work in a transaction, also where the disk is full.
+        """Do work in a transaction, even where the disk is full.
 
-        :param safe: it is on the disk afterwards
+        :param safe: it is on disk afterwards
         """
         return self._even_if_full(lambda each: _transact(each, work, WAIT), safe=safe)
 
     def own(self, work: Work[T]) -> T:
-        """Do work that claims rows, likewise."""
+        """Do work that claims rows in a transaction, even where the disk is full."""
         return self._even_if_full(
             lambda each: _transact(each, work, WAIT), safe=False, entering=True
         )
 
     def run(self, work: Work[T]) -> T:
-        """Run one statement, also where the disk is full."""
+        """Run one statement, even where the disk is full."""
         return self._even_if_full(lambda each: _patiently(lambda: work(each), WAIT), safe=False)
 
     def close(self) -> None:
         """Make this process's claims due, if the file is open, and close it.
 
-        The last process that does so moves the log to the file. While another one writes, the
-        claims are left to the others, who see that this owner has ended.
+        The last process that does so moves the log to the file. Where another process is writing,
+        the claims are left as they are: the others see that this owner has ended.
         """
-        self.leave_the_parent()
+        self.leave_parent()
         if self._connections is None:
             return
         try:
             if self._may_own:
-                self.change(self._go)
+                self.change(self._give_back)
         except _LockedError:
             if not self.owner.place:
                 raise
@@ -167,7 +168,7 @@ class Database:
                 self.owner.leave()
                 self._may_own = False
 
-    def _go(self, connection: Connection) -> None:
+    def _give_back(self, connection: Connection) -> None:
         values = {"me": self.owner.number, "now": self.now()}
         for statement in rows_of.GIVE_BACK:
             connection.execute(statement, values)
@@ -182,7 +183,7 @@ class Database:
             except sqlite3.OperationalError as error:
                 if not _is_full(error):
                     raise
-            self._give_up_reserve()
+            self._release_reserve()
             _checkpoint(connections)
             self.most_rows = max(1, size_on(self._path) // 4 // PAGE)
             try:
@@ -193,7 +194,7 @@ class Database:
                 self.most_rows = MANY
 
     def _enter(self, connections: Connections, patience: float) -> None:
-        """Be known as a user of the file, and skip keys, before this process has its first row."""
+        """Record this owner, and skip keys, before it stores or claims its first row."""
         self.owner.enter()
         if self._entered == self.owner.place:
             return
@@ -207,7 +208,7 @@ class Database:
         self._entered, self._may_own = self.owner.place, True
 
     def dead(self, connection: Connection) -> list[int]:
-        """Give the owners that are known to have ended, as of half a second ago."""
+        """Return the owners that are known to have ended, as of half a second ago."""
         if time.monotonic() >= self._dead_until:
             (owners,) = connection.execute(rows_of.OWNERS).fetchone()
             self._dead = [
@@ -228,24 +229,24 @@ class Database:
             self._dead_until = 0.0
 
     def _shrink(self, connections: Connections) -> None:
-        """Give the disk what log and file do not use, a little at a time: that too takes room."""
-        self._room_until = 0.0
+        """Return unused pages of log and file to the disk, in steps, since that needs space too."""
+        self._space_until = 0.0
         _checkpoint(connections)
         for _ in range(SHRINK_STEPS):
             (unused,) = connections.quick.execute("PRAGMA freelist_count").fetchone()
             if unused == 0:
                 break
-            self._give_up_reserve()
+            self._release_reserve()
             connections.quick.execute("PRAGMA incremental_vacuum(64)").fetchall()
             _checkpoint(connections)
 
-    def _give_up_reserve(self) -> bool:
-        self._room_until = 0.0
-        return self._reserve.give_up()
+    def _release_reserve(self) -> bool:
+        self._space_until = 0.0
+        return self._reserve.release()
 
     @contextmanager
     def _use(self, patience: float = WAIT) -> Iterator[Connections]:
-        """Give the connections for one call, and tell what fails in the library's words."""
+        """Open the file for one call, and turn errors into `StoreError`."""
         with self._alone():
             try:
                 yield self._opened(patience)
@@ -261,10 +262,10 @@ class Database:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait for the calls of other threads, and for forks; keep them waiting."""
-        self.leave_the_parent()
-        if self._token.is_here:  # a signal handler or finaliser amid a call of its own thread
-            raise StoreError(f"the store {self._path} is in use by the call that is interrupted")
+        """Hold the token: wait for calls of other threads, and for forks, and keep them out."""
+        self.leave_parent()
+        if self._token.is_here:  # a signal handler or finalizer, in the middle of a call
+            raise StoreError(f"the store {self._path} is in use by the call that was interrupted")
         try:
             if not self._token.take(time.monotonic() + FORK_WAIT):
                 raise StoreError(
@@ -280,22 +281,22 @@ class Database:
         connections = self._connections
         if connections is None:
             return self._open(patience)
-        if time.monotonic() < self._sure_until:
+        if time.monotonic() < self._exists_until:
             return connections
         if is_there(self._path, connections.inode):
-            self._sure_until = time.monotonic() + TRUST
+            self._exists_until = time.monotonic() + TRUST
             return connections
         self._drop()
         raise StoreError(
             f"the store {self._path} was removed or replaced while it was in use; what was in it "
-            "is gone, and the next call begins anew"
+            "is lost, and the next call starts afresh"
         )
 
     def _open(self, patience: float) -> Connections:
         if any(path == self._path for path, _ in _inherited):
             raise StoreError(
-                f"the store {self._path} was in use when this process was forked, so that it can "
-                "not be used here: fork before it is first used"
+                f"the store {self._path} was in use when this process was forked, and cannot be "
+                "used here: fork before it is first used"
             )
         self._opening = True
         try:
@@ -310,8 +311,8 @@ class Database:
     def _open_even_if_full(self, patience: float) -> Connections:
         try:
             return _patiently(self._open_now, patience)
-        except sqlite3.OperationalError:  # without room for its index, SQLite only says I/O error
-            if not self._give_up_reserve():
+        except sqlite3.OperationalError:  # SQLite says "I/O error" where its index has no space
+            if not self._release_reserve():
                 raise
             return _patiently(self._open_now, patience)
 
@@ -327,20 +328,23 @@ class Database:
 
     @property
     def is_used_here(self) -> bool:
-        """Whether this thread is in a call."""
+        """Whether this thread is in the middle of a call."""
         return self._token.is_here
 
     def hold(self) -> None:
-        """Close the file, and let no one open it, before a fork, if no thread stays in a call."""
+        """Close the file, and keep it closed, before a fork, unless a call takes too long."""
         if self._token.take(time.monotonic() + FORK_WAIT):
             self._drop()
 
     def let_go(self) -> None:
-        """Go on after a fork, in the parent; nothing happens where `hold` did nothing."""
+        """Allow calls again after a fork, in the parent; does nothing where `hold` did nothing."""
         self._token.give()
 
-    def leave_the_parent(self) -> None:
-        """After a fork, keep what is open from ever being touched, even by garbage collection."""
+    def leave_parent(self) -> None:
+        """In a forked child, keep the parent's connections from being closed by garbage collection.
+
+        Closing them would drop the parent's locks on the file.
+        """
         if self._pid == os.getpid():
             return
         if self._opening or self._connections is not None:
@@ -353,10 +357,10 @@ _inherited: list[tuple[str, Connections | None]] = []
 
 
 class _Forks:
-    """Keeps forks and calls apart: of all databases, whether they have been used or not.
+    """Keeps forks and calls apart, for all databases, whether they have been used or not.
 
-    A child must not inherit SQLite's locks (its allocator's, its list of open files) while a thread
-    that it does not have holds them: it would wait for them for ever.
+    SQLite has mutexes (its allocator's, that of the list of open files). A child that inherited one
+    while another thread of the parent held it would wait for it for ever.
     """
 
     def __init__(self) -> None:
@@ -368,7 +372,7 @@ class _Forks:
         self._held: dict[int, list[Callable[[], None]]] = {}
 
     def add(self, database: Database) -> None:
-        """Let forks wait for this one; if one is under way, wait for that."""
+        """Have forks wait for this database; if a fork is in progress, wait for it."""
         taken = self._token.take(time.monotonic() + FORK_WAIT)
         try:
             self._databases.add(database)
@@ -377,11 +381,12 @@ class _Forks:
                 self._token.give()
 
     def before(self) -> None:
-        # Who gives back is noted first: an interrupt in here does not keep the fork from going on.
+        # What is to be released is noted before it is taken: after an interrupt in here the
+        # parent still releases it, in in_parent().
         held = self._held[threading.get_ident()] = [self._token.give]
         self._token.take(time.monotonic() + FORK_WAIT)
         for database in list(self._databases):
-            if not database.is_used_here:  # else a signal handler forks, and must not end that call
+            if not database.is_used_here:  # else a signal handler forks, amid a call that goes on
                 held.append(database.let_go)
                 database.hold()
 
@@ -390,10 +395,10 @@ class _Forks:
             give()
 
     def in_child(self) -> None:
-        """Begin anew: those who wait for the parent's locks are not here to be let through."""
+        """Start with a new token: the threads that wait for the parent's do not exist here."""
         self._begin()
         for database in self._databases:
-            database.leave_the_parent()
+            database.leave_parent()
 
 
 _forks = _Forks()
@@ -419,7 +424,7 @@ def _transact(connection: sqlite3.Connection, work: Work[T], patience: float) ->
 
 
 def _patiently(work: Callable[[], T], patience: float) -> T:
-    """Begin again for as long as another writer is in the way."""
+    """Try again for as long as another writer holds SQLite's lock."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -430,7 +435,7 @@ def _patiently(work: Callable[[], T], patience: float) -> T:
 
 
 def _checkpoint(connections: Connections) -> None:
-    """Move the log to the file, as far as no one reads it."""
+    """Move the log to the file, as far as no other connection is reading it."""
     connections.quick.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
@@ -443,7 +448,7 @@ READ_ONLY = ("readonly", "unable to open")
 
 
 def _fault(error: sqlite3.Error) -> str:
-    """Name a fault by SQLite's text; its code is known to Python 3.11 and later only."""
+    """Classify an error by SQLite's text: ``sqlite_errorcode`` came with Python 3.11."""
     text = str(error)
     kinds = (LOCKED, FULL, *CORRUPT, *READ_ONLY)
     return next((kind for kind in kinds if kind in text), "")
@@ -459,7 +464,7 @@ def _text(fault: str, path: str, error: sqlite3.Error | OSError) -> str:
     if fault == LOCKED:
         return f"the store {path} is locked by another writer"
     if fault == FULL:
-        return f"the store {path} is on a full disk: make room there"
+        return f"the store {path} is on a full disk: free some space"
     if fault in CORRUPT:
         return corrupt(path)
     if fault in READ_ONLY:

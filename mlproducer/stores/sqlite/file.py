@@ -1,7 +1,7 @@
-"""The file of the SQLite store: how it comes to be, and what it must be to be used.
+"""Create, check and open the file of the SQLite store.
 
-A file that is not right is left as it is: everything is checked before anything may write. It is
-never opened but by SQLite, since closing a descriptor of one's own would give up SQLite's locks
+A file that fails a check is left unchanged: everything is checked before anything may write. The
+file is opened by SQLite alone: closing any other descriptor of it would drop SQLite's POSIX locks
 (sqlite.org, *How To Corrupt An SQLite Database File*, 2.2).
 
 Runs on: the retry thread.
@@ -28,30 +28,30 @@ APPLICATION_ID = 0x6D6C7072
 VERSION = 2
 
 OLDEST = (3, 33, 0)
-"""The SQLite that has ``UPDATE ... FROM``."""
+"""The first SQLite that has ``UPDATE ... FROM``."""
 
 BUSY_WAIT = 0.02
-"""Seconds for which SQLite waits for another writer before it asks whether to go on waiting."""
+"""Seconds for which SQLite itself waits for another writer; `Database` then tries again."""
 
 CHECKED_BYTES = 256 * 1024 * 1024
-"""Files up to this size are read and checked as a whole when opened, in about a second."""
+"""Files up to this size are read and checked as a whole when opened, within about a second."""
 
 SMALLEST = 512
 """Bytes of SQLite's smallest page."""
 
 BOOT_SECONDS = 1e9
-"""What the clock of a file is put on by at each boot of the machine, so that all is due then."""
+"""By how much a file's clock is set forward after each boot, so that every row is due then."""
 
 _LEVELS = ("FULL", "NORMAL")
 
 _SETUP = (
     "PRAGMA synchronous = {synchronous}",
-    "PRAGMA secure_delete = FAST",  # what was deleted is overwritten where that costs no write
+    "PRAGMA secure_delete = FAST",  # overwrite what was deleted where that costs no write
     "PRAGMA trusted_schema = OFF",
     "PRAGMA cell_size_check = ON",
     "PRAGMA cache_size = -8192",
-    "PRAGMA wal_autocheckpoint = {pages}",  # with the reserve's room it can always be moved
-    "PRAGMA journal_size_limit = {size}",  # what a reader made it grow to is given back
+    "PRAGMA wal_autocheckpoint = {pages}",  # the reserve is large enough to move such a log
+    "PRAGMA journal_size_limit = {size}",  # truncate a log that a reader made grow
 )
 
 
@@ -59,10 +59,10 @@ _SETUP = (
 class Connections:
     """Two connections to one file.
 
-    :ivar safe: each of its transactions is on the disk when it ends
-    :ivar quick: its last ones may be undone by a power failure, as a whole and in order
-    :ivar shift: what this machine's monotonic clock lags behind the file's, in seconds
-    :ivar inode: which file it is, for `is_there`
+    :ivar safe: each transaction is on disk when it ends
+    :ivar quick: a power failure may undo the last transactions, each as a whole
+    :ivar shift: seconds by which the file's clock is ahead of the machine's monotonic clock
+    :ivar inode: device and inode of the file, for `is_there`
     """
 
     safe: sqlite3.Connection = field(repr=False)
@@ -71,18 +71,18 @@ class Connections:
     inode: tuple[int, int]
 
     def close(self) -> None:
-        """Close both; the last connection of all moves what is in the log to the file."""
+        """Close both; the last connection of all processes moves the log to the file."""
         self.quick.close()
         self.safe.close()
 
 
 def open_file(path: str, horizon: float, owner: Owner, *, check: bool) -> Connections:
-    """Open a file, or make it.
+    """Open a file, or create it.
 
-    :param owner: who uses it; its lock is held from now on
-    :param check: read it as a whole
-    :raises StoreError: it is not what it should be, or not where it should be
-    :raises sqlite3.Error: SQLite says so
+    :param owner: the user of the file, whose lock is held from now on
+    :param check: read and check the whole file
+    :raises StoreError: the file, or where it is, fails a check
+    :raises sqlite3.Error: SQLite cannot open it
     """
     if sqlite3.sqlite_version_info < OLDEST:
         raise StoreError(
@@ -93,29 +93,29 @@ def open_file(path: str, horizon: float, owner: Owner, *, check: bool) -> Connec
         version, inode = _prepare(path, owner, check=check)
     except OSError as error:
         raise StoreError(
-            f"the store {path} cannot be opened or made: {error.strerror}; "
+            f"the store {path} cannot be opened or created: {error.strerror}; "
             "it needs a directory in which this user may write"
         ) from None
     if version != VERSION:
         _migrate(path)
     with ExitStack() as undo:
         safe, quick = (undo.enter_context(closing(_connect(path, each))) for each in _LEVELS)
-        place.check_companions(path)  # those that are in use now, before a message is in them
+        place.check_companions(path)  # the log and index in use, before a message is in them
         connections = Connections(safe, quick, _clock(safe, horizon), inode)
         undo.pop_all()
     return connections
 
 
 def _prepare(path: str, owner: Owner, *, check: bool) -> tuple[int, tuple[int, int]]:
-    """See that a file is there and right, and only then leave something beside it.
+    """Check a file, or create it, and only then create others beside it.
 
-    :returns: its version, and which file it is
+    :returns: the file's version, and its device and inode
     """
     place.check_directory(path)
     place.check_mounts(path)
-    made = _is_ours(path)
+    exists = _exists(path)
     place.check_companions(path)
-    if not made:
+    if not exists:
         owner.enter()
         _create(path, owner)
     place.check_one_name(path, owner)
@@ -130,7 +130,7 @@ def _prepare(path: str, owner: Owner, *, check: bool) -> tuple[int, tuple[int, i
 
 
 def is_there(path: str, inode: tuple[int, int]) -> bool:
-    """Whether the path still names the file that was opened."""
+    """Return whether the path still names the file that was opened."""
     try:
         return _inode(path) == inode
     except OSError:
@@ -142,32 +142,37 @@ def _inode(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-# --- what is there already ----------------------------------------------------------------------
+# --- a file that exists -------------------------------------------------------------------------
 
 
-def _is_ours(path: str) -> bool:
-    """Whether there is a file, which then is one that only we can have put there."""
+def _exists(path: str) -> bool:
+    """Return whether the file exists; raise where another user could have put it there."""
     status = _status(path)
     if status is None:
         if not _has_log(path):
             return False
-        status = _status(path)  # another process may have made it between these two looks
+        # Another process may have created the file, and its log, since the first look.
+        status = _status(path)
     if status is None:
         raise StoreError(
-            f"the store {path} is not there, but its log {path}-wal is: put the file back, or "
-            "remove the log to begin anew"
+            f"the store {path} does not exist, but its log {path}-wal does: put the file back, or "
+            "remove the log to start afresh"
         )
     if stat.S_ISLNK(status.st_mode):
         raise StoreError(f"the store {path} is a symbolic link: name the file itself")
     if not stat.S_ISREG(status.st_mode):
         raise StoreError(f"the store {path} is not a regular file")
     if status.st_mode & stat.S_IRWXO:
-        raise StoreError(f"the store {path} is open to all users: chmod 600, and see who it was")
+        raise StoreError(
+            f"the store {path} is accessible to all users: chmod 600, and find out who set that"
+        )
     if status.st_uid != os.geteuid() and os.geteuid() and _is_shared(path):
-        raise StoreError(f"the store {path} is another user's, in a directory for everyone")
+        raise StoreError(
+            f"the store {path} belongs to another user, in a directory that all may write to"
+        )
     if status.st_size == 0:
         raise StoreError(
-            f"the store {path} is empty, so what was in it is gone: remove it to begin anew"
+            f"the store {path} is empty, so what was in it is gone: remove it to start afresh"
         )
     if status.st_size < SMALLEST:
         raise StoreError(corrupt(path))  # SQLite would take it for an empty database
@@ -191,9 +196,10 @@ def _is_shared(path: str) -> bool:
 
 
 def _check_header(path: str) -> int:
-    """Give the schema's version by the first page alone, which takes no lock and leaves no trace.
+    """Return the schema's version, from the first page alone: without a lock, writing nothing.
 
-    Without its log a file may look cut off: its last writer was killed while it moved the log.
+    Read without its log, a file may look truncated: its last writer was killed while it moved the
+    log to the file.
     """
     with closing(_raw(path, "mode=ro&immutable=1")) as connection:
         try:
@@ -212,13 +218,13 @@ def _check_header(path: str) -> int:
 def _check_version(path: str, version: int) -> None:
     if not 1 <= version <= VERSION:
         raise StoreError(
-            f"the store {path} has schema {version}, and this version of mlproducer knows "
+            f"the store {path} has schema {version}, and this version of mlproducer reads "
             f"{VERSION}: use the version that wrote it"
         )
 
 
 def _migrate(path: str) -> None:
-    """Bring a file of an earlier version to this one's tables, as a whole or not at all."""
+    """Migrate a file of an earlier version, in one transaction."""
     with closing(_raw(path, "mode=rw")) as connection:
         connection.execute("BEGIN IMMEDIATE")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -242,18 +248,18 @@ def _check_content(path: str) -> None:
 
 
 def corrupt(path: str) -> str:
-    """Say what to do with a file that SQLite calls corrupt or no database."""
+    """Return what to do with a file that SQLite calls corrupt, or not a database."""
     return (
-        f"the store {path} is corrupt, or no SQLite database: move it away together with its -wal "
+        f"the store {path} is corrupt, or not an SQLite database: move it away with its -wal "
         "and -shm; 'sqlite3 FILE .recover' may still read messages from it"
     )
 
 
-# --- what is not --------------------------------------------------------------------------------
+# --- a new file ---------------------------------------------------------------------------------
 
 
 def _create(path: str, owner: Owner) -> None:
-    """Make a file that is complete from its first moment, and whose owner alone may read it."""
+    """Create a file that is complete as soon as it has its name, and readable by its owner only."""
     with place.draft_of(path, owner) as draft:
         with closing(_raw(draft, "mode=rw")) as connection:
             connection.executescript(
@@ -264,7 +270,7 @@ def _create(path: str, owner: Owner) -> None:
         try:
             os.link(draft, path)
         except FileExistsError:
-            return  # another process was faster, and its file is as good
+            return  # another process was faster, and its file is complete too
     _sync_directory(path)
 
 
@@ -305,7 +311,7 @@ def _connect(path: str, synchronous: str) -> sqlite3.Connection:
 
 
 def _clock(connection: sqlite3.Connection, horizon: float) -> float:
-    """Enter this boot and this horizon, and give the file's shift."""
+    """Record this boot and this horizon in the file, and return its shift."""
     boot = boot_id()
     known, most, shift = connection.execute("SELECT boot, horizon, shift FROM clock").fetchone()
     if known == boot and most >= horizon:

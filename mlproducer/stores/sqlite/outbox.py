@@ -1,4 +1,4 @@
-"""An application's own SQLite file, opened to take rows of an outbox from it; for development.
+"""Open an application's own SQLite file, to take rows of an outbox from it; for development.
 
 Runs on: the relay's main thread.
 """
@@ -17,10 +17,10 @@ from mlproducer.errors import StoreError
 
 @contextmanager
 def opened(path: str, busy: float) -> Iterator[sqlite3.Connection]:
-    """Open a file that is there; each statement is a transaction.
+    """Open a file that exists; each statement is a transaction.
 
     :param busy: seconds to wait for another connection that writes
-    :raises StoreError: it cannot be used, or a statement within fails
+    :raises StoreError: the file cannot be used, or a statement in the block fails
     """
     try:
         uri = f"{Path(path).absolute().as_uri()}?mode=rw"

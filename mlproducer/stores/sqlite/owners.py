@@ -1,10 +1,10 @@
-"""Who owns rows of an SQLite store, and whether that process still lives.
+"""The owners of rows of an SQLite store, and whether they are still alive.
 
-Each user of a store has a number, and holds a lock on the byte of that number in a file beside the
-store. The kernel drops the lock with its holder, whatever ended it, and tells so across process id
-namespaces, where a process id tells nothing. The lock belongs to the open file (``F_OFD_SETLK``),
-so two stores of one process do not stand in for each other. Where there are no such locks, and for
-rows of another machine, nothing is known, and the lease alone decides.
+Each user of a store has a number, and holds a lock on the byte at that offset of a file beside the
+store. The kernel releases the lock when the holder ends, however it ends, and this shows across
+process id namespaces, where a process id means nothing. The lock belongs to the open file
+description (``F_OFD_SETLK``), so two stores in one process have a lock each. Where there are no
+such locks, and for rows of another machine, nothing is known, and the lease alone decides.
 
 Runs on: the retry thread; a command's thread for what only reads.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 
 from attrs import define
 
-SOMEBODY = 1
-"""The owner of rows that were claimed before owners had numbers; nothing is known of it."""
+UNKNOWN_OWNER = 1
+"""The owner of rows that were claimed before owners had numbers."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _OWN_BITS = 40
@@ -30,22 +30,22 @@ _FLOCK = "hhqqi0q"
 
 
 def boot_id() -> str:
-    """Give what names this boot of this machine, or an empty text."""
+    """Return the identifier of this boot of this machine, or an empty text."""
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 def _machine() -> int:
-    """Give 22 bits that stand for this machine since it was booted."""
+    """Return 22 bits that stand for this machine since its boot."""
     return zlib.crc32(boot_id().encode()) >> 10
 
 
 @define
 class Owner:
-    """One user of a store, and the lock that says that it lives.
+    """One user of a store, and the lock that shows that it is alive.
 
-    :param path: the store's own
-    :ivar number: names it in rows; never that of another
-    :ivar place: which file its lock is in; 0 if it has none
+    :param path: the file that has the locks
+    :ivar number: identifies it in rows; no other owner has it
+    :ivar place: the inode of the file that its lock is in; 0 if it has none
     """
 
     path: str
@@ -57,9 +57,9 @@ class Owner:
         self.number = _machine() << _OWN_BITS | secrets.randbits(_OWN_BITS - 1) + 2
 
     def enter(self) -> None:
-        """Hold the lock, also where the file was removed meanwhile.
+        """Take the lock, unless it is held already, in the file that now has the path.
 
-        :raises OSError: the file cannot be opened or made
+        :raises OSError: the file cannot be opened or created
         """
         if self._descriptor >= 0:
             if self._is_there():
@@ -72,13 +72,13 @@ class Owner:
         os.fchmod(self._descriptor, 0o600)
         try:
             fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, self.number))
-        except OSError:  # this file system has none
+        except OSError:  # this file system has no locks
             self.leave()
         else:
             self.place = os.fstat(self._descriptor).st_ino
 
     def leave(self) -> None:
-        """Let the lock go. In a forked child, let go of the parent's file and leave it its lock."""
+        """Release the lock; in a forked child only close the file: the parent keeps the lock."""
         descriptor, self._descriptor, self.place = self._descriptor, -1, 0
         if descriptor >= 0:
             os.close(descriptor)
@@ -87,7 +87,7 @@ class Owner:
         self.leave()
 
     def knows_dead(self, number: int, place: int) -> bool:
-        """Whether another user is known to have ended; false where nothing is known."""
+        """Return whether another user is known to have ended; false where nothing is known."""
         if not self.place or place != self.place or number >> _OWN_BITS != _machine():
             return False
         if number == self.number:

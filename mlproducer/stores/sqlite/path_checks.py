@@ -1,7 +1,7 @@
-"""Where the file of an SQLite store lies, and what lies beside it: judged before it is opened.
+"""Check where the file of an SQLite store is, and what is beside it, before it is opened.
 
-SQLite writes to a log and an index beside the file, by the file's name. So a file that has two
-names, or whose log others can read or lay, would lose or show messages.
+SQLite writes to a log and an index beside the file, by the file's name. With a second name of the
+file messages would be lost; with a log that others can read or plant they would be shown.
 
 Runs on: the retry thread.
 """
@@ -30,7 +30,7 @@ NETWORK |= {"fuse.ceph", "fuse.glusterfs", "fuse.sshfs"}
 _MOUNTS = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _DRAFT = re.compile(r"\.([0-9a-f]{16})\.new(-wal|-shm|-journal)?")
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def check_directory(path: str) -> None:
@@ -39,18 +39,20 @@ def check_directory(path: str) -> None:
     try:
         status = os.stat(directory)  # noqa: PTH116
     except FileNotFoundError:
-        raise StoreError(f"the store {path} is in a directory that is not there: make it") from None
+        raise StoreError(
+            f"the store {path} is in a directory that does not exist: create it"
+        ) from None
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
     if open_to_all and status.st_uid != os.geteuid() and not _is_out_of_reach(directory):
         raise StoreError(
-            f"the store {path} is in a directory in which anyone may replace it: make one in it "
-            f"that is yours alone (mkdir -m 700 {directory}/mlproducer) and name a file there, or "
-            "take away the others' right to write (chmod o-w)"
+            f"the store {path} is in a directory in which anyone may replace it: use a directory "
+            f"of your own (mkdir -m 700 {directory}/mlproducer), or take away the others' right "
+            "to write (chmod o-w)"
         )
 
 
 def _is_out_of_reach(directory: str) -> bool:
-    """Whether a directory above keeps all other users out."""
+    """Return whether a parent directory keeps all other users out."""
     for each in Path(directory).parents:
         status = each.stat()
         if status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IXGRP | stat.S_IXOTH):
@@ -59,36 +61,36 @@ def _is_out_of_reach(directory: str) -> bool:
 
 
 def check_mounts(path: str) -> None:
-    """Refuse a file that is mounted by itself, and warn of a file system of the network."""
+    """Refuse a file that is a mount of its own, and warn of network file systems."""
     kind = ""
     longest = -1
     for point, file_system in _mounts():
         if point == path:
             raise StoreError(
-                f"the store {path} is mounted as a single file, so its log lies elsewhere and is "
-                "lost with the container: mount its directory instead"
+                f"the store {path} is mounted as a single file, so its log is elsewhere, and lost "
+                "with the container: mount its directory instead"
             )
         within = path.startswith(point if point.endswith("/") else f"{point}/")
-        if within and len(point) >= longest:  # of several mounts in one place the last is seen
+        if within and len(point) >= longest:  # of several mounts in one place, the last
             kind, longest = file_system, len(point)
-    if kind in NETWORK and path not in _told:
-        _told.add(path)
+    if kind in NETWORK and path not in _warned:
+        _warned.add(path)
         write(
             logger,
             logging.WARNING,
-            "the store %s is on a file system of the network (%s), on which SQLite's locks and log "
-            "are not reliable: messages may be lost or sent again. Use a local disk; to share a "
-            "store between machines use Redis or PostgreSQL",
+            "the store %s is on a network file system (%s), where SQLite's locks and log are not "
+            "reliable: messages may be lost or sent again. Use a local disk; to share a store "
+            "between machines use Redis or PostgreSQL",
             path,
             kind,
         )
 
 
 def _mounts() -> list[tuple[str, str]]:
-    """Give where something is mounted, and which kind of file system it is."""
+    """Return all mount points, each with the type of its file system."""
     try:
         lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return []
     found = []
     for line in lines:
@@ -99,7 +101,7 @@ def _mounts() -> list[tuple[str, str]]:
 
 
 def check_companions(path: str) -> None:
-    """Refuse a log, an index or a reserve that another user laid, or can read."""
+    """Refuse a log, index, reserve or lock file that another user planted, or can read."""
     users = {os.geteuid()}
     with contextlib.suppress(FileNotFoundError):
         users.add(os.lstat(path).st_uid)
@@ -109,31 +111,31 @@ def check_companions(path: str) -> None:
             status = os.lstat(companion)
         except FileNotFoundError:
             continue
-        wrong = _what_is_wrong(status, users)
+        wrong = _fault(status, users)
         if wrong:
             raise StoreError(
-                f"the store {path} has {companion} beside it, which {wrong}: end all processes "
+                f"the store {path} has {companion} beside it, which {wrong}: stop all processes "
                 "that use the store, remove that file if it is not theirs, and use a directory in "
                 "which no other user may write"
             )
 
 
-def _what_is_wrong(status: os.stat_result, users: set[int]) -> str:
+def _fault(status: os.stat_result, users: set[int]) -> str:
     if not stat.S_ISREG(status.st_mode):
-        return "is no regular file (a symbolic link, perhaps)"
+        return "is not a regular file (perhaps a symbolic link)"
     if status.st_uid not in users:
-        return "is another user's"
+        return "belongs to another user"
     if status.st_mode & stat.S_IRWXO:
-        return "is open to all users"
+        return "is accessible to all users"
     if status.st_nlink > 1:
         return "has a second name (a hard link)"
     return ""
 
 
 def check_one_name(path: str, owner: Owner) -> None:
-    """Refuse a file with a hard link: by its other name it would have another log."""
+    """Refuse a file with a second hard link: under its other name it would have another log."""
     if os.lstat(path).st_nlink > 1:
-        remove_drafts(path, owner)  # who made it has not removed its draft, or was killed
+        remove_drafts(path, owner)  # of a process that was killed, or is about to do so
     if os.lstat(path).st_nlink > 1:
         raise StoreError(
             f"the store {path} has a second name (a hard link), and processes that use different "
@@ -144,7 +146,7 @@ def check_one_name(path: str, owner: Owner) -> None:
 
 @contextlib.contextmanager
 def draft_of(path: str, owner: Owner) -> Iterator[str]:
-    """Make a file beside the store's that is to become it; its name says whose it is."""
+    """Create a file that is to become the store's; its name contains the owner's number."""
     draft = f"{path}.{owner.number:016x}.new"
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -157,7 +159,7 @@ def draft_of(path: str, owner: Owner) -> Iterator[str]:
 
 
 def remove_drafts(path: str, owner: Owner) -> None:
-    """Remove what openings that were killed have left: drafts, and second names of the file."""
+    """Remove the drafts of killed processes, which may be second names of the file."""
     directory, name = os.path.split(path)
     with os.scandir(directory) as entries:
         names = [each.name[len(name) :] for each in entries if each.name.startswith(name)]

@@ -1,7 +1,7 @@
-"""Room on the disk that is set aside, so that a store on a full disk still delivers and deletes.
+"""Space on the disk that is reserved, so that a store on a full disk still delivers and deletes.
 
-Even to delete, SQLite writes to its log. When the disk is full, the reserve is given up for that;
-and before it is whole again nothing new is stored.
+SQLite writes to its log even to delete. When the disk is full, the reserve is released for that;
+until it is allocated again, nothing new is stored.
 
 Runs on: the retry thread.
 """
@@ -19,15 +19,15 @@ SIZE = 8 * 1024 * 1024
 PAGE = 4096
 """Bytes of SQLite's page."""
 
-ROOM = 64 * 1024
+OVERHEAD = 64 * 1024
 """Bytes that a transaction takes beside its messages."""
 
 SHARE = 16
-"""On a small disk, the reserve is this part of it."""
+"""On a small disk, the reserve is at most this fraction (1 in 16) of it."""
 
 
 def size_on(path: str) -> int:
-    """Give the size of a reserve on the disk on which this file is."""
+    """Return the size of a reserve on the disk that this file is on."""
     disk = os.statvfs(path)
     if not disk.f_blocks:  # a file system that does not say
         return SIZE
@@ -35,23 +35,23 @@ def size_on(path: str) -> int:
 
 
 def need(sizes: Iterable[int]) -> int:
-    """Give the bytes that messages of these sizes take, in the log and then in the file."""
+    """Return the bytes that messages of these sizes take, first in the log and then in the file."""
     return 2 * sum(size + (PAGE if size > PAGE // 2 else PAGE // 8) for size in sizes)
 
 
 class Reserve:
     """A file beside the store's, which all processes share.
 
-    :param path: the store's own
+    :param path: the store's file
     """
 
     def __init__(self, path: str) -> None:
         self._path = f"{path}-reserve"
 
     def fill(self) -> None:
-        """See that it is whole.
+        """Allocate the reserve, unless it is allocated.
 
-        :raises OSError: there is no room for it
+        :raises OSError: there is no space for it
         """
         try:
             status = os.lstat(self._path)
@@ -61,15 +61,15 @@ class Reserve:
         if status.st_size == 0:
             self._allocate()
 
-    def room(self) -> int:
-        """Give the bytes that are free beside the reserve."""
+    def free_space(self) -> int:
+        """Return the bytes that are free beside the reserve."""
         disk = os.statvfs(self._path)
         if not disk.f_blocks:
             return sys.maxsize
-        return disk.f_bavail * disk.f_frsize - ROOM
+        return disk.f_bavail * disk.f_frsize - OVERHEAD
 
-    def give_up(self) -> bool:
-        """Free its room; false where there is none."""
+    def release(self) -> bool:
+        """Free the reserve's space; return false where it was free already."""
         try:
             if os.lstat(self._path).st_size == 0:
                 return False
@@ -84,7 +84,7 @@ class Reserve:
             os.fchmod(descriptor, 0o600)
             _allocate(descriptor, size_on(self._path))
         except OSError:
-            os.ftruncate(descriptor, 0)  # what was allocated so far
+            os.ftruncate(descriptor, 0)  # free what was allocated so far
             raise
         finally:
             os.close(descriptor)
@@ -99,5 +99,5 @@ def _allocate(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        for offset in range(0, size, PAGE):  # a file system that cannot allocate is written to
+        for offset in range(0, size, PAGE):  # this file system cannot allocate
             os.pwrite(descriptor, bytes(PAGE), offset)

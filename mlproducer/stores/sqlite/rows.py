@@ -1,11 +1,11 @@
-"""The table of the SQLite store: its statements, and how messages become rows and rows messages.
+"""The SQLite store's tables and statements; messages written as rows, and rows read back.
 
-A statement does its work for many rows at once, and gives what it finds as one value. For each
-step of a statement, and so for each row that it gives, ``sqlite3`` lets go of Python's lock, and
-may wait 5 ms until a busy thread gives it back (``sys.getswitchinterval``).
+A statement handles many rows, and returns what it finds as one value. ``sqlite3`` releases the GIL
+for each step of a statement, and so for each row that it returns, and getting the lock back from a
+busy thread can take 5 ms (``sys.getswitchinterval``).
 
-What comes from the file is not trusted: each field has its type and range, and the message its
-checksum. Here nothing knows of a connection.
+What comes from the file is not trusted: type and range of each field are checked, and the message
+by its checksum.
 
 Runs on: the retry thread.
 """
@@ -36,12 +36,12 @@ from mlproducer.stores.protocol import (
     policy_text,
     read_policy,
 )
-from mlproducer.stores.sqlite.owners import SOMEBODY
+from mlproducer.stores.sqlite.owners import UNKNOWN_OWNER
 
 MICROSECONDS = 1_000_000
 
 LATEST = 2**53
-"""Microseconds since the epoch, in the year 2255: what is later is no time that anyone noted."""
+"""The latest time that is accepted, in microseconds since the epoch: in the year 2255."""
 
 MOST_ATTEMPTS = 2**31 - 1
 MOST_TOKEN = 2**62
@@ -50,28 +50,28 @@ _STEP_BITS = 40
 
 MOST_ROWS = 512
 FEW_ROWS = 64
-"""So many are stored by one statement, however many of its lines are empty."""
+"""Up to this number one statement stores all rows, even if many of its lines stay empty."""
 
 MOST_BYTES = 16 * 1024 * 1024
-"""What one statement stores at most; SQLite takes 32,766 parameters."""
+"""Bytes that one statement stores at most; SQLite accepts 32,766 parameters."""
 
 
 class State(enum.IntEnum):
-    """What a row is; AHEAD until its first claim ends."""
+    """The state of a row; AHEAD until its first claim ends."""
 
     AHEAD = 0
     WAITING = 1
     DEAD = 2
 
 
-_DEAD = int(State.DEAD)  # comparing with an enum's member takes longer
+_DEAD = int(State.DEAD)  # an int, since comparing with an enum's member is slower
 
 _TABLES = """
 CREATE TABLE messages (
-    key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, in no later file either
+    key INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again, nor in a later file
     token INTEGER NOT NULL,                 -- the fence; odd: its deletion leaves a fate
-    owner INTEGER NOT NULL,                 -- whose claim it is; 0: nobody's
-    due REAL NOT NULL,                      -- seconds of this file's clock; if claimed, the end
+    owner INTEGER NOT NULL,                 -- of the claim; 0: not claimed
+    due REAL NOT NULL,                      -- by this file's clock, in seconds; of a claim, its end
     state INTEGER NOT NULL CHECK (state IN (0, 1, 2)),  -- ahead, waiting, dead
     attempts INTEGER NOT NULL,
     doubtful INTEGER NOT NULL,
@@ -79,7 +79,7 @@ CREATE TABLE messages (
     retry TEXT NOT NULL,                    -- the policy of a message that has its own
     first_failed_at INTEGER NOT NULL,       -- microseconds since the epoch
     accepted_at INTEGER NOT NULL,           -- likewise
-    origin INTEGER NOT NULL,                -- who put it
+    origin INTEGER NOT NULL,                -- the owner that stored it
     message_id TEXT NOT NULL,
     task_type TEXT NOT NULL,
     exchange TEXT NOT NULL,
@@ -100,7 +100,7 @@ CREATE TABLE fates (                        -- of rows that another than their o
     since REAL NOT NULL                     -- seconds of this file's clock
 );
 """
-"""Counts and due rows are found in the index alone, without a look at the messages."""
+"""The index alone is enough to count rows and to find those that are due."""
 
 SCHEMA = f"""
 {_TABLES}
@@ -111,7 +111,7 @@ INSERT INTO sqlite_sequence VALUES ('messages', 0);
 
 _OLD = (
     "key, token * 2, claimed, due, state, attempts, doubtful, reason, '', first_failed_at, 0,"
-    f" {SOMEBODY}, message_id, task_type, exchange, routing_key, checksum, properties, body"
+    f" {UNKNOWN_OWNER}, message_id, task_type, exchange, routing_key, checksum, properties, body"
 )
 MIGRATION = f"""
 DROP INDEX messages_by_state;
@@ -127,7 +127,7 @@ INSERT INTO sqlite_sequence SELECT 'messages', 0 WHERE NOT EXISTS
 DROP TABLE old_messages;
 DROP TABLE old_quarantine;
 """
-"""From schema 1, whose claims said only 0 or 1."""
+"""From schema 1, whose claims were 0 or 1."""
 
 _HEAD = (
     "owner, due, state, attempts, doubtful, reason, retry, first_failed_at, "
@@ -143,13 +143,13 @@ _DUE_KEYS = " UNION ALL ".join(
     f" WHERE {states} AND {_DUE} ORDER BY key LIMIT :limit)"
     for states in _STATES
 )
-"""For each state, and for what is none: a row with a damaged one must not wait for ever."""
+"""For each state, and for numbers that are none: a damaged row must not wait for ever."""
 
 _SIZE = "coalesce(length(properties), 0) + coalesce(length(body), 0)"
 
 
 def _within_room(keys: str) -> str:
-    """Give the statement for a JSON array of the first of these keys, as many as ``room`` has."""
+    """Return the statement for a JSON array of the first of these keys, up to ``room`` bytes."""
     return f"""
     SELECT json_group_array(key) FROM (
         SELECT key, size, sum(size) OVER (ORDER BY key) AS total
@@ -159,19 +159,19 @@ def _within_room(keys: str) -> str:
 
 
 DUE = _within_room(f"SELECT key FROM ({_DUE_KEYS}) ORDER BY key LIMIT :limit")
-"""Keys of what is due, for ``now``, ``limit`` and ``room``."""
+"""Selects the keys of due rows, for ``now``, ``limit`` and ``room``."""
 
 LETTERS = _within_room(
     f"SELECT key FROM messages INDEXED BY messages_by_state"
     f" WHERE state = {State.DEAD:d} AND key > :after ORDER BY key LIMIT :limit"
 )
-"""Keys of dead letters, for ``after``, ``limit`` and ``room``."""
+"""Selects the keys of dead letters, for ``after``, ``limit`` and ``room``."""
 
 LETTER = (
     f"SELECT count(*) FROM messages WHERE key = :key AND token = :token AND state = {State.DEAD:d}"
     f" AND (owner = 0 OR {_DUE})"
 )
-"""Whether a letter can be claimed: for ``key``, ``token`` and ``now``."""
+"""Selects whether a dead letter can be claimed, for ``key``, ``token`` and ``now``."""
 
 _NUMBERS = ("token", "state", "attempts", "doubtful", "first_failed_at", "accepted_at", "checksum")
 _PIECES = (
@@ -189,7 +189,7 @@ READ = (
     + " || ".join(f"CAST({piece} AS TEXT)" for piece in _PIECES)
     + ", '') AS BLOB) FROM messages WHERE key IN (SELECT value FROM json_each(?))"
 )
-"""Rows, for a JSON array of keys: numbers and lengths, and then all texts and bytes in one."""
+"""Selects rows, for a JSON array of keys: numbers and lengths, and one blob of all texts."""
 
 CLAIM = (
     "UPDATE messages SET token = (token | 1) + :step"
@@ -198,14 +198,14 @@ CLAIM = (
     f" state = CASE state WHEN {State.DEAD:d} THEN {State.DEAD:d} ELSE {State.WAITING:d} END"
     " WHERE key IN (SELECT value FROM json_each(:keys))"
 )
-"""The step is odd, so a token is odd where another user put the row, and may ask for its fate."""
+"""Claims rows. The step is odd: the token becomes odd where another owner stored the row."""
 
 HELD = (
     "SELECT json_group_array(m.key) FROM json_each(?) AS c CROSS JOIN messages AS m"
     " ON m.key = json_extract(c.value, '$[0]') AND m.token = json_extract(c.value, '$[1]')"
     " WHERE m.owner <> 0"
 )
-"""Keys of the claims that hold, for a JSON array of keys and tokens."""
+"""Selects the keys of the claims that hold, for a JSON array of keys and tokens."""
 
 RENEW = "UPDATE messages SET due = ? WHERE key IN (SELECT value FROM json_each(?))"
 
@@ -215,14 +215,15 @@ GIVE_BACK = (
     f"UPDATE messages SET due = :now, owner = 0, doubtful = 1 WHERE key IN ({_OWNED} = :me)",
     "DELETE FROM owners WHERE number = :me",
 )
-"""Make one owner's claims due, and forget it."""
+"""Make one owner's claims due, and delete the owner."""
 
 _DEAD_ONES = "(SELECT value FROM json_each(:dead))"
 TAKE_OVER = (
     f"UPDATE messages SET due = :now WHERE key IN ({_OWNED} IN {_DEAD_ONES})",
     f"DELETE FROM owners WHERE number IN {_DEAD_ONES}",
 )
-"""Make the claims of owners due that are dead; they remain claims, so that they leave a doubt."""
+"""Make the claims of dead owners due. They remain claims, so that the next one makes the rows
+doubtful."""
 
 OWNERS = "SELECT json_group_array(json_array(number, place)) FROM owners"
 
@@ -230,7 +231,7 @@ ENTER = (
     "INSERT OR REPLACE INTO owners VALUES (:me, :place)",
     "UPDATE sqlite_sequence SET seq = seq + :step WHERE name = 'messages'",
 )
-"""Make an owner known, and skip keys: in an earlier state of this file they may have been used."""
+"""Record an owner, and skip keys, which may have been used in an earlier state of this file."""
 
 DONE = "DELETE FROM messages WHERE token = ? AND key IN (SELECT value FROM json_each(?))"
 
@@ -250,7 +251,7 @@ TRACE = (
     " (SELECT json_group_array(json_array(key, dead)) FROM fates"
     " WHERE key IN (SELECT value FROM json_each(:keys)))"
 )
-"""Tokens of the rows that are there, and fates of those that are not, each with its key."""
+"""Selects tokens of the rows that exist, and fates of those that do not, each with its key."""
 
 DEPTH = (
     "SELECT (SELECT count(*) FROM messages),"
@@ -258,7 +259,7 @@ DEPTH = (
     f" (SELECT count(*) FROM messages WHERE state = {State.AHEAD:d} AND NOT {_DUE}"
     " AND owner NOT IN (SELECT value FROM json_each(:gone)))"
 )
-"""All, the dead, and those stored ahead that are still claimed, for ``now`` and dead owners."""
+"""Counts all rows, dead letters, and rows stored ahead whose claim holds."""
 
 _BY_KEYS = "FROM messages WHERE key IN (SELECT value FROM json_each(?))"
 QUARANTINE = (f"INSERT INTO quarantine SELECT * {_BY_KEYS}", f"DELETE {_BY_KEYS}")
@@ -266,7 +267,7 @@ QUARANTINE = (f"INSERT INTO quarantine SELECT * {_BY_KEYS}", f"DELETE {_BY_KEYS}
 
 @lru_cache
 def insert(rows: int) -> str:
-    """Give the statement that stores this many rows, without those that are all NULL.
+    """Return the statement that stores this many rows, except those that are all NULL.
 
     Its first two parameters are token and origin.
     """
@@ -279,7 +280,7 @@ def insert(rows: int) -> str:
 
 @lru_cache
 def change(rows: int) -> str:
-    """Give the statement that changes this many rows; NULL changes nothing of the message."""
+    """Return the statement that changes this many rows; NULL keeps a field of the message."""
     names = _HEAD.split(", ")
     kept = names[names.index("message_id") :]
     sets = [
@@ -298,9 +299,9 @@ def _values(rows: int, width: int) -> str:
 
 
 def in_pieces(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, list[Any]]]:
-    """Split rows for statements whose numbers of rows are few, and so stay prepared.
+    """Split rows into statements of few different sizes, so that these stay prepared.
 
-    :returns: the number of rows of a statement, and its parameters
+    :returns: the number of rows of each statement, and its parameters
     """
     largest = max((len(row[-1] or b"") + len(row[-2] or b"") for row in rows), default=0)
     most = max(1, min(MOST_ROWS, MOST_BYTES // (largest + 1)))
@@ -320,10 +321,10 @@ def in_pieces(rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, list[Any]]
 class Fence:
     """What makes the tokens of one user of one file unlike all others, earlier files' included.
 
-    They are the same for all its rows, so that few statements name many rows.
+    All rows of one `put` have the same token, so that few statements name many rows.
 
-    :ivar first: the token of a row that it puts
-    :ivar step: what a token grows by when it claims a row; odd
+    :ivar first: the token of rows that are stored
+    :ivar step: by how much a token grows when its row is claimed; odd
     """
 
     first: int = field(factory=lambda: (1 << 51) + 2 * secrets.randbits(50))
@@ -331,7 +332,7 @@ class Fence:
 
 
 def entry_row(entry: Entry, due: float, owner: int) -> tuple[Any, ...]:
-    """Give the fields of what is to be stored; it is the owner's if it has no delay."""
+    """Return the fields of an entry to be stored; without a delay it is claimed by ``owner``."""
     record = entry.record
     holder = owner if entry.delay is None else 0
     state = State.AHEAD if entry.ahead and holder else _state(record)
@@ -340,7 +341,7 @@ def entry_row(entry: Entry, due: float, owner: int) -> tuple[Any, ...]:
 
 
 def change_row(change: Change, due: float, owner: int) -> tuple[Any, ...]:
-    """Give key and fields of what has changed: a message only where it is a dead letter now."""
+    """Return key and new fields of a row; the message only where a dead letter replaces it."""
     record = change.record
     holder = owner if change.delay is None else 0
     message = _message(record.envelope) if record.dead else (None,) * 7
@@ -376,14 +377,14 @@ def _checksum(route: bytes, properties: bytes, body: bytes) -> int:
 
 @frozen
 class Found:
-    """What was read: rows by key, and the keys of those that are damaged."""
+    """Rows that were read, by key, and the keys of damaged ones."""
 
     rows: list[Row]
     damaged: list[int]
 
 
-def found(numbers: str, content: bytes | None) -> Found:
-    """Read what `READ` gives."""
+def read(numbers: str, content: bytes | None) -> Found:
+    """Return the rows of a result of `READ`."""
     rows = []
     damaged = []
     whole = content or b""
@@ -411,7 +412,7 @@ def _row(
 ) -> Row | None:
     """Read one row.
 
-    :param routes: the names that were read before, since most rows have the same ones
+    :param routes: decoded names, which most rows share
     """
     key, token, state, attempts, doubtful, first_failed_at, accepted_at, checksum, *_ = numbers
     reason, retry, message_id, task_type, exchange, routing_key, properties, body = pieces
@@ -442,7 +443,7 @@ def _row(
 
 
 def fates(claims: Sequence[Claim], tokens: str, ends: str) -> list[RowFate]:
-    """Read what `TRACE` gives."""
+    """Return the fates in a result of `TRACE`."""
     there: dict[int, int] = dict(json.loads(tokens))
     gone: dict[int, int] = dict(json.loads(ends))
     found = []
@@ -458,5 +459,5 @@ def fates(claims: Sequence[Claim], tokens: str, ends: str) -> list[RowFate]:
 
 
 def pairs(claims: Iterable[Claim]) -> str:
-    """Write claims for a statement."""
+    """Return claims as a JSON array of keys and tokens."""
     return json.dumps([[claim.key, claim.token] for claim in claims])

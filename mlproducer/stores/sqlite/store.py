@@ -1,8 +1,8 @@
-"""A store in an SQLite file, for all the processes of one machine.
+"""The store in an SQLite file.
 
-Statements are few and do much at once (`mlproducer.stores.sqlite.rows` says why). What is stored
-is on the disk when `SQLiteStore.put` returns, and messages stored together share one fsync; a
-deletion may be undone by a power failure, which costs a duplicate.
+Each statement handles many rows (`mlproducer.stores.sqlite.rows` says why). Messages are on disk
+when `SQLiteStore.put` returns, with one fsync for all that are stored together. A deletion may be
+undone by a power failure, which costs a duplicate.
 
 Runs on: the retry thread; `letters` and `depth` on a command's thread too.
 """
@@ -25,32 +25,32 @@ from mlproducer.stores.sqlite.rows import Found
 logger = logging.getLogger(__name__)
 
 ROOM = 4 * 1024 * 1024
-"""Bytes of messages that one call reads, and one message more: a backlog does not fill memory."""
+"""Bytes of messages after which a call reads no more, so that a backlog does not fill memory."""
 
 HORIZON = 60.0
 
 FORGET = 10.0
-"""Seconds between two looks for fates that are old."""
+"""Seconds between two deletions of expired fates."""
 
 
 class SQLiteStore:
-    """Rows in a file, with SQLite's write-ahead log beside it; both are their owner's alone.
+    """Rows in a file, with SQLite's write-ahead log beside it; only their owner may read them.
 
-    It is opened at the first use, and made if it is not there; its directory has to be. A file that
-    is damaged, or not this library's, is a `StoreError` and stays as it is; single rows that are
-    damaged are logged, and put aside in the table ``quarantine``.
+    The file is opened at the first use, and created if it does not exist, in a directory that must
+    exist. A file that is damaged, or was not written by this library, is a `StoreError` and is left
+    unchanged; single damaged rows are logged and moved to the table ``quarantine``.
 
     **Time** is the machine's monotonic clock, which all its processes share, so a jump of the wall
-    clock changes nothing; after the machine has booted, everything is due.
+    clock changes nothing. After a reboot every row is due.
 
-    **A full disk**: what is there is delivered and deleted nevertheless, with the help of a file
-    that is kept beside the store's for this.
+    **A full disk**: stored messages are still delivered and deleted; a file beside the store's
+    reserves the space for that.
 
-    :param path: names a file on a local disk; a relative one is of the current directory
+    :param path: a file on a local disk, relative to the current directory
     :param lease: seconds for which a claim holds
     :param write_ahead: store every message before it is sent
-    :param horizon: seconds; no row waits longer. The longest of all processes holds for all
-    :param clock: gives monotonic seconds
+    :param horizon: seconds; no row waits longer. The longest of all processes applies
+    :param clock: returns monotonic seconds
     """
 
     durable = True
@@ -79,15 +79,14 @@ class SQLiteStore:
         """Store messages, with one fsync for all of them.
 
         :raises StoreError: they are not stored; there is no `BufferFullError`, since a disk is full
-            for everybody at once
+            for all processes at once
         """
         new: list[Entry] = []
-
         coming = iter(entries)
 
         def work(connection: Connection) -> list[Claim]:
             new.extend(coming)
-            self._database.take_room(entry.record.envelope.size for entry in new)
+            self._database.take_space(entry.record.envelope.size for entry in new)
             owner = self._database.owner.number
             rows = [rows_of.entry_row(entry, self._due(entry.delay), owner) for entry in new]
             return _insert(connection, rows, self._database.fence.first, owner) if rows else []
@@ -95,7 +94,7 @@ class SQLiteStore:
         return self._database.store(work, patience)
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
-        """Note what became of claimed rows."""
+        """Note what became of claimed rows, and return the claims that no longer hold."""
 
         def work(connection: Connection) -> set[Claim]:
             held = _held(connection, [change.claim for change in changes])
@@ -113,7 +112,7 @@ class SQLiteStore:
         return [change.claim for change in changes if change.claim not in held]
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Let leases begin anew."""
+        """Renew leases, and return the claims that no longer hold."""
 
         def work(connection: Connection) -> set[Claim]:
             held = _held(connection, claims)
@@ -144,7 +143,7 @@ class SQLiteStore:
             self._database.change(work)
 
     def _leave_fates(self, connection: Connection, orders: Sequence[tuple[int, str]]) -> None:
-        """Leave the fates of rows that other owners put, and forget those that are old."""
+        """Leave the fates of rows that other owners stored, and delete expired ones."""
         now = self._database.now()
         for order in orders:
             connection.execute(rows_of.LEAVE_FATES, (now, *order))
@@ -153,7 +152,7 @@ class SQLiteStore:
             self._forget_at = time.monotonic() + FORGET
 
     def trace(self, claims: Sequence[Claim]) -> list[RowFate]:
-        """Say what became of rows."""
+        """Return what became of rows."""
 
         def work(connection: Connection) -> list[RowFate]:
             keys = {"keys": json.dumps([claim.key for claim in claims])}
@@ -162,7 +161,7 @@ class SQLiteStore:
         return self._database.run(work) if claims else []
 
     def claim(self, limit: int) -> list[Row]:
-        """Claim what is due, about 4 MiB of it at most; fewer rows do not mean that it was all."""
+        """Claim due rows, about 4 MiB of them at most; fewer than ``limit`` may be only a part."""
 
         def work(connection: Connection) -> Found:
             self._database.take_over(connection)
@@ -174,7 +173,7 @@ class SQLiteStore:
         return self._claimed(self._database.own(work)) if limit > 0 else []
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
-        """Show dead letters, about 4 MiB of them at most; only an empty list is the end."""
+        """Return dead letters, about 4 MiB of them at most; only an empty list is the end."""
 
         def work(connection: Connection) -> Found:
             bounds = {"after": after, "limit": limit, "room": ROOM}
@@ -184,11 +183,11 @@ class SQLiteStore:
         found = self._database.run(work)
         if not found.damaged:
             return found.rows
-        self._tell(self._database.change(lambda each: _set_aside(each, found.damaged)))
+        self._log_damaged(self._database.change(lambda each: _recheck(each, found.damaged)))
         return self.letters(limit, after)
 
     def seize(self, row: Row) -> Row | None:
-        """Claim a letter."""
+        """Claim a dead letter."""
         key, token = row.claim.key, row.claim.token
 
         def work(connection: Connection) -> Found:
@@ -216,7 +215,7 @@ class SQLiteStore:
         self._database.close()
 
     def _due(self, delay: float | None) -> float:
-        """Give the end of a lease, or of a delay."""
+        """Return when a delay ends, or, without one, a lease."""
         seconds = self.lease if delay is None else min(delay, self._horizon)
         return self._database.now() + seconds
 
@@ -227,14 +226,14 @@ class SQLiteStore:
         values = {"step": database.fence.step, "me": database.owner.number, "due": self._due(None)}
         connection.execute(rows_of.CLAIM, {**values, "keys": keys})
         found = _read(connection, keys)
-        _put_aside(connection, found.damaged)
+        _quarantine(connection, found.damaged)
         return found
 
     def _claimed(self, found: Found) -> list[Row]:
-        self._tell(found)
+        self._log_damaged(found)
         return found.rows
 
-    def _tell(self, found: Found) -> None:
+    def _log_damaged(self, found: Found) -> None:
         for key in found.damaged:
             write(
                 logger,
@@ -255,7 +254,7 @@ def _insert(
 
 
 def _held(connection: Connection, claims: Iterable[Claim]) -> set[Claim]:
-    """Give those of these claims that hold."""
+    """Return those of these claims that still hold."""
     by_key = {claim.key: claim for claim in sorted(claims, key=lambda claim: claim.token)}
     (keys,) = connection.execute(rows_of.HELD, (rows_of.pairs(by_key.values()),)).fetchone()
     return {by_key[key] for key in json.loads(keys)}
@@ -263,17 +262,17 @@ def _held(connection: Connection, claims: Iterable[Claim]) -> set[Claim]:
 
 def _read(connection: Connection, keys: str) -> Found:
     numbers, content = connection.execute(rows_of.READ, (keys,)).fetchone()
-    return rows_of.found(numbers, content)
+    return rows_of.read(numbers, content)
 
 
-def _set_aside(connection: Connection, keys: Sequence[int]) -> Found:
-    """Put those of these rows aside that are damaged, and not only seemed so."""
+def _recheck(connection: Connection, keys: Sequence[int]) -> Found:
+    """Read rows again, within the transaction, and quarantine those that are damaged."""
     found = _read(connection, json.dumps(keys))
-    _put_aside(connection, found.damaged)
+    _quarantine(connection, found.damaged)
     return found
 
 
-def _put_aside(connection: Connection, damaged: Sequence[int]) -> None:
+def _quarantine(connection: Connection, damaged: Sequence[int]) -> None:
     if damaged:
         keys = json.dumps(damaged)
         for statement in rows_of.QUARANTINE:
