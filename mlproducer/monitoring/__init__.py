@@ -1,18 +1,19 @@
-"""The Grafana dashboard and the Prometheus alert rules, made from the catalog of metrics.
+"""The Grafana dashboard and the Prometheus alert rules, as files to be exported.
 
-Owns their file names and their texts. It must not know a producer: it speaks of series by the names
-in `mlproducer.observe.metric_families`, and somebody else collects them. ``mlproducer monitoring
-export`` writes the files.
+``mlproducer-dashboard.json`` can be edited in Grafana (9.0 or later) and exported from there.
+``mlproducer-alerts.yml`` has its texts as JSON strings, which are YAML too, so that tests can read
+it without a YAML library. A test holds both against `mlproducer.observe.metric_families`.
+
+Queries of the dashboard answer wherever a producer is scraped: where a family has no series yet,
+they fall back to 0 or NaN times the sum of a counter without labels, which has its series from the
+start of a process.
 
 Runs on: any thread.
 """
 
 from __future__ import annotations
 
-import json
-
-from mlproducer.monitoring.alerts import rules
-from mlproducer.monitoring.dashboard import dashboard
+from importlib import resources
 
 __all__ = ["ALERTS_FILE", "DASHBOARD_FILE", "files"]
 
@@ -21,8 +22,9 @@ ALERTS_FILE = "mlproducer-alerts.yml"
 
 
 def files() -> dict[str, str]:
-    """Give the text of each file by its name; the same texts each time."""
+    """Return the text of each file, by its name."""
+    here = resources.files(__package__)
     return {
-        DASHBOARD_FILE: json.dumps(dashboard(), indent=2) + "\n",
-        ALERTS_FILE: rules(),
+        name: here.joinpath(name).read_text(encoding="utf-8")
+        for name in (DASHBOARD_FILE, ALERTS_FILE)
     }

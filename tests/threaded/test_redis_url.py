@@ -251,5 +251,5 @@ def test_a_relative_path_without_a_directory(
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    with pytest.raises(ConfigurationError, match="use an absolute one"):
+    with pytest.raises(ConfigurationError, match="use an absolute path"):
         MLProducer(Settings(store_url="sqlite:///store.db"))
