@@ -29,9 +29,6 @@ from mlproducer.status import Status
 WIDTH, HEIGHT = 600, 120
 """The chart's coordinates; the page stretches them."""
 
-CONNECTION_ERRORS = ("cannot connect", "disconnected")
-"""What `Recorder` calls them."""
-
 PATIENCE = 2
 """Samples, a second apart, for which it is no trouble that the broker confirms nothing."""
 
@@ -58,7 +55,7 @@ def reason(status: Status, max_attempts: int, said: str = "") -> str:
 
 def last_error(errors: Iterable[Incident]) -> str:
     """Give the text of the newest error of the connection, or nothing."""
-    return next((error.text for error in errors if error.kind in CONNECTION_ERRORS), "")
+    return next((error.text for error in errors if error.of_connection), "")
 
 
 def _why_not_connected(status: Status, max_attempts: int, said: str) -> str:

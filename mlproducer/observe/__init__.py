@@ -1,4 +1,4 @@
-"""Who watches: events, and what logs and callbacks make of them. Nothing here decides anything.
+"""Observation: events, and the logs, metrics, callbacks and spans made from them.
 
-Runs on: see each room.
+Runs on: see each module.
 """

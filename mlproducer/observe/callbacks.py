@@ -1,8 +1,7 @@
-"""Users' callbacks and tracers, called on threads of their own: a slow one holds up only its kind.
+"""Call users' callbacks and tracers on threads of their own, so that a slow one delays no message.
 
-Events, which may come in storms, are bounded: while they wait in too great a number, further ones
-are left out. What futures and spans want called is as much as there are futures and spans, and
-never left out.
+Events may come in storms, so their queue is bounded: while too many wait, further ones are dropped.
+The calls for futures and spans are as many as there are futures and spans, and are never dropped.
 
 Runs on: events arrive on any thread, mostly the I/O thread; calls are made on the threads
 ``mlproducer-events``, ``mlproducer-futures`` and ``mlproducer-spans``.
@@ -60,10 +59,10 @@ _CIRCUIT_EVENTS: dict[CircuitState, EventName] = {
 }
 
 MAX_QUEUED = 10_000
-"""Events that may wait for their callbacks; from then on they are left out."""
+"""Calls for events that may wait; beyond them, events are dropped."""
 
 CAUGHT_UP = MAX_QUEUED // 2
-"""Events that still wait when further ones are taken again."""
+"""Calls that wait when events are accepted again."""
 
 Call = Callable[[], object]
 Spawn = Callable[[str, Callable[[], None]], threading.Thread]
@@ -71,11 +70,11 @@ Spawn = Callable[[str, Callable[[], None]], threading.Thread]
 
 @frozen
 class Event:
-    """What a callback is told.
+    """An event, as it is passed to callbacks.
 
     :ivar name: one of `EVENTS`
-    :ivar message_id: of the message, where the event is about one
-    :ivar detail: a reason or address, free of secrets
+    :ivar message_id: the id of the message, where the event is about one
+    :ivar detail: a reason or an address, free of secrets
     """
 
     name: EventName
@@ -83,10 +82,10 @@ class Event:
     detail: str = ""
 
 
-class Lane:
-    """A queue of calls and the thread that makes them, one after the other.
+class CallbackThread:
+    """A thread that makes calls, one after the other, and the queue in which they wait.
 
-    :param role: what the thread is called after
+    :param role: the last part of the thread's name
     """
 
     def __init__(self, role: str, spawn: Spawn) -> None:
@@ -102,43 +101,45 @@ class Lane:
     def start(self) -> None:
         """Start the thread, once.
 
-        :raises RuntimeError: the interpreter is ending, and starts none
+        :raises RuntimeError: the interpreter is shutting down, and starts no thread
         """
+        # list.pop() is one step under the GIL: of several threads, one starts it.
         with contextlib.suppress(IndexError):
             self._unstarted.pop()
             self.thread = self._spawn(self._role, self._run)
 
     def is_ours(self) -> bool:
-        """Whether its thread is this process's, and not that of a parent."""
+        """Return whether the thread is of this process, and not of a parent."""
         return self._pid == os.getpid()
 
     def waiting(self) -> int:
-        """Count the calls that wait, more or less."""
+        """Return about how many calls wait."""
         return self._calls.qsize()
 
     def call(self, function: Call) -> None:
-        """Have something called soon, also after `stop`, and also in a forked child."""
-        if not self.is_ours():  # the thread, and maybe the queue's lock, is the parent's
+        """Have a function called soon; even after `stop`, and in a forked child."""
+        if not self.is_ours():  # the thread is the parent's, and the queue's lock may be taken
             self._make(function)
             return
         self._calls.put(function)
         if self._ended:
             try:
                 self._spawn(self._role, self._make_all)
-            except RuntimeError:  # the interpreter is ending
+            except RuntimeError:  # the interpreter is shutting down
                 self._make_all()
 
     def stop(self) -> None:
-        """End the thread once it has made the calls that are due."""
+        """End the thread once it has made the calls that wait."""
         self._calls.put(None)
 
     def after_call(self) -> None:
-        """Do what is to be done whenever a call was made."""
+        """Called after each call; subclasses override it."""
 
     def _run(self) -> None:
         while (function := self._calls.get(timeout=None)) is not None:
             self._make(function)
-        self._ended = True  # from here on `call` sees to it, and what came before is made here
+        # Set before the queue is emptied: a call that is queued after that sees it.
+        self._ended = True
         self._make_all()
         self._lines.close()
 
@@ -156,75 +157,77 @@ class Lane:
         self.after_call()
 
 
-class EventLane(Lane):
-    """The lane of events, which are left out while too many wait.
+class EventThread(CallbackThread):
+    """The thread for events, which are dropped while too many wait.
 
-    :param dropped: is told of each that is left out
+    :param dropped: called for each event that is dropped
     """
 
     def __init__(self, spawn: Spawn, dropped: Call) -> None:
         super().__init__("events", spawn)
         self._on_drop = dropped
-        self._dropped = Cells(catalog.EVENTS_DROPPED)  # counts for several threads at once
-        self._told = 0
-        self._may_begin = [None]  # held by nobody while events are being left out
+        self._dropped = Cells(catalog.EVENTS_DROPPED)  # several threads count at once
+        self._reported = 0
+        self._accepting = [None]  # empty while events are being dropped
 
     def call(self, function: Call) -> None:
-        """Have a callback called, unless too many wait."""
-        if self._may_begin and self.waiting() < MAX_QUEUED:
+        """Have a callback called, unless too many calls wait."""
+        if self._accepting and self.waiting() < MAX_QUEUED:
             super().call(function)
             return
         self._dropped.inc()
         self._on_drop()
         with contextlib.suppress(IndexError):
-            self._may_begin.pop()
-            self._lines.log(logging.ERROR, "callbacks are too slow: leaving out events")
+            self._accepting.pop()
+            self._lines.log(logging.ERROR, "callbacks are too slow: dropping events")
 
     def after_call(self) -> None:
-        """Take events again once half of the queue is done, and say how many were left out."""
-        if not self._may_begin and self.waiting() <= CAUGHT_UP:
-            before, self._told = self._told, int(self._dropped.total()[0])
-            fields = "left_out=%d"
-            self._lines.log(logging.ERROR, "callbacks have caught up", fields, self._told - before)
-            self._may_begin.append(None)
+        """Accept events again once half of the queue is done, and log how many were dropped."""
+        if not self._accepting and self.waiting() <= CAUGHT_UP:
+            before, self._reported = self._reported, int(self._dropped.total()[0])
+            fields = "dropped=%d"
+            self._lines.log(
+                logging.ERROR, "callbacks have caught up", fields, self._reported - before
+            )
+            self._accepting.append(None)
 
 
 def _nothing() -> None:
-    """Note nothing."""
+    """Do nothing."""
 
 
 class Dispatcher:
-    """What calls users back: a lane for events, one for futures, one for spans.
+    """The callback threads of a producer: for events, for futures, and for spans.
 
-    The first two have their threads from the start, since late in a program's life Python starts
-    none. The third has one where something is traced.
+    The first two are started with the producer, since an interpreter that is shutting down starts
+    no threads. The third is started with the first span.
 
-    :param dropped: is told of each event that is left out
-    :ivar awaited: futures that will make calls, kept although nothing else may hold them
+    :param dropped: called for each event that is dropped
+    :ivar awaited: futures with callbacks, kept alive until these are called
     """
 
     def __init__(self, spawn: Spawn, dropped: Call = _nothing) -> None:
-        self.events = EventLane(spawn, dropped)
-        self.futures = Lane("futures", spawn)
-        self.spans = Lane("spans", spawn)
+        self.events = EventThread(spawn, dropped)
+        self.futures = CallbackThread("futures", spawn)
+        self.spans = CallbackThread("spans", spawn)
         self.awaited: set[Future[Receipt]] = set()
 
     @property
     def threads(self) -> list[threading.Thread]:
         """The threads that have been started."""
-        send_queue = (self.events, self.futures, self.spans)
-        return [lane.thread for lane in send_queue if lane.thread is not None]
+        every = (self.events, self.futures, self.spans)
+        return [each.thread for each in every if each.thread is not None]
 
     def start(self) -> None:
         """Start the threads that every producer has.
 
-        :raises RuntimeError: the interpreter is ending, and starts none
+        :raises RuntimeError: the interpreter is shutting down, and starts no thread
         """
         self.events.start()
         self.futures.start()
 
-    def traces(self) -> Lane:
-        """Return the lane of spans, or that of futures where no thread can be started any more."""
+    def traces(self) -> CallbackThread:
+        """Return the thread for spans, or that for futures where none can be started any more."""
         try:
             self.spans.start()
         except RuntimeError:
@@ -232,13 +235,13 @@ class Dispatcher:
         return self.spans if self.spans.thread is not None else self.futures
 
     def stop(self) -> None:
-        """End the threads once they have made the calls that are due."""
-        for lane in (self.events, self.futures, self.spans):
-            lane.stop()
+        """End the threads once they have made the calls that wait."""
+        for each in (self.events, self.futures, self.spans):
+            each.stop()
 
 
 class Callbacks:
-    """Who wants to be called at which event."""
+    """The callbacks for each event."""
 
     def __init__(self) -> None:
         self._of: dict[EventName, list[Callable[[Event], object]]] = {name: [] for name in EVENTS}
@@ -247,10 +250,10 @@ class Callbacks:
         return sum(map(len, self._of.values()))
 
     def add(self, event: EventName, callback: Callable[..., object]) -> None:
-        """Call ``callback`` with an `Event`, or with nothing where it takes nothing.
+        """Add a callback, to be called with an `Event`, or without arguments where it takes none.
 
         :raises ValueError: there is no such event
-        :raises TypeError: the callback cannot be called
+        :raises TypeError: the callback is not callable
         """
         if event not in EVENTS:
             raise ValueError(f"event must be one of {', '.join(EVENTS)}")
@@ -259,12 +262,12 @@ class Callbacks:
         self._of[event].append(_accepting_event(callback))
 
     def of(self, event: EventName) -> list[Callable[[Event], object]]:
-        """Give those who want to be called at an event."""
+        """Return the callbacks for an event."""
         return self._of[event]
 
 
 class CallbackSink(EventSink):
-    """Tells users' callbacks."""
+    """Has users' callbacks called at events."""
 
     def __init__(self, callbacks: Callbacks, dispatcher: Dispatcher) -> None:
         self._callbacks = callbacks
@@ -272,55 +275,55 @@ class CallbackSink(EventSink):
         self._blocked = False
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """Tell of each."""
+        """Call back for each message."""
         if self._callbacks.of("confirmed"):
             for delivery in deliveries:
-                self._tell(Event("confirmed", delivery.envelope.message_id))
+                self._call(Event("confirmed", delivery.envelope.message_id))
 
     def deferred(self, delivery: Delivery) -> None:
-        """Tell, with the reason's name."""
-        self._tell(Event("deferred", delivery.envelope.message_id, type(delivery.reason).__name__))
+        """Call back with the name of the reason's class."""
+        self._call(Event("deferred", delivery.envelope.message_id, type(delivery.reason).__name__))
 
     def dead_lettered(self, delivery: Delivery) -> None:
-        """Tell, with the reason's name."""
+        """Call back with the name of the reason's class."""
         reason = type(delivery.reason).__name__
-        self._tell(Event("dead_lettered", delivery.envelope.message_id, reason))
+        self._call(Event("dead_lettered", delivery.envelope.message_id, reason))
 
     def circuit_changed(self, state: CircuitState) -> None:
-        """Tell when it opens and when it closes."""
+        """Call back when the breaker opens and when it closes."""
         if state in _CIRCUIT_EVENTS:
-            self._tell(Event(_CIRCUIT_EVENTS[state]))
+            self._call(Event(_CIRCUIT_EVENTS[state]))
 
     def connected(self, address: str) -> None:
-        """Tell, with the broker's address."""
-        self._tell(Event("connected", detail=address))
+        """Call back with the broker's address."""
+        self._call(Event("connected", detail=address))
 
     def disconnected(self, loss: Loss) -> None:
-        """Tell, with the reason; what the broker blocked is blocked no more."""
-        self._tell(Event("disconnected", detail=loss.text))
+        """Call back with the reason; a connection that was blocked is no longer."""
+        self._call(Event("disconnected", detail=loss.text))
         if self._blocked:
             self.flow_changed(blocked=False, reason="disconnected")
 
     def gave_up(self, attempts: int, loss: Loss) -> None:
-        """Tell, with the reason of the last failure."""
-        self._tell(Event("gave_up", detail=loss.text))
+        """Call back with the reason of the last failure."""
+        self._call(Event("gave_up", detail=loss.text))
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
-        """Tell, with the broker's reason."""
+        """Call back with the broker's reason."""
         self._blocked = blocked
-        self._tell(Event("blocked" if blocked else "unblocked", detail=reason))
+        self._call(Event("blocked" if blocked else "unblocked", detail=reason))
 
     def refused(self, message_id: str, error: PublishError) -> None:
-        """Tell, with the reason's name."""
-        self._tell(Event("refused", message_id, type(error).__name__))
+        """Call back with the name of the error's class."""
+        self._call(Event("refused", message_id, type(error).__name__))
 
-    def _tell(self, event: Event) -> None:
+    def _call(self, event: Event) -> None:
         for callback in self._callbacks.of(event.name):
             self._dispatcher.events.call(partial(callback, event))
 
 
 class DeliveryFuture(Fate):
-    """A future that carries its message's id and calls back off the I/O thread."""
+    """A future with its message's id, whose callbacks are not called on the I/O thread."""
 
     message_id: str
 
@@ -329,7 +332,7 @@ class DeliveryFuture(Fate):
         self._dispatcher = dispatcher
 
     def add_done_callback(self, fn: Callable[[Future[Receipt]], object]) -> None:
-        """Call ``fn`` once the message's fate is known; at once where it is known already."""
+        """Call ``fn`` once the message's fate is known; soon, where it is known already."""
         if not self.done():
             self._dispatcher.awaited.add(self)
         super().add_done_callback(partial(self._call_back, fn))
@@ -344,6 +347,6 @@ def _accepting_event(callback: Callable[..., object]) -> Callable[[Event], objec
         inspect.signature(callback).bind(None)
     except TypeError:
         return lambda _event: callback()
-    except ValueError:  # a builtin without a signature
+    except ValueError:  # a built-in function without a signature
         return callback
     return callback

@@ -1,6 +1,6 @@
-"""What happens, as calls. The engine calls one sink; logs, callbacks and metrics are sinks.
+"""Events as calls: the engine calls one sink; logs, callbacks, metrics and spans are sinks.
 
-Runs on: mostly the I/O thread, so that nothing here may block or raise.
+Runs on: mostly the I/O thread, so no sink may block or raise.
 """
 
 from __future__ import annotations
@@ -19,78 +19,78 @@ logger = logging.getLogger(__name__)
 
 
 class EventSink(Events):
-    """Takes every event, also the sender's, and does nothing; subclasses take what they want."""
+    """Accepts every event, and does nothing; subclasses override the events that they need."""
 
     def store_failed(self, error: StoreError) -> None:
-        """The store could not be used; told on the retry thread."""
+        """The store could not be used; called on the retry thread."""
 
     def health_checked(self, *, alive: bool) -> None:
         """The broker answered a health check, or did not."""
 
     def health_fault(self, target: str, loss: Loss) -> None:
-        """The broker is alive, but something on it is missing or forbidden."""
+        """The broker is alive, but an exchange or queue is missing or forbidden."""
 
     def queue_depth(self, queue: str, messages: int) -> None:
-        """A health check has read how many messages wait in a queue."""
+        """A health check has read how many messages a queue has."""
 
     def state_changed(self, state: ConnectionState) -> None:
-        """The link moved."""
+        """The connection changed its state."""
 
     def connected(self, address: str) -> None:
-        """The link carries messages."""
+        """The connection is ready for messages."""
 
     def disconnected(self, loss: Loss) -> None:
-        """It does no longer."""
+        """The connection was lost, or closed."""
 
     def connection_error(self, loss: Loss) -> None:
         """An attempt to connect failed."""
 
     def gave_up(self, attempts: int, loss: Loss) -> None:
-        """No further attempt is made."""
+        """The attempts to connect are used up."""
 
     def channel_lost(self, loss: Loss) -> None:
         """The broker closed the channel."""
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
-        """The broker blocks publishers, or does no longer."""
+        """The broker has blocked publishers, or unblocked them."""
 
     def topology_fault(self, target: str, loss: Loss) -> None:
-        """Something could not be declared."""
+        """An exchange, queue or binding could not be declared."""
 
     def crashed(self, error: BaseException) -> None:
         """The I/O loop failed."""
 
     def refused(self, message_id: str, error: PublishError) -> None:
-        """What was to be published after a COMMIT, or from the outbox, could not be handed over."""
+        """A task could not be published after a COMMIT, or from the outbox."""
 
     def events_dropped(self) -> None:
-        """A call of a user's callback was left out."""
+        """A call of a user's callback was dropped."""
 
 
 class Fanout(EventSink):
-    """Passes each event to those sinks that take it, and to no other.
+    """Passes each event to the sinks that override it.
 
-    A sink that fails is logged and harms neither the others nor the thread that tells it.
+    A sink that raises is logged, and affects neither the others nor the calling thread.
     """
 
     def __init__(self, sinks: Sequence[EventSink]) -> None:
         lines = Lines(logger)
         for name in dir(EventSink):
             if not name.startswith("_"):
-                takers = [getattr(sink, name) for sink in sinks if _takes(sink, name)]
-                setattr(self, name, _all_of(takers, lines))
+                methods = [getattr(sink, name) for sink in sinks if _overrides(sink, name)]
+                setattr(self, name, _caller_of(methods, lines))
 
 
-def _takes(sink: EventSink, name: str) -> bool:
+def _overrides(sink: EventSink, name: str) -> bool:
     return getattr(type(sink), name) is not getattr(EventSink, name)
 
 
-def _all_of(takers: list[Any], lines: Lines) -> Any:
-    def tell(*args: object, **kwargs: object) -> None:
-        for taker in takers:
+def _caller_of(methods: list[Any], lines: Lines) -> Any:
+    def call(*args: object, **kwargs: object) -> None:
+        for method in methods:
             try:
-                taker(*args, **kwargs)
-            except BaseException as error:  # noqa: BLE001 - even SystemExit ends no thread of ours
+                method(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 - not even SystemExit may end the thread
                 lines.log(logging.ERROR, "an observer failed", error=stopped(error))
 
-    return tell
+    return call

@@ -1,6 +1,6 @@
-"""How much a storm may log of one kind: so many lines in a period, then the number of the rest.
+"""Limit log lines of one kind: so many in a period, then the number of those that were suppressed.
 
-Runs on: any thread; it never asks the clock.
+Runs on: any thread; the time is passed in.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from attrs import define, field
 @define(eq=False)
 class _Window:
     began: float
-    seen: Iterator[int] = field(factory=itertools.count)  # counts for several threads at once
+    seen: Iterator[int] = field(factory=itertools.count)  # next() is one step under the GIL
 
 
 class Limiter:
-    """Admits lines by their kind.
+    """Limits lines by their kind.
 
-    :param limit: lines of one kind that are admitted in a period
+    :param limit: lines of one kind that may be logged in a period
     :param period: seconds
     """
 
@@ -30,14 +30,14 @@ class Limiter:
         self._windows: dict[str, _Window] = {}
 
     def admits(self, kind: str, now: float) -> bool:
-        """Whether a line of this kind may be logged at this (monotonic) time."""
+        """Return whether a line of this kind may be logged at this (monotonic) time."""
         window = self._windows.setdefault(kind, _Window(now))
         return next(window.seen) < self._limit
 
     def suppressed(self, now: float) -> list[tuple[str, int]]:
-        """Give each kind of which lines were left out in a period that is over, and how many.
+        """Return each kind that was suppressed in a period that is over, with the number of lines.
 
-        They are given once. With ``now`` infinite every period is over.
+        Each is returned once. With ``now`` infinite every period is over.
         """
         over = [kind for kind, w in self._windows.copy().items() if now - w.began >= self._period]
         windows = [(kind, self._windows.pop(kind, None)) for kind in over]

@@ -1,8 +1,8 @@
-"""How lines are logged: a limited number of each kind in a storm, and whatever handlers may do.
+"""Log lines: a limited number of each kind in a storm, whatever logging handlers do.
 
-A logging handler is a user's code, and may raise, or publish the line and so be refused here.
+A logging handler is a user's code: it may raise, or try to publish the line itself.
 
-Runs on: the thread that has something to say.
+Runs on: the thread that logs.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from mlproducer.observe.limiter import Limiter
 
 
 class Lines:
-    """Log lines of several kinds, limited in a storm.
+    """Logs lines of several kinds, a limited number of each.
 
-    :param to: the logger of the module whose lines they are
-    :param clock: monotonic seconds
-    :param speak_of: the loggers of other modules, by the kinds of lines that speak of these
+    :param to: the logger of the module
+    :param clock: returns monotonic seconds
+    :param loggers: other loggers, by the kinds of the lines that go to them
     """
 
     def __init__(
         self,
         to: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
-        speak_of: Mapping[str, logging.Logger] = MappingProxyType({}),
+        loggers: Mapping[str, logging.Logger] = MappingProxyType({}),
     ) -> None:
         self._to = to
         self._clock = clock
-        self._speak_of = speak_of
+        self._loggers = loggers
         self._limiter = Limiter()
 
     def log(
@@ -44,23 +44,23 @@ class Lines:
         *args: object,
         error: BaseException | None = None,
     ) -> None:
-        """Log a line that begins with its kind, unless there were too many of them just now.
+        """Log a line that begins with its kind, unless there were too many of that kind.
 
-        :param error: whose traceback follows
+        :param error: an error whose traceback is logged too
         """
         now = self._clock()
-        self._tell_suppressed(now)
+        self._log_suppressed(now)
         if self._limiter.admits(kind, now):
             text = f"{kind} {fields}" if fields else kind
             write(self._logger(kind), level, text, *args, error=error)
 
     def close(self) -> None:
-        """Say what was left out and not told yet."""
-        self._tell_suppressed(math.inf)
+        """Log the numbers of suppressed lines that were not logged yet."""
+        self._log_suppressed(math.inf)
 
-    def _tell_suppressed(self, now: float) -> None:
+    def _log_suppressed(self, now: float) -> None:
         for kind, count in self._limiter.suppressed(now):
             write(self._logger(kind), logging.WARNING, "%s suppressed=%d", kind, count)
 
     def _logger(self, kind: str) -> logging.Logger:
-        return self._speak_of.get(kind, self._to)
+        return self._loggers.get(kind, self._to)

@@ -1,7 +1,7 @@
-"""State changes as log lines with ``key=value`` fields; nothing per message above DEBUG.
+"""Log state changes as lines with ``key=value`` fields; nothing for each message above DEBUG.
 
-In a storm only so many lines of one kind are logged; the next line of any kind is then preceded by
-the number of those left out. Words of others, such as the broker's, are escaped and cut.
+In a storm a limited number of lines of one kind is logged; the next line of any kind then follows
+the number of those that were suppressed. Foreign text, such as the broker's, is escaped and cut.
 
 Runs on: the thread on which the event happens.
 """
@@ -22,10 +22,10 @@ from mlproducer.observe.lines import Lines
 logger = logging.getLogger(__name__)
 
 MAX_WORDS = 200
-"""Characters that are shown of what others say."""
+"""Characters that are logged of a foreign text."""
 
 
-SPEAK_OF = {
+LOGGERS = {
     "connected": "_engine.connection",
     "disconnected": "_engine.connection",
     "channel closed": "_engine.connection",
@@ -43,18 +43,18 @@ SPEAK_OF = {
     "the I/O loop failed; going on with a new one": "_engine.io_loop",
     "cannot hand over": "producer",
 }
-"""The module that each kind of line speaks of, and by whose logger it goes."""
+"""The logger for each kind of line: that of the module that the line is about."""
 
 PRECONDITION_FAILED = 406
 """The broker has a queue or exchange of this name, with other arguments."""
 
 
 class LogSink(EventSink):
-    """Logs what an operator wants to read."""
+    """Logs events for operators."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         loggers = {
-            kind: logging.root.getChild(f"mlproducer.{name}") for kind, name in SPEAK_OF.items()
+            kind: logging.root.getChild(f"mlproducer.{name}") for kind, name in LOGGERS.items()
         }
         self._lines = Lines(logger, clock, loggers)
         self._log = self._lines.log
@@ -64,9 +64,9 @@ class LogSink(EventSink):
         self._log(logging.INFO, "connected", "broker=%s", address)
 
     def disconnected(self, loss: Loss) -> None:
-        """Log at WARNING, since messages wait; at INFO where we closed it ourselves."""
+        """Log at WARNING, since messages wait; at INFO where the producer closed it."""
         level = logging.INFO if loss.kind is LossKind.CLOSED else logging.WARNING
-        self._log(level, "disconnected", "kind=%s reason=%s", loss.kind.value, words(loss.text))
+        self._log(level, "disconnected", "kind=%s reason=%s", loss.kind.value, quoted(loss.text))
 
     def connection_error(self, loss: Loss) -> None:
         """Log at WARNING."""
@@ -75,18 +75,18 @@ class LogSink(EventSink):
             "cannot connect",
             "kind=%s reason=%s",
             loss.kind.value,
-            words(loss.text),
+            quoted(loss.text),
         )
 
     def gave_up(self, attempts: int, loss: Loss) -> None:
-        """Log at ERROR, with what to do."""
+        """Log at ERROR, and say what to do."""
         self._log(
             logging.ERROR,
             "gave up connecting",
             "attempts=%d reason=%s: check the broker; "
             "the next publish() or reconnect() starts over",
             attempts,
-            words(loss.text),
+            quoted(loss.text),
         )
 
     def channel_lost(self, loss: Loss) -> None:
@@ -96,28 +96,28 @@ class LogSink(EventSink):
             "channel closed",
             "code=%d reason=%s",
             loss.reply_code,
-            words(loss.text),
+            quoted(loss.text),
         )
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
         """Log at WARNING when it begins, at INFO when it ends."""
         if blocked:
-            self._log(logging.WARNING, "blocked by the broker", "reason=%s", words(reason))
+            self._log(logging.WARNING, "blocked by the broker", "reason=%s", quoted(reason))
         else:
             self._log(logging.INFO, "unblocked by the broker")
 
     def topology_fault(self, target: str, loss: Loss) -> None:
-        """Log at ERROR: somebody has to mend it."""
+        """Log at ERROR: an operator has to repair it."""
         hint = ' hint="mlproducer topology"' if loss.reply_code == PRECONDITION_FAILED else ""
         self._log_fault("cannot declare", target, loss, hint)
 
     def health_fault(self, target: str, loss: Loss) -> None:
-        """Log at ERROR: somebody has to mend it."""
+        """Log at ERROR: an operator has to repair it."""
         self._log_fault("health check", target, loss)
 
     def _log_fault(self, kind: str, target: str, loss: Loss, hint: str = "") -> None:
         fields = f"target=%s code=%d reason=%s{hint}"
-        self._log(logging.ERROR, kind, fields, target, loss.reply_code, words(loss.text))
+        self._log(logging.ERROR, kind, fields, target, loss.reply_code, quoted(loss.text))
 
     def circuit_changed(self, state: CircuitState) -> None:
         """Log at WARNING when it opens, else at INFO."""
@@ -125,22 +125,22 @@ class LogSink(EventSink):
         self._log(level, "circuit breaker", "state=%s", state.value)
 
     def dead_lettered(self, delivery: Delivery) -> None:
-        """Log at ERROR: somebody has to look at it."""
+        """Log at ERROR: an operator has to look at it."""
         self._log(
             logging.ERROR,
             "dead-lettered",
             "message_id=%s attempts=%d reason=%s",
-            words(delivery.envelope.message_id),
+            quoted(delivery.envelope.message_id),
             delivery.attempts,
             type(delivery.reason).__name__,
         )
 
     def store_failed(self, error: StoreError) -> None:
-        """Log at ERROR: what is deferred is not safe."""
-        self._log(logging.ERROR, "the store fails", "reason=%s", words(str(error)))
+        """Log at ERROR: deferred messages are not safe."""
+        self._log(logging.ERROR, "the store fails", "reason=%s", quoted(str(error)))
 
     def health_checked(self, *, alive: bool) -> None:
-        """Log at WARNING where there was no answer."""
+        """Log at WARNING if there was no answer."""
         if not alive:
             self._log(logging.WARNING, "no answer to the health check; reconnecting")
 
@@ -150,21 +150,21 @@ class LogSink(EventSink):
         self._log(logging.WARNING, "confirm for a delivery tag that is not open", fields, tag)
 
     def refused(self, message_id: str, error: PublishError) -> None:
-        """Log at ERROR: the application has gone on, and the message is not sent."""
+        """Log at ERROR: the application has continued, and the message is not sent."""
         fields = "message_id=%s reason=%s"
         name = type(error).__name__
-        self._log(logging.ERROR, "cannot hand over", fields, words(message_id), name)
+        self._log(logging.ERROR, "cannot hand over", fields, quoted(message_id), name)
 
     def crashed(self, error: BaseException) -> None:
         """Log at CRITICAL, with the traceback."""
         self._log(logging.CRITICAL, "the I/O loop failed; going on with a new one", error=error)
 
     def state_changed(self, state: ConnectionState) -> None:
-        """Log what is left to say at the end."""
+        """At the end, log the numbers of suppressed lines."""
         if state is ConnectionState.CLOSED:
             self._lines.close()
 
 
-def words(text: str) -> str:
-    """Quote what others say, cut short and with everything escaped that is no plain character."""
+def quoted(text: str) -> str:
+    """Return a foreign text cut and quoted, with all but printable characters escaped."""
     return repr(text[:MAX_WORDS])

@@ -1,8 +1,8 @@
-"""What is counted when: events in, counts and readings out. Where they are kept is not known here.
+"""Count events, and read gauges; `mlproducer.observe.metrics` passes them to prometheus-client.
 
-Each message is counted once, when its fate is known, and before its publisher is told.
+Each message is counted once, when its fate is known, and before its publisher gets the answer.
 
-Runs on: events arrive on the thread on which they happen; readings are taken on any.
+Runs on: events arrive on the thread on which they happen; gauges are read on any.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from mlproducer.status import Status
 from mlproducer.tasks import CeleryTask, MLTask
 
 MAX_NAME = 200
-"""Characters of a task type that gets a series of its own."""
+"""Characters that a task type may have to get a series of its own."""
 
 
 class Watched(Protocol):
-    """A producer, as far as its gauges need it."""
+    """What gauges need of a producer."""
 
     def status(self) -> Status:
-        """Say how things stand, without I/O."""
+        """Return the status, without I/O."""
 
 
 class Meter:
@@ -70,24 +70,24 @@ class Meter:
         return MetricsSink(self)
 
     def refused(self, task: object, error: Exception) -> None:
-        """Count what was not accepted, and so never became a delivery.
+        """Count a task that was refused before it became a delivery.
 
-        :param task: what was handed in, or its class where not even that could be made
+        :param task: the task, or its class where it could not be made
         """
         labels = (self.task_type(_name_of(task)), status_of(error))
         self.counts.series(catalog.TASKS_SENT, labels).inc()
 
     def task_type(self, name: str) -> str:
-        """Give the label for a task type; names are users' own, so only so many are told apart."""
+        """Return the label for a task type, ``other`` beyond a limit: users choose the names."""
         label = self._task_types.get(name)
         return self._admit(name) if label is None else label
 
     def depths_of(self, sink: MetricsSink) -> dict[str, int]:
-        """Return a place for what a connection reads of its queues, kept as long as its sink."""
+        """Return a dict for the queue depths that a connection reads, kept as long as its sink."""
         return self._depths.setdefault(weakref.ref(sink, self._forget_depths), {})
 
     def readings(self) -> Mapping[Family, Mapping[Labels, float]]:
-        """Give what every gauge shows now."""
+        """Return the value of every gauge."""
         watched = [producer() for producer in self._watched.copy()]
         statuses = [producer.status() for producer in watched if producer is not None]
         is_open = [s for s in statuses if s.connection_state is not ConnectionState.CLOSED]
@@ -105,12 +105,12 @@ class Meter:
         return greatest
 
     def refresh(self) -> None:
-        """Write the gauges down where they cannot be read when they are asked for."""
+        """Write the gauges, where they cannot be read when they are scraped."""
 
     def forked(self) -> None:
-        """Start from zero, in a child process whose parent goes on counting."""
+        """Start from zero, in a forked child, whose parent continues counting."""
         self._task_types, self._admitted = {}, itertools.count()
-        self._depths = {}  # of the parent's connections
+        self._depths = {}  # those are of the parent's connections
 
     def _admit(self, name: str) -> str:
         presentable = 0 < len(name) <= MAX_NAME and name.isprintable()
@@ -141,7 +141,7 @@ class MetricsSink(EventSink):
     # --- messages ------------------------------------------------------------------------------
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """Count each, those of a task type together."""
+        """Count each message, those of a task type together."""
         if len(deliveries) == 1:
             self._confirmed_alone(deliveries[0], now)
             return
@@ -155,16 +155,16 @@ class MetricsSink(EventSink):
         self._sizes.observe_all([len(delivery.envelope.body) for delivery in deliveries])
 
     def dead_lettered(self, delivery: Delivery) -> None:
-        """Count it as failed."""
+        """Count the message as failed."""
         self._count(catalog.DEAD_LETTERED)
         self._ended(delivery, "failure")
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
-        """Count it by the reason."""
+        """Count the message by the error."""
         self._ended(delivery, status_of(error))
 
     def failed(self, delivery: Delivery, error: PublishError) -> None:
-        """Count what the broker said, or that it said nothing."""
+        """Count nacks, returns and confirm timeouts."""
         if isinstance(error, NackError):
             self._count(catalog.NACKS)
         elif isinstance(error, UnroutableError):
@@ -173,16 +173,16 @@ class MetricsSink(EventSink):
             self._count(catalog.CONFIRM_TIMEOUTS)
 
     def retried(self, delivery: Delivery) -> None:
-        """Count by task type."""
+        """Count retries by task type."""
         task_type = self._task_type(delivery.envelope.task_type)
         self._count(catalog.TASK_RETRIES, task_type)
 
     def late_confirm(self, delivery: Delivery) -> None:
-        """Count it."""
+        """Count late confirms."""
         self._count(catalog.LATE_CONFIRMS)
 
     def possible_duplicate(self, delivery: Delivery) -> None:
-        """Count it."""
+        """Count possible duplicates."""
         self._count(catalog.POSSIBLE_DUPLICATES)
 
     def _confirmed_alone(self, delivery: Delivery, now: float) -> None:
@@ -193,7 +193,7 @@ class MetricsSink(EventSink):
         self._sizes.observe(len(delivery.envelope.body))
 
     def _success(self, task_type: str) -> tuple[Series, Series]:
-        """Give the series of confirmed messages, and keep them where the name is one of few."""
+        """Return the series of confirmed messages, and cache them unless the label is ``other``."""
         label = self._task_type(task_type)
         found = self._ends(label, "success")
         if label == task_type:
@@ -218,23 +218,23 @@ class MetricsSink(EventSink):
     # --- connections ---------------------------------------------------------------------------
 
     def connected(self, address: str) -> None:
-        """Measure how long there was none."""
+        """Measure how long there was no connection."""
         lost_at, self._lost_at = self._lost_at, None
         if lost_at is not None:
             self._series(catalog.RECONNECT_DURATION).observe(time.monotonic() - lost_at)
 
     def disconnected(self, loss: Loss) -> None:
-        """Count it, unless we closed it ourselves."""
+        """Count the loss, unless the producer closed the connection itself."""
         if loss.kind is not LossKind.CLOSED:
             self._lost_at = time.monotonic()
             self.connection_error(loss)
 
     def connection_error(self, loss: Loss) -> None:
-        """Count by the kind."""
+        """Count connection errors by their kind."""
         self._count(catalog.CONNECTION_ERRORS, loss.kind.value)
 
     def state_changed(self, state: ConnectionState) -> None:
-        """Count by the new state; what a connection has read of its queues is gone with it."""
+        """Count changes by the new state; forget queue depths, which only a connection can read."""
         if state is not ConnectionState.CONNECTED:
             self._depths.clear()
         self._count(catalog.CONNECTION_STATE_CHANGES, state.name)
@@ -243,35 +243,35 @@ class MetricsSink(EventSink):
     # --- the rest ------------------------------------------------------------------------------
 
     def circuit_changed(self, state: CircuitState) -> None:
-        """Count that it opens."""
+        """Count how often the breaker opens."""
         if state is CircuitState.OPEN:
             self._count(catalog.CIRCUIT_BREAKER_TRIPS)
 
     def health_checked(self, *, alive: bool) -> None:
-        """Count where there was no answer; after one, queues are read."""
+        """Count failures; after an answer, all known queues are to be read."""
         self._unread = set(self._depths)
         if not alive:
             self._count(catalog.HEALTH_CHECK_FAILURES)
 
     def queue_depth(self, queue: str, messages: int) -> None:
-        """Note it."""
+        """Set the depth of a queue."""
         self._unread.discard(queue)
         self._depths[queue] = messages
 
     def health_fault(self, target: str, loss: Loss) -> None:
-        """Forget what was read of a queue that cannot be read, and of those after it.
+        """Forget the depth of a queue that cannot be read, and of those that follow it.
 
-        A refusal ends the check; the next one goes on with the others.
+        A refusal ends the health check; the next one continues with the others.
         """
         for queue in {target, *self._unread}:
             self._depths.pop(queue, None)
 
     def events_dropped(self) -> None:
-        """Count it."""
+        """Count dropped events."""
         self._count(catalog.EVENTS_DROPPED)
 
     def store_failed(self, error: StoreError) -> None:
-        """Count it."""
+        """Count store errors."""
         self._count(catalog.STORE_ERRORS)
 
 
@@ -284,7 +284,7 @@ def _name_of(task: object) -> str:
 
 
 def status_of(error: Exception) -> str:
-    """Give the label for a message that was given back."""
+    """Return the label ``status`` of a message that was refused."""
     if isinstance(error, CircuitOpenError):
         return "circuit_breaker_open"
     if isinstance(error, (InvalidMessageError, InvalidTaskError)):
@@ -322,7 +322,7 @@ def _merge(family: Family, statuses: Sequence[Status]) -> float:
 
 
 def _sum_over_stores(read: Callable[[Status], float], statuses: Sequence[Status]) -> float:
-    """Add up what stores hold, each durable one once, however many producers share it."""
+    """Add up the rows of all stores, counting a durable store that producers share once."""
     in_memory, durable = 0.0, dict[str, float]()
     for status in statuses:
         if status.store:

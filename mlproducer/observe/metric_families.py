@@ -1,7 +1,7 @@
-"""Every metric family: names, kinds, labels, buckets. The one list that code and dashboard share.
+"""Every metric family: names, kinds, labels, buckets.
 
-Pure data. What is counted when is for `mlproducer.observe.metrics` to know, and how it is drawn for
-the dashboard. A family that is renamed here is renamed everywhere.
+`mlproducer.observe.meter` counts them. A test holds the dashboard and the alert rules against this
+list.
 
 Runs on: any thread; everything here is frozen.
 """
@@ -20,13 +20,13 @@ from mlproducer._core.states import ConnectionState
 PREFIX = "ml_producer_"
 
 STATUSES = ("success", "failure", "circuit_breaker_open", "validation_error", "rejected")
-"""How a message can end: confirmed, dead-lettered, or given back for one of three reasons."""
+"""How a message can end: confirmed, dead-lettered, or refused for one of three reasons."""
 
 OTHER, UNKNOWN = "other", "unknown"
-"""The task types of names beyond the limit, and of what is no task."""
+"""The labels for task types beyond the limit, and for what is not a task."""
 
 MAX_TASK_TYPES = 100
-"""Names of task types, which users choose freely, that get a series of their own."""
+"""How many task types, whose names are users' own, get a series of their own."""
 
 DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 SIZES = (256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576, 4_194_304, 16_777_216)
@@ -34,7 +34,7 @@ OUTAGES = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 
 class Kind(enum.Enum):
-    """What Prometheus calls the type of a family."""
+    """The type of a family, as Prometheus names it."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -42,10 +42,10 @@ class Kind(enum.Enum):
 
 
 class Merge(enum.Enum):
-    """What a gauge shows of several producers, or processes; prometheus-client's words.
+    """How a gauge is merged over several producers or processes, as prometheus-client names it.
 
-    BY_STORE is the sum over stores: a store in memory is its producer's own, while of producers
-    that share a durable one each sees the whole of it, and the greatest number counts.
+    BY_STORE is the sum over stores: a memory store belongs to one producer, while each producer
+    that shares a durable store sees all of it, so of these the greatest number counts.
     """
 
     SUM = "sum"
@@ -62,12 +62,12 @@ def _frozen_copy(words: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str
 class Family:
     """One metric family.
 
-    :ivar name: in full, as queries use it; a histogram's series add ``_bucket``, ``_sum``,
-        ``_count``
-    :ivar labels: their names; a family without any has its series from the start
-    :ivar words: the values of those labels that have a closed set
+    :ivar name: the full name, as in queries; the series of a histogram add ``_bucket``, ``_sum``
+        and ``_count``
+    :ivar labels: names of labels; a family without labels has its series from the start
+    :ivar words: the values of the labels that have a closed set
     :ivar buckets: upper bounds of a histogram, without ``+Inf``
-    :ivar merge: of a gauge
+    :ivar merge: how a gauge is merged
     """
 
     name: str
@@ -132,7 +132,7 @@ CIRCUIT_BREAKER_FAILURES = _gauge(
 )
 DEAD_LETTERS = _gauge(
     "dead_letters",
-    "Dead letters in the store, which the broker has not taken",
+    "Dead letters in the store, which the broker has not confirmed",
     merge=Merge.BY_STORE,
 )
 OUTBOX_ROWS = _gauge(
@@ -155,8 +155,8 @@ QUEUE_DEPTH = _gauge(
 
 TASKS_SENT = _counter(
     "tasks_sent_total",
-    "Messages by how they ended, each once: confirmed (success), dead-lettered (failure), or given "
-    "back to their publisher",
+    "Messages by how they ended, each once: confirmed (success), dead-lettered (failure), or "
+    "refused with an error",
     "task_type",
     "status",
     words={"status": STATUSES},
@@ -170,17 +170,19 @@ CONNECTION_ERRORS = _counter(
 )
 CONNECTION_STATE_CHANGES = _counter(
     "connection_state_changes_total",
-    "Moves of the connection, by the state that it moved to",
+    "State changes of the connection, by the new state",
     "state",
     words={"state": tuple(state.name for state in ConnectionState)},
 )
 CONFIRM_TIMEOUTS = _counter(
-    "confirm_timeouts_total", "Messages whose publisher's time was up before the confirm came"
+    "confirm_timeouts_total", "Messages whose publisher's timeout ended before the confirm came"
 )
 LATE_CONFIRMS = _counter("late_confirms_total", "Confirms that came after a confirm timeout")
 NACKS = _counter("nacks_total", "Messages for which the broker refused responsibility")
 RETURNS = _counter("returns_total", "Messages that the broker returned: no queue is bound")
-DEAD_LETTERED = _counter("dead_lettered_total", "Messages whose dead letter the broker has taken")
+DEAD_LETTERED = _counter(
+    "dead_lettered_total", "Messages whose dead letter the broker has confirmed"
+)
 POSSIBLE_DUPLICATES = _counter(
     "possible_duplicates_total", "Messages written again whose earlier fate is unknown"
 )
@@ -190,7 +192,8 @@ HEALTH_CHECK_FAILURES = _counter(
 CIRCUIT_BREAKER_TRIPS = _counter("circuit_breaker_trips_total", "How often the breaker opened")
 STORE_ERRORS = _counter("store_errors_total", "Times that the store could not be used")
 EVENTS_DROPPED = _counter(
-    "events_dropped_total", "Calls of on() callbacks that were left out because they are too slow"
+    "events_dropped_total",
+    "Calls of on() callbacks that were dropped because these are too slow",
 )
 CELERY_TASKS = _counter(
     "celery_tasks_total",
@@ -217,4 +220,4 @@ RECONNECT_DURATION = _histogram(
 FAMILIES: tuple[Family, ...] = tuple(
     family for family in list(globals().values()) if isinstance(family, Family)
 )
-"""All of them, in the order in which they stand here."""
+"""All families, in the order of their definition."""

@@ -1,11 +1,11 @@
 """Metrics for Prometheus: one set of families in each registry, however many producers share it.
 
-In the usual mode a collector gives the counts and readings of this process whenever it is asked.
-Where the variable ``PROMETHEUS_MULTIPROC_DIR`` named a directory when prometheus-client was
-imported, that library adds up what the processes of one machine write into files there, and each
-process has one set. Its gauges are then written each second; ``connection_state`` not before a
-producer is in use, since a process that merely has one, such as the master of prefork workers, says
-nothing about any connection.
+Usually a collector returns the counts and gauges of this process when it is scraped. Where the
+variable ``PROMETHEUS_MULTIPROC_DIR`` named a directory when prometheus-client was imported, that
+library adds up what the processes of one machine write into files there, and each process has one
+set of families. Gauges are then written each second; ``connection_state`` only once a producer is
+in use: a process that merely has one, such as the master of prefork workers, has no connection to
+report.
 
 Runs on: the threads that count, and the one that scrapes.
 """
@@ -59,20 +59,20 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
 MAX_WAITING = 100_000
-"""Counts that may wait for the files; a lock that is held for so long may never be free again."""
+"""Counts that may wait for the files; if more wait, their lock may never be released."""
 
 MULTIPROCESS = bool(
     getattr(values.ValueClass, "_multiprocess", False)
     and (os.environ.get(DIRECTORY) or os.environ.get(DIRECTORY.lower()))
 )
-"""Whether prometheus-client writes into files, which it decided when it was imported itself."""
+"""Whether prometheus-client writes into files, which it decided when it was imported."""
 
 
 def meter(registry: CollectorRegistry | None = None) -> Meter:
-    """Give the meter of a registry, with its families registered.
+    """Return the meter of a registry, with its families registered.
 
     :param registry: ``None`` is prometheus-client's default one
-    :raises ValueError: another library has registered a metric of one of our names
+    :raises ValueError: another library has registered a metric of the same name
     :raises ConfigurationError: the directory of multiprocess mode cannot be used
     """
     if MULTIPROCESS:
@@ -82,7 +82,7 @@ def meter(registry: CollectorRegistry | None = None) -> Meter:
     collector = _collectors.setdefault(registry, fresh)
     if collector is fresh:
         try:
-            fresh.take_over(registry)
+            fresh.register(registry)
         except ValueError:
             del _collectors[registry]
             raise
@@ -94,9 +94,9 @@ class UnreadableError(Exception):
 
 
 def exposition(registry: CollectorRegistry | None = None) -> bytes:
-    """Give everything in a registry, or in all processes' files, in Prometheus's text format.
+    """Return everything in a registry, or in all processes' files, in Prometheus' text format.
 
-    :raises UnreadableError: the files are gone
+    :raises UnreadableError: the files cannot be read
     """
     with _source(registry) as source:
         return generate_latest(source)
@@ -105,9 +105,9 @@ def exposition(registry: CollectorRegistry | None = None) -> bytes:
 def samples(
     registry: CollectorRegistry | None = None,
 ) -> Iterator[tuple[str, Mapping[str, str], float]]:
-    """Give the name, labels and value of each of our series.
+    """Yield name, labels and value of each series of this library.
 
-    :raises UnreadableError: the files are gone
+    :raises UnreadableError: the files cannot be read
     """
     with _source(registry) as source:
         for metric in source.collect():
@@ -127,18 +127,18 @@ def _source(registry: CollectorRegistry | None) -> Iterator[CollectorRegistry]:
         source = CollectorRegistry()
         MultiProcessCollector(source)  # type: ignore[no-untyped-call]
         yield source
-    except (OSError, ValueError) as error:  # the directory is gone, or a file in the middle of this
+    except (OSError, ValueError) as error:  # the directory was removed, or a file of it meanwhile
         raise UnreadableError(f"{DIRECTORY} cannot be read: {type(error).__name__}") from error
 
 
 class _Collector:
-    """Gives the counts and readings of this process when it is asked.
+    """Returns the counts and gauges of this process when it is scraped.
 
-    Test runners and notebooks import the package again into a process, and a registry takes each
-    name once. So the collector of a later import takes the place of the earlier one and shows what
-    that has counted together with its own.
+    Test runners and notebooks import the package a second time into a process, and a registry
+    accepts each name once. So the collector of a later import replaces the earlier one, and adds
+    that one's counts to its own.
 
-    :ivar collects: tells a collector of ours, whichever import its class comes from
+    :ivar collects: marks a collector of this library, whichever import its class comes from
     """
 
     collects = PREFIX
@@ -148,10 +148,10 @@ class _Collector:
         self._earlier: Any = None
         self.meter = Meter(tally)
 
-    def take_over(self, registry: CollectorRegistry) -> None:
-        """Register, in the place of an earlier import's collector where there is one.
+    def register(self, registry: CollectorRegistry) -> None:
+        """Register, in place of an earlier import's collector, if there is one.
 
-        :raises ValueError: another library has registered a metric of one of our names
+        :raises ValueError: another library has registered a metric of the same name
         """
         names: Mapping[str, Any] = getattr(registry, "_names_to_collectors", {})
         earlier: Any = names.get(CONNECTION_STATE.name)
@@ -161,11 +161,11 @@ class _Collector:
         registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        """Give the families without their series."""
+        """Return the families without their series."""
         return [_metric(family, {}) for family in FAMILIES]
 
     def collect(self) -> Iterable[Metric]:
-        """Give the families."""
+        """Return the families with their series."""
         found = {**self._tally.totals(), **self._readings()}
         metrics = [_metric(family, found[family]) for family in FAMILIES]
         if self._earlier is not None:
@@ -175,7 +175,7 @@ class _Collector:
         return metrics
 
     def forked(self) -> None:
-        """Start from zero, in a child process whose parent goes on counting."""
+        """Start from zero, in a forked child, whose parent continues counting."""
         self._tally.clear()
         self.meter.forked()
 
@@ -201,7 +201,7 @@ def _metric(family: Family, series: Mapping[Labels, list[float]]) -> Metric:
 
 
 def _join(metric: Metric, before: Metric | None, merge: Merge) -> None:
-    """Merge what an earlier import shows into a metric: gauges by their rule, all else as a sum."""
+    """Add an earlier import's samples to a metric: gauges by their merge, all others as a sum."""
     joined = {(each.name, *sorted(each.labels.items())): each for each in metric.samples}
     of_both = _MERGED[merge if metric.type == "gauge" else Merge.SUM]
     for sample in before.samples if before is not None else ():
@@ -226,12 +226,12 @@ def _cumulated(family: Family, cells: list[float]) -> list[tuple[str, float]]:
 
 
 class _Writer:
-    """Writes into the files, which one lock of prometheus-client's guards, the users' own as well.
+    """Writes into the files, which a lock of prometheus-client guards, with all other metrics.
 
-    This very thread may hold it: a finaliser, or a signal handler, may publish in the middle of a
-    count, and would wait for ever. And while that handler waits for the broker's answer, the I/O
-    thread must not wait for the lock. So what cannot be written at once is written a little later,
-    before anything else is.
+    The current thread may already hold that lock: a finalizer or signal handler may publish in the
+    middle of a count, and would wait for ever. And while the handler waits for the broker's answer,
+    the I/O thread must not wait for the lock. So a count that cannot be written at once is written
+    before the next one.
     """
 
     def __init__(self) -> None:
@@ -241,7 +241,7 @@ class _Writer:
         self._waiting: deque[Callable[[], object]] = deque(maxlen=MAX_WAITING)
 
     def write(self, step: Callable[[], object]) -> None:
-        """Take a step, now or soon; one that fails is logged, and counts nothing."""
+        """Write now or soon; a failure is logged, and the count is lost."""
         own = get_ident()
         if own in self._busy or not self._is_free():
             self._waiting.append(step)
@@ -255,24 +255,24 @@ class _Writer:
             self._busy.discard(own)
 
     def catch_up(self) -> None:
-        """Take the steps that wait, if the files are free."""
+        """Write the counts that wait, if the lock is free."""
         if self._waiting:
             self.write(_nothing)
 
     def forked(self) -> None:
-        """Begin afresh in a child, where no thread is left that holds the lock."""
+        """Start with a free lock in a child, where the thread that may hold it does not exist."""
         if self._lock is not None:
             # guards: prometheus-client's files
             self._lock.cell_contents = threading.Lock()
         self._busy, self._waiting = set(), deque(maxlen=MAX_WAITING)
 
     def failed(self, failure: Exception) -> None:
-        """Say that the files cannot be written."""
+        """Log that the files cannot be written."""
         fields = f"{DIRECTORY}: %s"
         self._lines.log(logging.ERROR, "metrics cannot be written", fields, type(failure).__name__)
 
     def _is_free(self) -> bool:
-        """Whether no thread, and so not this one, is in the middle of a step."""
+        """Return whether no thread, this one included, is writing."""
         if self._lock is None:
             return True
         lock = self._lock.cell_contents
@@ -288,16 +288,19 @@ class _Writer:
     def _take(self, step: Callable[[], object]) -> None:
         try:
             step()
-        except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
+        except Exception as failure:  # noqa: BLE001 - the files may be in any state
             self.failed(failure)
 
 
 def _nothing() -> None:
-    """Take no step."""
+    """Write nothing."""
 
 
 def _lock_of(value_class: Any) -> Any:
-    """Give the cell of the lock; ``None`` where prometheus-client keeps it elsewhere by now."""
+    """Return the cell of prometheus-client's lock, which is a local variable of ``MmapedValue``.
+
+    ``None`` where a version keeps it elsewhere; then counts are written without a look at it.
+    """
     inc = getattr(value_class, "inc", None)
     names = getattr(getattr(inc, "__code__", None), "co_freevars", ())
     cells = dict(zip(names, getattr(inc, "__closure__", None) or (), strict=False))
@@ -308,10 +311,10 @@ def _lock_of(value_class: Any) -> Any:
 class _Files:
     """Series in the files of prometheus-client's multiprocess mode.
 
-    A gauge that shows the least of all is made when it is first written, since its file says 0
-    until then; one that is merged by store, once it is known whether the store is shared.
+    A gauge that is merged as the least is made when it is first written, since its file has the
+    value 0 until then; one that is merged by store, once it is known whether the store is shared.
 
-    :ivar durable: processes share their store, so that of what they show of it the greatest counts
+    :ivar durable: processes share their store, so that the greatest of their numbers counts
     """
 
     def __init__(self, writer: _Writer) -> None:
@@ -348,7 +351,7 @@ class _Files:
 class _File:
     """A series in a file, made when it is first written.
 
-    :param make: gives prometheus-client's counter, histogram or gauge
+    :param make: makes prometheus-client's counter, histogram or gauge
     """
 
     def __init__(self, make: Callable[[], Any], writer: _Writer) -> None:
@@ -370,7 +373,7 @@ class _File:
             self.observe(amount)
 
     def set(self, value: float) -> None:
-        """Say what a gauge shows."""
+        """Set a gauge."""
         self._write(lambda: self._made().set(value))
 
     def _made(self) -> Any:
@@ -391,10 +394,9 @@ def _shared(family: Family, merge: str) -> Any:
 
 
 class _FileMeter(Meter):
-    """The meter of a process, whose gauges are written down.
+    """The meter of a process in multiprocess mode, whose gauges are written to files.
 
-    A directory that is emptied, or filled up, while the process runs makes counts wrong, and
-    harms nothing else.
+    If the directory is emptied, or its disk is full, counts become wrong, and nothing else happens.
     """
 
     def __init__(self, files: _Files, writer: _Writer) -> None:
@@ -404,7 +406,7 @@ class _FileMeter(Meter):
         self._shown: set[tuple[Family, Labels]] = set()
 
     def watch(self, producer: Watched, *, durable: bool = False) -> None:
-        """Read a producer's gauges, too; the first producer says how stores are merged."""
+        """Read a producer's gauges; the first producer decides how those of stores are merged."""
         if not self._watched:
             self._files.durable = durable
             for family in FAMILIES:
@@ -413,20 +415,20 @@ class _FileMeter(Meter):
         super().watch(producer, durable=durable)
 
     def refresh(self) -> None:
-        """Write the gauges, again if a connection has moved meanwhile.
+        """Write the gauges, and again if a connection changed its state meanwhile.
 
-        The thread that moved it has written that before; ours would stand above it for a second.
+        The thread that changed it may have written the new state before this one wrote the old.
         """
         try:
             written, readings = None, self.readings()
             while readings[CONNECTION_STATE] != written:
                 self._write(readings)
                 written, readings = readings[CONNECTION_STATE], self.readings()
-        except Exception as failure:  # noqa: BLE001 - whatever becomes of the files
+        except Exception as failure:  # noqa: BLE001 - the files may be in any state
             self._writer.failed(failure)
 
     def catch_up(self) -> None:
-        """Write what had to wait."""
+        """Write the counts that wait."""
         self._writer.catch_up()
 
     def forked(self) -> None:
@@ -438,7 +440,7 @@ class _FileMeter(Meter):
     def _write(self, readings: Mapping[Family, Mapping[Labels, float]]) -> None:
         shown = {(family, labels) for family, series in readings.items() for labels in series}
         for family, labels in shown | self._shown:
-            # A series cannot be taken out of a file; of a queue that is not read any more it is 0.
+            # A series cannot be removed from a file; for a queue that is not read any more it is 0.
             self._files.series(family, labels).set(readings[family].get(labels, 0.0))
         self._shown |= shown
 
@@ -459,9 +461,9 @@ _collectors: weakref.WeakKeyDictionary[CollectorRegistry, _Collector] = weakref.
 
 def _in_child() -> None:
     for registry in [REGISTRY, *_collectors]:
-        # guards: prometheus-client's own; a thread that scraped in the parent may have held it
+        # guards: prometheus-client's own state; a thread of the parent may hold it, in a scrape
         lock: Any = threading.RLock()
-        registry._lock = lock  # noqa: SLF001 - there is no other way to free it
+        registry._lock = lock  # noqa: SLF001 - it has no public way to release it
     for collector in list(_collectors.values()):
         collector.forked()
     if _file_meter.cache_info().currsize:

@@ -1,7 +1,7 @@
-"""Spans of messages in OpenTelemetry, after its semantic conventions for messaging and RabbitMQ.
+"""Spans of messages in OpenTelemetry, following its semantic conventions for RabbitMQ.
 
-Imported only where the process has imported OpenTelemetry itself. Without a tracer provider the
-span is one that records nothing and passes the caller's context on.
+Imported only where the process has imported OpenTelemetry. Without a tracer provider a span records
+nothing, and passes on the caller's context.
 
 Runs on: the publisher's thread, the I/O thread, and the thread that ends spans.
 """
@@ -22,7 +22,7 @@ from mlproducer.message import Envelope
 OPERATION = "publish"
 
 _propagator = TraceContextTextMapPropagator()
-_tracer = trace.get_tracer("mlproducer")  # of the provider that is set by now, or later
+_tracer = trace.get_tracer("mlproducer")  # of the provider that is set now, or later
 _CONSTANT = {
     "messaging.system": "rabbitmq",
     "messaging.operation.type": "send",
@@ -34,7 +34,7 @@ class MessageSpan:
     """A span of kind PRODUCER.
 
     :ivar headers: the W3C trace context for the message
-    :ivar recording: the span is kept
+    :ivar recording: the span is recorded
     """
 
     __slots__ = ("_span", "headers", "recording")
@@ -48,17 +48,19 @@ class MessageSpan:
             self.headers["tracestate"] = context.trace_state.to_header()
 
     def describe(self, envelope: Envelope) -> None:
-        """Say which message it is about: its route, id and size, nothing of what it says."""
+        """Set the attributes of a message: its route, id and size, nothing of its content."""
         facts = _facts(envelope)
         self._span.update_name(f"{OPERATION} {facts['messaging.destination.name']}")
         self._span.set_attributes(facts)
 
     def event(self, name: str, reason: PublishError | None) -> None:
-        """Note what happened on the way, with the name of the reason's class."""
+        """Add an event, with the name of the reason's class."""
         self._span.add_event(name, {} if reason is None else {"reason": type(reason).__name__})
 
     def end(self, error: str, at: int) -> None:
-        """End the span; with the name of an error's class, or with none.
+        """End the span.
+
+        :param error: the name of the error's class; empty where there was none
 
         :param at: nanoseconds since the epoch
         """
@@ -66,10 +68,10 @@ class MessageSpan:
 
 
 class LaterSpan:
-    """The span of an attempt whose message was stored, and may be another process's.
+    """The span of a later attempt of a message that was stored, perhaps by another process.
 
-    It is made at its end, all at once, since attempts begin on the I/O thread, where no tracer may
-    be called.
+    The tracer's span is created when this one ends: attempts begin on the I/O thread, where no
+    tracer may be called.
 
     :param link: the ``traceparent`` of the message, to which the span links
     :param at: when the attempt began, in nanoseconds since the epoch
@@ -85,16 +87,18 @@ class LaterSpan:
         self._events: list[tuple[str, dict[str, str], int]] = []
 
     def describe(self, envelope: Envelope) -> None:
-        """Say which message it is about."""
+        """Set the attributes of a message."""
         self._facts = _facts(envelope)
 
     def event(self, name: str, reason: PublishError | None) -> None:
-        """Note what happened on the way, with the name of the reason's class."""
+        """Add an event, with the name of the reason's class."""
         attributes = {} if reason is None else {"reason": type(reason).__name__}
         self._events.append((name, attributes, time.time_ns()))
 
     def end(self, error: str, at: int) -> None:
-        """Begin and end the span; a trace of its own, since the first may have ended long ago.
+        """Start and end the span, in a trace of its own: the first may have ended long ago.
+
+        :param error: the name of the error's class; empty where there was none
 
         :param at: nanoseconds since the epoch
         """
@@ -130,9 +134,9 @@ def _end(span: trace.Span, error: str, at: int) -> None:
 
 
 def begin(given: Mapping[str, str]) -> MessageSpan | None:
-    """Begin a message's span; there is none where nobody traces.
+    """Start a message's span; return ``None`` where nothing is traced.
 
-    :param given: the headers of a trace context handed in, which counts where no span is current
+    :param given: the headers of a trace context, the parent where no span is current
     """
     parent = None
     if given and not trace.get_current_span().get_span_context().is_valid:
@@ -140,7 +144,7 @@ def begin(given: Mapping[str, str]) -> MessageSpan | None:
     begun = _tracer.start_span(OPERATION, parent, trace.SpanKind.PRODUCER, _CONSTANT)
     try:
         span = begun
-        if span is trace.INVALID_SPAN:  # no provider; older versions then forget the parent
+        if span is trace.INVALID_SPAN:  # no provider; older versions then lose the parent
             span = trace.get_current_span(parent)
         context = span.get_span_context()
         return MessageSpan(span, context) if context.is_valid else None

@@ -1,10 +1,10 @@
-"""What a producer remembers of the last minutes, for people: rates, errors, dead letters.
+"""The last minutes of a producer, for the status page: rates, errors, dead letters.
 
-Everything here is bounded. It knows error texts and message ids, and nothing of what messages say.
-There is no lock: counts that belong to one thread are plain numbers, and the others are cells.
+Everything is bounded. Error texts and message ids are kept, and nothing of messages' content.
+There is no lock: counts that one thread owns are plain numbers, and the others are `Cells`.
 
 Runs on: events arrive on the thread on which they happen; samples are taken on the retry threads,
-and by whoever looks.
+and on the thread that reads them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from mlproducer.observe.events import EventSink
 from mlproducer.observe.tally import Cells
 
 KEPT = 20
-"""Errors, and dead letters, that are remembered."""
+"""How many errors, and how many dead letters, are kept."""
 
 HISTORY = 120.0
-"""Seconds for which rates are remembered."""
+"""Seconds for which rates are kept."""
 
 INTERVAL = 0.9
 """Seconds between two samples at least; the retry thread takes one each second."""
 
 MAX_TEXT = 300
-"""Characters that are remembered of what others say."""
+"""Characters that are kept of an error's text."""
 
 
 @frozen
@@ -45,25 +45,27 @@ class Incident:
     """Something that went wrong.
 
     :ivar at: when, in UTC; the last time, where it happened several times
-    :ivar kind: a few words that are always the same, or the name of an error's class
-    :ivar text: what is known of it; it may be the broker's words, which nobody has escaped
-    :ivar times: how often
+    :ivar kind: a fixed phrase, or the name of an error's class
+    :ivar text: the details; they may be the broker's words, unescaped
+    :ivar times: how often it happened
+    :ivar of_connection: it is why there is no connection
     """
 
     at: datetime
     kind: str
     text: str
     times: int = 1
+    of_connection: bool = False
 
 
 @frozen
 class Rates:
     """Messages per second, between one sample and the next.
 
-    :ivar age: seconds since then
-    :ivar published: were handed in
-    :ivar confirmed: the broker has taken
-    :ivar deferred: the library went on with, without the publisher
+    :ivar age: seconds since the second sample
+    :ivar published: messages whose publisher called
+    :ivar confirmed: messages that the broker confirmed
+    :ivar deferred: messages whose publisher was answered ``DEFERRED``
     """
 
     age: float
@@ -76,7 +78,7 @@ class Rates:
 class Recent:
     """The last minutes of one producer in this process.
 
-    :ivar dead_lettered: messages whose dead letter the broker has taken, since the start
+    :ivar dead_lettered: messages whose dead letter the broker has confirmed, since the start
     :ivar rates: of the last two minutes, the oldest first
     :ivar errors: the last 20 different ones, the newest first
     :ivar dead_letters: the last 20, the newest first
@@ -89,9 +91,9 @@ class Recent:
 
 
 class Recorder:
-    """Remembers for one producer, however many connections it has.
+    """Records the last minutes of one producer, over all its connections.
 
-    :param clock: monotonic seconds
+    :param clock: returns monotonic seconds
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,16 +104,16 @@ class Recorder:
         self._samples: deque[tuple[float, list[int]]] = deque(maxlen=round(HISTORY / INTERVAL))
 
     def sink(self, inside: Callable[[], Iterable[Delivery]]) -> EventSink:
-        """Give a sink for the events of one engine.
+        """Return a sink for the events of one engine.
 
-        :param inside: gives the deliveries that it has under way
+        :param inside: returns the deliveries that are in progress
         """
         sink = RecorderSink(self, inside)
         self._sinks.append(sink)
         return sink
 
     def sample(self) -> None:
-        """Note how many messages there have been so far, if a second has passed."""
+        """Record how many messages there have been so far, once a second at most."""
         now = self._clock()
         if not self._sinks:
             return  # not in use yet
@@ -120,7 +122,7 @@ class Recorder:
             self._samples.append((now, [sum(each) for each in zip(*counts, strict=True)]))
 
     def recent(self) -> Recent:
-        """Give what is remembered."""
+        """Return what is recorded."""
         self.sample()
         return Recent(
             dead_lettered=sum(sink.dead_letters for sink in self._sinks),
@@ -129,37 +131,37 @@ class Recorder:
             dead_letters=tuple(reversed(list(self._letters))),
         )
 
-    def note(self, kind: str, text: str) -> None:
-        """Remember an error; one that is known already is counted, and is the newest again."""
+    def note(self, kind: str, text: str, *, of_connection: bool = False) -> None:
+        """Record an error; one that is known is counted, and becomes the newest."""
         key = (kind, text[:MAX_TEXT])
         known = self._errors.pop(key, None)
         times = 1 if known is None else known.times + 1
-        self._errors[key] = Incident(_now(), *key, times)
+        self._errors[key] = Incident(_now(), *key, times, of_connection)
         for oldest in list(self._errors)[:-KEPT]:
             self._errors.pop(oldest, None)
 
-    def bury(self, delivery: Delivery) -> None:
-        """Remember a dead letter."""
+    def note_dead_letter(self, delivery: Delivery) -> None:
+        """Record a dead letter."""
         reason, message_id = delivery.reason, delivery.envelope.message_id
         kind = type(reason).__name__ if reason is not None else "unknown reason"
         text = f"{message_id}: {reason or ''}"[:MAX_TEXT]
         self._letters.append(Incident(_now(), kind, text))
 
 
-_UNTOLD = (AnswerState.WITHDRAWABLE, AnswerState.WAITING)
+_UNANSWERED = (AnswerState.WITHDRAWABLE, AnswerState.WAITING)
 
 
 class RecorderSink(EventSink):
-    """Takes the events of one engine.
+    """Records the events of one engine.
 
-    A message counts as published once its publisher has an answer, or while it waits for one.
+    A message counts as published once its publisher has an answer, and while it waits for one.
 
-    :ivar dead_letters: how many; the I/O thread's own number, like the others here
+    :ivar dead_letters: how many; owned by the I/O thread, like the other numbers
     """
 
     def __init__(self, recorder: Recorder, inside: Callable[[], Iterable[Delivery]]) -> None:
         self._note = recorder.note
-        self._bury = recorder.bury
+        self._note_dead_letter = recorder.note_dead_letter
         self._inside = inside
         self._confirmed = 0
         self._confirmed_later = 0
@@ -168,89 +170,89 @@ class RecorderSink(EventSink):
         self.dead_letters = 0
 
     def counts(self) -> tuple[int, int, int]:
-        """Count what was published, confirmed and deferred so far."""
+        """Return how many messages were published, confirmed and deferred so far."""
         at_once = self._confirmed - self._confirmed_later
-        unanswered = sum(each.answer in _UNTOLD for each in self._inside())
+        unanswered = sum(each.answer in _UNANSWERED for each in self._inside())
         answered = at_once + self._deferred + int(self._given_back.total()[0])
         return answered + unanswered, self._confirmed, self._deferred
 
     # --- messages ------------------------------------------------------------------------------
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """Count them."""
+        """Count the messages."""
         self._confirmed += len(deliveries)
         for each in deliveries:
             if each.answer is AnswerState.DEFERRED:
                 self._confirmed_later += 1
 
     def deferred(self, delivery: Delivery) -> None:
-        """Count it."""
+        """Count the message."""
         self._deferred += 1
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
-        """Count it, unless its publisher had an answer already."""
+        """Count the message, unless its publisher had an answer already."""
         if delivery.answer is not AnswerState.DEFERRED:
             self._given_back.inc()
 
     def failed(self, delivery: Delivery, error: PublishError) -> None:
-        """Remember why."""
+        """Record the error."""
         self._note(type(error).__name__, str(error))
 
     def dead_lettered(self, delivery: Delivery) -> None:
-        """Remember it."""
+        """Record the dead letter."""
         self.dead_letters += 1
-        self._bury(delivery)
+        self._note_dead_letter(delivery)
 
     # --- connections ---------------------------------------------------------------------------
 
     def disconnected(self, loss: Loss) -> None:
-        """Remember why, unless we closed it ourselves."""
+        """Record why, unless the producer closed the connection itself."""
         if loss.kind is not LossKind.CLOSED:
-            self._note("disconnected", loss.text)
+            self._note("disconnected", loss.text, of_connection=True)
 
     def connection_error(self, loss: Loss) -> None:
-        """Remember why."""
-        self._note("cannot connect", loss.text)
+        """Record why."""
+        self._note("cannot connect", loss.text, of_connection=True)
 
     def gave_up(self, attempts: int, loss: Loss) -> None:
-        """Remember it."""
+        """Record it."""
         self._note("gave up connecting", f"after {attempts} attempts: {loss.text}")
 
     def channel_lost(self, loss: Loss) -> None:
-        """Remember why."""
+        """Record why."""
         self._note("channel closed", loss.text)
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
-        """Remember why the broker blocks."""
+        """Record why the broker blocks."""
         if blocked:
             self._note("blocked by the broker", reason)
 
     def topology_fault(self, target: str, loss: Loss) -> None:
-        """Remember what could not be declared."""
+        """Record what could not be declared."""
         self._note("cannot declare", f"{target}: {loss.text}")
 
     # --- the rest ------------------------------------------------------------------------------
 
     def circuit_changed(self, state: CircuitState) -> None:
-        """Remember that it opened."""
+        """Record that the breaker opened."""
         if state is CircuitState.OPEN:
             self._note("circuit breaker", "opened")
 
     def health_checked(self, *, alive: bool) -> None:
-        """Remember that there was no answer."""
+        """Record that there was no answer."""
         if not alive:
             self._note("health check", "no answer")
 
     def health_fault(self, target: str, loss: Loss) -> None:
-        """Remember what is missing or forbidden."""
+        """Record what is missing or forbidden."""
         self._note("health check", f"{target}: {loss.text}")
 
     def store_failed(self, error: StoreError) -> None:
-        """Remember why."""
+        """Record why."""
         self._note("the store fails", str(error))
 
     def crashed(self, error: BaseException) -> None:
-        """Remember it, by the name of the error's class."""
+        """Record the name of the error's class."""
         self._note("the I/O loop failed", type(error).__name__)
 
 
@@ -262,10 +264,10 @@ def _rates(samples: Iterable[tuple[float, list[int]]], now: float) -> Iterable[R
 
 
 def _apart(samples: Iterable[tuple[float, list[int]]]) -> Iterator[tuple[float, list[int]]]:
-    """Put samples in order, and leave out those that are too close to the one before.
+    """Sort samples, and drop those that are too close to the one before.
 
-    Threads that look at the same moment each take one, and the thread that looked at the clock
-    first may be the last to count.
+    Threads may take a sample at the same moment, and the first to read the clock may be the last to
+    append its sample.
     """
     last = -math.inf
     for at, counts in sorted(samples):

@@ -1,14 +1,14 @@
-"""One span for each message, from its publisher's call to its fate, where the process traces.
+"""One span for each message, from its publisher's call to its fate, if the process traces.
 
-Whether it traces is seen by OpenTelemetry being imported: nothing else could have set up a tracer
-or begun a span that a message should continue. So a process without it pays for one look.
+A process traces if it has imported OpenTelemetry: nothing else could have set up a tracer, or
+started a span that a message continues. Without it, the cost is one lookup in ``sys.modules``.
 
-A message that is written to a durable store may wait there for long, and be delivered by another
-process. Its span ends with the event "stored"; each later attempt has a span of its own, which
-links to the first by the ``traceparent`` header that the message carries.
+A message in a durable store may wait there for long, and be delivered by another process. Its span
+ends with the event "stored"; each later attempt has a span of its own, which links to the first
+by the message's ``traceparent`` header.
 
 A tracer is a user's code. It may be slow, so spans are ended on a thread of their own; it may
-fail, and then a message has no span, or one that is not complete.
+fail, and then a message has no span, or an incomplete one.
 
 Runs on: `Spans.encode` and `Spans.follow` on the publisher's thread, events on the thread on which
 they happen, the ends of spans on the thread ``mlproducer-spans``.
@@ -40,7 +40,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _SAMPLED_HEADER = re.compile(rb"\x0btraceparentS\x00\x00\x00\x37(00-[0-9a-f-]{51}[13579bdf])")
-"""The header of a message whose trace is sampled, as AMQP encodes it: name, type, length, value."""
+"""The header of a message whose trace is sampled, as encoded: name, type, length, value."""
 
 
 class Span(Protocol):
@@ -48,27 +48,27 @@ class Span(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Its W3C trace context."""
+        """The W3C trace context."""
 
     @property
     def recording(self) -> bool:
-        """Whether it is kept."""
+        """Whether the span is recorded."""
 
     def describe(self, envelope: Envelope) -> None:
-        """Say which message it is about."""
+        """Set the attributes of a message."""
 
     def event(self, name: str, reason: PublishError | None) -> None:
-        """Note what happened on the way."""
+        """Add an event."""
 
     def end(self, error: str, at: int) -> None:
-        """End it; with the name of an error's class, or with none."""
+        """End the span, with the name of an error's class, or an empty text."""
 
 
 class OpenSpan:
-    """A span that ends once, whatever becomes of the call that began it.
+    """A span that is ended once, even if an interrupt ends the call that started it.
 
-    It is there before the span is, since an interrupt may strike between any two steps: then the
-    message goes, and with it this.
+    It exists before the span does, since an interrupt may come between any two steps. If the
+    message is then dropped, so is this object, and its finalizer ends the span.
 
     :param dispatcher: has the thread on which spans are ended
     """
@@ -80,32 +80,33 @@ class OpenSpan:
         self._span: list[Span | None] = []
 
     def begin(self, begin: Callable[[Mapping[str, str]], Span | None]) -> Span | None:
-        """Begin the span; there may be none."""
-        # Python looks for signals when `append` has returned, and the span is here.
+        """Start the span, if there is one."""
+        # One expression: Python handles signals only after append() has returned, and the list
+        # has the span.
         self._span.append(begin(tracing.current()))
         return self._span[0]
 
     def take(self) -> Span | None:
-        """Return the span to the one who ends it; ``None`` where it is ended."""
+        """Return the span to the caller, who has to end it; ``None`` where it was taken already."""
         try:
             return self._span.pop()
         except IndexError:
             return None
 
     def note(self, name: str, reason: PublishError | None) -> None:
-        """Note what happened on the way."""
+        """Add an event."""
         for span in self._span:
             if span is not None:
                 span.event(name, reason)
 
     def end(self, error: str) -> None:
-        """End it soon."""
+        """Have the span ended on its thread."""
         span = self.take()
         if span is not None:
             self._dispatcher.traces().call(partial(span.end, error, time.time_ns()))
 
     def __del__(self) -> None:
-        if self._dispatcher.futures.is_ours():  # a child leaves its parent's spans to that
+        if self._dispatcher.futures.is_ours():  # a forked child leaves spans to its parent
             self.end("interrupted")
 
 
@@ -124,7 +125,7 @@ class Spans(EventSink):
         self._usable = True
 
     def encode(self, encode: Callable[[T], Envelope], task: T) -> tuple[Envelope, OpenSpan | None]:
-        """Encode a message that carries on the trace of its own span, if there is one."""
+        """Encode a message with the trace context of its span, if there is one; return both."""
         if not self._traces():
             return encode(task), None
         opened = OpenSpan(self._dispatcher)
@@ -145,11 +146,11 @@ class Spans(EventSink):
 
     def follow(self, delivery: Delivery, span: OpenSpan) -> None:
         """End the span with the message's fate."""
-        self._dispatcher.traces()  # has its thread from now on, started on the publisher's
+        self._dispatcher.traces()  # starts the thread, which must not happen on the I/O thread
         self._open[delivery] = span
 
     def close(self) -> None:
-        """End those that are left when the producer is closed, whose messages are stored."""
+        """End the spans that are left when the producer is closed: their messages are stored."""
         for reference in self._open.keyrefs():
             delivery = reference()
             if delivery is not None:
@@ -166,7 +167,7 @@ class Spans(EventSink):
         if self._tracer is None and self._usable and "opentelemetry.trace" in sys.modules:
             try:
                 from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
-            except Exception as error:  # noqa: BLE001 - a version that is not what ours asks for
+            except Exception as error:  # noqa: BLE001 - an unsuitable version may raise anything
                 self._usable = False
                 self._report(error)
             else:
@@ -180,21 +181,21 @@ class Spans(EventSink):
     # --- events --------------------------------------------------------------------------------
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """End those of a burst."""
+        """End the spans of the messages."""
         if self._tracer is not None and self._open:
             self._end(deliveries, "")
 
     def dead_lettered(self, delivery: Delivery) -> None:
-        """End it as failed; one that waited in a durable store has a span for this alone."""
+        """End the span as failed; a message from a durable store gets a span for this."""
         self._resume(delivery)
         self._end((delivery,), RetriesExhaustedError.__name__)
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
-        """End it as failed."""
+        """End the span as failed."""
         self._end((delivery,), type(error).__name__)
 
     def deferred(self, delivery: Delivery) -> None:
-        """Note it, with the reason; in a durable store the message waits without its span."""
+        """Add an event with the reason; end the span where the message waits in a durable store."""
         self._note(delivery, "deferred")
         if self._durable:
             self._end_stored(delivery)
@@ -205,12 +206,12 @@ class Spans(EventSink):
             self.deferred(delivery)
 
     def resumed(self, delivery: Delivery) -> None:
-        """Begin the span of a later attempt where the first span has ended, or is elsewhere."""
+        """Start the span of a later attempt, after the first ended, perhaps in another process."""
         if not delivery.dead:
             self._resume(delivery)
 
     def retried(self, delivery: Delivery) -> None:
-        """Note it, with the reason."""
+        """Add an event with the reason."""
         self._note(delivery, "retried")
 
     def _resume(self, delivery: Delivery) -> None:

@@ -1,8 +1,8 @@
-"""Counts of one process, which any thread may add to at any time without a lock.
+"""Counts of one process, to which any thread may add at any time, without a lock.
 
-A lock here would be taken by publishers, the I/O thread and whoever scrapes; a fork, or a signal
-handler that publishes, could find it taken for ever. So each thread adds to cells of its own, and
-whoever reads adds them up. A thread's cells outlive it, and serve the next thread of its number.
+Publishers, the I/O thread and scrapes would share such a lock, and a forked child, or a signal
+handler that publishes, could find it held for ever. So each thread adds to cells of its own, and a
+reader adds them up. A thread's cells outlive it, and are used by the next thread with its id.
 
 Runs on: any thread.
 """
@@ -20,7 +20,7 @@ Labels = tuple[str, ...]
 
 
 class Series(Protocol):
-    """One series of a counter or histogram; whoever adds to it often keeps it."""
+    """One series of a counter or histogram; to be kept where it is used often."""
 
     def inc(self, amount: int = 1) -> None:
         """Add to a counter."""
@@ -33,17 +33,17 @@ class Series(Protocol):
 
 
 class Counts(Protocol):
-    """Whatever counters and histograms are kept in."""
+    """A set of counters and histograms."""
 
     def series(self, family: Family, labels: Labels = ()) -> Series:
-        """Give the series with these labels, the same one each time."""
+        """Return the series with these labels, the same one each time."""
 
 
 class Cells:
     """A series in plain memory.
 
-    A counter has one cell; a histogram has one for each bucket, one for what is beyond them, and
-    last the sum.
+    A counter has one cell; a histogram has one for each bucket, one for values beyond them, and at
+    the end the sum.
     """
 
     __slots__ = ("_bounds", "_of", "_width")
@@ -59,7 +59,8 @@ class Cells:
             cells = self._of[get_ident()]
         except KeyError:
             cells = self._first()
-        # A signal handler or finaliser runs between calls, and so not within this step.
+        # Without a call in it, this statement is not interrupted by a signal handler or finalizer,
+        # and no other thread writes to this thread's cells.
         cells[0] += amount
 
     def observe(self, amount: float) -> None:
@@ -82,11 +83,11 @@ class Cells:
             cells[-1] += amount
 
     def _first(self) -> list[float]:
-        """Give this thread's cells, which a finaliser that counts here may have made meanwhile."""
+        """Return this thread's cells; a finalizer may have made them since they were missed."""
         return self._of.setdefault(get_ident(), [0.0] * self._width)
 
     def total(self) -> list[float]:
-        """Add up what all threads have counted."""
+        """Return the sum over all threads."""
         total = [0.0] * self._width
         for cells in self._of.copy().values():
             total = [a + b for a, b in zip(total, cells, strict=True)]
@@ -101,12 +102,12 @@ class Tally:
         self.clear()
 
     def series(self, family: Family, labels: Labels = ()) -> Cells:
-        """Give the series with these labels, the same one each time."""
+        """Return the series with these labels, the same one each time."""
         found = self._series.get((family, labels))
         return found or self._series.setdefault((family, labels), Cells(family))
 
     def totals(self) -> Mapping[Family, Mapping[Labels, list[float]]]:
-        """Add up each series, for every family that is counted."""
+        """Return the sum of each series, for every family that is counted."""
         totals: dict[Family, dict[Labels, list[float]]] = {
             family: {} for family in FAMILIES if family.kind is not Kind.GAUGE
         }
@@ -115,7 +116,7 @@ class Tally:
         return totals
 
     def clear(self) -> None:
-        """Start from zero, in a child process whose parent goes on counting."""
+        """Start from zero, in a forked child, whose parent continues counting."""
         self._series = {
             (family, ()): Cells(family)
             for family in FAMILIES

@@ -26,7 +26,13 @@ from mlproducer.errors import (
     WouldDeadlockError,
 )
 from mlproducer.message import Receipt
-from mlproducer.observe.callbacks import DeliveryFuture, Dispatcher, Event, EventName, Lane
+from mlproducer.observe.callbacks import (
+    CallbackThread,
+    DeliveryFuture,
+    Dispatcher,
+    Event,
+    EventName,
+)
 from mlproducer.producer import MLProducer, Retry
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
@@ -241,14 +247,14 @@ class _Calls(Dispatcher):
     def __init__(self) -> None:
         super().__init__(_no_thread)
         self.making = threading.local()
-        self.events = self.futures = _Lane(self)  # type: ignore[assignment] # none is left out
+        self.events = self.futures = _Here(self)  # type: ignore[assignment] # none is dropped
 
     def under_way(self) -> bool:
         """Whether this thread is making one."""
         return getattr(self.making, "now", False)
 
 
-class _Lane(Lane):
+class _Here(CallbackThread):
     def __init__(self, calls: _Calls) -> None:
         super().__init__("calls", _no_thread)
         self._all = calls

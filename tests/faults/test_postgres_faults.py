@@ -197,12 +197,12 @@ def test_a_put_that_is_late_for_some_of_its_rows_stores_none(
 ) -> None:
     """The time after which it may do nothing is over in the middle of the statement."""
     entries = [entry(f"m{n}") for n in range(1000)]
-    known = store._session.server_time
+    known = store._connection.server_time
     shortest, longest = 0.0, PATIENCE
     for _ in range(30):  # towards the time that it takes, and then around it
         limit = (shortest + longest) / 2
         late = partial(_later, known, limit)
-        monkeypatch.setattr(store._session, "server_time", late)
+        monkeypatch.setattr(store._connection, "server_time", late)
         try:
             stored = len(store.put(entries, PATIENCE))
         except StoreError:
@@ -380,7 +380,7 @@ def test_a_server_whose_clock_was_put_forward_is_asked_again(store: PostgreSQLSt
     """What seems late only by its new clock is done after all."""
 
     def set_clock() -> None:
-        store._session._ahead -= HOUR  # as if the server's clock had said so before
+        store._connection._ahead -= HOUR  # as if the server's clock had said so before
 
     set_clock()
     (claim,) = store.put([entry("a")], PATIENCE)
@@ -397,11 +397,11 @@ def test_a_server_whose_clock_was_put_forward_is_asked_again(store: PostgreSQLSt
 
 def test_clocks_that_drift_apart_are_compared_again(store: PostgreSQLStore) -> None:
     """A connection of days does not rely on what it heard of the server's clock at its start."""
-    store._session._ahead += HOUR
-    store._session._trusted_until = 0.0
+    store._connection._ahead += HOUR
+    store._connection._trusted_until = 0.0
     store.depth()
     (now,) = store._run("SELECT extract(epoch FROM clock_timestamp())::float8", {})[0]
-    assert abs(store._session.server_time(time.monotonic()) - now) < LIMIT
+    assert abs(store._connection.server_time(time.monotonic()) - now) < LIMIT
 
 
 def test_a_lease_longer_than_ones_own_horizon_holds(url: str) -> None:

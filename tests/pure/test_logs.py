@@ -19,7 +19,7 @@ from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher, Ev
 from mlproducer.observe.events import EventSink, Fanout
 from mlproducer.observe.limiter import Limiter
 from mlproducer.observe.lines import Lines
-from mlproducer.observe.log import MAX_WORDS, SPEAK_OF, LogSink
+from mlproducer.observe.log import LOGGERS, MAX_WORDS, LogSink
 from tests.helpers import make_delivery
 from tests.pure.witnesses import Clock
 
@@ -202,7 +202,7 @@ def test_lines_go_to_the_logger_they_are_given(caplog: pytest.LogCaptureFixture)
 
 def test_lines_speak_for_their_modules(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
     """Each kind of line comes from the logger of a module that there is: the one it speaks of."""
-    assert all(importlib.util.find_spec(f"mlproducer.{name}") for name in SPEAK_OF.values())
+    assert all(importlib.util.find_spec(f"mlproducer.{name}") for name in LOGGERS.values())
     for _ in range(6):
         sink.connection_error(LOSS)
         sink.circuit_changed(CircuitState.OPEN)

@@ -239,13 +239,13 @@ def test_events_left_out_are_counted_and_told(
         assert entered.wait(LIMIT)
         producer.publish_many(make_message() for _ in range(most + 321))
         free.set()
-    left_out = 321
+    dropped = 321
     assert next(called) == 1 + most
-    assert registry.get_sample_value("ml_producer_events_dropped_total") == left_out
+    assert registry.get_sample_value("ml_producer_events_dropped_total") == dropped
     lines = [each.getMessage() for each in caplog.records if "callbacks" in each.name]
     assert lines == [
-        "callbacks are too slow: leaving out events",
-        f"callbacks have caught up left_out={left_out}",
+        "callbacks are too slow: dropping events",
+        f"callbacks have caught up dropped={dropped}",
     ]
 
 
