@@ -176,8 +176,7 @@ class RecordingProducer(MLProducer):
 
     def _take(self, task: Task, timeout: float | None, retry: Retry) -> Receipt:
         self.start()
-        if timeout is not None:
-            seconds(timeout)
+        _check(timeout)
         if retry is not True and retry is not False:
             self._checked(retry)
         envelope = (self._encode_hooked if self._hooks else self._encoder.encode)(task)
@@ -191,6 +190,7 @@ class RecordingProducer(MLProducer):
 
     def declare(self, declarations: Iterable[Declaration], *, timeout: float | None = None) -> bool:
         """Note what would be declared."""
+        _check(timeout)
         self.start()
         self.declared.extend(declarations)
         return True
@@ -209,6 +209,7 @@ class RecordingProducer(MLProducer):
 
     def wait_connected(self, timeout: float | None = None) -> bool:
         """Start, and be connected."""
+        _check(timeout)
         self.start()
         return True
 
@@ -218,10 +219,12 @@ class RecordingProducer(MLProducer):
 
     def flush(self, timeout: float | None = None) -> int:
         """Have nothing left."""
+        _check(timeout)
         return 0
 
     def close(self, timeout: float | None = None) -> CloseReport:
         """Take nothing more; what was published stays to be looked at."""
+        _check(timeout)
         self._state = ConnectionState.CLOSED
         return CloseReport()
 
@@ -229,10 +232,15 @@ class RecordingProducer(MLProducer):
         """Say that all is well, once it is used."""
         return Status(connection_state=self._state, broker="recording")
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._state is ConnectionState.CLOSED
+
     def _check_usable(self) -> None:
         if self._calls.under_way():
             raise WouldDeadlockError("a blocking call in a callback")
-        if self._state is ConnectionState.CLOSED:
+        if self.closed:
             raise ProducerClosedError(CLOSED)
 
     def _tell(self, event: Event) -> None:
@@ -267,6 +275,11 @@ class _Here(CallbackThread):
             self._make(function)
         finally:
             self._all.making.now = before
+
+
+def _check(timeout: float | None) -> None:
+    if timeout is not None:
+        seconds(timeout)
 
 
 def _no_thread(role: str, _target: Callable[[], None]) -> threading.Thread:

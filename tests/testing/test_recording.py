@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -155,6 +155,23 @@ def test_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
     assert producer.status().to_json()["rabbitmq"]["connectionState"] == "CLOSED"
     assert producer.published == [TASK]
     assert threading.active_count() == threads
+
+
+def test_timeouts_are_checked() -> None:
+    """A number that a producer refuses is refused by each method that takes one."""
+    with RecordingProducer() as producer:
+        calls: list[Callable[[float], object]] = [
+            lambda timeout: producer.publish(TASK, timeout=timeout),
+            lambda timeout: producer.declare([], timeout=timeout),
+            producer.wait_connected,
+            producer.flush,
+            producer.close,
+        ]
+        for call in calls:
+            with pytest.raises(ConfigurationError, match="timeout must be a finite number"):
+                call(-1.0)
+        assert not producer.closed
+    assert producer.closed
 
 
 def test_a_store_is_not_touched(tmp_path: Path) -> None:
