@@ -78,11 +78,16 @@ async def enter(engine: Engine, delivery: Delivery) -> bool:
 
 
 async def finish(engine: Engine, delivery: Delivery, answer: AwaitedAnswer) -> Receipt:
-    """Wait until the sender has spoken; at the deadline ask it to.
+    """Wait until the sender has spoken; at the deadline ask it to, also where this is cancelled.
 
     :raises PublishError: the message is the publisher's again
     """
-    if not await answer.comes(delivery.deadline - time.monotonic()):
+    try:
+        came = await answer.comes(delivery.deadline - time.monotonic())
+    except asyncio.CancelledError:
+        engine.expire_in_time(delivery)
+        raise
+    if not came:
         engine.expire(delivery)
         if not await answer.comes(GRACE):
             outcome, certain = stop_waiting(engine, delivery)

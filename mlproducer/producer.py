@@ -136,8 +136,9 @@ class MLProducer:
     ) -> Receipt:
         """Publish, and await the broker's answer: `publish` for an event loop, never blocking it.
 
-        Cancelling it ends the wait and not the message: once it has been handed over it goes on,
-        and its outcome is told to nothing but metrics, logs and callbacks. Cancelled before that,
+        Cancelling it ends the wait and not the message: once it has been handed over it goes on as
+        if it was waited for until ``timeout``, and its outcome is told to nothing but metrics, logs
+        and callbacks. Cancelled before that,
         while the in-flight window is full, it is never sent.
 
         :param task: a task or `Message`

@@ -120,6 +120,16 @@ class Background:
         return [future.result(0) for _, future in calls]
 
 
+def wait_until(holds: Callable[[], bool]) -> bool:
+    """Wait until something holds that tells nobody; false after a limit."""
+    deadline = time.monotonic() + LIMIT
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        threading.Event().wait(0.001)
+    return True
+
+
 def descriptors() -> dict[str, str]:
     """What this process has open, and where it leads."""
     found = {}

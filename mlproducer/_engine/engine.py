@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from functools import partial
 from typing import NoReturn
 
@@ -235,6 +236,17 @@ class Engine:
         """Say that a publisher's time is up."""
         owner = delivery.owner or self._io
         owner.order(partial(owner.expire, delivery))
+
+    def expire_in_time(self, delivery: Delivery) -> None:
+        """See that a deadline is kept although its publisher waits no longer to say so."""
+        known = weakref.ref(delivery)  # a timer may outlast it by far
+
+        def expire() -> None:
+            left = known()
+            if left is not None:
+                self.expire(left)
+
+        self._io.order(partial(self._io.call_at, delivery.deadline, expire))
 
     def withdraw(self, delivery: Delivery, error: BaseException | None = None) -> None:
         """Take back a delivery whose publisher was interrupted: it arrives once or not at all."""

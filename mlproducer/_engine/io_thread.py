@@ -11,7 +11,7 @@ Runs on: the I/O thread, except where a method says otherwise.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -305,6 +305,10 @@ class IOThread:
         """Judge a message for which there was no room in time."""
         self.io_loop.check_owner()
         self.sender.turn_away(delivery, time.monotonic())
+
+    def call_at(self, when: float, function: Callable[[], None]) -> None:
+        """Have something done at a monotonic time, unless the loop ends."""
+        self.io_loop.call_later(max(0.0, when - time.monotonic()), function)
 
     def expire(self, delivery: Delivery) -> None:
         """End a publisher's wait."""

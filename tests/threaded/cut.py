@@ -16,7 +16,6 @@ import inspect
 import json
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ import mlproducer
 from mlproducer import Message, MLProducer, Settings
 from mlproducer.errors import NackError, ProducerClosedError
 from mlproducer.testing.fake_broker import FakeBroker
-from tests.helpers import LIMIT, make_message
+from tests.helpers import LIMIT, make_message, wait_until
 from tests.threaded.brokers import Silent
 from tests.threaded.conftest import QUICK
 
@@ -94,16 +93,6 @@ def ours() -> list[str]:
     """Give the names of the library's threads that run."""
     names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith("mlproducer-") and "fake" not in name]
-
-
-def wait_until(holds: Callable[[], bool]) -> bool:
-    """Wait until something holds that tells nobody; false after a limit."""
-    deadline = time.monotonic() + LIMIT
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        threading.Event().wait(0.001)
-    return True
 
 
 def cut_publishing(way: str, *, handler: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
@@ -25,10 +26,11 @@ from mlproducer.errors import (
     PublishError,
 )
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
-from tests.helpers import LIMIT, make_delivery, make_message
+from tests.helpers import LIMIT, make_delivery, make_message, wait_until
 from tests.stopwatch import Stopwatch, in_time
 from tests.threaded.brokers import Silent, SlowOpen, ack
 from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import events_of, io_of
 
 LONGEST_TURN = 0.3
 """Seconds for which another task may have to wait for its turn."""
@@ -155,6 +157,39 @@ def test_cancelled(connect: Connect, serve: Serve) -> None:
     assert producer.flush(LIMIT) == 0
     names = [each.properties.message_id for each in broker.messages]
     assert names == ["handed over", "handed over"]
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_a_deadline_after_it_was_cancelled(connect: Connect, serve: Serve, *, retry: bool) -> None:
+    """It counts as any other: the broker is asked, and what nobody wants any more is not sent."""
+    broker = serve(Silent())
+    producer = connect(broker)
+    assert producer.wait_connected(LIMIT)
+    told = events_of(producer, "blocked", "unblocked", "deferred")
+
+    async def publish(name: str) -> None:
+        with suppress(asyncio.TimeoutError):
+            call = producer.apublish(make_message(name), timeout=0.4, retry=retry)
+            await asyncio.wait_for(call, 0.1)
+
+    run(publish("written"))
+    broker.wait_for_messages(1, LIMIT)
+    sender = io_of(producer).sender
+    assert wait_until(lambda: bool(sender.timeouts))
+    broker.connections[0].block(keep_reading=True)
+    told.wait_for("blocked")
+    run(publish("waits"))
+    assert wait_until(lambda: not sender.waiting)
+    broker.connections[0].unblock()
+    told.wait_for("unblocked")
+    if retry:
+        assert broker.wait_for_messages(2, LIMIT)[1].properties.message_id == "waits"
+    producer.submit(make_message("last"))
+    last = broker.wait_for_messages(3 if retry else 2, LIMIT)[-1]
+    assert last.properties.message_id == "last"
+    ack(last, multiple=True)
+    assert producer.flush(LIMIT) == 0
+    assert told.seen.count("deferred") == (2 if retry else 0)
 
 
 def test_the_loop_ends_first(connect: Connect, serve: Serve) -> None:

@@ -214,8 +214,7 @@ def test_flush_while_another_thread_closes(connect: Connect, serve: Serve) -> No
     future = producer.submit(make_message())
     [message] = broker.wait_for_messages(1, LIMIT)
     closing = background.call(producer.close, LIMIT)
-    while not producer.closed:
-        threading.Event().wait(0.001)
+    wait_until(lambda: producer.closed)
     assert producer.flush(0.1) == 1
     flushing = background.call(producer.flush)
     ack(message)

@@ -20,7 +20,7 @@ from mlproducer.testing.fake_broker import (
     FakeConnection,
     ReceivedMessage,
 )
-from tests.helpers import LIMIT, Background, make_message
+from tests.helpers import LIMIT, Background, make_message, wait_until
 from tests.threaded.brokers import Holding, Silent, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
 from tests.threaded.moods import Happenings, events_of
@@ -463,8 +463,7 @@ def test_a_deadline_while_a_message_is_handed_over(
     background = Background()
     call = background.call(producer.publish, make_message("m"), timeout=0.3)
     if way == "waiting":
-        while not one.sender.waiting:
-            threading.Event().wait(0.001)
+        assert wait_until(lambda: bool(one.sender.waiting))
         one.order(lambda: one.pass_on(one.sender.release(suspects=False), two))
     receipt = call.result(LIMIT)
     assert (receipt.outcome, str(receipt.reason)) == (Outcome.DEFERRED, "not connected in time")
