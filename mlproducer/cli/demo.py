@@ -23,13 +23,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from attrs import asdict, evolve
 
-from mlproducer import CeleryTask, EmbeddingTask, MLProducer, Settings, SummarizationTask
+from mlproducer import CeleryTask, EmbeddingTask, MLProducer, Receipt, Settings, SummarizationTask
 from mlproducer.cli import reach
+from mlproducer.cli.demo_result import Progress
 from mlproducer.cli.output import Console
-from mlproducer.cli.tally import Tally
 from mlproducer.cli.texts import Text, texts
-from mlproducer.errors import PublishError
 from mlproducer.testing import CeleryNotInstalled, CeleryWorker, RabbitMQError, RabbitMQNode
+from mlproducer.testing.audit import Journal
 
 HELP = "see nothing being lost while a broker is frozen and killed"
 DESCRIPTION = (
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     """
     if importlib.util.find_spec("celery") is None:
         raise CeleryNotInstalled("Celery is not installed: pip install 'mlproducer[celery]'")
-    demo = Demo(console, Tally(arguments.messages), texts())
+    demo = Demo(console, arguments.messages, texts())
     try:
         demo.run()
     finally:
@@ -101,9 +101,11 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
 class Demo:
     """One run."""
 
-    def __init__(self, console: Console, tally: Tally, texts: Sequence[Text]) -> None:
+    def __init__(self, console: Console, messages: int, texts: Sequence[Text]) -> None:
         self._console = console
-        self._tally = tally
+        self._messages = messages
+        self._journal = Journal()
+        self._progress = Progress(messages, self._journal)
         self._texts = texts
         self._started = time.monotonic()
         self._stop = threading.Event()
@@ -128,8 +130,8 @@ class Demo:
             self._connect(producer)
             self._say("starting a Celery worker")
             worker.start()
-            self._say(f"publishing {self._tally.messages} tasks from {PUBLISHERS} threads")
-            pause = PUBLISHING * PUBLISHERS / self._tally.messages if node else 0.0
+            self._say(f"publishing {self._messages} tasks from {PUBLISHERS} threads")
+            pause = PUBLISHING * PUBLISHERS / self._messages if node else 0.0
             publishers = [
                 pool.submit(self._publish_all, producer, pause, index / PUBLISHERS)
                 for index in range(PUBLISHERS)
@@ -139,7 +141,7 @@ class Demo:
 
     def report(self) -> bool:
         """Print the result, and say whether nothing was lost."""
-        result = self._tally.count()
+        result = self._progress.figures()
         self._console.say()
         self._console.table(result.rows())
         self._console.emit(
@@ -191,7 +193,7 @@ class Demo:
 
     def _publish_all(self, producer: MLProducer, pause: float, phase: float) -> None:
         self._stop.wait(pause * phase)
-        while (number := next(self._numbers)) < self._tally.messages and not self._stop.is_set():
+        while (number := next(self._numbers)) < self._messages and not self._stop.is_set():
             self._publish(producer, self._task(number))
             self._stop.wait(pause)
 
@@ -206,21 +208,14 @@ class Demo:
         return SummarizationTask(share, {"text": text.text, "title": text.title}, backend)
 
     def _publish(self, producer: MLProducer, task: Task) -> None:
-        """Publish; what raises is ours, and so is published again."""
+        """Publish a task, again and again until a call returns."""
         while not self._stop.is_set():
-            started = time.monotonic()
-            try:
-                receipt = producer.publish(task)
-            except PublishError as error:
-                if error.permanent:
-                    raise
-                self._tally.given_back.append(type(error).__name__)
-                self._stop.wait(PAUSE)
-            else:
-                self._tally.receipts.append(receipt)
+            answer = self._journal.publish(producer, task)
+            if isinstance(answer, Receipt):
                 return
-            finally:
-                self._tally.durations.append(time.monotonic() - started)
+            if answer.permanent:
+                raise answer
+            self._stop.wait(PAUSE)
 
     # --- the main thread -----------------------------------------------------------------------
 
@@ -235,8 +230,8 @@ class Demo:
                 if publisher.done():
                     publisher.result(0.0)
             harmed = next(faults, unharmed) is unharmed
-            counts = self._tally.look(worker.runs())
-            if harmed and self._tally.share == 1.0 and self._tally.complete:
+            counts = self._progress.look(worker.runs())
+            if harmed and self._progress.share == 1.0 and self._progress.complete:
                 return
             if counts != seen:
                 seen, moved = counts, time.monotonic()
@@ -250,11 +245,11 @@ class Demo:
 
     def _show(self, published: int, confirmed: int, run: int) -> None:
         text = f"published {published}  confirmed {confirmed}  run by the worker {run}"
-        self._console.progress(run / self._tally.messages, text)
+        self._console.progress(run / self._messages, text)
 
     def _harm(self, node: RabbitMQNode) -> Iterator[None]:
         """Freeze the broker after a third, kill it after two thirds; each step returns at once."""
-        while self._tally.share < 1 / 3:
+        while self._progress.share < 1 / 3:
             yield
         self._say(f"freezing the broker for {FROZEN:.0f} s (SIGSTOP)")
         node.freeze()
@@ -264,7 +259,7 @@ class Demo:
         node.thaw()
         self._faults.append("frozen")
         self._say("the broker goes on")
-        while self._tally.share < 2 / 3:
+        while self._progress.share < 2 / 3:
             yield
         self._say("killing the broker (kill -9), and starting it again")
         connections = len(self._connections)

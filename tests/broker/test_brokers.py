@@ -12,7 +12,7 @@ import pytest
 
 from mlproducer import Message, MLProducer, Outcome
 from mlproducer.testing import RabbitMQNode
-from tests.accounting import Journal, drain
+from mlproducer.testing.audit import Journal, drain
 from tests.broker.conftest import Connect
 from tests.stopwatch import Stopwatch, in_time
 

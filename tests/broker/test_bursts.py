@@ -15,9 +15,9 @@ import pytest
 from mlproducer import Message, MLProducer, Outcome, Receipt
 from mlproducer.errors import UnroutableError
 from mlproducer.testing import RabbitMQNode
+from mlproducer.testing.audit import Audit, Journal, drain
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import ROUTING_KEYS
-from tests.accounting import Account, Journal, drain
 from tests.broker.conftest import Connect
 
 pytestmark = pytest.mark.broker
@@ -70,14 +70,14 @@ class Burst:
         return longest
 
 
-def settled(producer: MLProducer, journal: Journal, url: str) -> Account:
+def settled(producer: MLProducer, journal: Journal, url: str) -> Audit:
     """Let everything that is ours arrive, and draw up the account."""
     assert producer.flush(LIMIT) == 0
     assert journal.count(Outcome.DEFERRED) == 0
     return journal.check(drain(url))
 
 
-def assert_nothing_lost(account: Account) -> None:
+def assert_nothing_lost(account: Audit) -> None:
     """Nothing lost, nothing leaked, and no message found more often than it was written."""
     assert account.lost == account.leaked == account.foreign == account.excess == frozenset()
 

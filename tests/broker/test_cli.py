@@ -15,9 +15,9 @@ import pytest
 
 from mlproducer.cli.check import STEPS
 from mlproducer.testing import CeleryWorker, Certificates, RabbitMQNode, RedisServer
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import ROUTING_KEYS
-from tests.accounting import drain, open_channel
 from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
 
 pytestmark = pytest.mark.broker

@@ -9,8 +9,8 @@ import pytest
 
 from mlproducer import Message, Outcome
 from mlproducer.testing import RabbitMQNode
+from mlproducer.testing.audit import Journal, drain
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import Journal, drain
 from tests.broker.conftest import Connect
 
 pytestmark = pytest.mark.broker

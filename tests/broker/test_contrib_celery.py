@@ -29,8 +29,8 @@ from mlproducer._store_url import read_redis
 from mlproducer.contrib.celery import PublishFailedError, install, producer_of, uninstall
 from mlproducer.contrib.celery.notes import RedisNotes
 from mlproducer.testing import Certificates, RabbitMQNode, RedisServer
+from mlproducer.testing.audit import open_channel
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import open_channel
 
 pytestmark = pytest.mark.broker
 

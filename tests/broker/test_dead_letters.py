@@ -20,8 +20,8 @@ import pytest
 from mlproducer import CeleryTask, Message
 from mlproducer.errors import RetriesExhaustedError
 from mlproducer.testing import Proxy, RabbitMQNode
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain, open_channel
 from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
 from tests.broker.conftest import Connect
 

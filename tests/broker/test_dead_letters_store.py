@@ -16,9 +16,9 @@ from mlproducer import CeleryTask, Message, Outcome, Settings
 from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Depth
 from mlproducer.testing import Proxy, RabbitMQNode
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.redis_server import RedisServer
-from tests.accounting import drain, open_channel
 from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
 from tests.broker.conftest import Connect
 from tests.broker.rows import QUEUE

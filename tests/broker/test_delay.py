@@ -14,8 +14,8 @@ import pytest
 
 from mlproducer import CeleryTask
 from mlproducer.testing import CeleryWorker, RabbitMQNode
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain, open_channel
 from tests.broker.conftest import Connect
 from tests.stopwatch import Stopwatch, in_time
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlproducer import MLProducer, Settings, SummarizationTask
+from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain
 from tests.broker.commands import COMMAND, LIMIT, documents, environ_of, run
 from tests.leftovers import left_behind, left_in_the_end
 

@@ -16,8 +16,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from mlproducer import CeleryTask, Message, Queue, Settings, Topology
 from mlproducer.testing import CeleryWorker, RabbitMQNode
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain, open_channel
 from tests.broker.commands import documents, run
 from tests.broker.conftest import Connect
 

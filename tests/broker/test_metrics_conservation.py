@@ -18,8 +18,8 @@ from mlproducer import MLProducer, Settings
 from mlproducer.errors import CircuitOpenError
 from mlproducer.observe import metrics
 from mlproducer.testing import Proxy
+from mlproducer.testing.audit import Journal
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import Journal
 from tests.broker.conftest import CLOSE_TIMEOUT
 from tests.faults.nemesis import LIGHT, Decision, Nemesis, Victims, failures
 from tests.faults.test_nemesis import HASTY

@@ -22,9 +22,9 @@ from mlproducer.errors import (
     UnroutableError,
 )
 from mlproducer.testing import RabbitMQNode
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
-from tests.accounting import drain, open_channel
 from tests.broker.conftest import Connect
 from tests.broker.rows import (
     EXCHANGE,

@@ -21,9 +21,9 @@ from mlproducer.errors import (
     WouldDeadlockError,
 )
 from mlproducer.stores.memory import MemoryStore
+from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.proxy import Proxy
-from tests.accounting import drain
 from tests.broker.conftest import Connect
 from tests.broker.rows import HEALED, assert_error, assert_healed, both_ways, failure, message
 from tests.stopwatch import in_time

@@ -8,8 +8,8 @@ import pytest
 
 from mlproducer import Message, MLProducer, Outcome
 from mlproducer.errors import BrokerRejectedError
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain, open_channel
 from tests.broker.conftest import STRICT_LIMIT, Connect
 from tests.broker.rows import HEALED, assert_error, both_ways, failure, message
 

@@ -22,9 +22,9 @@ from mlproducer import Message, MLProducer, Receipt
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.observe.callbacks import Event
 from mlproducer.testing import Proxy
+from mlproducer.testing.audit import Audit, Journal, drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import ROUTING_KEYS
-from tests.accounting import Account, Journal, drain, open_channel
 from tests.helpers import Background
 
 LIMIT = 120.0
@@ -223,7 +223,7 @@ class Decision:
     :ivar unexplained: ids of which there are more copies than they were written
     """
 
-    account: Account
+    account: Audit
     undecided: frozenset[str]
     buried: frozenset[str]
     dead: Counter[str]

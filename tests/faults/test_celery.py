@@ -20,8 +20,8 @@ from prometheus_client import REGISTRY
 
 from mlproducer.contrib.celery import PublishFailedError, install, uninstall
 from mlproducer.testing import Proxy
+from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain
 from tests.broker.conftest import Connect
 from tests.faults.nemesis import DEAD_LETTERS, LIGHT, Nemesis
 from tests.faults.traffic import FIGURES, LIMIT

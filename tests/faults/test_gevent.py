@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from mlproducer.testing import Proxy
+from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain
 from tests.broker.scripts import Program
 from tests.faults.test_outage import SCRIPTS
 from tests.faults.traffic import FIGURES

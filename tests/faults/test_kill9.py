@@ -28,10 +28,10 @@ from attrs import define, field
 from mlproducer import Settings
 from mlproducer.stores import open_store
 from mlproducer.testing import Proxy, RabbitMQNode
+from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.redis_server import RedisServer
 from mlproducer.topology import ROUTING_KEYS
-from tests.accounting import drain
 from tests.broker.conftest import Connect
 from tests.faults.traffic import FIGURES, LIMIT
 

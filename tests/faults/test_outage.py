@@ -14,9 +14,9 @@ import pytest
 from mlproducer import CircuitState, Outcome
 from mlproducer.errors import CircuitOpenError
 from mlproducer.testing import FakeBroker, Proxy
+from mlproducer.testing.audit import drain
 from mlproducer.testing.erlang import free_port
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain
 from tests.broker.conftest import Connect
 from tests.broker.rows import message
 from tests.broker.scripts import Program

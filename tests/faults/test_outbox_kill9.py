@@ -19,7 +19,7 @@ import pytest
 from mlproducer.errors import StoreError
 from mlproducer.stores.postgres import PostgreSQLStore
 from mlproducer.testing import PostgreSQLServer, RabbitMQNode
-from tests.accounting import drain
+from mlproducer.testing.audit import drain
 from tests.broker.commands import COMMAND, environ_of
 from tests.faults.traffic import FIGURES
 

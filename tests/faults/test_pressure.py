@@ -11,8 +11,8 @@ import pytest
 from mlproducer import Message, MLProducer, Outcome
 from mlproducer.errors import NackError, ProducerClosedError
 from mlproducer.observe.callbacks import DeliveryFuture
+from mlproducer.testing.audit import Journal, drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import Journal, drain, open_channel
 from tests.broker.conftest import Connect
 from tests.broker.rows import EXCHANGE, message
 from tests.faults.traffic import LIMIT, SLACK, Traffic, balance, tell

@@ -13,9 +13,9 @@ from mlproducer import Outcome
 from mlproducer.errors import StoreError
 from mlproducer.stores.redis import RedisStore
 from mlproducer.testing import Proxy
+from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.testing.redis_server import RedisServer
-from tests.accounting import drain
 from tests.broker.conftest import Connect
 from tests.broker.rows import message
 from tests.faults.traffic import LIMIT

@@ -11,8 +11,8 @@ import pytest
 
 from mlproducer import CeleryTask, Message, Outcome
 from mlproducer.errors import BrokerRejectedError, RetriesExhaustedError, UnroutableError
+from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
-from tests.accounting import drain, open_channel
 from tests.broker.conftest import STRICT_LIMIT, Connect
 from tests.broker.rows import EXCHANGE, QUEUE, message
 from tests.faults.traffic import FIGURES, LIMIT, Traffic, balance, tell

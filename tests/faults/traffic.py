@@ -14,8 +14,8 @@ from types import TracebackType
 from attrs import define, field
 
 from mlproducer import Message, MLProducer, Outcome
+from mlproducer.testing.audit import Audit, Journal, drain
 from mlproducer.topology import ROUTING_KEYS
-from tests.accounting import Account, Journal, drain
 from tests.helpers import Background
 
 LIMIT = 60.0
@@ -89,7 +89,7 @@ class Traffic:
         return longest
 
 
-def balance(traffic: Traffic, url: str) -> Account:
+def balance(traffic: Traffic, url: str) -> Audit:
     """Let everything that is ours arrive, and check that nothing is lost, leaked or unexplained.
 
     A further copy is explained where the message was written once more.
@@ -102,7 +102,7 @@ def balance(traffic: Traffic, url: str) -> Account:
     return account
 
 
-def tell(fault: str, traffic: Traffic, account: Account, more: str = "") -> None:
+def tell(fault: str, traffic: Traffic, account: Audit, more: str = "") -> None:
     """Write down the figures of one fault."""
     FIGURES[fault] = (
         f"{len(traffic.journal)} messages, 0 lost, {account.duplicates} duplicates of "

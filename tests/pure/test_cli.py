@@ -22,12 +22,12 @@ from mlproducer import (
     TranscriptionTask,
 )
 from mlproducer.cli import COMMANDS, main, output
+from mlproducer.cli.demo_result import Progress
 from mlproducer.cli.lines import parse, read_lines
 from mlproducer.cli.reach import advise
 from mlproducer.cli.reliability import SCENARIOS, Report, show_totals
-from mlproducer.cli.reliability.ledger import Account, Ledger
+from mlproducer.cli.reliability.account import Account
 from mlproducer.cli.reliability.trials import Step
-from mlproducer.cli.tally import Tally
 from mlproducer.cli.texts import MAX_CHARACTERS, MIN_CHARACTERS, STANDARD_LIBRARY, texts
 from mlproducer.errors import (
     AuthenticationError,
@@ -38,6 +38,7 @@ from mlproducer.errors import (
     NotConnectedError,
     PublishError,
 )
+from mlproducer.testing.audit import Journal
 from tests.pure.tables import each_row
 
 CONTENT = {"text": "PRIVATE"}
@@ -345,14 +346,22 @@ def _receipt(message_id: str, *, deferred: bool = False) -> Receipt:
     return Receipt(message_id, 1, 0.1, reason=NackError("nacked") if deferred else None)
 
 
+def _progress(messages: int, *receipts: Receipt, longest: float = 0.0) -> Progress:
+    journal = Journal()
+    for receipt in receipts:
+        journal.note(receipt.message_id, receipt)
+    journal.longest = longest
+    return Progress(messages, journal)
+
+
 def test_the_sums_agree() -> None:
     """Everything published and run is well; duplicates and others' runs are told apart."""
-    tally = Tally(2, [_receipt("a"), _receipt("b", deferred=True)], [0.5, 2.0])
-    assert tally.look([_Run("a")]) == (2, 2, 1)
-    assert not tally.complete
-    tally.look([_Run("a"), _Run("b"), _Run("b"), _Run("other")])
-    assert tally.complete
-    result = tally.count()
+    progress = _progress(2, _receipt("a"), _receipt("b", deferred=True), longest=2.0)
+    assert progress.look([_Run("a")]) == (2, 2, 1)
+    assert not progress.complete
+    progress.look([_Run("a"), _Run("b"), _Run("b"), _Run("other")])
+    assert progress.complete
+    result = progress.figures()
     assert (result.confirmed, result.deferred_then_confirmed, result.lost) == (1, 1, 0)
     assert (result.run, result.duplicates, result.foreign) == (2, 1, 1)
     assert result.longest_publish == 2.0
@@ -361,10 +370,10 @@ def test_the_sums_agree() -> None:
 
 def test_what_was_not_run_is_lost() -> None:
     """A confirmed message that no worker ran is lost, and nothing is well."""
-    tally = Tally(2, [_receipt("a"), _receipt("b")])
-    tally.look([_Run("a"), _Run("a"), _Run("a")])
-    assert not tally.complete
-    result = tally.count()
+    progress = _progress(2, _receipt("a"), _receipt("b"))
+    progress.look([_Run("a"), _Run("a"), _Run("a")])
+    assert not progress.complete
+    result = progress.figures()
     assert (result.run, result.duplicates, result.lost) == (1, 2, 1)
     assert not result.well
     assert ("lost", "1") in result.rows()
@@ -372,24 +381,24 @@ def test_what_was_not_run_is_lost() -> None:
 
 def test_what_was_not_published_is_not_well() -> None:
     """A run that ended early does not pass for a good one."""
-    tally = Tally(2, [_receipt("a")])
-    tally.look([_Run("a")])
-    assert not tally.count().well
+    progress = _progress(2, _receipt("a"))
+    progress.look([_Run("a")])
+    assert not progress.figures().well
 
 
 # --- reliability -----------------------------------------------------------------------------
 
 
-def test_the_ledger_finds_what_is_lost_leaked_and_double() -> None:
+def test_an_account_has_what_is_lost_leaked_and_double() -> None:
     """What was taken over must be found, what was given back as not sent must not."""
-    ledger = Ledger()
+    journal = Journal()
     for name in ("there", "twice", "dead", "lost"):
-        ledger.note(name, _receipt(name))
-    ledger.note("leaked", NotConnectedError("x"))
-    ledger.note("doubtful", NackError("x"))
-    ledger.note("unsent", NotConnectedError("x"))
+        journal.note(name, _receipt(name))
+    journal.note("leaked", NotConnectedError("x"))
+    journal.note("doubtful", NackError("x"))
+    journal.note("unsent", NotConnectedError("x"))
     found = Counter({"there": 1, "twice": 2, "leaked": 1, "doubtful": 1})
-    account = ledger.check(found, Counter(["dead"]))
+    account = Account.of(journal, found, Counter(["dead"]))
     assert (account.taken_over, account.delivered, account.dead_lettered) == (4, 3, 1)
     assert (account.given_back, account.leaked, account.duplicates) == (3, 1, 1)
     assert account.rate == 0.75
@@ -401,8 +410,11 @@ def test_the_totals_name_the_rate_and_what_was_skipped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """People read the delivery rate, and that a scenario without a step that ran is skipped."""
-    ledger = Ledger({name: _receipt(name) for name in "abc"}, {}, [0.25, 1.5])
-    account = ledger.check(Counter("abb"), Counter())
+    journal = Journal()
+    for name in "abc":
+        journal.note(name, _receipt(name))
+    journal.longest = 1.5
+    account = Account.of(journal, Counter("abb"), Counter())
     first, second = list(SCENARIOS.values())[:2]
     failed, skipped = Step("d", "e", "s", ok=False), Step("d", "e", "s", ok=None)
     reports = [Report(first, (failed, skipped), account), Report(second, (skipped,), Account())]

@@ -28,8 +28,8 @@ from mlproducer.cli.reliability import (
     message_retry,
     publisher_confirms,
 )
+from mlproducer.cli.reliability.account import Account
 from mlproducer.cli.reliability.lab import Lab
-from mlproducer.cli.reliability.ledger import Account
 from mlproducer.cli.reliability.trials import Scenario, Step, Trial, UnexpectedError
 from mlproducer.errors import MLProducerError
 from mlproducer.testing import RabbitMQError
@@ -130,7 +130,7 @@ def _scenario(scenario: Scenario, settings: Settings | None, console: Console) -
             _show(step, console)
             steps.append(step)
         account = Account()
-        if lab.ledger.receipts:
+        if lab.journal.receipts:
             arrived, account = _settle(lab)
             _show(arrived, console)
             steps.append(arrived)
@@ -169,7 +169,7 @@ def _settle(lab: Lab) -> tuple[Step, Account]:
 
     trial = Trial("hold what publish() said against the queues", "everything is there", settle)
     step = _try(trial, lab)
-    return step, accounts[0] if accounts else Account(taken_over=len(lab.ledger.receipts))
+    return step, accounts[0] if accounts else Account(taken_over=len(lab.journal.receipts))
 
 
 def _show(step: Step, console: Console) -> None:

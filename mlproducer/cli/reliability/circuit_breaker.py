@@ -49,7 +49,7 @@ def _fails_fast(lab: Lab) -> str:
     seconds, kinds = [], set()
     for _ in range(CALLS):
         started = time.monotonic()
-        kinds.add(type(lab.ledger.publish(producer, lab.message())))
+        kinds.add(type(lab.journal.publish(producer, lab.message())))
         seconds.append(time.monotonic() - started)
     slow = sum(each >= FAST for each in seconds)
     median, longest = statistics.median(seconds) * 1000, max(seconds) * 1000
@@ -59,7 +59,7 @@ def _fails_fast(lab: Lab) -> str:
 
 def _cools(lab: Lab) -> str:
     producer = lab.shared()
-    answer = lab.ledger.publish(producer, lab.message())
+    answer = lab.journal.publish(producer, lab.message())
     left = answer.retry_after if isinstance(answer, CircuitOpenError) else 0.0
     seconds = see(lambda: _is(lab, CircuitState.HALF_OPEN), COOLDOWN + MARGIN, "half-open")
     seen = f"retry_after was {left:.2f} s; half-open {seconds:.2f} s later, without a publish()"

@@ -66,7 +66,7 @@ def _deaf(lab: Lab) -> str:
     proxy.reset()
     started = time.monotonic()
     if lab.private:
-        answer = lab.ledger.publish(producer, lab.message())
+        answer = lab.journal.publish(producer, lab.message())
         expect(isinstance(answer, Receipt), f"given back: {type(answer).__name__}")
     else:
         reach.probe(producer, LATE)

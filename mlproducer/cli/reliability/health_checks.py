@@ -48,7 +48,7 @@ def _alarmed(lab: Lab) -> str:
     producer, disconnected = _producer(lab)
     blocked = lab.events(producer, "blocked")
     with lab.node.memory_alarm():
-        receipts = [lab.ledger.publish(producer, lab.message()) for _ in range(2)]
+        receipts = [lab.journal.publish(producer, lab.message()) for _ in range(2)]
         hear(blocked, BACK, "blocked")
         try:
             disconnected.get(timeout=FOUND)

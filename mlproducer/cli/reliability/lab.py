@@ -1,4 +1,4 @@
-"""A scenario's broker, its producers and proxies, and the ledger of what was published.
+"""A scenario's broker, its producers and proxies, and the journal of what calls answered.
 
 The broker is a private node; or the one in RABBITMQ_URL, on which nothing is declared, and nothing
 published but probes that come back (see `mlproducer.cli.reach`).
@@ -21,12 +21,13 @@ from attrs import evolve
 
 from mlproducer import Message, MLProducer, Receipt, Settings
 from mlproducer.cli import reach
-from mlproducer.cli.reliability.ledger import Account, Ledger
+from mlproducer.cli.reliability.account import Account
 from mlproducer.cli.reliability.trials import Need, UnexpectedError, expect, see
 from mlproducer.dead_letters import DeadLetters
 from mlproducer.errors import PublishError
 from mlproducer.observe.callbacks import EventName
 from mlproducer.testing import Proxy, RabbitMQError, RabbitMQNode
+from mlproducer.testing.audit import Journal
 
 TIMERS: dict[str, Any] = {
     "connection_timeout": 1.0,
@@ -67,7 +68,7 @@ class Lab:
 
     def __init__(self, settings: Settings | None) -> None:
         self.private = settings is None
-        self.ledger = Ledger()
+        self.journal = Journal()
         self._settings = settings or Settings()
         self._stack = contextlib.ExitStack()
         self._node: RabbitMQNode | None = None
@@ -152,7 +153,7 @@ class Lab:
         :raises UnexpectedError: it does not
         """
         if self.private:
-            answer = self.ledger.publish(producer, self.message())
+            answer = self.journal.publish(producer, self.message())
             error = None if isinstance(answer, Receipt) else answer
         else:
             answer, error = None, reach.probe(producer, CONNECTING)
@@ -165,7 +166,7 @@ class Lab:
         """Publish from so many threads at once, and give what the calls said."""
         with ThreadPoolExecutor(count, "reliability") as pool:
             futures = [
-                pool.submit(self.ledger.publish, producer, self.message(), **options)
+                pool.submit(self.journal.publish, producer, self.message(), **options)
                 for _ in range(count)
             ]
             return [future.result(SETTLING) for future in futures]
@@ -177,16 +178,16 @@ class Lab:
 
         def publish() -> None:
             while not stop.wait(PACE):
-                self.ledger.publish(producer, self.message())
+                self.journal.publish(producer, self.message())
 
         if not self.private:
             yield
             return
-        enough = len(self.ledger.receipts) + UNDER_WAY
+        enough = len(self.journal.receipts) + UNDER_WAY
         with ThreadPoolExecutor(PUBLISHERS, "reliability") as pool:
             publishers = [pool.submit(publish) for _ in range(PUBLISHERS)]
             try:
-                see(lambda: len(self.ledger.receipts) >= enough, CONNECTING, "under way")
+                see(lambda: len(self.journal.receipts) >= enough, CONNECTING, "under way")
                 yield
             finally:
                 stop.set()
@@ -206,14 +207,14 @@ class Lab:
 
     def account(self) -> Account:
         """Let everything arrive that was taken over, and draw up the account."""
-        if not (self.private and self.ledger.receipts):
+        if not (self.private and self.journal.receipts):
             return Account()
         with contextlib.suppress(UnexpectedError):  # the account will show what is missing
             see(self._settled, SETTLING, "all settled")
-        return self.ledger.check(self.copies(), self.copies(DEAD_LETTERS))
+        return Account.of(self.journal, self.copies(), self.copies(DEAD_LETTERS))
 
     def _settled(self) -> bool:
-        return all(_decided(receipt) for receipt in self.ledger.receipts.values())
+        return all(_decided(receipt) for receipt in self.journal.receipts)
 
     def once(self, message_ids: set[str]) -> str:
         """Say that each of these messages is in its queue exactly once.

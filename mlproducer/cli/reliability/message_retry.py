@@ -38,7 +38,7 @@ def _healed(lab: Lab) -> str:
     unbound = QUEUES[1]
     lab.node.eval(_BINDING.format("remove", unbound, unbound))
     message = lab.message(unbound)
-    receipt = _deferred(lab.ledger.publish(producer, message))
+    receipt = _deferred(lab.journal.publish(producer, message))
     expect(isinstance(receipt.reason, UnroutableError), type(receipt.reason).__name__)
     lab.node.eval(_BINDING.format("add", unbound, unbound))
     settled = receipt.result(SETTLING)
@@ -50,7 +50,7 @@ def _buried(lab: Lab) -> str:
     producer = lab.shared()
     dead = lab.events(producer, "dead_lettered")
     message = lab.message("nobody.listens")
-    receipt = _deferred(lab.ledger.publish(producer, message))
+    receipt = _deferred(lab.journal.publish(producer, message))
     try:
         receipt.result(SETTLING)
     except RetriesExhaustedError as error:
@@ -86,7 +86,7 @@ def _cut_off(lab: Lab) -> str:
     proxy.refuse()
     proxy.reset()
     disconnected.get(timeout=BACK)
-    receipts = [_deferred(lab.ledger.publish(producer, lab.message())) for _ in range(CUT_OFF)]
+    receipts = [_deferred(lab.journal.publish(producer, lab.message())) for _ in range(CUT_OFF)]
     written = {receipt.attempts for receipt in receipts}
     proxy.accept()
     attempts = {receipt.result(SETTLING).attempts for receipt in receipts}

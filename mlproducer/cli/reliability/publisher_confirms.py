@@ -23,10 +23,11 @@ LIMIT = f'{{"max-length": {FULL}, "overflow": "reject-publish"}}'
 
 def _acked(lab: Lab) -> str:
     messages = [lab.message() for _ in range(MANY)]
-    for message, result in zip(messages, lab.shared().publish_many(messages), strict=True):
-        lab.ledger.note(str(message.message_id), result)
+    results = lab.shared().publish_many(messages)
+    for message, result in zip(messages, results, strict=True):
+        lab.journal.note(message.message_id, result)
     ids = {str(message.message_id) for message in messages}
-    confirmed = sum(lab.ledger.receipts[each].reason is None for each in ids)
+    confirmed = sum(isinstance(each, Receipt) and each.reason is None for each in results)
     return expect(confirmed == MANY, f"{confirmed} of {MANY} confirmed; {lab.once(ids)}")
 
 
@@ -36,7 +37,7 @@ def _nacked(lab: Lab) -> str:
     confirmed: set[str] = set()
     answer: object = None
     for _ in range(TRIES):
-        answer = lab.ledger.publish(producer, lab.message(limited), retry=False)
+        answer = lab.journal.publish(producer, lab.message(limited), retry=False)
         if not isinstance(answer, Receipt):
             break
         confirmed.add(answer.message_id)
@@ -49,7 +50,7 @@ def _returned(lab: Lab) -> str:
     keys = (QUEUES[0], "nobody.listens")
     messages = [lab.message(keys[number % 2]) for number in range(MANY)]
     futures = [lab.shared().submit(message, retry=False) for message in messages]
-    answers = [lab.ledger.note(each.message_id, _answer(each)) for each in futures]
+    answers = [lab.journal.note(each.message_id, _answer(each)) for each in futures]
     right = sum(
         isinstance(answer, (Receipt, UnroutableError)[number % 2])
         for number, answer in enumerate(answers)

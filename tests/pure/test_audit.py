@@ -1,4 +1,4 @@
-"""The account itself: what is lost, leaked, foreign, recovered or doubled is seen."""
+"""An audit finds what is lost, leaked, foreign, recovered or doubled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from concurrent.futures import Future
 
 from mlproducer import Receipt
 from mlproducer.errors import ConnectionLostError, NotConnectedError
-from tests.accounting import Account, Journal
+from mlproducer.testing.audit import Audit, Journal
 
 
-def account(found: dict[str, int]) -> Account:
+def audit(found: dict[str, int]) -> Audit:
     """Hold a journal of four calls against what was found."""
     journal = Journal()
     journal.note("confirmed", Receipt("confirmed", 1, 0.1))
@@ -23,16 +23,16 @@ def account(found: dict[str, int]) -> Account:
     return journal.check(Counter(found))
 
 
-def test_an_account_that_balances() -> None:
+def test_an_audit_that_balances() -> None:
     """What was taken over is there; of what was given back only what may be."""
-    seen = account({"confirmed": 1, "deferred": 1})
+    seen = audit({"confirmed": 1, "deferred": 1})
     assert (seen.lost, seen.leaked, seen.foreign, seen.recovered) == (frozenset(),) * 4
     assert (seen.excess, seen.duplicates, seen.most, seen.in_doubt) == (frozenset(), 0, 1, 2)
 
 
-def test_an_account_that_does_not_balance() -> None:
+def test_an_audit_that_does_not_balance() -> None:
     """Each kind of difference has its place."""
-    seen = account({"deferred": 3, "unsent": 1, "doubtful": 2, "strange": 1})
+    seen = audit({"deferred": 3, "unsent": 1, "doubtful": 2, "strange": 1})
     assert seen.lost == {"confirmed"}
     assert seen.leaked == {"unsent"}
     assert seen.recovered == {"doubtful"}
@@ -43,5 +43,5 @@ def test_an_account_that_does_not_balance() -> None:
 
 def test_a_second_copy_of_a_message_that_was_written_twice_is_explained() -> None:
     """It is the number of writes that counts, not that of the calls in doubt."""
-    assert account({"deferred": 2}).excess == frozenset()
-    assert account({"confirmed": 2}).excess == {"confirmed"}
+    assert audit({"deferred": 2}).excess == frozenset()
+    assert audit({"confirmed": 2}).excess == {"confirmed"}

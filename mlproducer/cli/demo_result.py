@@ -1,8 +1,6 @@
-"""What ``publish()`` said in the demo, what the worker ran, and whether the two agree.
+"""How far the demo has come, and its figures: what ``publish()`` answered against what was run.
 
-Publishers add to lists, which needs no lock; everything else is the main thread's.
-
-Runs on: the publishers add, the main thread looks and counts.
+Runs on: the main thread; the journal is written by the publishers.
 """
 
 from __future__ import annotations
@@ -11,9 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import frozen
 
 from mlproducer import Receipt
+from mlproducer.testing.audit import Journal
 
 
 @frozen(kw_only=True)
@@ -22,11 +21,11 @@ class Result:
 
     :ivar published: calls of ``publish()`` that returned
     :ivar confirmed: of these, confirmed at once
-    :ivar deferred_then_confirmed: of these, kept by the library and confirmed later
+    :ivar deferred_then_confirmed: of these, deferred first and confirmed later
     :ivar undelivered: of these, not confirmed at the end
-    :ivar given_back: calls that raised; each was made again until one returned
+    :ivar given_back: calls that raised; the task was published again until one returned
     :ivar run: published messages that the worker ran
-    :ivar duplicates: runs of a message on top of its first
+    :ivar duplicates: runs of a message beyond its first
     :ivar foreign: runs of messages that are not the demo's
     :ivar lost: published messages that the worker did not run
     :ivar longest_publish: seconds
@@ -46,11 +45,11 @@ class Result:
 
     @property
     def well(self) -> bool:
-        """Everything was published, confirmed and run."""
+        """Whether everything was published, confirmed and run."""
         return self.published == self.messages and self.lost == self.undelivered == 0
 
     def rows(self) -> list[tuple[str, str]]:
-        """Give the table for people; what did not happen and need not is left out."""
+        """Return the rows of the table, without those that are zero in a good run."""
         rows = [
             ("published", self.published),
             ("confirmed at once", self.confirmed),
@@ -70,56 +69,54 @@ class Result:
         return [*((name, str(value)) for name, value in rows), longest]
 
 
-@define
-class Tally:
-    """What is known so far, of so many messages."""
+class Progress:
+    """How far a demo of so many messages has come: published, confirmed, run."""
 
-    messages: int
-    receipts: list[Receipt] = field(factory=list)
-    durations: list[float] = field(factory=list)
-    given_back: list[str] = field(factory=list)
-    _runs: Counter[str] = field(factory=Counter)
-    _runs_seen: int = 0
-    _receipts_seen: int = 0
-    _open: list[Receipt] = field(factory=list)
+    def __init__(self, messages: int, journal: Journal) -> None:
+        self._messages = messages
+        self._journal = journal
+        self._seen = 0
+        self._open: list[Receipt] = []
+        self._runs: Counter[str] = Counter()
+        self._runs_seen = 0
 
     @property
     def share(self) -> float:
         """How much has been published, from 0 to 1."""
-        return len(self.receipts) / self.messages
+        return len(self._journal.receipts) / self._messages
 
     def look(self, runs: Sequence[Any]) -> tuple[int, int, int]:
-        """Take in what is new; give how many are published, confirmed and run."""
-        new = self.receipts[self._receipts_seen :]
-        self._receipts_seen += len(new)
+        """Take in what is new; return how many are published, confirmed and run."""
+        new = self._journal.receipts[self._seen :]
+        self._seen += len(new)
         self._open = [each for each in (*self._open, *new) if not each.confirmed]
         self._runs.update(run.id for run in runs[self._runs_seen :])
         self._runs_seen = len(runs)
-        return self._receipts_seen, self._receipts_seen - len(self._open), len(self._runs)
+        return self._seen, self._seen - len(self._open), len(self._runs)
 
     @property
     def complete(self) -> bool:
-        """Everything that was published is confirmed and was run, as of the last look."""
-        return not self._open and len(self._runs) >= self._receipts_seen and not self._missing()
+        """Whether everything published was confirmed and run, as of the last look."""
+        if self._open or len(self._runs) < self._seen:
+            return False
+        return not self._journal.check(self._runs).lost
 
-    def _missing(self) -> int:
-        return sum(receipt.message_id not in self._runs for receipt in self.receipts)
-
-    def count(self) -> Result:
-        """Count."""
-        deferred = sum(receipt.reason is not None for receipt in self.receipts)
-        ids = {receipt.message_id for receipt in self.receipts}
-        ours = {key: count for key, count in self._runs.items() if key in ids}
+    def figures(self) -> Result:
+        """Hold the journal against the runs, as of the last look."""
+        receipts = self._journal.receipts
+        deferred = sum(receipt.reason is not None for receipt in receipts)
+        ours = {each.message_id: self._runs[each.message_id] for each in receipts}
+        lost = len(self._journal.check(self._runs).lost)
         return Result(
-            messages=self.messages,
-            published=len(self.receipts),
-            confirmed=len(self.receipts) - deferred,
+            messages=self._messages,
+            published=len(receipts),
+            confirmed=len(receipts) - deferred,
             deferred_then_confirmed=deferred - len(self._open),
             undelivered=len(self._open),
-            given_back=len(self.given_back),
-            run=len(ours),
-            duplicates=sum(ours.values()) - len(ours),
+            given_back=len(self._journal) - len(receipts),
+            run=len(receipts) - lost,
+            duplicates=sum(max(0, copies - 1) for copies in ours.values()),
             foreign=self._runs.total() - sum(ours.values()),
-            lost=self._missing(),
-            longest_publish=max(self.durations, default=0.0),
+            lost=lost,
+            longest_publish=self._journal.longest,
         )
