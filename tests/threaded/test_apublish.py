@@ -70,18 +70,20 @@ async def tick(longest: list[float]) -> None:
 
 
 def test_many_at_once(connect: Connect, serve: Serve) -> None:
-    """A thousand tasks publish through a window of ten; no thread is made for one of them."""
+    """Hundreds of tasks publish through a window of ten; no thread is made for one of them."""
     broker = serve()
     producer = connect(broker, max_in_flight=10)
     producer.start()
     threads = threading.active_count()
 
     async def work() -> list[Receipt]:
-        return await asyncio.gather(*(producer.apublish(make_message()) for _ in range(1000)))
+        return await asyncio.gather(
+            *(producer.apublish(make_message()) for _ in range(300))
+        )  # begun in one turn
 
     receipts = run(work())
     assert all(receipt.confirmed for receipt in receipts)
-    assert len(broker.messages) == 1000
+    assert len(broker.messages) == 300
     assert threading.active_count() <= threads + 1  # the broker's, or the loop's own
 
 
