@@ -359,6 +359,10 @@ class _File:
         self._write = writer.write
         self._child: Any = None
 
+    def begin(self) -> None:
+        """Show 0, unless it shows something already."""
+        self._write(self._made)
+
     def inc(self, amount: int = 1) -> None:
         """Add to a counter."""
         self._write(lambda: self._made().inc(amount))
@@ -411,7 +415,7 @@ class _FileMeter(Meter):
             self._files.durable = durable
             for family in FAMILIES:
                 if family.merge is Merge.BY_STORE:
-                    self._files.series(family)
+                    self._files.series(family).begin()
         super().watch(producer, durable=durable)
 
     def refresh(self) -> None:

@@ -6,6 +6,7 @@ publish under each fault stands in `LONGEST`, and is printed by ``pytest -s``.
 
 from __future__ import annotations
 
+import math
 import socketserver
 import threading
 import time
@@ -47,7 +48,10 @@ def table() -> Iterator[None]:
     yield
     print(f"\n{'longest publish() under':<32}" + "".join(f"{f'T = {t:g} s':>12}" for t in TIMEOUTS))
     for fault in dict.fromkeys(fault for fault, _ in LONGEST):
-        print(f"{fault:<32}" + "".join(f"{LONGEST[fault, t]:>10.3f} s" for t in TIMEOUTS))
+        print(
+            f"{fault:<32}"
+            + "".join(f"{LONGEST.get((fault, t), math.nan):>10.3f} s" for t in TIMEOUTS)
+        )
 
 
 @frozen

@@ -589,7 +589,7 @@ class Shown:
             self.values[family.name] = value
             self.after_write()
 
-        return SimpleNamespace(set=write, inc=lambda: None)
+        return SimpleNamespace(begin=lambda: None, set=write, inc=lambda: None)
 
 
 @mutable(eq=False)
