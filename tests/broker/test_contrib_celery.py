@@ -274,6 +274,23 @@ def test_a_fresh_virtual_host(shop: Shop) -> None:
             time.sleep(0.05)
 
 
+def test_a_task_that_no_queue_gets(
+    rabbitmq_vhost: VirtualHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It becomes a dead letter, for which there is a queue, also where nothing was declared."""
+    for name in ("BASE_DELAY", "MAX_DELAY"):
+        monkeypatch.setenv(f"ML_MESSAGE_RETRY_{name}", "50")
+    monkeypatch.setenv("ML_RETRY_SWEEP_INTERVAL", "50")
+    app = Celery("shop", broker=rabbitmq_vhost.url, set_as_current=False)
+    app.conf.task_ignore_result = True
+    install(app)
+    app.send_task("shop.add", (1, 2), exchange="amq.direct", routing_key="nobody")
+    assert producer_of(app).flush(LIMIT) == 0
+    uninstall(app)
+    app.close()
+    assert rabbitmq_vhost.node.queue_depth(rabbitmq_vhost.name, "ml.dead_letter") == 1
+
+
 # --- beside the tasks --------------------------------------------------------------------------
 
 

@@ -83,6 +83,9 @@ def test_close_in_a_callback(connect: Connect, serve: Serve) -> None:
     callers[0].join(LIMIT)  # the one thread that close() could not wait for
     assert took[0] < 0.5
     assert producer.status().connection_state is ConnectionState.CLOSED
+    for thread in threading.enumerate():  # the callback's own, which nothing waits for
+        if thread.name == "mlproducer-events":
+            thread.join(LIMIT)
 
 
 def test_callbacks_that_raise_or_block(connect: Connect, serve: Serve) -> None:

@@ -18,6 +18,7 @@ from kombu import Connection
 
 from mlproducer import MLProducer, Settings, TLSSettings, Topology
 from mlproducer.errors import ConfigurationError
+from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def check_transport(settings: Mapping[str, Any]) -> None:
 def producer_of_settings(app: Celery) -> MLProducer:
     """Make a producer for the app's broker; what Celery does not say comes from the environment.
 
-    It declares nothing but what Celery would.
+    It declares by itself nothing but what Celery would.
 
     :raises ConfigurationError: the broker is not RabbitMQ, or a value does not parse
     """
@@ -77,6 +78,12 @@ def producer_of_settings(app: Celery) -> MLProducer:
             queue_prefix="",
         )
     )
+
+
+def dead_letters(settings: Settings) -> list[Declaration]:
+    """Give what is to be declared for dead letters, of such a producer's settings."""
+    declarations = Topology.of(settings).declarations("active")
+    return [each for each in declarations if each.target != ALWAYS_THERE]
 
 
 def places_of(app: Celery) -> frozenset[Place]:

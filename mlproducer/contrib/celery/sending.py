@@ -31,8 +31,9 @@ from kombu.compression import compress
 from kombu.exceptions import OperationalError
 from kombu.serialization import dumps
 
-from mlproducer import Message, MLProducer
+from mlproducer import Message, MLProducer, Receipt
 from mlproducer import _clock as time
+from mlproducer._guard import guarded
 from mlproducer.contrib.celery import brokers
 from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
 from mlproducer.errors import ConfigurationError, MLProducerError
@@ -46,6 +47,9 @@ Rollout = float | Callable[[str], bool]
 
 KEY = "_mlproducer"
 """Under which an app remembers what is installed."""
+
+DEAD_LETTERS = "dead letters"
+"""Under which it is noted that their exchange and queue have been declared."""
 
 EVENT_LIMIT = 1.0
 """Seconds at most for the declaration of the events' exchange; without it an event is left out."""
@@ -339,6 +343,21 @@ class Installed:
         ):
             self._declared.add(known)
 
+    def declare_dead_letters(self, receipt: Receipt) -> None:
+        """Have declared, not waiting, where dead letters go, once there may be some.
+
+        That is when a task is deferred, and with the first one where others may have left tasks in
+        the store. A producer of the user's own has a topology, and declares it or not.
+        """
+        producer = self.producer()
+        none_yet = receipt.confirmed and producer.settings.store_url.startswith("memory:")
+        if none_yet or producer is self.given or DEAD_LETTERS in self._declared:
+            return
+        self._declared.add(DEAD_LETTERS)
+        error = guarded(self._have_declared, brokers.dead_letters(producer.settings), 0.0)
+        if error is not None:  # the task is ours all the same
+            self.lines.log(logging.WARNING, "not declared:", "%s", type(error).__name__)
+
     def _have_declared(self, declarations: list[Declaration], timeout: float) -> bool:
         return self.producer().declare(declarations, timeout=timeout)
 
@@ -506,7 +525,8 @@ class TaskProducer:
             self._installed.declare_delays(deadline - time.monotonic())
         left = max(0.0, deadline - time.monotonic())
         # Celery's sender may say retry=False and try again itself; what the caller said counts.
-        producer.publish(message, timeout=left, retry=self._retry)
+        receipt = producer.publish(message, timeout=left, retry=self._retry)
+        self._installed.declare_dead_letters(receipt)
 
     def _message(
         self,
