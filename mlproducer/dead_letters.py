@@ -219,7 +219,9 @@ class StoredDeadLetters:
 
     def _pages(self, store: Store, wanted: Wanted) -> Iterator[Page]:
         last = 0
-        while rows := store.letters(self._settings.prefetch, last):
+        # No more than may be in flight together: what is claimed must not wait for its turn.
+        most = min(self._settings.prefetch, self._settings.max_in_flight)
+        while rows := store.letters(most, last):
             last = rows[-1].claim.key
             letters = [(row, stored_letter(row.record.envelope)) for row in rows]
             yield [each for each in letters if _is_wanted(each[1], wanted)]

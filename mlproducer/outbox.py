@@ -146,7 +146,7 @@ def _row(
     envelope: Envelope, policy: RetryPolicy | None, *, followed: bool
 ) -> tuple[int, dict[str, Any]]:
     message = dict(zip(sql.COLUMNS, rows.message_values(envelope), strict=True))
-    accepted = rows.microseconds(datetime.now(timezone.utc).timestamp())
+    accepted = rows.microseconds(max(0.0, datetime.now(timezone.utc).timestamp()))
     token = (1 << 51) + 2 * secrets.randbits(50)
     # A row with an origin leaves its fate behind, which costs a write: only where one asks for it.
     origin = 1 + secrets.randbits(62) if followed else 0

@@ -23,7 +23,7 @@ from mlproducer import errors
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_states import AnswerEvent
 from mlproducer.errors import PublishError
-from mlproducer.stores.protocol import Claim, Record, Row
+from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Record, Row
 
 if TYPE_CHECKING:
     from mlproducer._engine.store_writer import Put
@@ -194,20 +194,26 @@ def record_of(delivery: Delivery, now: float) -> Record:
     """Write down what is known of a delivery.
 
     Of its attempts those that count: another process takes more than there may be for returns from
-    a route that comes back, and would never give up one that was not there.
+    a route that comes back, and would never give up one that was not there. A wall clock that was
+    set while the message waited may put its times where no store takes them.
     """
     reason, failed = delivery.reason, delivery.first_failed
+    attempts = delivery.attempts if delivery.dead else delivery.attempts - delivery.innocent
     epoch = wall_clock()
     return Record(
         delivery.envelope,
-        attempts=delivery.attempts if delivery.dead else delivery.attempts - delivery.innocent,
+        attempts=min(attempts, MOST_ATTEMPTS),
         doubtful=delivery.doubt is not Doubt.NONE or delivery.in_flight,
         dead=delivery.dead,
         reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
-        first_failed_at=epoch - (now - failed) if failed else 0.0,
+        first_failed_at=_moment(epoch - (now - failed)) if failed else 0.0,
         retry=delivery.policy,
-        accepted_at=epoch - (now - delivery.started),
+        accepted_at=_moment(epoch - (now - delivery.started)),
     )
+
+
+def _moment(seconds: float) -> float:
+    return min(max(0.0, seconds), LATEST)
 
 
 def _revived(record: Record, now: float, epoch: float) -> Delivery:

@@ -64,6 +64,11 @@ FATES_LAST = 3600.0
 MOST_FATES = 100_000
 """How many fates a store keeps; the oldest are deleted first."""
 
+MOST_ATTEMPTS = 2**31 - 1
+LATEST = 9_000_000_000.0
+"""Seconds since the epoch, in the year 2255. A store takes a row with a later time, one before the
+epoch, or more attempts, for damaged."""
+
 
 @define
 class Record:

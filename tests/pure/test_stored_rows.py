@@ -7,8 +7,9 @@ import math
 import pytest
 
 from mlproducer._core.delivery import Doubt
+from mlproducer._engine import stored_rows as stored_rows_module
 from mlproducer._engine.stored_rows import StoredRows, record_of
-from mlproducer.stores.protocol import Claim, Record, Row
+from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Record, Row
 from tests.helpers import make_delivery
 
 
@@ -42,6 +43,20 @@ def test_attempts_are_the_same_after_the_store(dead: bool) -> None:
     stored_rows.park(delivery, Claim(1, 1))
     stored_rows.take(Row(Claim(1, 2), record_of(delivery, 0.0)), 1.0, 0.0)
     assert delivery.attempts == 3
+
+
+@pytest.mark.parametrize("epoch", [5.0, 1e11])
+def test_no_store_takes_a_row_of_ours_for_damaged(
+    monkeypatch: pytest.MonkeyPatch, epoch: float
+) -> None:
+    """Nor after the wall clock was set while the message waited, nor at the last attempt."""
+    monkeypatch.setattr(stored_rows_module, "wall_clock", lambda: epoch)
+    delivery = make_delivery(started=1.0)
+    delivery.first_failed, delivery.attempts = 2.0, 2**31
+    record = record_of(delivery, 100.0)
+    assert 0 <= record.first_failed_at <= LATEST
+    assert 0 <= record.accepted_at <= LATEST
+    assert record.attempts == MOST_ATTEMPTS
 
 
 def test_what_has_found_its_end_is_forgotten() -> None:

@@ -15,7 +15,8 @@ from mlproducer import Message, MLProducer, Settings
 from mlproducer._wire.dead_letter import dead_letter
 from mlproducer.dead_letters import Letter, StoredDeadLetters
 from mlproducer.errors import NackError, PublishError, StoreError
-from mlproducer.stores.protocol import Change, Claim, Entry, Record
+from mlproducer.stores import open_store
+from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row
 from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection, ReceivedMessage
 
@@ -31,12 +32,49 @@ class Refusing(Behaviour):
         settle(channel, tag)
 
 
+def bury(settings: Settings, *names: str) -> None:
+    """Put dead letters into the store, whose messages say what they are called."""
+    headers = {"x-original-exchange": "x", "x-original-routing-key": "k"}
+    with closing(open_store(settings)) as store, MLProducer(settings) as producer:
+        for name in names:
+            envelope, _ = producer.prepare(
+                Message(body=name.encode(), routing_key="k", exchange="x", message_id=name)
+            )
+            letter = dead_letter(envelope, "x.dlx", headers)
+            store.put([Entry(Record(letter, attempts=4, dead=True), 0.0)], 5.0)
+
+
+def test_no_more_is_claimed_than_can_be_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim of a letter that waits for its turn could end meanwhile."""
+    most: list[int] = []
+    letters = SQLiteStore.letters
+
+    def note(store: SQLiteStore, limit: int, after: int = 0) -> list[Row]:
+        most.append(limit)
+        return letters(store, limit, after)
+
+    with FakeBroker() as broker:
+        settings = Settings(
+            url=broker.url,
+            store_url=f"sqlite:///{tmp_path}/store.db",
+            declare_topology="off",
+            exchange="x",
+            max_in_flight=2,
+        )
+        bury(settings, *"abcde")
+        monkeypatch.setattr(SQLiteStore, "letters", note)
+        assert StoredDeadLetters(settings).replay() == 0
+        assert sorted(each.body for each in broker.messages) == [b"a", b"b", b"c", b"d", b"e"]
+    assert set(most) == {2}
+
+
 def test_a_store_that_fails_after_a_deletion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was sent and deleted is told so, though the store failed for the others."""
     path = tmp_path / "store.db"
-    headers = {"x-original-exchange": "x", "x-original-routing-key": "k"}
 
     def fail(_store: SQLiteStore, _changes: Sequence[Change]) -> list[Claim]:
         raise StoreError("the store fails")
@@ -50,14 +88,7 @@ def test_a_store_that_fails_after_a_deletion(
         settings = Settings(
             url=broker.url, store_url=f"sqlite:///{path}", declare_topology="off", exchange="x"
         )
-        with closing(SQLiteStore(path)) as store, MLProducer(settings) as producer:
-            for body in (b"sent", b"refused"):
-                message = Message(
-                    body=body, routing_key="k", exchange="x", message_id=body.decode()
-                )
-                envelope, _ = producer.prepare(message)
-                letter = dead_letter(envelope, "x.dlx", headers)
-                store.put([Entry(Record(letter, attempts=4, dead=True), 0.0)], 5.0)
+        bury(settings, "sent", "refused")
         with monkeypatch.context() as patch:
             patch.setattr(SQLiteStore, "release", fail)
             with pytest.raises(StoreError, match="the store fails"):

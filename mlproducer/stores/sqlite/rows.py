@@ -26,6 +26,7 @@ from attrs import field, frozen
 from mlproducer.message import Envelope
 from mlproducer.stores.protocol import (
     FATES_LAST,
+    MOST_ATTEMPTS,
     MOST_FATES,
     Change,
     Claim,
@@ -43,7 +44,6 @@ MICROSECONDS = 1_000_000
 LATEST = 2**53
 """The latest time that is accepted, in microseconds since the epoch: in the year 2255."""
 
-MOST_ATTEMPTS = 2**31 - 1
 MOST_TOKEN = 2**62
 
 _STEP_BITS = 40
