@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlproducer import _clock as time
@@ -65,6 +66,11 @@ class AwaitedAnswer(Answer):
     async def comes(self, timeout: float) -> bool:
         """Wait for the answer; false if it did not come in ``timeout`` seconds."""
         return self.given is not None or await self._bell.wait(timeout) or self.given is not None
+
+
+async def in_thread(function: Callable[[], object]) -> None:
+    """Call a function that may block on a thread of the event loop's executor."""
+    await asyncio.to_thread(function)
 
 
 async def enter(engine: Engine, delivery: Delivery) -> bool:

@@ -1,34 +1,32 @@
-"""What can go wrong, as a tree.
+"""The exceptions of this library, as a tree.
 
     MLProducerError
-    ├── ConfigurationError          a setting or variable that does not parse (also a ValueError)
-    ├── InvalidTaskError            a task's field is wrong (also a ValueError)
-    └── PublishError                this message was not delivered; possibly_sent says more
+    ├── ConfigurationError          a setting or variable is missing or invalid (also a ValueError)
+    ├── InvalidTaskError            a task's field is invalid (also a ValueError)
+    └── PublishError                the message was not delivered; see possibly_sent
         ├── ProducerClosedError     the producer is closed
         ├── WouldDeadlockError      called on the producer's own thread or in its callback
         ├── InvalidMessageError     AMQP or strict JSON cannot carry it (also a ValueError)
         │   └── MessageTooLargeError
-        ├── BufferFullError         no room in the window or the store
-        ├── StoreError              the store is needed, and cannot be used
+        ├── BufferFullError         the in-flight window or the store is full
+        ├── StoreError              the store is needed and cannot be used
         ├── CircuitOpenError        the breaker is open; retry_after
         ├── AuthenticationError     the broker refuses the credentials or the virtual host
         ├── NotConnectedError       no connection, nothing written
         ├── BrokerBlockedError      the broker blocks publishers (memory or disk alarm)
         ├── BrokerRejectedError     404, 403 or 406 for this message; reply_code, reply_text
         ├── UnroutableError         returned: no queue is bound; reply_code, reply_text
-        ├── NackError               the broker refused responsibility
+        ├── NackError               the broker nacked the message
         ├── ConfirmTimeoutError     no confirm in time (also a TimeoutError)
         ├── ConnectionLostError     connection or channel lost after the write
         └── RetriesExhaustedError   dead-lettered after the last retry
 
-Those about the connection say more in fields: ``kind``, ``address``, ``reply_code`` and
-``reply_text``.
+Errors of the connection have the fields ``kind``, ``address``, ``reply_code`` and ``reply_text``.
 
-Facts that hold for every instance of a class are class attributes: ``possibly_sent`` (the broker
-may have the message), ``counts_for_breaker`` (it says something about the broker's health),
-``deferrable`` (with ``retry=True`` the library keeps the message and tries again) and ``permanent``
-(no later attempt can succeed). An instance may overrule ``possibly_sent`` where it knows better.
-Texts never hold a payload or a secret.
+Facts about all instances of a class are class attributes: ``possibly_sent`` (the broker may have
+the message), ``counts_for_breaker`` (it is a failure for the circuit breaker), ``deferrable`` (with
+``retry=True`` the library keeps the message and tries again) and ``permanent`` (no later attempt
+can succeed). An instance may override ``possibly_sent``. Texts never hold a payload or a secret.
 
 Runs on: any thread.
 """
@@ -68,11 +66,11 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def frameless(call: _Call) -> _Call:
-    """Decorate a function so that errors of ours leave it without the frames in which they arose.
+    """Decorate a function so that its `MLProducerError` is raised without the inner frames.
 
-    Error reporters send the local variables of a traceback's frames, and those below here hold
-    passwords or users' texts. For the same reason nothing stays chained to the error. An argument
-    that the function does not take, or lacks, is a `TypeError` of this frame, which holds them too.
+    Error reporters send the local variables of a traceback's frames, and the inner ones hold
+    passwords or users' texts. For the same reason no other error stays chained. Where the arguments
+    do not fit the function, the `TypeError` is of this frame, so its variables are deleted too.
     """
 
     @functools.wraps(call)
@@ -92,30 +90,30 @@ def frameless(call: _Call) -> _Call:
 
 
 def frameless_init(cls: _Class) -> _Class:
-    """Decorate a class whose constructor attrs has made: its errors are `frameless`."""
+    """Decorate an attrs class so that its constructor is `frameless`."""
     made: Any = cls
     made.__init__ = frameless(made.__init__)
     return cls
 
 
 class MLProducerError(Exception):
-    """The root of every error that this library raises."""
+    """The base class of every error that this library raises."""
 
     possibly_sent: bool = False
 
 
 class ConfigurationError(MLProducerError, ValueError):
-    """A setting or an environment variable is missing or does not parse; the text names it."""
+    """A setting or an environment variable is missing or invalid; the text names it."""
 
 
 class InvalidTaskError(MLProducerError, ValueError):
-    """A task's field is wrong; the text names the field, the type given and what is accepted."""
+    """A task's field is invalid; the text names the field, its type, and what is accepted."""
 
 
 class PublishError(MLProducerError):
     """A message was not delivered.
 
-    :ivar message_id: the message's id, ``None`` where it never got one
+    :ivar message_id: the message's id; ``None`` where it had none yet
     :ivar attempts: how many times the message was written to the wire
     :ivar possibly_sent: whether the broker may have the message already
     """
@@ -140,27 +138,34 @@ class PublishError(MLProducerError):
 
 
 class _BrokerReplyError(PublishError):
-    """An error that the broker itself spelled out.
+    """An error that the broker itself reported.
 
     :ivar reply_code: AMQP 0-9-1 reply code, such as 404 (section 1.5.2.5 of its reference)
     :ivar reply_text: the broker's words, cut and free of control characters
     """
 
     def __init__(
-        self,
-        text: str = "",
-        *,
-        reply_code: int = 0,
-        reply_text: str = "",
-        message_id: str | None = None,
-        attempts: int = 0,
-        possibly_sent: bool | None = None,
+        self, text: str = "", *, reply_code: int = 0, reply_text: str = "", **common: Any
     ) -> None:
-        super().__init__(
-            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
-        )
+        super().__init__(text, **common)
         self.reply_code = reply_code
         self.reply_text = reply_text
+
+
+class _ConnectionError(_BrokerReplyError):
+    """An error of the connection.
+
+    :ivar kind: what failed, in one word: ``dns``, ``refused``, ``timeout``, ``tls``,
+        ``authentication``, ``heartbeat``, ``lost`` ...; ``""`` where it is not known
+    :ivar address: ``host:port`` of the broker; ``""`` where it is not known
+    :ivar reply_code: the broker's AMQP reply code, such as 403 or 530; 0 where it sent none
+    :ivar reply_text: the broker's words, cut and free of control characters
+    """
+
+    def __init__(self, text: str = "", *, kind: str = "", address: str = "", **common: Any) -> None:
+        super().__init__(text, **common)
+        self.kind = kind
+        self.address = address
 
 
 class ProducerClosedError(PublishError):
@@ -170,7 +175,7 @@ class ProducerClosedError(PublishError):
 
 
 class WouldDeadlockError(PublishError):
-    """A blocking call on one of the producer's own threads, or in one of its callbacks."""
+    """A blocking method was called on one of the producer's own threads, or in a callback."""
 
 
 class InvalidMessageError(PublishError, ValueError):
@@ -184,11 +189,11 @@ class MessageTooLargeError(InvalidMessageError):
 
 
 class BufferFullError(PublishError):
-    """No room: the in-flight window or the store is full; nothing was sent."""
+    """The in-flight window or the store is full; nothing was sent."""
 
 
 class StoreError(PublishError):
-    """The store is needed and is unreachable, locked or unreadable; the text names it."""
+    """The store is needed, and is unreachable, locked or unreadable; the text names it."""
 
 
 class CircuitOpenError(PublishError):
@@ -199,56 +204,15 @@ class CircuitOpenError(PublishError):
 
     deferrable = True
 
-    def __init__(
-        self,
-        text: str = "",
-        *,
-        retry_after: float = 0.0,
-        message_id: str | None = None,
-        attempts: int = 0,
-        possibly_sent: bool | None = None,
-    ) -> None:
-        super().__init__(
-            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
-        )
+    def __init__(self, text: str = "", *, retry_after: float = 0.0, **common: Any) -> None:
+        super().__init__(text, **common)
         self.retry_after = retry_after
-
-
-class _ConnectionError(PublishError):
-    """Something is wrong with the connection.
-
-    :ivar kind: what, in one word: ``dns``, ``refused``, ``timeout``, ``tls``, ``authentication``,
-        ``heartbeat``, ``lost`` ...; ``""`` where it is not known
-    :ivar address: ``host:port`` of the broker; ``""`` where it is not known
-    :ivar reply_code: what the broker itself said, such as 403 or 530; 0 where it said nothing
-    :ivar reply_text: the broker's words, cut and free of control characters
-    """
-
-    def __init__(
-        self,
-        text: str = "",
-        *,
-        kind: str = "",
-        address: str = "",
-        reply_code: int = 0,
-        reply_text: str = "",
-        message_id: str | None = None,
-        attempts: int = 0,
-        possibly_sent: bool | None = None,
-    ) -> None:
-        super().__init__(
-            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
-        )
-        self.kind = kind
-        self.address = address
-        self.reply_code = reply_code
-        self.reply_text = reply_text
 
 
 class AuthenticationError(_ConnectionError):
     """The broker refuses the credentials (403) or the virtual host (530).
 
-    With ``retry=True`` a durable store keeps the message until they are right.
+    With ``retry=True`` a durable store keeps the message until they are corrected.
     """
 
     deferrable = True
@@ -312,15 +276,7 @@ class RetriesExhaustedError(PublishError):
     permanent = True
 
     def __init__(
-        self,
-        text: str = "",
-        *,
-        reason: PublishError | None = None,
-        message_id: str | None = None,
-        attempts: int = 0,
-        possibly_sent: bool | None = None,
+        self, text: str = "", *, reason: PublishError | None = None, **common: Any
     ) -> None:
-        super().__init__(
-            text, message_id=message_id, attempts=attempts, possibly_sent=possibly_sent
-        )
+        super().__init__(text, **common)
         self.reason = reason

@@ -9,7 +9,6 @@ Runs on: the users' threads.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -17,13 +16,11 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache, partial
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from mlproducer import _awaiting as awaiting
 from mlproducer import _clock as time
-from mlproducer._awaiting import AwaitedAnswer
 from mlproducer._core.delivery import Delivery, Waiter
 from mlproducer._engine.lifecycle import Lifecycle
 from mlproducer._guard import guarded
@@ -45,7 +42,6 @@ from mlproducer.observe.recent import Recent, Recorder
 from mlproducer.settings import RetryPolicy, Settings, redact
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import anchored
-from mlproducer.stores.protocol import Claim, Store
 from mlproducer.tasks import EmbeddingBatchTask, EmbeddingTask, SummarizationTask, TranscriptionTask
 from mlproducer.topology import Declaration
 
@@ -53,6 +49,7 @@ if TYPE_CHECKING:
     from mlproducer._engine.engine import Engine
     from mlproducer._engine.runtime import Runtime
     from mlproducer.observe.meter import Meter
+    from mlproducer.stores.protocol import Claim, Store
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +145,11 @@ class MLProducer:
         :raises PublishError: as for `publish`
         """
         started = time.monotonic()
+        awaiting = _awaiting()
         if self._life.runtime is None:
-            await asyncio.to_thread(self._life.started)  # imports and files, once
+            await awaiting.in_thread(self._life.started)  # imports and files, once
         engine = self._life.started().choose()
-        answer = AwaitedAnswer(engine.relay)
+        answer = awaiting.AwaitedAnswer(engine.relay)
         delivery = self._delivery(engine, task, answer, timeout, started, retry=retry)
         try:
             if await awaiting.enter(engine, delivery):
@@ -162,7 +160,8 @@ class MLProducer:
             if delivery.open:
                 engine.withdraw(delivery)
             raise
-        return await awaiting.finish(engine, delivery, answer)
+        receipt: Receipt = await awaiting.finish(engine, delivery, answer)
+        return receipt
 
     def submit(
         self, task: Task, *, timeout: float | None = None, retry: Retry = True
@@ -551,6 +550,14 @@ class MLProducer:
         """Where its metrics are, which are registered at the latest now."""
         self._meter()
         return self._plan.registry
+
+
+@lru_cache(1)
+def _awaiting() -> ModuleType:
+    """Import what needs asyncio, which a program without an event loop need not load."""
+    from mlproducer import _awaiting as awaiting  # noqa: PLC0415 - asyncio is slow to import
+
+    return awaiting
 
 
 @lru_cache(1)

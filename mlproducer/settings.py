@@ -12,21 +12,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
 from attrs import Attribute, evolve, field, fields_dict, frozen
 
 from mlproducer import _broker_url as brokers
 from mlproducer._broker_url import AUTH_MECHANISMS, Broker, TLSSettings, redact, redact_one
-from mlproducer._store_url import check as check_store_url
 from mlproducer.errors import ConfigurationError, frameless, frameless_init
 from mlproducer.topology import Topology
 
 __all__ = ["Broker", "Settings", "TLSSettings", "redact", "redact_one"]
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_STORE_URL = "memory://"
 
 BACKENDS = ("api", "local")
 DECLARE_MODES = ("active", "passive", "off")
@@ -71,7 +70,11 @@ def _check_url(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
 
 
 def _check_store_url(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
-    check_store_url(value, attribute.name)
+    if value == DEFAULT_STORE_URL:
+        return  # the parser of the other URLs need not be loaded
+    from mlproducer._store_url import check  # noqa: PLC0415
+
+    check(value, attribute.name)
 
 
 def _check_text(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -198,7 +201,7 @@ class Settings:
     gave_up_interval: float = field(default=60.0, validator=_seconds_or_none)
     exit_timeout: float = field(default=5.0, validator=_seconds_or_none)
 
-    store_url: str = field(default="memory://", validator=_check_store_url, repr=redact_one)
+    store_url: str = field(default=DEFAULT_STORE_URL, validator=_check_store_url, repr=redact_one)
     store_lease: float = field(default=30.0, validator=_seconds)
     connections: int = field(default=1, validator=_number(1, 64, whole=True))
     exchange: str = field(default="bookmarkai.ml", validator=_check_exchange)
@@ -270,6 +273,8 @@ class Settings:
         given = {name: value for name, value in given.items() if value is not None}
         for name in given:
             if name not in fields_dict(cls):
+                from difflib import get_close_matches  # noqa: PLC0415 - for this error alone
+
                 close = get_close_matches(name, fields_dict(cls), 1)
                 hint = f": did you mean {close[0]}?" if close else ""
                 raise ConfigurationError(f"there is no setting {name}{hint}")
@@ -316,7 +321,8 @@ def _url_of(given: Mapping[str, Any], values: Mapping[str, Any]) -> str:
 
 def _contents(name: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib is slow to import
+            return file.read()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
     raise ConfigurationError(f"{name}: {path} cannot be read: {reason}")

@@ -59,7 +59,7 @@ class Route:
     name: str
 
 
-@frozen(kw_only=True, slots=False)
+@frozen(kw_only=True, slots=False, eq=False, repr=False)  # its subclasses compare
 class _Sending:
     """How a task is sent, whatever it is about.
 
@@ -132,7 +132,7 @@ def _own_headers(headers: Mapping[str, Any]) -> Any:
     return kept
 
 
-@frozen(slots=False)
+@frozen(slots=False, eq=False, repr=False)
 class MLTask(_Sending):
     """What the machine-learning tasks have in common.
 
@@ -164,7 +164,7 @@ def _thawed(value: Any) -> Any:
     return list(map(_thawed, value)) if isinstance(value, (list, tuple)) else value
 
 
-@frozen(slots=False)
+@frozen(slots=False, eq=False, repr=False)
 class _ShareTask(MLTask):
     """A task about one share.
 
@@ -198,7 +198,7 @@ class _ShareTask(MLTask):
         raise NotImplementedError
 
 
-@frozen(init=False, slots=False)
+@frozen(init=False, slots=False, eq=False, repr=False)
 class _ContentTask(_ShareTask):
     """A task about a share's text.
 

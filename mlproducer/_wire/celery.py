@@ -11,7 +11,6 @@ Runs on: any thread.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
@@ -199,6 +198,8 @@ def _around_headers(priority: int | None) -> tuple[bytes, bytes]:
 
 @lru_cache(_REMEMBERED)
 def _constant_entries(name: str, argsrepr: str = "(...)", kwargsrepr: str = "{...}") -> bytes:
+    import socket  # noqa: PLC0415 - not needed before the first task
+
     constant = {
         "lang": "py",
         "task": name,

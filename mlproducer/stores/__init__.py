@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import os
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from mlproducer._store_url import NAME, read_local
 from mlproducer.errors import ConfigurationError, frameless
 from mlproducer.settings import Settings
-from mlproducer.stores.memory import MemoryStore
-from mlproducer.stores.protocol import Store
+
+if TYPE_CHECKING:
+    from mlproducer.stores.protocol import Store
 
 
 @frameless
@@ -27,6 +28,8 @@ def anchored(settings: Settings) -> Settings:
     scheme, path = settings.store_url[:10], settings.store_url[10:]
     if path.startswith("/"):
         return settings
+    from mlproducer._store_url import NAME  # noqa: PLC0415 - not needed otherwise
+
     try:
         here = os.getcwd()  # noqa: PTH109 - as text
     except OSError:
@@ -48,12 +51,15 @@ def open_store(settings: Settings) -> Store:
     scheme = settings.store_url.partition("://")[0]
     lease = settings.store_lease
     horizon = max(lease, settings.message_retry_max_delay) + 1.0
-    if scheme in ("memory", "sqlite"):
-        address = read_local(settings.store_url)
-        if scheme == "memory":
-            return MemoryStore()
+    if scheme == "memory":
+        from mlproducer.stores.memory import MemoryStore  # noqa: PLC0415 - not needed before
+
+        return MemoryStore()
+    if scheme == "sqlite":
+        from mlproducer._store_url import read_local  # noqa: PLC0415 - not needed otherwise
         from mlproducer.stores.sqlite import SQLiteStore  # noqa: PLC0415 - not needed otherwise
 
+        address = read_local(settings.store_url)
         ahead = address.write_ahead
         return SQLiteStore(address.path, lease=lease, write_ahead=ahead, horizon=horizon)
     if scheme == "postgresql":
