@@ -41,7 +41,7 @@ def make_envelope(
     properties: bytes = NO_PROPERTIES,
     body: bytes = b"body",
 ) -> Envelope:
-    """Give an envelope with an id of its own; its properties are no valid AMQP."""
+    """Return an envelope with an id of its own; its properties are no valid AMQP."""
     return Envelope(
         message_id or f"m{next(_numbers)}", "raw", exchange, routing_key, properties, body
     )
@@ -68,7 +68,7 @@ def make_delivery(
     retry: bool = True,
     answers_deferral: bool = True,
 ) -> Delivery:
-    """Give a delivery as `MLProducer.publish` makes it."""
+    """Return a delivery as `MLProducer.publish` makes it."""
     return Delivery(
         make_envelope(
             message_id,
@@ -86,7 +86,7 @@ def make_delivery(
 
 
 def make_message(message_id: str | None = None, *, body: bytes = b"body") -> Message:
-    """Give a small message for a fake broker, which has every route."""
+    """Return a small message for a fake broker, which has every route."""
     return Message(body=body, routing_key="k", message_id=message_id)
 
 
@@ -112,7 +112,7 @@ class Background:
         return future
 
     def gather(self, timeout: float = LIMIT) -> list[Any]:
-        """Give what the calls returned, in their order, or raise what the first has raised."""
+        """Return what the calls returned, in their order, or raise what the first has raised."""
         deadline = time.monotonic() + timeout
         for thread, _ in self._calls:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -13,7 +13,7 @@ from tests.helpers import LIMIT
 
 
 def left_behind(directory: Path) -> list[str]:
-    """Give the programs that still run in a directory, and what else is in it."""
+    """Return the programs that still run in a directory, and what else is in it."""
     found = [str(path) for path in directory.iterdir()]
     for process in Path("/proc").glob("[0-9]*"):
         try:

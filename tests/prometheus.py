@@ -75,7 +75,7 @@ class Prometheus:
         self._workspace.close()
 
     def get(self, path: str, **parameters: str) -> Any:
-        """Ask the HTTP API (Prometheus documentation, *HTTP API*), and give the data."""
+        """Ask the HTTP API (Prometheus documentation, *HTTP API*), and return the data."""
         url = f"http://{self._address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=LIMIT) as answer:
@@ -88,18 +88,18 @@ class Prometheus:
         return found["data"]
 
     def value(self, query: str) -> float | None:
-        """Give the one value that a query has now, if it has any."""
+        """Return the one value that a query has now, if it has any."""
         found = self.get("query", query=query)["result"]
         assert len(found) < 2, found
         return float(found[0]["value"][1]) if found else None
 
     def times(self, series: str) -> list[tuple[dict[str, str], list[float]]]:
-        """Give the labels of each series, and the times of all its samples, in seconds."""
+        """Return the labels of each series, and the times of all its samples, in seconds."""
         found = self.get("query", query=f"{series}[{HISTORY}s]")["result"]
         return [(each["metric"], [at for at, _ in each["values"]]) for each in found]
 
     def numbers(self, query: str) -> list[float]:
-        """Give all values that a query had from second to second, but for NaN."""
+        """Return all values that a query had from second to second, but for NaN."""
         now = time.time()
         span = {"start": str(now - HISTORY), "end": str(now), "step": "1"}
         found = self.get("query_range", query=query, **span)["result"]
@@ -107,14 +107,14 @@ class Prometheus:
         return [value for value in values if not math.isnan(value)]
 
     def alerts(self) -> list[Alert]:
-        """Give the alerts that are pending or firing."""
+        """Return the alerts that are pending or firing."""
         return [
             Alert(each["labels"]["alertname"], each["state"], each["annotations"])
             for each in self.get("alerts")["alerts"]
         ]
 
     def firing(self) -> set[str]:
-        """Give the names of the alerts that fire."""
+        """Return the names of the alerts that fire."""
         return {alert.name for alert in self.alerts() if alert.state == "firing"}
 
     def wait_until(self, holds: Callable[[], bool], limit: float = LIMIT) -> None:
@@ -155,7 +155,7 @@ class Prometheus:
 
 
 def promtool(*arguments: str, directory: Path) -> str:
-    """Run ``promtool``, see that it is content, and give what it printed."""
+    """Run ``promtool``, see that it is content, and return what it printed."""
     program = shutil.which("promtool")
     assert program is not None, "not installed: apt-get install -y prometheus"
     ended = subprocess.run(

@@ -77,7 +77,7 @@ class Stopwatch:
 
 
 def _waits() -> dict[str, float]:
-    """Give the seconds that each thread has waited for a CPU, here and in programs started here."""
+    """Return the seconds each thread has waited for a CPU, in this process and its children."""
     waits = {"machine": _taken_from_the_machine()}
     processes = ["/proc/self"]
     for process in processes:
@@ -90,7 +90,7 @@ def _waits() -> dict[str, float]:
 
 
 def _waited(thread: Path) -> float:
-    """Give the seconds that a thread has waited for a CPU."""
+    """Return the seconds that a thread has waited for a CPU."""
     try:
         return int((thread / "schedstat").read_text(encoding="ascii").split()[1]) * NANO
     except OSError:  # it has ended, or this is no Linux
@@ -98,7 +98,7 @@ def _waited(thread: Path) -> float:
 
 
 def _taken_from_the_machine() -> float:
-    """Give the seconds for which a virtual machine's CPUs were taken from it."""
+    """Return the seconds for which a virtual machine's CPUs were taken from it."""
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
     except OSError:

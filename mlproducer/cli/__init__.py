@@ -1,8 +1,7 @@
 """The commands ``mlproducer`` and ``python -m mlproducer``.
 
-Owns the command line and the exit codes: 0 fine, 1 failed, 2 usage, 130 for
-Ctrl-C, 143 for SIGTERM. Each command is
-a module of its own with ``configure`` and ``run``.
+Owns the command line and the exit codes: 0 fine, 1 failed, 2 usage, 130 for Ctrl-C, 143 for
+SIGTERM. Each command is a module of its own with ``configure`` and ``run``.
 
 Runs on: the main thread.
 """
@@ -49,36 +48,36 @@ COMMANDS = {
 def main(
     argv: Sequence[str] | None = None, *, settings: Callable[[], Settings] = Settings.from_env
 ) -> int:
-    """Run a command and give its exit code.
+    """Run a command and return its exit code.
 
-    :param argv: the arguments; ``None`` takes those of the process
-    :param settings: gives the settings of all that is not a private node's
+    :param argv: the arguments; ``None`` for those of the process
+    :param settings: returns the settings, for everything but a private node
     """
     try:
         arguments = _parser(settings).parse_args(argv)
-    except SystemExit as ended:  # argparse has printed the help, or what is wrong
+    except SystemExit as ended:  # argparse has printed the help, or the error
         return int(ended.code or FINE)
     if not _has_output():
         return FAILED
     console = Console(as_json=arguments.json)
     try:
-        with console.showing_log(arguments.log_level), console.heeding_sigterm():
+        with console.showing_log(arguments.log_level), console.handling_sigterm():
             well = arguments.run(arguments, console)
         sys.stdout.flush()
     except Terminated:
-        console.complain("terminated")
+        console.error("terminated")
         return TERMINATED
     except KeyboardInterrupt:
-        console.complain("interrupted")
+        console.error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        console.complain("the output is read no further")
+        console.error("the output was closed by its reader")
         return FAILED
     except (MLProducerError, RabbitMQError, WorkerError, UsageError, OSError) as error:
         text = _text(error)
         with contextlib.suppress(OSError):  # which may be what went wrong
             console.emit({"error": text})
-        console.complain(text)
+        console.error(text)
         return USAGE if isinstance(error, UsageError) else FAILED
     finally:
         _flush_or_drop()
@@ -88,9 +87,9 @@ def main(
 
 
 def _has_output() -> bool:
-    """Give each standard stream a descriptor, and say whether there is an output to write to.
+    """Open standard streams that are missing, and return whether there is an output to write to.
 
-    Without one the next file or socket would get its number, and what is meant for the terminal.
+    Otherwise the next file or socket would get the stream's number, and the text meant for it.
     """
     missing = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     while missing and os.open(os.devnull, os.O_RDWR) < STANDARD_STREAMS:
@@ -104,7 +103,7 @@ def _has_output() -> bool:
 
 
 def _flush_or_drop() -> None:
-    """Write what is left; what cannot be written would be complained of again by Python's end."""
+    """Flush the output, or drop it if that fails: Python would report the failure once more."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

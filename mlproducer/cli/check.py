@@ -42,27 +42,27 @@ from mlproducer.stores import anchored, open_store
 from mlproducer.stores.protocol import Entry, Record
 from mlproducer.topology import Declaration
 
-HELP = "go the whole way of a message, step by step"
+HELP = "check the whole way of a message, step by step"
 DESCRIPTION = (
     "Check the broker in RABBITMQ_URL and the store in ML_STORE_URL: connect, declare, publish, "
     "confirm, that each routing key leads to a queue, that dead letters may be sent, that the "
     "store can be written to. Nothing is left behind that a worker would run."
 )
-LOG_LEVEL = logging.CRITICAL  # the steps themselves say what the library would log
+LOG_LEVEL = logging.CRITICAL  # the steps print what the library would log
 
 STEPS = ("connect", "declare", "publish", "confirm", "routes", "dead letters", "store")
 MARGIN = 1.0
-"""Seconds beyond the connection timeout within which the library must have said how it went."""
+"""Seconds beyond the connection timeout within which the library must have reported an outcome."""
 
 NO_PERMISSION, NOT_FOUND, PRECONDITION_FAILED = 403, 404, 406
 
 
 @frozen
 class Step:
-    """What came of one step.
+    """The result of one step.
 
-    :ivar ok: ``None`` where it was not come to
-    :ivar seconds: how long it took, together with the step that it shares its time with
+    :ivar ok: ``None`` if the step was skipped
+    :ivar seconds: how long it took, with the step that it shares its time with
     """
 
     name: str
@@ -72,7 +72,7 @@ class Step:
     advice: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Give the form that programs read."""
+        """Return what ``--json`` prints."""
         seconds = None if self.seconds is None else round(self.seconds, 6)
         return {
             "step": self.name,
@@ -84,11 +84,11 @@ class Step:
 
 
 def configure(_parser: argparse.ArgumentParser) -> None:
-    """There is nothing to choose."""
+    """Add no arguments."""
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Check, print, and say whether all is well.
+    """Run all steps, print them, and return whether none failed.
 
     :raises ConfigurationError: no broker is named, or a setting does not parse
     """
@@ -158,7 +158,7 @@ def _connect(producer: MLProducer) -> Step:
     seconds = time.monotonic() - started
     if event is not None and event.name == "connected":
         return Step("connect", True, seconds)
-    # Only an error tells credentials from the rest; without a connection it comes at once.
+    # Only an error tells wrong credentials from the rest; unconnected, it comes at once.
     error = reach.probe(producer, MARGIN) or NotConnectedError("the connection does not last")
     return Step("connect", False, seconds, str(error), reach.advise(error))
 
@@ -182,7 +182,7 @@ def _declare(session: Session, topology: Topology, settings: Settings) -> Step:
         detail = "; ".join(f"{each.target}: {loss.reply_code} {loss.text}" for each, loss in faults)
         advice = reach.advise_code(faults[0][1].reply_code)
         if faults[0][1].reply_code == NO_PERMISSION:
-            advice += "; where somebody else declares, set ML_DECLARE_TOPOLOGY=passive"
+            advice += "; if others declare the topology, set ML_DECLARE_TOPOLOGY=passive"
         return Step("declare", False, seconds, detail, advice)
     done = "are there" if settings.declare_topology == "passive" else "are declared"
     return Step("declare", True, seconds, f"exchange {topology.exchange} and the queues {done}")
@@ -199,7 +199,7 @@ def _publish(producer: MLProducer) -> Iterator[Step]:
         yield Step("publish", True, seconds, "written, routed to nowhere, returned")
         yield Step("confirm", True, seconds, "acknowledged by the broker")
         return
-    detail = "the broker blocks publishers" if blocked else _words(error)
+    detail = "the broker blocks publishers" if blocked else _text(error)
     advice = reach.advise(error, blocked=blocked)
     if error.possibly_sent and not blocked:
         yield Step("publish", True, seconds, "written")
@@ -209,7 +209,7 @@ def _publish(producer: MLProducer) -> Iterator[Step]:
         yield Step("confirm", None)
 
 
-def _words(error: PublishError) -> str:
+def _text(error: PublishError) -> str:
     if isinstance(error, BrokerRejectedError):
         return f"{error.reply_code} {error}"
     return str(error)
@@ -219,7 +219,7 @@ def _words(error: PublishError) -> str:
 
 
 def _routes(session: Session, topology: Topology, settings: Settings, declared: Step) -> Step:
-    """Say whether each routing key leads to a queue."""
+    """Return whether each routing key leads to a queue."""
     keys = [key for each in topology.queues for key in each.routing_keys]
     if settings.declare_topology == "active" and declared.ok:
         return Step("routes", True, None, f"{len(keys)} routing keys are bound")
@@ -248,7 +248,7 @@ def _routes(session: Session, topology: Topology, settings: Settings, declared: 
 
 
 def _expired_task(task_id: str) -> dict[str, Any]:
-    """Give a task of Celery's own that expired long ago: a worker discards it and runs nothing."""
+    """Return a task of Celery's own that expired long ago: a worker discards it."""
     embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
     return {
         "body": json.dumps([[], {}, embed]).encode(),
@@ -270,7 +270,7 @@ def _expired_task(task_id: str) -> dict[str, Any]:
 
 
 def _take_back(session: Session, name: str, task_id: str) -> bool:
-    """Take a probe out of a queue that nobody consumes from; say whether it is still there.
+    """Take a probe out of a queue without consumers; return whether it is still there.
 
     Only an empty queue is touched: looking at a message hands it out, which counts.
     """
@@ -296,7 +296,7 @@ def _take_back(session: Session, name: str, task_id: str) -> bool:
 
 
 def _dead_letters(session: Session, topology: Topology) -> Step:
-    """Say whether dead letters may be sent to their exchange."""
+    """Return whether dead letters may be sent to their exchange."""
     started = time.monotonic()
     exchange = topology.dead_letter_exchange
     loss = session.publish_invalid(exchange)
@@ -330,7 +330,7 @@ def _store(settings: Settings, producer: MLProducer) -> Step:
             probe = Entry(Record(envelope, retry=policy), ahead=True)
             store.done(store.put([probe], settings.publish_timeout))
     except StoreError as error:
-        advice = "mend the store or ML_STORE_URL; run this as the producers' user"
+        advice = "fix the store or ML_STORE_URL; run this command as the producers' user"
         return Step("store", False, time.monotonic() - started, str(error), advice)
     seconds = time.monotonic() - started
     detail = f"{store.name}: {depth.stored} messages stored, {depth.dead} of them dead letters"
@@ -340,5 +340,5 @@ def _store(settings: Settings, producer: MLProducer) -> Step:
 def _future_store(path: Path) -> Step:
     if path.parent.is_dir() and reach.may_write(path.parent):
         return Step("store", True, None, f"{path} is not there yet; its directory can be written")
-    advice = "make the directory, and let the producers' user write to it"
+    advice = "create the directory, and let the producers' user write to it"
     return Step("store", False, None, f"{path.parent} cannot be written to", advice)

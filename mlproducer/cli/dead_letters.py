@@ -28,18 +28,18 @@ from mlproducer.errors import AuthenticationError, MLProducerError, NotConnected
 HELP = "look at dead letters, send them again, delete them"
 DESCRIPTION = (
     "Dead letters are messages that failed at every retry, or that workers or the broker gave up. "
-    "They lie in the queue ml.dead_letter of the broker in RABBITMQ_URL; while a command looks at "
-    "that, nobody else gets them. Those that the broker has not taken yet are in the store in "
+    "They are in the queue ml.dead_letter of the broker in RABBITMQ_URL; while a command reads it, "
+    "no other consumer gets them. Those that the broker has not taken yet are in the store in "
     "ML_STORE_URL, unless that is memory://."
 )
-LOG_LEVEL = logging.CRITICAL  # what fails is told letter by letter
+LOG_LEVEL = logging.CRITICAL  # what fails is reported letter by letter
 
 _SPAN = re.compile(r"(\d{1,9})([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add what can be done with letters."""
+    """Add the actions and their arguments."""
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     def action(name: str, act: Any, summary: str) -> argparse.ArgumentParser:
@@ -93,7 +93,7 @@ def _moment(text: str) -> datetime:
 
 
 def _wanted(arguments: argparse.Namespace) -> Wanted:
-    """Say which letters are meant, by their ids and by the filters."""
+    """Return the predicate that selects letters by id and by the filters."""
     ids = set(getattr(arguments, "ids", ()))
     task, reason, since = arguments.task, arguments.reason, arguments.since
 
@@ -110,16 +110,16 @@ def _wanted(arguments: argparse.Namespace) -> Wanted:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Do what is asked, and say whether all went well.
+    """Carry out the action, and return whether it succeeded.
 
     :raises ConfigurationError: a setting does not parse
-    :raises UsageError: nobody can be asked whether to delete
+    :raises UsageError: there is no terminal on which to confirm a deletion
     """
     return bool(arguments.act(arguments, places(arguments.settings()), console))
 
 
 def _visit(where: Sequence[Place], act: Callable[[Place], object], console: Console) -> bool:
-    """Act in each place; one that cannot be used keeps nobody from the others, and is told last."""
+    """Act in each place; the error of one does not stop the others, and is reported last."""
     reasons: dict[str, MLProducerError] = {}
     for place in where:
         try:
@@ -130,9 +130,9 @@ def _visit(where: Sequence[Place], act: Callable[[Place], object], console: Cons
         if any(other in text for other in reasons if other != text):
             continue  # the same in more words
         console.emit({"error": text})
-        console.complain(text)
+        console.error(text)
         if isinstance(reason, (NotConnectedError, AuthenticationError)):
-            console.complain(f"-> {reach.advise(reason)}")
+            console.error(f"-> {reach.advise(reason)}")
     return not reasons
 
 
@@ -180,7 +180,7 @@ def _show_letter(letter: Letter, console: Console, *, with_body: bool) -> None:
 
 @define
 class _Count:
-    """What became of letters, as it is told."""
+    """Counts letters that are gone and that stay, and reports the latter."""
 
     console: Console
     seen: set[str] = field(factory=set)
@@ -188,14 +188,14 @@ class _Count:
     stayed: int = 0
 
     def add(self, letter: Letter, error: PublishError | None) -> str | None:
-        """Count a letter, and give the reason why it stays."""
+        """Count a letter, and return why it stays, if it does."""
         self.seen.add(letter.message_id)
         self.gone += error is None
         self.stayed += error is not None
         if error is None:
             return None
         text = f"{type(error).__name__}: {error}"
-        self.console.complain(f"{plain(letter.message_id)} stays a dead letter: {plain(text)}")
+        self.console.error(f"{plain(letter.message_id)} stays a dead letter: {plain(text)}")
         return text
 
 
@@ -236,12 +236,12 @@ def _purge(arguments: argparse.Namespace, where: Sequence[Place], console: Conso
 
 
 def _agreed(arguments: argparse.Namespace) -> bool:
-    """Ask on a terminal; nobody is asked where nobody could answer.
+    """Ask for confirmation on a terminal.
 
     :raises UsageError: standard input is no terminal
     """
     if sys.stdin is None or not sys.stdin.isatty():
-        raise UsageError("purge deletes for good: say so with --yes")
+        raise UsageError("purge deletes for good: confirm it with --yes")
     ids = arguments.ids
     what = "ALL dead letters" if not ids else f"the dead letters {', '.join(map(plain, ids))}"
     filters = ("task", "reason", "since")
@@ -256,7 +256,7 @@ def _agreed(arguments: argparse.Namespace) -> bool:
 def _all_found(ids: list[str], found: set[str], console: Console) -> bool:
     missing = [each for each in dict.fromkeys(ids) if each not in found]
     for each in missing:
-        console.complain(f"no dead letter has the id {plain(each)}")
+        console.error(f"no dead letter has the id {plain(each)}")
     return not missing
 
 
@@ -297,7 +297,7 @@ def _rows(letter: Letter) -> list[tuple[str, str]]:
 
 
 def _body(letter: Letter) -> dict[str, str]:
-    """Give the payload as JSON can carry it: as text, or else in base 64."""
+    """Return the payload for JSON: as text, or else in base 64."""
     try:
         return {"body": letter.body.decode()}
     except UnicodeDecodeError:

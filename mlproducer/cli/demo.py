@@ -1,9 +1,9 @@
 """``mlproducer demo``: real texts, a real broker that is frozen and killed, a real Celery worker.
 
-Publishes from several threads, at a pace that leaves time for the faults, and in the end holds what
-`publish()` said against what the worker ran. Where RABBITMQ_URL is set that broker is used, which
-is not ours to freeze or kill; the tasks then go to a queue of the demo's own, since the library's
-queues may hold tasks of others, which our worker would run, and theirs would run ours.
+Publishes from several threads, at a pace that leaves time for the faults, and at the end compares
+what `publish()` answered with what the worker ran. If RABBITMQ_URL is set, that broker is used, and
+neither frozen nor killed. The tasks then go to a queue of the demo's own: the library's queues may
+hold other tasks, which the demo's worker would run, and other workers would run the demo's.
 
 Runs on: the main thread, which watches and injects the faults; publishers ``demo-publisher``.
 """
@@ -31,16 +31,16 @@ from mlproducer.cli.texts import Text, texts
 from mlproducer.testing import CeleryNotInstalled, CeleryWorker, RabbitMQError, RabbitMQNode
 from mlproducer.testing.audit import Journal
 
-HELP = "see nothing being lost while a broker is frozen and killed"
+HELP = "see that nothing is lost while a broker is frozen and killed"
 DESCRIPTION = (
     "Publish texts that are on this machine to a private RabbitMQ node, freeze and kill the node "
-    "in the middle, and let a Celery worker run the tasks. Takes about 30 s. "
-    "Where RABBITMQ_URL is set, that broker is used, and no fault is made: the tasks go by an "
-    "exchange to a queue, both named mlproducer.demo, so that tasks of others are not touched. "
-    "Both stay there, and so do the celery_delayed_* queues that every Celery worker declares "
+    "meanwhile, and let a Celery worker run the tasks. Takes about 30 s. "
+    "If RABBITMQ_URL is set, that broker is used, without any fault: the tasks go by an "
+    "exchange to a queue, both named mlproducer.demo, so that other tasks are not touched. "
+    "Both stay on the broker, and so do the celery_delayed_* queues that a Celery worker declares "
     "beside a quorum queue. Two demos on one broker at a time take each other's tasks."
 )
-LOG_LEVEL = logging.ERROR  # what the library warns of is done here on purpose, and told
+LOG_LEVEL = logging.ERROR  # what the library warns of is done here on purpose, and printed
 
 MESSAGES, MAX_MESSAGES = 400, 100_000
 PUBLISHERS = 8
@@ -56,23 +56,23 @@ FROZEN = 2.0
 """Seconds for which the broker is frozen."""
 
 PATIENCE = 60.0
-"""Seconds without any progress after which what is missing counts as lost."""
+"""Seconds without any progress after which missing messages count as lost."""
 
 CONNECTING = 30.0
-"""Seconds that a broker may take to let us in."""
+"""Seconds in which a broker must accept the connection."""
 
 PAUSE = 0.5
 """Seconds before a message that was given back is published again."""
 
 TICK = 0.05
 STOPPING = 3.0
-"""Seconds that the worker gets to end in good order."""
+"""Seconds in which the worker must stop."""
 
 Task = SummarizationTask | EmbeddingTask | CeleryTask
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add how much to publish."""
+    """Add the number of messages."""
     parser.add_argument(
         "--messages",
         type=_messages,
@@ -83,7 +83,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Show it, and say whether nothing was lost.
+    """Run the demo, and return whether nothing was lost.
 
     :raises RabbitMQNotInstalled: no RABBITMQ_URL is set and there is no RabbitMQ to start
     :raises CeleryNotInstalled: there is no Celery
@@ -116,7 +116,7 @@ class Demo:
         self._faults: list[str] = []
 
     def run(self) -> None:
-        """Start everything, publish, watch, and end everything, whatever happens."""
+        """Start broker and worker, publish, watch, and stop everything, whatever happens."""
         with contextlib.ExitStack() as stack:
             settings, node = self._choose_broker(stack)
             producer = MLProducer(settings)
@@ -136,11 +136,11 @@ class Demo:
                 pool.submit(self._publish_all, producer, pause, index / PUBLISHERS)
                 for index in range(PUBLISHERS)
             ]
-            self._watch(publishers, worker, iter(()) if node is None else self._harm(node))
+            self._watch(publishers, worker, iter(()) if node is None else self._inject_faults(node))
             self._say("stopping")
 
     def report(self) -> bool:
-        """Print the result, and say whether nothing was lost."""
+        """Print the result, and return whether nothing was lost."""
         result = self._progress.figures()
         self._console.say()
         self._console.table(result.rows())
@@ -222,16 +222,16 @@ class Demo:
     def _watch(
         self, publishers: Sequence[Future[None]], worker: CeleryWorker, faults: Iterator[None]
     ) -> None:
-        """Inject the faults and show how far it is, until all is run or nothing moves any more."""
+        """Inject the faults and show progress, until all is run or nothing moves any more."""
         seen, moved = (0, 0, 0), time.monotonic()
-        unharmed = object()
+        no_more_faults = object()
         while True:
             for publisher in publishers:
                 if publisher.done():
                     publisher.result(0.0)
-            harmed = next(faults, unharmed) is unharmed
+            faults_over = next(faults, no_more_faults) is no_more_faults
             counts = self._progress.look(worker.runs())
-            if harmed and self._progress.share == 1.0 and self._progress.complete:
+            if faults_over and self._progress.share == 1.0 and self._progress.complete:
                 return
             if counts != seen:
                 seen, moved = counts, time.monotonic()
@@ -247,7 +247,7 @@ class Demo:
         text = f"published {published}  confirmed {confirmed}  run by the worker {run}"
         self._console.progress(run / self._messages, text)
 
-    def _harm(self, node: RabbitMQNode) -> Iterator[None]:
+    def _inject_faults(self, node: RabbitMQNode) -> Iterator[None]:
         """Freeze the broker after a third, kill it after two thirds; each step returns at once."""
         while self._progress.share < 1 / 3:
             yield
@@ -258,7 +258,7 @@ class Demo:
             yield
         node.thaw()
         self._faults.append("frozen")
-        self._say("the broker goes on")
+        self._say("the broker is thawed (SIGCONT)")
         while self._progress.share < 2 / 3:
             yield
         self._say("killing the broker (kill -9), and starting it again")

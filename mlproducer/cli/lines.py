@@ -50,7 +50,7 @@ _MOMENTS = ("eta", "expires")
 
 
 def read_lines(stream: IO[bytes], limit: int = MAX_LINE) -> Iterator[bytes]:
-    """Give the lines of a stream; of one that is too long, ``limit`` + 1 bytes.
+    """Yield the lines of a stream; of one that is too long, ``limit`` + 1 bytes.
 
     A byte-order mark, with which some programs begin a file in UTF-8, belongs to no line.
     """

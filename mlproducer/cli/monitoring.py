@@ -1,7 +1,7 @@
 """``mlproducer monitoring export DIR``: write the dashboard and the alert rules.
 
-A file that is there and says something else may have been edited: nothing is written then, unless
-``--force`` is given. Each file appears whole or not at all, since Prometheus and Grafana may read
+A file that exists and differs may have been edited: then nothing is written, unless ``--force`` is
+given. Each file appears whole or not at all, since Prometheus and Grafana may read
 the directory meanwhile.
 
 Runs on: the main thread.
@@ -35,21 +35,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "export",
         help=summary,
         description=f"Write {DASHBOARD_FILE} for Grafana and {ALERTS_FILE} for Prometheus. Files "
-        "that are there and differ stay as they are, and the exit code is 1, unless --force.",
+        "that exist and differ are kept, and the exit code is 1, unless --force is given.",
     )
     export.add_argument(
-        "directory", metavar="DIR", type=_directory, help="where to; made if it is not there"
+        "directory", metavar="DIR", type=_directory, help="where to write; created if missing"
     )
-    export.add_argument("--force", action="store_true", help="replace files that differ")
+    export.add_argument("--force", action="store_true", help="overwrite files that differ")
     export.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="output for programs"
     )
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Write the files and say where they are.
+    """Write the files and print where they are.
 
-    :raises OSError: a file is there and differs, or something cannot be read or written
+    :raises OSError: a file exists and differs, or something cannot be read or written
     """
     texts = {arguments.directory / name: text for name, text in files().items()}
     results = {path: _compare(path, text) for path, text in texts.items()}
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
         console.detail(f"{results[path]:<9}  {path}")
     console.detail("Grafana: import the dashboard, and choose the data source at its top.")
     console.detail("Prometheus: name the rules below rule_files, and reload.")
-    console.emit({"ok": True, "files": [_told(path, results[path]) for path in texts]})
+    console.emit({"ok": True, "files": [_to_json(path, results[path]) for path in texts]})
     return True
 
 
@@ -75,9 +75,9 @@ def _directory(text: str) -> Path:
 
 
 def _compare(path: Path, text: str) -> str:
-    """Say what writing a text to a path comes to: written, unchanged or replaced.
+    """Return what writing a text to a path would do: "written", "unchanged" or "replaced".
 
-    :raises OSError: something else than a file is there, such as a link that leads elsewhere
+    :raises OSError: the path is something else than a file, such as a symbolic link
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -89,16 +89,16 @@ def _compare(path: Path, text: str) -> str:
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EEXIST, "is there, and is no file", path)
+        raise OSError(errno.EEXIST, "exists and is not a regular file", path)
     with os.fdopen(descriptor, "rb") as there:
         return "unchanged" if there.read() == text.encode() else "replaced"
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file beside its place, and then put it there, with the mode and owner of the old.
+    """Write a temporary file and rename it to the path, with the old file's mode and owner.
 
-    Others may be able to write to the directory: a name that cannot be guessed, and that must be
-    new, leads to no file of theirs.
+    Other users may be able to write to the directory: with a name that cannot be guessed and must
+    not exist yet, none of their files is written to.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -106,13 +106,13 @@ def _write(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "wb") as new:
             new.write(text.encode())
-            _take_after(path, new.fileno())
+            _copy_mode_and_owner(path, new.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _take_after(path: Path, descriptor: int) -> None:
+def _copy_mode_and_owner(path: Path, descriptor: int) -> None:
     try:
         old = path.lstat()
     except FileNotFoundError:
@@ -130,5 +130,5 @@ def _take_after(path: Path, descriptor: int) -> None:
     os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
 
-def _told(path: Path, result: str) -> dict[str, str]:
+def _to_json(path: Path, result: str) -> dict[str, str]:
     return {"path": str(path), "for": READERS[path.name], "result": result}

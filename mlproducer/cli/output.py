@@ -1,7 +1,7 @@
-"""What the commands print: sentences, tables and a progress bar for people, JSON for programs.
+"""Output of the commands: text, tables and a progress bar for people, JSON for programs.
 
-Standard output carries the result, and for programs nothing else; complaints and progress go to
-standard error. Nothing is known here of brokers or messages.
+Standard output has the result, and with ``--json`` nothing else; errors and progress go to standard
+error. Must not know brokers or messages.
 
 Runs on: the main thread; log records and callbacks print from the threads on which they happen.
 """
@@ -27,17 +27,17 @@ _CLEAR = "\r\x1b[K"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come: what was begun is cleared away, as after Ctrl-C."""
+    """SIGTERM was received; what was started is cleaned up, as after Ctrl-C."""
 
 
 class UsageError(Exception):
-    """What is asked for cannot be done in this way; the text says in which it can."""
+    """The arguments or settings do not fit the command; the text says what does."""
 
 
 class Console:
-    """Where one command prints.
+    """The output of one command.
 
-    :param as_json: the reader of standard output is a program
+    :param as_json: whether standard output is for programs
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -49,8 +49,8 @@ class Console:
         self._defers = False
 
     @contextmanager
-    def heeding_sigterm(self) -> Iterator[None]:
-        """Have SIGTERM raise `Terminated`, once; Python itself would end without clearing away."""
+    def handling_sigterm(self) -> Iterator[None]:
+        """Raise `Terminated` at the first SIGTERM; Python itself would exit without cleaning up."""
 
         def on_sigterm(_number: int, _frame: object) -> None:
             if not self.terminated:
@@ -60,7 +60,7 @@ class Console:
 
         try:
             before = signal.signal(signal.SIGTERM, on_sigterm)
-        except ValueError:  # not on the main thread, where nobody sends us a signal
+        except ValueError:  # not the main thread, which alone gets signals
             yield
             return
         try:
@@ -70,7 +70,7 @@ class Console:
 
     @contextmanager
     def deferring_sigterm(self) -> Iterator[None]:
-        """Only note SIGTERM, in `terminated`, but within `interruptible`."""
+        """Only set `terminated` at SIGTERM, except within `interruptible`."""
         self._defers = True
         try:
             yield
@@ -79,7 +79,7 @@ class Console:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let SIGTERM raise `Terminated` here: something is waited for."""
+        """Raise `Terminated` at SIGTERM within the block, which waits for something."""
         defers, self._defers = self._defers, False
         try:
             if self.terminated and defers:
@@ -89,35 +89,35 @@ class Console:
             self._defers = defers
 
     def say(self, text: str = "") -> None:
-        """Tell people how it goes, or how it went."""
+        """Print a line for people."""
         self._print(text, sys.stderr if self._as_json else sys.stdout)
 
-    def complain(self, text: str) -> None:
-        """Tell people what went wrong."""
-        with suppress(OSError):  # there is nobody else to tell
+    def error(self, text: str) -> None:
+        """Print what went wrong to standard error."""
+        with suppress(OSError):  # there is no other place to report it
             self._print(f"mlproducer: {text}", sys.stderr)
 
     def detail(self, text: str) -> None:
-        """Tell people what programs are told by `emit`."""
+        """Print for people what `emit` prints for programs."""
         if not self._as_json:
             self.say(text)
 
     def emit(self, value: object) -> None:
-        """Tell a program, in one line; people are told otherwise."""
+        """Print a value as a line of JSON, if standard output is for programs."""
         if self._as_json:
             sys.stdout.write(f"{json.dumps(value)}\n")
 
     def table(self, rows: Iterable[tuple[str, str]]) -> None:
-        """Show names and values to people, in two columns."""
+        """Print names and values for people, in two columns."""
         rows = list(rows)
         names, values = (max(map(len, column)) for column in zip(*rows, strict=True))
         for name, value in rows:
             self.detail(f"  {name:<{names}}  {value:>{values}}")
 
     def progress(self, share: float | None, text: str) -> None:
-        """Show how far it is: a bar on a terminal, in a file a line now and then.
+        """Show progress: a bar on a terminal, a line now and then in a file.
 
-        :param share: from 0 to 1; ``None`` where the end is not known
+        :param share: from 0 to 1; ``None`` if the end is not known
         """
         now = time.monotonic()
         if now < self._next_drawing:
@@ -139,7 +139,7 @@ class Console:
             sys.stderr.flush()
 
     def _print(self, text: str, stream: TextIO) -> None:
-        # Whatever a text was made of: nothing that a terminal would obey gets out here.
+        # Whatever a text is made of, no control sequence reaches a terminal.
         text = _fit(plain(text, lines=True), stream)
         bar = self._bar
         if bar:
@@ -152,9 +152,9 @@ class Console:
 
     @contextmanager
     def showing_log(self, level: int) -> Iterator[None]:
-        """Print what the library logs, from a level on, as complaints."""
+        """Print what the library logs at a level or above to standard error."""
         logger = logging.getLogger("mlproducer")
-        handler = _Complaints(self)
+        handler = _LogHandler(self)
         handler.setLevel(level)
         logger.addHandler(handler)
         try:
@@ -163,18 +163,18 @@ class Console:
             logger.removeHandler(handler)
 
 
-class _Complaints(logging.Handler):
+class _LogHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record's text, without a traceback."""
-        self._console.complain(f"{record.levelname.lower()}: {record.getMessage()}")
+        self._console.error(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def plain(text: str, *, lines: bool = False) -> str:
-    """Escape what could play tricks on a terminal; line ends and tabs stay where ``lines`` is."""
+    """Escape what is not printable; with ``lines`` keep line ends and tabs."""
     kept = "\n\t" if lines else ""
     return "".join(
         each if each.isprintable() or each in kept else each.encode("unicode_escape").decode()
@@ -183,7 +183,7 @@ def plain(text: str, *, lines: bool = False) -> str:
 
 
 def _fit(text: str, stream: TextIO) -> str:
-    """Escape what the stream's encoding, a terminal's or a pipe's, does not have."""
+    """Escape what the stream's encoding cannot represent."""
     encoding = stream.encoding or "utf-8"  # a StringIO has none
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

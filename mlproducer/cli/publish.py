@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Publish everything, and say whether all of it was delivered.
+    """Publish everything, and return whether all of it was delivered.
 
     :raises ConfigurationError: no broker is named, or a setting does not parse
     :raises OSError: the file cannot be read
@@ -109,7 +109,7 @@ class Counts:
     undelivered: int = 0
 
     def rows(self) -> list[tuple[str, int]]:
-        """Give the table for people."""
+        """Return the table for people."""
         return [
             ("lines", self.lines),
             ("confirmed", self.confirmed),
@@ -166,7 +166,7 @@ class Publication:
                     self._collect()
                 self._wait_for_deferred()
         except (KeyboardInterrupt, OSError):
-            self._console.complain(
+            self._console.error(
                 f"{self.counts.confirmed} confirmed; "
                 f"of the {len(self._taken) + len(self._deferred)} read last it is not known"
             )
@@ -194,19 +194,19 @@ class Publication:
         self._patience = min(self._patience, self._producer.settings.exit_timeout)
 
     def report(self) -> bool:
-        """Print the counts, and say whether every line was delivered."""
+        """Print the counts, and return whether every line was delivered."""
         counts = self.counts
         delivered = counts.confirmed == counts.lines and not self._stopped
         self._console.table((name, str(value)) for name, value in counts.rows())
         self._console.emit({"summary": {**asdict(counts), "stopped": self._stopped or None}})
         if self._stopped:
-            self._console.complain(self._stopped)
+            self._console.error(self._stopped)
         return delivered
 
     # --- publishing ----------------------------------------------------------------------------
 
     def _publish(self, lines: Iterable[_Line]) -> bool:
-        """Publish lines and account for them; say whether there were any."""
+        """Publish lines and account for them; return whether there were any."""
         self._taken = []
         self._hope.clear()
         results = self._producer.publish_many(self._take(lines))
@@ -282,7 +282,7 @@ class Publication:
                 yield _Line(number, task)
 
     def _raw_lines(self) -> Iterator[bytes]:
-        """Give lines until there are no more, or until SIGTERM."""
+        """Yield lines until there are no more, or until SIGTERM."""
         lines = read_lines(self._stream)
         try:
             while True:
@@ -368,7 +368,7 @@ class Publication:
     ) -> None:
         setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
         text = f"line {number}: {outcome.replace('_', '-')}: {error}"
-        self._console.complain(text + ("; " + _KEPT if stored else ""))
+        self._console.error(text + ("; " + _KEPT if stored else ""))
         self._emit(number, outcome, getattr(error, "message_id", None), error, stored=stored)
 
     def _emit(

@@ -1,4 +1,4 @@
-"""Is there a broker, and if not, what is to be done: shared by the commands.
+"""Whether the broker can be reached, and what to do if not: shared by the commands.
 
 Owns the probe and the advice. The probe is an empty, transient message to a routing key of its own,
 to which nothing is bound. The broker checks exchange and permission, looks for a queue, finds none
@@ -33,7 +33,7 @@ PROBE_TTL = 60.0
 """Seconds after which a catch-all queue may drop a probe."""
 
 QUICK = 1.0
-"""Seconds within which a connection is usually there, so that the reason is not asked for."""
+"""Seconds in which a connection usually succeeds, so that no reason is asked for."""
 
 
 def probe_message() -> Message:
@@ -61,9 +61,9 @@ def probe(producer: MLProducer, timeout: float) -> PublishError | None:
 
 
 def wait(producer: MLProducer, patience: float) -> PublishError | None:
-    """Wait for a connection; give the reason where there is none after ``patience`` seconds.
+    """Wait for a connection; return the reason if there is none after ``patience`` seconds.
 
-    A broker that refuses the credentials will do so again: that is told at once.
+    A broker that refuses the credentials will do so again: that reason is returned at once.
     """
     deadline = time.monotonic() + patience
     if producer.wait_connected(min(QUICK, patience)):
@@ -76,12 +76,12 @@ def wait(producer: MLProducer, patience: float) -> PublishError | None:
 
 
 def may_write(directory: Path) -> bool:
-    """Whether this user may make files in a directory."""
+    """Return whether this user may create files in a directory."""
     return os.access(directory, os.W_OK | os.X_OK)
 
 
 def advise(error: PublishError, *, blocked: bool = False) -> str:
-    """Say what an operator can do about a failure.
+    """Return what an operator can do about a failure.
 
     :param blocked: the broker is known to block publishers
     """
@@ -96,23 +96,23 @@ def advise(error: PublishError, *, blocked: bool = False) -> str:
             return _NO_QUEUE
         if error.kind in _BY_KIND:
             return _BY_KIND[error.kind]
-    return _BY_CLASS.get(type(error), "look into the broker's log")
+    return _BY_CLASS.get(type(error), "look at the broker's log")
 
 
 def advise_code(reply_code: int) -> str:
-    """Say what can be done about something that the broker refused with this code."""
-    return _BY_CODE.get(reply_code, "look into the broker's log")
+    """Return what an operator can do about a refusal with this reply code."""
+    return _BY_CODE.get(reply_code, "look at the broker's log")
 
 
 NOT_FOUND, NOT_ALLOWED = 404, 530
 
 _CREDENTIALS = (
-    "mend user and password in RABBITMQ_URL, with special characters percent-encoded; "
-    "the user guest is let in from the broker's own machine only"
+    "fix user and password in RABBITMQ_URL, with special characters percent-encoded; "
+    "the user guest may connect from the broker's own machine only"
 )
 _VIRTUAL_HOST = (
-    "mend the path of RABBITMQ_URL, which names the virtual host ('/' itself is '/' or '/%2F', and "
-    "'/prod/' is not '/prod'); or let the user in: rabbitmqctl add_vhost, rabbitmqctl "
+    "fix the path of RABBITMQ_URL, which names the virtual host ('/' itself is '/' or '/%2F', and "
+    "'/prod/' is not '/prod'); or create it, or grant access: rabbitmqctl add_vhost, rabbitmqctl "
     "set_permissions -p VHOST USER ..."
 )
 _NO_QUEUE = (
@@ -123,7 +123,7 @@ _BY_KIND = {
     "refused": (
         "nothing listens there: is the broker running, and the port right (5672, with TLS 5671)?"
     ),
-    "dns": "mend the host name in RABBITMQ_URL, or the name service",
+    "dns": "fix the host name in RABBITMQ_URL, or the name service",
     "protocol": "something else listens there, or the port wants TLS: then use amqps://",
     "tls": (
         "does the port speak TLS (5671)? Name the authority in RABBITMQ_SSL_CACERT, and the broker "
@@ -131,15 +131,15 @@ _BY_KIND = {
         "client's certificate gets it by RABBITMQ_SSL_CERTFILE and RABBITMQ_SSL_KEYFILE"
     ),
     "timeout": (
-        "something accepts and stays silent: a wrong port, a firewall, a port that wants TLS "
-        "(amqps://), or a broker that hangs"
+        "something accepts connections and says nothing: a wrong port, a firewall, a port that "
+        "wants TLS (amqps://), or a broker that hangs"
     ),
-    "credentials": "mend the file or callable that gives user and password",
+    "credentials": "fix the file or callable that provides user and password",
 }
 _BY_CODE = {
     403: "grant the permission: rabbitmqctl set_permissions -p VHOST USER CONFIGURE WRITE READ",
-    404: "declare it, let ML_DECLARE_TOPOLOGY=active do so, or mend ML_EXCHANGE",
-    406: "it is there with other arguments: mlproducer topology says how to go on without a loss",
+    404: "declare it, let ML_DECLARE_TOPOLOGY=active do so, or fix ML_EXCHANGE",
+    406: "it exists with other arguments: mlproducer topology shows how to go on without a loss",
 }
 _BY_CLASS: dict[type[PublishError], str] = {
     BrokerBlockedError: (
@@ -147,7 +147,7 @@ _BY_CLASS: dict[type[PublishError], str] = {
         "it goes on by itself once there is room"
     ),
     ConfirmTimeoutError: "the broker takes messages and does not answer: is it overloaded or hung?",
-    ConnectionLostError: "look into the broker's log for why it dropped the connection",
-    NackError: "look into the broker's log for why it refused the message",
+    ConnectionLostError: "look in the broker's log for why it dropped the connection",
+    NackError: "look in the broker's log for why it refused the message",
     NotConnectedError: "look at the broker's log and at the network in between",
 }

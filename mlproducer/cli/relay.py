@@ -141,7 +141,7 @@ def _wait(mover: Mover | None, interval: float, console: Console) -> None:
             except StoreError as error:
                 problem = str(error)
                 if problem != told:
-                    console.complain(problem)
+                    console.error(problem)
         told = problem
         with console.interruptible():
             if not moved:

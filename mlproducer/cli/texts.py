@@ -27,7 +27,7 @@ class Text:
 
 
 def texts(licenses: Path = LICENSES, library: Path = STANDARD_LIBRARY) -> list[Text]:
-    """Give all the texts of the first of the two places that has any.
+    """Return all the texts of the first of the two places that has any.
 
     :raises FileNotFoundError: there is none in either place
     """

@@ -67,7 +67,7 @@ class Finding:
         return self.state in ("there", "declared", "not asked")
 
     def to_json(self) -> dict[str, Any]:
-        """Give the form that programs read."""
+        """Return the form that programs read."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -85,7 +85,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Compare, print, and say whether the broker has what the settings ask for.
+    """Compare, print, and return whether the broker has what the settings ask for.
 
     :raises ConfigurationError: no broker is named, or a setting does not parse
     :raises NotConnectedError: no broker answers
@@ -179,7 +179,7 @@ def _advise(finding: Finding, topology: Topology, settings: Settings) -> Iterato
 
 
 def policy(queue: str, topology: Topology, settings: Settings) -> str:
-    """Give the command that sets by a policy what a queue's arguments would say."""
+    """Return the command that sets by a policy what a queue's arguments would say."""
     virtual_host = settings.brokers[0].virtual_host
     declared = {each.name: each for each in topology.queues}
     arguments: Mapping[str, Any] = {}

@@ -32,7 +32,7 @@ def are_tasks(value: object) -> bool:
 
 
 def differences(found: Sequence[Any], expected: Sequence[Any]) -> list[str]:
-    """Give lines that show where they differ: ``-`` was not published, ``+`` was not expected."""
+    """Return lines that show where they differ: ``-`` was not published, ``+`` was not expected."""
     lines = []
     for number in range(max(len(found), len(expected))):
         ours, theirs = found[number : number + 1], expected[number : number + 1]

@@ -144,7 +144,7 @@ class FakeBroker:
         self._loop.call(self._listener.listen)
 
     def close(self) -> None:
-        """End every connection and the thread, and give the port back. Idempotent.
+        """End every connection and the thread, and release the port. Idempotent.
 
         :raises RuntimeError: the thread did not end within 2 s
         :raises Exception: what a hook of the behaviour had raised first, once

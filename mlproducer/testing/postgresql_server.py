@@ -145,7 +145,7 @@ class PostgreSQLServer(Server):
         return self.url_for()
 
     def url_for(self, user: str | None = None, password: str | None = None) -> str:
-        """Give the URL for another role, or with another password."""
+        """Return the URL for another role, or with another password."""
         name = user or self.user
         secret = password or self.password
         return f"postgresql://{name}:{secret}@{self.host}:{self.port}/{self.database}"
@@ -234,7 +234,7 @@ class PostgreSQLServer(Server):
 
 
 def _programs() -> Path | None:
-    """Give the directory of initdb and postgres; Debian's is in no PATH."""
+    """Return the directory of initdb and postgres; Debian's is in no PATH."""
     found = shutil.which("initdb")
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: each.parent.name)
     candidates = ([Path(found).resolve().parent] if found else []) + places[::-1]
@@ -248,7 +248,7 @@ def _user() -> Any:
 
 
 def as_user() -> list[str]:
-    """Give what runs a program as another user, where we are root."""
+    """Return what runs a program as another user, where we are root."""
     if os.geteuid() != 0:
         return []
     user = _user()

@@ -163,7 +163,7 @@ class Proxy:
         self._upstream = _resolve(upstream)
 
     def close(self) -> None:
-        """End every connection and the thread, and give the port back. Idempotent.
+        """End every connection and the thread, and release the port. Idempotent.
 
         :raises RuntimeError: the thread did not end within 2 s
         """

@@ -75,11 +75,11 @@ class StoreTests:
     shared: bool = True
 
     def make_store(self, lease: float) -> Store:
-        """Give a store, empty at the start of each test; if it is shared, one more user of it."""
+        """Return a store, empty at the start of each test; if it is shared, one more user of it."""
         raise NotImplementedError
 
     def make_bounded_store(self, rows: int) -> Store:
-        """Give a store that has room for so many rows, where this kind of store has a limit."""
+        """Return a store that has room for so many rows, where this kind of store has a limit."""
         pytest.skip("it has no limit")
 
     def empty_place(self) -> None:
@@ -153,12 +153,12 @@ def entries_of(*ids: str, delay: float | None) -> list[Entry]:
 
 
 def ids_of(rows: list[Row]) -> list[str]:
-    """Give the rows' message ids."""
+    """Return the rows' message ids."""
     return [row.record.envelope.message_id for row in rows]
 
 
 def fields_of(envelope: Envelope) -> tuple[object, ...]:
-    """Give what a message consists of."""
+    """Return what a message consists of."""
     return (
         envelope.message_id,
         envelope.task_type,
@@ -170,7 +170,7 @@ def fields_of(envelope: Envelope) -> tuple[object, ...]:
 
 
 def known_of(record: Record) -> tuple[object, ...]:
-    """Give what is known of a message; of a time, no more than microseconds."""
+    """Return what is known of a message; of a time, no more than microseconds."""
     since = pytest.approx(record.first_failed_at, abs=1e-5)
     accepted = pytest.approx(record.accepted_at, abs=1e-5)
     known = record.attempts, record.doubtful, record.dead, record.reason, record.retry
@@ -178,7 +178,7 @@ def known_of(record: Record) -> tuple[object, ...]:
 
 
 def all_of(record: Record) -> tuple[object, ...]:
-    """Give message and knowledge."""
+    """Return message and knowledge."""
     return (*fields_of(record.envelope), *known_of(record))
 
 

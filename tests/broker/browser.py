@@ -89,7 +89,7 @@ class Browser:
             self._hear(self._next(deadline))
 
     def evaluate(self, expression: str) -> Any:
-        """Give the value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         result = self.call(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
@@ -97,11 +97,11 @@ class Browser:
         return result["result"].get("value")
 
     def wait_for(self, expression: str, timeout: float = LIMIT / 2) -> Any:
-        """Wait until a JavaScript expression about the document holds, and give its value."""
+        """Wait until a JavaScript expression about the document holds, and return its value."""
         return self.evaluate(WAIT % (expression, round(1000 * timeout)))
 
     def text(self, selector: str) -> str:
-        """Give an element's text."""
+        """Return an element's text."""
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText"))
 
     def look_like(self, width: int, height: int, *, dark: bool = False) -> None:

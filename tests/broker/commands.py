@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-m", "mlproducer"]
 
 
 def environ_of(url: str | None, more: Mapping[str, str]) -> dict[str, str]:
-    """Give this process's environment, with nothing of the library's but what is said here."""
+    """Return this process's environment, with nothing of the library's but what is said here."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RABBITMQ_", "ML_"))}
     return {**kept, **({} if url is None else {"RABBITMQ_URL": url}), **more}
 

@@ -60,7 +60,7 @@ def connect(rabbitmq_vhost: VirtualHost, caplog: pytest.LogCaptureFixture) -> It
 
 @pytest.fixture
 def mortal_node(rabbitmq_vhost: VirtualHost) -> Iterator[RabbitMQNode]:
-    """Give the shared node to a test that ends it; afterwards a new one is in its place.
+    """Yield the shared node to a test that ends it; afterwards a new one is in its place.
 
     What a killed node has on disk may be incomplete: after some kills of RabbitMQ 3.10 quorum
     queues could not be declared any more (541), or nacked whatever they were sent.

@@ -52,7 +52,7 @@ class Told:
 
 @pytest.fixture
 def told(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> Iterator[Told]:
-    """Give what a prefork worker tells, which is ready."""
+    """Yield what a prefork worker tells, which is ready."""
     argv = [PYTHON, "-m", "celery", "-A", "canvas_app", "worker", "--concurrency=2"]
     with RedisServer() as redis, (tmp_path / "log").open("w") as log:
         environ = {

@@ -388,7 +388,7 @@ def test_publish_is_not_patient_with_a_wrong_password(rabbitmq_vhost: VirtualHos
     url = rabbitmq_vhost.node.url_for(rabbitmq_vhost.name, password="wrong-password")
     result = run("publish", "-", "--timeout", "60", url=url, stdin=_lines(SUMMARY))
     assert result.returncode == 1
-    assert "mend user and password" in result.stderr
+    assert "fix user and password" in result.stderr
 
 
 def test_publish_outlives_a_broker_that_is_killed(
@@ -469,7 +469,7 @@ def test_sigterm_while_it_waits(rabbitmq_vhost: VirtualHost) -> None:
 @pytest.mark.parametrize(
     ("redirection", "words"),
     [
-        ("| head -1", "the output is read no further"),
+        ("| head -1", "the output was closed by its reader"),
         ("> /dev/full", "No space left on device"),
         (">&-", "standard output is closed"),
     ],

@@ -20,7 +20,7 @@ USER, PASSWORD = "lone", "secret-of-lone"
 
 
 def message(number: int) -> Message:
-    """Give a small one that is routed."""
+    """Return a small one that is routed."""
     return Message(body=b"x", routing_key="ml.embed", message_id=f"m{number}")
 
 

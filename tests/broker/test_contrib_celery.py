@@ -49,7 +49,7 @@ class Shop:
     quorum: bool = False
 
     def environ(self, *, installed: bool) -> dict[str, str]:
-        """Give the environment of a program."""
+        """Return the environment of a program."""
         path = os.pathsep.join([str(SCRIPTS), str(Path(__file__).parents[2])])
         chosen = {"BROKER": self.broker, "BACKEND": self.backend, "PYTHONPATH": path}
         for name, wanted in (("INSTALL", installed), ("QUORUM", self.quorum)):
@@ -58,7 +58,7 @@ class Shop:
         return {**os.environ, **chosen}
 
     def call(self, *, installed: bool) -> dict[str, Any]:
-        """Run the program that calls, and give what came of each call."""
+        """Run the program that calls, and return what came of each call."""
         done = subprocess.run(
             [PYTHON, "-m", "celery_shop"],
             env=self.environ(installed=installed),

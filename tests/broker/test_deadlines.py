@@ -64,7 +64,7 @@ class Stage:
     connect: Connect
 
     def connected(self) -> MLProducer:
-        """Give a producer whose link carries messages."""
+        """Return a producer whose link carries messages."""
         producer = self.connect(self.url)
         assert producer.publish(Message(body=b"", routing_key="ml.embed")).confirmed
         return producer

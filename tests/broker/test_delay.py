@@ -140,7 +140,7 @@ def test_after_a_reconnect_and_a_deleted_exchange(
 
 
 def _as_publisher(vhost: VirtualHost) -> str:
-    """Give the URL of a user who may write and read, and declare nothing."""
+    """Return the URL of a user who may write and read, and declare nothing."""
     node = vhost.node
     node.ctl("add_user", "publisher", "secret")
     node.ctl("set_permissions", "-p", vhost.name, "publisher", "^$", ".*", ".*")

@@ -36,13 +36,13 @@ class User:
         vhost.node.set_permissions(vhost.name, name)
 
     def rotate(self, password: str) -> None:
-        """Give it another password, and end all connections."""
+        """Set another password, and end all connections."""
         self._vhost.node.ctl("change_password", self.name, password)
         self.password = password
         self._vhost.node.close_all_connections()
 
     def url(self, password: str = "none-of-the-url") -> str:
-        """Give the virtual host's URL with this user, and a password that is none."""
+        """Return the virtual host's URL with this user, and a password that is none."""
         return self._vhost.node.url_for(self._vhost.name, self.name, password)
 
 
@@ -165,7 +165,7 @@ def certified(certificates: Certificates) -> Iterator[RabbitMQNode]:
 
 
 def settings_for(node: RabbitMQNode, certificates: Certificates, **more: Any) -> Settings:
-    """Give settings without a user, but with a certificate."""
+    """Return settings without a user, but with a certificate."""
     tls = TLSSettings(
         ca_certs=str(certificates.ca),
         certfile=str(certificates.client.cert),

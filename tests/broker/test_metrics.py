@@ -53,7 +53,7 @@ def publish_until_two_have(port: int) -> list[dict[str, Any]]:
 
 
 def scraped(text: bytes) -> Series:
-    """Give every series by its name and its labels' values."""
+    """Return every series by its name and its labels' values."""
     return {
         (sample.name.removeprefix("ml_producer_"), tuple(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text.decode())

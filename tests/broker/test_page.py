@@ -93,12 +93,12 @@ def served(producer: MLProducer, browser: Browser) -> Iterator[str]:
 
 
 def says(element: str, words: str) -> str:
-    """Give the expression that an element's text has these words in it."""
+    """Return the expression that an element's text has these words in it."""
     return f"document.getElementById('{element}').textContent.includes('{words}')"
 
 
 def rate(name: str) -> str:
-    """Give the expression of a rate that is shown."""
+    """Return the expression of a rate that is shown."""
     return f"parseFloat(document.getElementById('{name}').textContent)"
 
 

@@ -64,7 +64,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shortened(exported: Path) -> str:
-    """Give the exported rules with minutes of patience as seconds."""
+    """Return the exported rules with minutes of patience as seconds."""
     text, number = re.subn(r"for: (\d+)m\n", r"for: \1s\n", (exported / ALERTS_FILE).read_text())
     assert number == len(SECONDS)
     windows = {"total[2m]": "total[10s]", "}[1m]": "}[5s]"}  # of the alert that looks back
@@ -75,7 +75,7 @@ def shortened(exported: Path) -> str:
 
 
 def queries(exported: Path) -> list[str]:
-    """Give all queries of the exported dashboard, with a window as Grafana would choose it."""
+    """Return all queries of the exported dashboard, with a window as Grafana would choose it."""
     panels = json.loads((exported / DASHBOARD_FILE).read_text())["panels"]
     targets = [target for panel in panels for target in panel.get("targets", [])]
     return [target["expr"].replace("$__rate_interval", "10s") for target in targets]
@@ -83,7 +83,7 @@ def queries(exported: Path) -> list[str]:
 
 @contextmanager
 def watched(exported: Path, url: str, **settings: Any) -> Iterator[tuple[MLProducer, Prometheus]]:
-    """Give a producer that is connected and scraped, and about which nothing is alerted."""
+    """Yield a producer that is connected and scraped, and about which nothing is alerted."""
     registry = CollectorRegistry()
     chosen = Settings(url=url, **{**SETTINGS, **settings})
     with (
@@ -185,7 +185,7 @@ def test_successes_beside_timeouts(exported: Path, tmp_path: Path) -> None:
 def unit_test(
     exported: Path, series: str, values: str, expected: dict[int, list[str]]
 ) -> dict[str, Any]:
-    """Give a test as promtool reads it: at each second, the alerts that fire."""
+    """Return a test as promtool reads it: at each second, the alerts that fire."""
     fires = [
         {
             "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',

@@ -33,7 +33,7 @@ def store_url(postgresql_server: PostgreSQLServer) -> str:
 
 @pytest.fixture
 def broker() -> Iterator[FakeBroker]:
-    """Give a broker that confirms everything."""
+    """Yield a broker that confirms everything."""
     with FakeBroker() as made:
         yield made
 

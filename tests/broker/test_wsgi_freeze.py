@@ -41,7 +41,7 @@ class Health:
         self.wall: list[float] = []
 
     def ask(self) -> tuple[int, dict[str, Any]]:
-        """Give status and content."""
+        """Return status and content."""
         environ: dict[str, Any] = {"PATH_INFO": "/health"}
         setup_testing_defaults(environ)
         statuses: list[str] = []
@@ -94,7 +94,7 @@ def test_health_while_the_broker_hangs(connect: Connect, rabbitmq_vhost: Virtual
 
 
 def times_over_http(producer: MLProducer) -> list[float]:
-    """Ask a server 100 times, and give the seconds that each answer took."""
+    """Ask a server 100 times, and return the seconds that each answer took."""
     times = []
     with wsgi.serve(producer, 0) as server:
         for _ in range(100):

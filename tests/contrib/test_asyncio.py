@@ -86,7 +86,7 @@ class Control(threading.Thread):
 
 
 def task_of(number: int) -> SummarizationTask:
-    """Give a task."""
+    """Return a task."""
     return SummarizationTask(number, {"text": "x" * 1000})
 
 

@@ -67,7 +67,7 @@ class Project:
 
     @contextmanager
     def serving(self, *argv: str, **environ: str) -> Iterator[str]:
-        """Run a server, whose arguments name ``{port}``; give its address."""
+        """Run a server, whose arguments name ``{port}``; return its address."""
         assert self.manage("migrate", "-v", "0").returncode == 0
         port = free_port()
         command = [sys.executable, *(each.format(port=port) for each in argv)]
@@ -94,7 +94,7 @@ class Project:
 
 
 def free_port() -> int:
-    """Give a port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
@@ -113,7 +113,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> Non
 
 
 def post(address: str, *texts: str) -> dict[str, object]:
-    """Make shares of these texts, and give what the view answers."""
+    """Make shares of these texts, and return what the view answers."""
     body = urlencode([("text", text) for text in texts]).encode()
     with urllib.request.urlopen(address, body, timeout=LIMIT) as response:
         assert response.status == 201
@@ -122,7 +122,7 @@ def post(address: str, *texts: str) -> dict[str, object]:
 
 
 def texts_of(messages: list[ReceivedMessage]) -> list[str]:
-    """Give the texts that workers would get."""
+    """Return the texts that workers would get."""
     return sorted(json.loads(each.body)[1]["content"]["text"] for each in messages)
 
 
@@ -159,7 +159,7 @@ def test_check(project: Project, broker: FakeBroker) -> None:
 
 
 def test_command(project: Project, broker: FakeBroker) -> None:
-    """The library's commands run with Django's settings, and give their exit codes."""
+    """The library's commands run with Django's settings, and return their exit codes."""
     given = json.dumps({"URL": broker.url})
     listed = project.manage("mlproducer", "dead-letters", "list", RABBITMQ_URL="", MLPRODUCER=given)
     assert broker.accepted > 0, listed.stderr

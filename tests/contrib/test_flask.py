@@ -45,7 +45,7 @@ def create_app(**config: Any) -> Any:
 
 
 def producer_of(app: Any) -> MLProducer:
-    """Give the producer of an app."""
+    """Return the producer of an app."""
     with app.app_context():
         return ml.producer
 

@@ -19,14 +19,14 @@ __all__ = ["connect", "mortal_node", "proxy", "strict_node", "strict_vhost"]
 
 @pytest.fixture
 def mortal_redis() -> Iterator[RedisServer]:
-    """Give a Redis that the test may end."""
+    """Yield a Redis that the test may end."""
     with RedisServer() as server:
         yield server
 
 
 @pytest.fixture
 def prefix() -> str:
-    """Give a prefix that no other test has."""
+    """Return a prefix that no other test has."""
     return f"test-{secrets.token_hex(4)}:"
 
 

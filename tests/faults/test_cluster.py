@@ -42,7 +42,7 @@ class Stage:
     producer: MLProducer
 
     def split(self) -> tuple[RabbitMQNode, list[RabbitMQNode]]:
-        """Give the node in use, and the others."""
+        """Return the node in use, and the others."""
         address = self.producer.status().broker
         in_use = next(node for node in self.nodes if f"{node.host}:{node.port}" == address)
         return in_use, [node for node in self.nodes if node is not in_use]

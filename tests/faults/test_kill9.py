@@ -112,7 +112,7 @@ class Scene:
             return count
 
     def journal(self) -> dict[str, set[str]]:
-        """Give ids by what was said of them."""
+        """Return ids by what was said of them."""
         said = defaultdict(set)
         path = self.folder / "journal"
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -142,7 +142,7 @@ class Scene:
 
 @pytest.fixture
 def scene(rabbitmq_vhost: VirtualHost, tmp_path: Path, connect: Connect) -> Scene:
-    """Give a scene whose queues are there."""
+    """Return a scene whose queues are there."""
     assert connect().wait_connected(LIMIT)
     rabbitmq_vhost.node.save_queues()
     return Scene(rabbitmq_vhost.url, tmp_path)

@@ -41,7 +41,7 @@ HOUR = 3600.0
 
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[PostgreSQLServer]:
-    """Give a server that the tests of this file may end; each leaves it running."""
+    """Yield a server that the tests of this file may end; each leaves it running."""
     with PostgreSQLServer(config={"max_connections": "20"}) as server:
         yield server
 
@@ -54,7 +54,7 @@ def url(mortal: PostgreSQLServer) -> str:
 
 @pytest.fixture
 def store(url: str) -> Iterator[PostgreSQLStore]:
-    """Give a store whose table is there, and whose connection is up."""
+    """Yield a store whose table is there, and whose connection is up."""
     with closing(PostgreSQLStore(url)) as made:
         made.create()
         yield made
@@ -73,12 +73,12 @@ def raising(store: PostgreSQLStore, said: str = "", within: float = SILENCE) -> 
 
 
 def entry(name: str, delay: float | None = None) -> Entry:
-    """Give an entry with a message id."""
+    """Return an entry with a message id."""
     return Entry(Record(make_envelope(name)), delay)
 
 
 def ids(rows: list[Row]) -> list[str]:
-    """Give the rows' message ids."""
+    """Return the rows' message ids."""
     return [row.record.envelope.message_id for row in rows]
 
 
@@ -423,7 +423,7 @@ def test_a_lease_longer_than_ones_own_horizon_holds(url: str) -> None:
 
 @pytest.fixture
 def pooled(mortal: PostgreSQLServer) -> Iterator[str]:
-    """Give the URL of a pgbouncer in transaction mode, with two sessions for all."""
+    """Yield the URL of a pgbouncer in transaction mode, with two sessions for all."""
     workspace = Workspace("mlproducer-pgbouncer-")
     workspace.path.chmod(0o711)
     port = free_port()

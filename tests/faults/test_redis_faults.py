@@ -34,14 +34,14 @@ PATIENCE = 5.0
 
 @pytest.fixture
 def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
-    """Give a proxy in front of the shared Redis."""
+    """Yield a proxy in front of the shared Redis."""
     with Proxy((redis_server.host, redis_server.port)) as between:
         yield between
 
 
 @pytest.fixture
 def store(proxy: Proxy, prefix: str) -> Iterator[RedisStore]:
-    """Give a store that reaches Redis by the proxy; Redis knows its scripts."""
+    """Yield a store that reaches Redis by the proxy; Redis knows its scripts."""
     with closing(RedisStore(f"redis://127.0.0.1:{proxy.port}", prefix=prefix)) as behind:
         (claim,) = behind.put([entry("first")], PATIENCE)
         behind.release([Change(claim, Record(make_envelope()), 0.0)])
@@ -52,7 +52,7 @@ def store(proxy: Proxy, prefix: str) -> Iterator[RedisStore]:
 
 @pytest.fixture
 def other(redis_server: RedisServer, prefix: str) -> Iterator[RedisStore]:
-    """Give another process's store on the same rows."""
+    """Yield another process's store on the same rows."""
     with closing(RedisStore(redis_server.url, prefix=prefix)) as direct:
         yield direct
 
@@ -69,12 +69,12 @@ def raising(store: RedisStore, said: str = "") -> Iterator[None]:
 
 
 def entry(name: str, delay: float | None = None) -> Entry:
-    """Give an entry with a message id."""
+    """Return an entry with a message id."""
     return Entry(Record(make_envelope(name)), delay)
 
 
 def ids(rows: list[Row]) -> list[str]:
-    """Give the rows' message ids."""
+    """Return the rows' message ids."""
     return [row.record.envelope.message_id for row in rows]
 
 

@@ -29,12 +29,12 @@ never = threading.Event()
 
 
 def entries(*names: str) -> list[Entry]:
-    """Give messages that are due at once."""
+    """Return messages that are due at once."""
     return [Entry(Record(make_envelope(each)), 0.0) for each in names]
 
 
 def ids(store: RedisStore) -> list[str]:
-    """Claim all, and give the ids."""
+    """Claim all, and return the ids."""
     return [row.record.envelope.message_id for row in store.claim(100)]
 
 

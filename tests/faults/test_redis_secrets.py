@@ -29,7 +29,7 @@ MESSAGE = f"canary-{secrets.token_hex(8)}"
 
 @pytest.fixture(scope="module")
 def locked_redis() -> Iterator[RedisServer]:
-    """Give a Redis with a password."""
+    """Yield a Redis with a password."""
     with RedisServer(password=PASSWORD) as server:
         yield server
 
@@ -41,7 +41,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 def complaint(store: RedisStore) -> str:
-    """Have the store refused, and give all that can be read of it."""
+    """Have the store refused, and return all that can be read of it."""
     with pytest.raises(StoreError) as caught, closing(store):
         store.put([Entry(Record(make_envelope(body=MESSAGE.encode())))], 1.0)
     error = caught.value

@@ -28,7 +28,7 @@ Disk = Callable[[str], Path]
 
 
 def entry(name: str, size: int = 1000) -> Entry:
-    """Give a message that is due."""
+    """Return a message that is due."""
     return Entry(Record(make_envelope(name, body=b"x" * size)), 0.0)
 
 
@@ -50,7 +50,7 @@ def mounted(size: str) -> Iterator[Path]:
 
 @pytest.fixture
 def disk() -> Iterator[Disk]:
-    """Give small disks: ``disk("16m")``."""
+    """Yield small disks: ``disk("16m")``."""
     with ExitStack() as stack:
         yield lambda size: stack.enter_context(mounted(size))
 

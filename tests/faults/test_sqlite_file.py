@@ -35,7 +35,7 @@ Damage = Callable[[Path], object]
 
 
 def entry(name: str, delay: float | None = 0.0) -> Entry:
-    """Give a message of 1 kB."""
+    """Return a message of 1 kB."""
     return Entry(Record(make_envelope(name, body=b"secret" * 170)), delay)
 
 
@@ -49,7 +49,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Give all that lies in a folder but SQLite's index of its log, which may come and go."""
+    """Return all that lies in a folder but SQLite's index of its log, which may come and go."""
     files = (each for each in folder.iterdir() if not each.name.endswith("-shm"))
     return {
         each.name: str(each.readlink()).encode() if each.is_symlink() else each.read_bytes()
@@ -85,7 +85,7 @@ def query(statement: str) -> Damage:
 
 
 def ask(path: Path, question: str) -> list[object]:
-    """Give the first column of what SQLite answers."""
+    """Return the first column of what SQLite answers."""
     with closing(sqlite3.connect(path)) as connection:
         return [row[0] for row in connection.execute(question)]
 
@@ -236,7 +236,7 @@ def test_a_link_beside_it_is_not_followed(path: Path, tmp_path: Path, suffix: st
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """Give a folder that other users can reach."""
+    """Yield a folder that other users can reach."""
     folder = Path(tempfile.mkdtemp(prefix="mlproducer-sqlite-"))
     folder.chmod(0o755)
     try:
@@ -262,7 +262,7 @@ except StoreError as error:
 
 
 def as_nobody(file: Path) -> str:
-    """Put a message as another user, and give the error's text."""
+    """Put a message as another user, and return the error's text."""
     script = [sys.executable, "-c", PUT, str(file)]
     told = subprocess.run(script, capture_output=True, check=True, text=True, timeout=LIMIT)
     assert told.stderr == ""

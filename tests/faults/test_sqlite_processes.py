@@ -36,7 +36,7 @@ never = threading.Event()
 
 
 def entry(name: str, delay: float | None = 0.0) -> Entry:
-    """Give a message of 1 kB; without a delay it is claimed."""
+    """Return a message of 1 kB; without a delay it is claimed."""
     return Entry(Record(make_envelope(name, body=b"x" * 1000)), delay)
 
 
@@ -72,7 +72,7 @@ def said(running: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def all_said(running: subprocess.Popen[str], timeout: float = LONG) -> list[dict[str, Any]]:
-    """Wait for a process's end, and give all further lines that are complete."""
+    """Wait for a process's end, and return all further lines that are complete."""
     assert running.stdout is not None
     limit = threading.Timer(timeout, running.kill)
     limit.start()
@@ -83,7 +83,7 @@ def all_said(running: subprocess.Popen[str], timeout: float = LONG) -> list[dict
 
 
 def names(path: Path) -> set[str]:
-    """Give the ids of all rows, by SQLite itself, of a file that has to be whole."""
+    """Return the ids of all rows, by SQLite itself, of a file that has to be whole."""
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         return {name for (name,) in connection.execute("SELECT message_id FROM messages")}
@@ -180,7 +180,7 @@ def test_a_child_has_locks_of_its_own_and_no_claims(path: Path) -> None:
 
 @pytest.fixture
 def locked(path: Path) -> Iterator[sqlite3.Connection]:
-    """Give another program's connection, which has the lock on writing."""
+    """Yield another program's connection, which has the lock on writing."""
     with closing(SQLiteStore(path)) as store:
         store.put([entry("before")], LIMIT)
     with closing(

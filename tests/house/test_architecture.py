@@ -73,13 +73,13 @@ def _text(path: Path) -> str:
 
 @cache
 def _nodes(path: Path) -> tuple[ast.AST, ...]:
-    """Give all that is in a file, the module itself first."""
+    """Return all that is in a file, the module itself first."""
     return tuple(ast.walk(ast.parse(_text(path))))
 
 
 @cache
 def _imports(path: Path) -> tuple[tuple[int, str], ...]:
-    """Give the line and dotted name of all that a file imports, at its top or lazily."""
+    """Return the line and dotted name of all that a file imports, at its top or lazily."""
     found: list[tuple[int, str]] = []
     for node in _nodes(path):
         if isinstance(node, ast.Import):
@@ -114,7 +114,7 @@ def _layer(part: str) -> int:
 
 
 def _arrows() -> Iterator[tuple[Path, int, str, str]]:
-    """Give each import of one part by another: file, line, importing part, imported part."""
+    """Yield each import of one part by another: file, line, importing part, imported part."""
     for path, line, dotted in _all_imports(MODULES):
         part, own = _part(dotted), _part_of(path)
         package_itself = dotted == "mlproducer" and any(

@@ -190,12 +190,12 @@ class World:
 
 
 def receipt_of(delivery: Delivery) -> Receipt:
-    """Give the receipt that the publisher got."""
+    """Return the receipt that the publisher got."""
     return delivery.waiter.result(0)
 
 
 def error_of(delivery: Delivery) -> PublishError:
-    """Give the error that the publisher got."""
+    """Return the error that the publisher got."""
     error = delivery.waiter.exception(0)
     assert isinstance(error, PublishError), error
     return error

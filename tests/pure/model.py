@@ -75,7 +75,7 @@ class House:
         self.retry_worker.serve([self], lambda: None)  # type: ignore[list-item]
 
     def record(self, delivery: Delivery) -> Record:
-        """Give what is known of a message."""
+        """Return what is known of a message."""
         return self.by_id[delivery.envelope.message_id]
 
     # --- the dead-letter maker ---
@@ -293,7 +293,7 @@ class House:
         self.store.remove(key)
 
     def left_rows(self) -> list[Record]:
-        """Give the messages whose row is this process's to delete, or is owned by none."""
+        """Return the messages whose row is this process's to delete, or is owned by none."""
         left = []
         for key, slot in self.store.slots().items():
             record = self.by_id[slot.record.envelope.message_id]
@@ -325,7 +325,7 @@ class House:
             record.lapsed = record.lapsed or record.delivery.leased_until < self.clock.now
 
     def posted(self) -> set[Delivery]:
-        """Give the messages that something in the mailbox is about."""
+        """Return the messages that something in the mailbox is about."""
         found: set[Delivery] = set()
         for item in self.mailbox:
             for each in (item,) if isinstance(item, Delivery) else item.args:  # type: ignore[attr-defined]

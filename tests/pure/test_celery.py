@@ -66,7 +66,7 @@ def properties(envelope: Envelope) -> BasicProperties:
 
 @pytest.fixture(scope="module")
 def app() -> Iterator[Celery]:
-    """Give a Celery application that connects to nothing."""
+    """Yield a Celery application that connects to nothing."""
     with Celery("tests", broker="memory://", set_as_current=False) as application:
         yield application
 

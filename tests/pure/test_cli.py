@@ -280,7 +280,7 @@ def test_what_a_terminal_would_obey_is_escaped(capsys: pytest.CaptureFixture[str
     assert output.plain("a\tb\n\x07", lines=True) == "a\tb\n\\x07"
     console = output.Console(as_json=False)
     console.say("\x1b[31mred")
-    console.complain("\x9b2J")
+    console.error("\x9b2J")
     assert capsys.readouterr() == ("\\x1b[31mred\n", "mlproducer: \\x9b2J\n")
 
 

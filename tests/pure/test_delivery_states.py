@@ -161,7 +161,7 @@ FIELDS = frozenset(Delivery.__slots__) - {"__weakref__"}
 
 
 def assignments(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Give the line and name of each attribute that is set on something other than ``self``."""
+    """Yield the line and name of each attribute that is set on something other than ``self``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             targets: list[ast.expr] = node.targets

@@ -101,7 +101,7 @@ class Producer:
     state: Status = field(factory=lambda: Status(connection_state=CONNECTED))
 
     def status(self) -> Status:
-        """Give what the test has set."""
+        """Return what the test has set."""
         return self.state
 
     def set(self, **changes: Any) -> None:
@@ -128,18 +128,18 @@ def sink(meter: Meter) -> EventSink:
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
-    """Give one series' value, by the name in the contract."""
+    """Return one series' value, by the name in the contract."""
     return registry.get_sample_value(f"ml_producer_{name}", labels)
 
 
 def sent(registry: CollectorRegistry) -> Mapping[tuple[str, str], float]:
-    """Give what is counted of messages, by task type and status."""
+    """Return what is counted of messages, by task type and status."""
     samples = metrics.samples(registry)
     return {(lab["task_type"], lab["status"]): n for name, lab, n in samples if name == SENT}
 
 
 def of_type(task_type: str, *, started: float = 0.0, body: bytes = b"body") -> Delivery:
-    """Give a delivery of a task type."""
+    """Return a delivery of a task type."""
     envelope = Envelope("m", task_type, "x", "k", b"", body)
     return Delivery(envelope, Future(), started=started, deadline=5.0)
 
@@ -532,7 +532,7 @@ def test_dropped_registry() -> None:
 
 
 def depth(registry: CollectorRegistry, queue: str = "ml.embed") -> float | None:
-    """Give what is shown of a queue."""
+    """Return what is shown of a queue."""
     return value(registry, "queue_depth", queue_name=queue)
 
 
@@ -583,7 +583,7 @@ class Shown:
         self.after_write: Callable[[], None] = lambda: None
 
     def series(self, family: catalog.Family, labels: tuple[str, ...] = ()) -> Any:
-        """Give a gauge that can be written."""
+        """Return a gauge that can be written."""
 
         def write(value: float) -> None:
             self.values[family.name] = value

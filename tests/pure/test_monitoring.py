@@ -43,7 +43,7 @@ def alerts() -> list[tuple[str, str, str]]:
 
 
 def series_of(query: str) -> Iterator[str]:
-    """Give the series that a query asks for."""
+    """Yield the series that a query asks for."""
     yield from re.findall(r"\bml_\w+", query)
 
 
@@ -235,12 +235,12 @@ def test_wrong_queries_are_found(query: str) -> None:
 
 
 def export(directory: Path, *options: str) -> int:
-    """Run the command, and give its exit code."""
+    """Run the command, and return its exit code."""
     return main(["monitoring", "export", str(directory), *options])
 
 
 def names(directory: Path) -> set[str]:
-    """Give the names of a directory's files, hidden ones too."""
+    """Return the names of a directory's files, hidden ones too."""
     return {path.name for path in directory.iterdir()}
 
 
@@ -316,7 +316,7 @@ def test_export_writes_through_no_link(
     (directory / ALERTS_FILE).unlink()
     os.mkfifo(directory / ALERTS_FILE)
     assert export(directory, "--force") == 1
-    assert "is no file" in capsys.readouterr().err
+    assert "is not a regular file" in capsys.readouterr().err
     assert victim.read_text() == "root's"
 
 
@@ -344,7 +344,7 @@ def test_export_names_a_directory_in_a_files_place(
     """With ``--force`` too it stays, and nothing is written."""
     (tmp_path / ALERTS_FILE).mkdir()
     assert export(tmp_path, "--force") == 1
-    assert f"{tmp_path / ALERTS_FILE}: is there, and is no file" in capsys.readouterr().err
+    assert f"{tmp_path / ALERTS_FILE}: exists and is not a regular file" in capsys.readouterr().err
     assert names(tmp_path) == {ALERTS_FILE}
 
 

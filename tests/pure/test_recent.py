@@ -33,7 +33,7 @@ class Second:
         self.recorder.sample()
 
     def rates(self, seconds: float = 1.0) -> Rates:
-        """Let time pass, and give the rates in it."""
+        """Let time pass, and return the rates in it."""
         self.now += seconds
         return self.recorder.recent().rates[-1]
 

@@ -377,7 +377,7 @@ def test_the_store_is_silent_about_a_suspect(world: World) -> None:
 
 
 def written_ahead(world: World, *, leased_until: float) -> Delivery:
-    """Give a message that was stored before it was sent, and is in flight."""
+    """Return a message that was stored before it was sent, and is in flight."""
     world.retry_worker.durable = True
     delivery = make_delivery("a")
     delivery.claim()

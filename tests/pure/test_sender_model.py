@@ -600,7 +600,7 @@ def test_an_interrupt_before_the_row_is_there() -> None:
 
 
 def stored_and_sent_again(**fields: int) -> SenderMachine:
-    """Give a producer whose one message has a row, and is in flight for the second time."""
+    """Return a producer whose one message has a row, and is in flight for the second time."""
     machine = SenderMachine()
     machine.begin(fair=False, connected=True, **fields)
     message = {"count": 1, "exchange": "x", "properties": NO_PROPERTIES, "cut": ""}

@@ -13,7 +13,7 @@ STATE = "rojo=00f067aa0ba902b7,congo@vendor=t61rcWkgMzE"
 
 
 def seen(*arguments: Any) -> dict[str, str]:
-    """Give the headers that a message published inside would carry."""
+    """Return the headers that a message published inside would carry."""
     with trace_context(*arguments):
         return dict(current())
 

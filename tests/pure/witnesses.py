@@ -121,11 +121,11 @@ class Handed(Answer):
         return False
 
     def exception(self, timeout: float) -> PublishError | None:
-        """Give the error, if it is one."""
+        """Return the error, if it is one."""
         return self.given if isinstance(self.given, PublishError) else None
 
     def result(self, timeout: float) -> Receipt:
-        """Give the receipt."""
+        """Return the receipt."""
         assert isinstance(self.given, Receipt)
         return self.given
 
@@ -179,7 +179,7 @@ class Channel:
             assert record.sends <= allowed, "I14: one attempt too many"
 
     def settle(self, tag: int, *, multiple: bool) -> list[tuple[Record, bool]]:
-        """Give who is settled by a tag, and whether it had been returned."""
+        """Return who is settled by a tag, and whether it had been returned."""
         if tag > self.last:
             return []
         tags = [t for t in self.open if t == tag or (multiple and (t < tag or tag == 0))]
@@ -378,12 +378,12 @@ class ModelStore(MemoryStore):
         ]
 
     def slots(self) -> dict[int, _Slot]:
-        """Give the rows that are there to stay: not what was stored without an answer."""
+        """Return the rows that are there to stay: not what was stored without an answer."""
         undone = {claim.key for claim in self._unanswered}
         return {key: slot for key, slot in self._slots.items() if key not in undone}
 
     def lapsed(self) -> list[int]:
-        """Give the keys of claimed rows whose lease is over."""
+        """Return the keys of claimed rows whose lease is over."""
         return [
             key
             for key, slot in self._slots.items()
@@ -395,7 +395,7 @@ class ModelStore(MemoryStore):
         self._count(self._slots.pop(key), -1)
 
     def due(self) -> list[int]:
-        """Give the keys of rows that anyone may claim."""
+        """Return the keys of rows that anyone may claim."""
         now = self._clock()
         return [k for k, slot in self._slots.items() if slot.due is not None and slot.due <= now]
 

@@ -158,7 +158,7 @@ def _set(properties: pika.BasicProperties) -> dict[str, Any]:
 
 
 def _without_ids(properties: pika.BasicProperties) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
-    """Give the properties, and the headers in order, as they are whatever the id and process."""
+    """Return the properties, and the headers in order, as they are whatever the id and process."""
     message_id = properties.message_id
     assert len(message_id) == 36
     found = _set(properties)

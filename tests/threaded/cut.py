@@ -53,7 +53,7 @@ class Cut:
         self.where = ""
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """Make the call; give what it returns, or what has cut it."""
+        """Make the call; return what it returns, or what has cut it."""
         frame = inspect.currentframe()
         if frame is not None:
             frame.f_trace_opcodes = True  # once before, or Python 3.12 traces none
@@ -90,7 +90,7 @@ class Cut:
 
 
 def ours() -> list[str]:
-    """Give the names of the library's threads that run."""
+    """Return the names of the library's threads that run."""
     names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith("mlproducer-") and "fake" not in name]
 

@@ -61,7 +61,7 @@ class Interrupt:
 
 
 def publish(producer: MLProducer, way: str, name: str) -> list[Any]:
-    """Publish one message or five, and give the answers."""
+    """Publish one message or five, and return the answers."""
     if way == "publish":
         return [producer.publish(make_message(name))]
     if way == "submit":

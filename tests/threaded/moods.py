@@ -122,6 +122,6 @@ def events_of(producer: MLProducer, *names: str) -> Happenings:
 
 
 def io_of(producer: MLProducer) -> Any:
-    """Give what the I/O thread of a producer owns."""
+    """Return what the I/O thread of a producer owns."""
     engine: Any = producer._life.runtime.engines[0]
     return engine._io

@@ -48,7 +48,7 @@ def started(producer: MLProducer) -> Happenings:
 
 
 def opened(connect: Connect, broker: FakeBroker, mood: Moody) -> tuple[MLProducer, Happenings]:
-    """Give a producer whose breaker has just opened, for long; the broker is well again."""
+    """Return a producer whose breaker has just opened, for long; the broker is well again."""
     producer = connect(broker, **{**LONG, "circuit_breaker_threshold": 1})
     moves = started(producer)
     mood.mood = "nack"

@@ -164,7 +164,7 @@ def test_events(connect: Connect, serve: Serve) -> None:
 
 
 def names_of_threads() -> set[str]:
-    """Give the names of the library's threads, without the fake broker's."""
+    """Return the names of the library's threads, without the fake broker's."""
     names = {thread.name for thread in threading.enumerate()}
     return {name for name in names if name.startswith("mlproducer-")} - {FAKE_BROKER}
 

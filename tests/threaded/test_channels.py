@@ -24,7 +24,7 @@ FULL_STEP = 0.3
 
 
 def confirmed(producer: MLProducer) -> bool:
-    """Publish, and give whether that was confirmed at once."""
+    """Publish, and return whether that was confirmed at once."""
     return bool(producer.publish(make_message(), timeout=LIMIT).confirmed)
 
 

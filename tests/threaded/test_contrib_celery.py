@@ -397,7 +397,7 @@ def test_another_broker_of_the_callers_own(app: Celery, producer: Noting, stock:
 
 
 def make(monkeypatch: pytest.MonkeyPatch, **conf: Any) -> Settings:
-    """Give the settings of the producer that is made for an app."""
+    """Return the settings of the producer that is made for an app."""
     for name in ("RABBITMQ_URL", "ML_ROLLOUT", "ML_STORE_URL"):
         monkeypatch.delenv(name, raising=False)
     app = Celery("shop", set_as_current=False)

@@ -37,7 +37,7 @@ def in_time(timeout: float = TIMEOUT, at_least: float = 0.0) -> Iterator[None]:
 
 
 def answer_of(call: Callable[[], Receipt]) -> PublishError:
-    """Give the error that a call raised, or the reason of the receipt that it returned."""
+    """Return the error that a call raised, or the reason of the receipt that it returned."""
     try:
         reason = call().reason
     except PublishError as error:

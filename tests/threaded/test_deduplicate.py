@@ -26,7 +26,7 @@ class Worker:
         self.ran: list[Any] = []
 
     def run(self, name: str, task_id: str, *args: Any, **request: Any) -> str:
-        """Have a task run, and give the state in which it ended."""
+        """Have a task run, and return the state in which it ended."""
         task = self._app.tasks[name]
         task.__trace__ = build_tracer(name, task, app=self._app)
         full = {"id": task_id, "retries": 0, "is_eager": False, "delivery_info": {}, **request}

@@ -29,7 +29,7 @@ def wait_for(child):
 
 
 def run_script(text: str, broker: FakeBroker, *, before: str = "", **settings: Any) -> str:
-    """Run a program of its own that forks, and give its output."""
+    """Run a program of its own that forks, and return its output."""
     head = before + HEAD.format(url=broker.url, settings={**QUICK, **settings})
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", head + textwrap.dedent(text)],

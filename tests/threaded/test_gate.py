@@ -31,7 +31,7 @@ def soon() -> float:
 
 
 def wait_until_queued(gate: Gate, count: int) -> None:
-    """Wait until so many wait at the gate, which tells nobody; give up after a limit."""
+    """Wait until so many wait at the gate, which reports it nowhere; give up after a limit."""
     deadline = soon()
     while len(gate._queue) < count:
         assert time.monotonic() < deadline

@@ -128,7 +128,7 @@ def produce(broker: FakeBroker, store: Odd, **settings: Any) -> MLProducer:
 
 
 def ids(broker: FakeBroker) -> list[str | None]:
-    """Give what the broker has got, in order."""
+    """Return what the broker has got, in order."""
     return [each.properties.message_id for each in broker.messages]
 
 

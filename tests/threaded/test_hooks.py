@@ -12,7 +12,7 @@ from tests.threaded.conftest import Connect, Serve
 
 
 def headers_of(serve: Serve, connect: Connect, task: Any, *hooks: Any) -> dict[str, Any]:
-    """Publish a task through hooks, and give the headers that the broker has got."""
+    """Publish a task through hooks, and return the headers that the broker has got."""
     broker = serve()
     producer = connect(broker)
     for hook in hooks:

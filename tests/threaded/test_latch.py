@@ -27,7 +27,7 @@ from tests.stopwatch import in_time
 
 
 def soon(seconds: float = LIMIT) -> float:
-    """Give a deadline."""
+    """Return a deadline."""
     return time.monotonic() + seconds
 
 

@@ -478,7 +478,7 @@ def test_one_that_cannot_be_closed_at_exit(serve: Serve) -> None:
 
 
 def run_script(text: str, url: str, *, before: str = "", **settings: Any) -> tuple[str, str]:
-    """Run a program of its own that has ``settings``; give its output and its errors."""
+    """Run a program of its own that has ``settings``; return its output and its errors."""
     head = f"""
 import gc, logging, os, signal, sys, threading, time
 {before}
@@ -499,7 +499,7 @@ settings = Settings(url={url!r}, **{ {**QUICK, **settings}!r})
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds that tells nobody; give up after a limit."""
+    """Wait until something holds that is reported nowhere; give up after a limit."""
     deadline = time.monotonic() + LIMIT
     while not holds():
         assert time.monotonic() < deadline
@@ -611,7 +611,7 @@ def test_no_process_of_ours(connect: Connect, serve: Serve) -> None:
 
 
 def children() -> set[str]:
-    """Give the processes that any thread of this one has started."""
+    """Return the processes that any thread of this one has started."""
     found = Path("/proc/self/task").glob("*/children")
     return {child for each in found for child in each.read_text(encoding="ascii").split()}
 

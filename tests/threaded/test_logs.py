@@ -30,7 +30,7 @@ def everything(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def check(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Few lines, each of which is fit to be read; give them."""
+    """Few lines, each of which is fit to be read; return them."""
     ours = [each for each in caplog.records if each.name.startswith("mlproducer")]
     lines = [each.getMessage() for each in ours]
     assert len(lines) < FEW

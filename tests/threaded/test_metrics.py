@@ -68,7 +68,7 @@ def produce(registry: CollectorRegistry) -> Iterator[Produce]:
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
-    """Give one series' value, 0 where there is none."""
+    """Return one series' value, 0 where there is none."""
     return registry.get_sample_value(f"ml_producer_{name}", labels) or 0.0
 
 
@@ -270,7 +270,7 @@ class Queues(Moody):
 
 
 def depths(registry: CollectorRegistry) -> dict[str, float]:
-    """Give what is shown of each queue."""
+    """Return what is shown of each queue."""
     samples = metrics.samples(registry)
     return {lab["queue_name"]: n for name, lab, n in samples if name == "ml_producer_queue_depth"}
 
@@ -456,7 +456,7 @@ def test_duration_counts_from_the_call(
 
 
 def run(code: str, directory: Path, **environ: str) -> list[str]:
-    """Run a program beside files of multiprocess mode, and give the lines that it prints."""
+    """Run a program beside files of multiprocess mode, and return the lines that it prints."""
     ended = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-c", HEAD + code],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environ},

@@ -57,13 +57,13 @@ def business(url: str) -> str:
 
 @pytest.fixture
 def broker(serve: Serve) -> FakeBroker:
-    """Give a broker that confirms everything."""
+    """Return a broker that confirms everything."""
     return serve()
 
 
 @pytest.fixture
 def producer(connect: Connect, broker: FakeBroker, url: str) -> MLProducer:
-    """Give a producer on the table, which looks for rows by itself only each minute."""
+    """Return a producer on the table, which looks for rows by itself only each minute."""
     made = connect(broker, store_url=url, retry_sweep_interval=30.0)
     made.start()
     assert made.wait_connected(LIMIT)
@@ -79,7 +79,7 @@ def connection(postgresql_server: PostgreSQLServer) -> Iterator[Any]:
 
 @pytest.fixture
 def engine(postgresql_server: PostgreSQLServer) -> Iterator[sqlalchemy.Engine]:
-    """Give SQLAlchemy's engine."""
+    """Yield SQLAlchemy's engine."""
     made = sqlalchemy.create_engine(
         postgresql_server.url.replace("postgresql://", "postgresql+psycopg://")
     )
@@ -93,7 +93,7 @@ def message(name: str) -> Message:
 
 
 def bodies(broker: FakeBroker, n: int) -> list[bytes]:
-    """Wait for messages, and give what they say."""
+    """Wait for messages, and return what they say."""
     return [each.body for each in broker.wait_for_messages(n, LIMIT)]
 
 
@@ -331,7 +331,7 @@ class Busy:
 
 @pytest.fixture
 def application(connect: Connect, serve: Serve, tmp_path: Path) -> str:
-    """Give the path of an application's file with 250 rows in its outbox."""
+    """Return the path of an application's file with 250 rows in its outbox."""
     connect(serve(), store_url=f"sqlite:///{tmp_path}/store.db")
     path = f"{tmp_path}/application.db"
     engine = sqlalchemy.create_engine(f"sqlite:///{path}")

@@ -29,7 +29,7 @@ Open = Callable[..., RedisStore]
 
 @pytest.fixture
 def prefix() -> str:
-    """Give a prefix that no other test has."""
+    """Return a prefix that no other test has."""
     return f"test-{secrets.token_hex(4)}:"
 
 
@@ -46,17 +46,17 @@ def connect(redis_server: RedisServer, prefix: str) -> Iterator[Open]:
 
 
 def ids(rows: list[Row]) -> list[str]:
-    """Give the rows' message ids."""
+    """Return the rows' message ids."""
     return [row.record.envelope.message_id for row in rows]
 
 
 def waiting(*names: str) -> list[Entry]:
-    """Give entries that are due at once."""
+    """Return entries that are due at once."""
     return [Entry(Record(make_envelope(name)), 0.0) for name in names]
 
 
 def keys(server: RedisServer, prefix: str) -> set[str]:
-    """Give the names of all keys of a store, without what they begin with."""
+    """Return the names of all keys of a store, without what they begin with."""
     found = server.call("KEYS", f"{prefix}*")
     return {key.decode().removeprefix(f"{prefix}{{store}}:") for key in found}
 

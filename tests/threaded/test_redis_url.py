@@ -224,7 +224,7 @@ def test_a_password_is_in_no_text_and_no_frame(
 
 
 def inside(error: BaseException) -> str:
-    """Give what an error reporter would send: local variables of all frames but this file's."""
+    """Return what an error reporter would send: local variables of all frames but this file's."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     chained = f"{error.__cause__!r} {error.__context__!r}"
     return chained + repr([each.f_locals for each in frames if each.f_code.co_filename != __file__])

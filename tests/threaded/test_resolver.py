@@ -99,7 +99,7 @@ class Names:
 
 
 def record(host: str, port: int) -> Any:
-    """Give an address as `socket.getaddrinfo` does."""
+    """Return an address as `socket.getaddrinfo` does."""
     return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)[0]
 
 
@@ -111,7 +111,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 @contextmanager
 def silent(kind: str) -> Iterator[tuple[str, int]]:
-    """Give an address at which nothing is ever said."""
+    """Yield an address at which nothing is ever said."""
     with ExitStack() as stack:
         if kind == "nothing there":
             server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -577,7 +577,7 @@ threading.Thread(target=work).start()
 
 
 def interpreters() -> list[str]:
-    """Give this Python, and those from 3.12 on that are installed beside it."""
+    """Return this Python, and those from 3.12 on that are installed beside it."""
     installed = Path.home().glob(".pyenv/versions/3.1[2-9]*/bin/python")
     return [sys.executable, *map(str, sorted(installed))]
 

@@ -133,7 +133,7 @@ def test_no_retries(connect: Connect, serve: Serve) -> None:
 
 
 def ways(producer: MLProducer, policy: Any) -> list[Any]:
-    """Publish in each way that takes a policy; give what has their fates."""
+    """Publish in each way that takes a policy; return what has their fates."""
     return [
         producer.publish(make_message("a"), retry=policy),
         producer.submit(make_message("b"), retry=policy),

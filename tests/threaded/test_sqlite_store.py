@@ -43,12 +43,12 @@ def connect(path: Path) -> Iterator[Open]:
 
 
 def waiting(*names: str, size: int = 10) -> list[Entry]:
-    """Give entries that are due at once."""
+    """Return entries that are due at once."""
     return [Entry(Record(make_envelope(name, body=b"x" * size)), 0.0) for name in names]
 
 
 def ids(rows: list[Row]) -> list[str]:
-    """Give the rows' message ids."""
+    """Return the rows' message ids."""
     return [row.record.envelope.message_id for row in rows]
 
 

@@ -49,7 +49,7 @@ def broker_elsewhere() -> Iterator[tuple[str, Callable[[], int]]]:
 
 
 def real_seconds() -> float:
-    """Give the time of the system, which is not stopped."""
+    """Return the time of the system, which is not stopped."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 

@@ -72,7 +72,7 @@ class Exporter(SpanExporter):
         return SpanExportResult.SUCCESS
 
     def wait_for(self, count: int) -> list[ReadableSpan]:
-        """Wait until there are so many, and give them."""
+        """Wait until there are so many, and return them."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.spans) >= count, 4 * LIMIT), self.spans
             return list(self.spans)
@@ -100,19 +100,19 @@ def exporter(provider: TracerProvider, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def headers(message: ReceivedMessage) -> dict[str, Any]:
-    """Give a message's headers."""
+    """Return a message's headers."""
     return dict(message.properties.headers or {})
 
 
 def traceparent(span: ReadableSpan) -> str:
-    """Give the header that leads to a span."""
+    """Return the header that leads to a span."""
     context = span.get_span_context()
     assert context is not None
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def failure(span: ReadableSpan) -> str:
-    """Give what a span says of its failure, once it is said alike in both places."""
+    """Return what a span says of its failure, once it is said alike in both places."""
     error = (span.attributes or {}).get("error.type", "")
     expected = StatusCode.ERROR if error else StatusCode.UNSET
     assert (span.status.status_code, span.status.description or "") == (expected, error)
@@ -120,7 +120,7 @@ def failure(span: ReadableSpan) -> str:
 
 
 def happened(span: ReadableSpan) -> list[tuple[str, Any]]:
-    """Give a span's events with their reasons."""
+    """Return a span's events with their reasons."""
     return [(event.name, (event.attributes or {}).get("reason")) for event in span.events]
 
 
@@ -417,7 +417,7 @@ def test_interrupt_before_the_message_is_handed_over(
 
 
 def links(span: ReadableSpan) -> list[str]:
-    """Give the headers of the spans that a span links to."""
+    """Return the headers of the spans that a span links to."""
     contexts = [link.context for link in span.links]
     return [f"00-{c.trace_id:032x}-{c.span_id:016x}-{c.trace_flags:02x}" for c in contexts]
 

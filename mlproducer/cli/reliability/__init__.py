@@ -79,7 +79,7 @@ class Report:
         return None if results == {None} else False not in results
 
     def to_json(self) -> dict[str, Any]:
-        """Give what programs read."""
+        """Return what programs read."""
         steps = [{**asdict(step), "seconds": round(step.seconds, 3)} for step in self.steps]
         account = self.account.to_json()
         return {"scenario": self.scenario.name, "ok": self.ok, "steps": steps, "account": account}
@@ -98,7 +98,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Run what is asked, print, and say whether all went as expected.
+    """Run what is asked, print, and return whether all went as expected.
 
     :raises RabbitMQNotInstalled: no RABBITMQ_URL is set and there is no RabbitMQ to start
     """

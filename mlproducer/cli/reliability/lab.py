@@ -121,7 +121,7 @@ class Lab:
         return producer
 
     def shared(self) -> MLProducer:
-        """Give the one producer of trials that build on each other."""
+        """Return the one producer of trials that build on each other."""
         if self._shared is None:
             self._shared = self.producer()
         return self._shared
@@ -132,7 +132,7 @@ class Lab:
         return self._stack.enter_context(Proxy((broker.host, broker.port)))
 
     def through(self, proxy: Proxy) -> str:
-        """Give the broker's address behind a proxy."""
+        """Return the broker's address behind a proxy."""
         return proxy.url(self.url.partition(",")[0].strip())
 
     def events(self, producer: MLProducer, name: EventName) -> queue.SimpleQueue[Any]:
@@ -163,7 +163,7 @@ class Lab:
             answer.result(SETTLING)
 
     def publish_at_once(self, producer: MLProducer, count: int, **options: Any) -> list[Any]:
-        """Publish from so many threads at once, and give what the calls said."""
+        """Publish from so many threads at once, and return what the calls said."""
         with ThreadPoolExecutor(count, "reliability") as pool:
             futures = [
                 pool.submit(self.journal.publish, producer, self.message(), **options)

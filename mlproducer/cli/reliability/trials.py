@@ -67,7 +67,7 @@ class Step:
 
 
 def expect(well: bool, seen: str) -> str:
-    """Give what was seen.
+    """Return what was seen.
 
     :raises UnexpectedError: it was not well
     """
@@ -77,7 +77,7 @@ def expect(well: bool, seen: str) -> str:
 
 
 def hear(events: queue.SimpleQueue[Any], limit: float, what: str) -> float:
-    """Wait for an event, and give how many seconds it took.
+    """Wait for an event, and return how many seconds it took.
 
     :raises UnexpectedError: it did not come within ``limit`` seconds
     """
@@ -90,7 +90,7 @@ def hear(events: queue.SimpleQueue[Any], limit: float, what: str) -> float:
 
 
 def see(come_about: Callable[[], bool], limit: float, what: str) -> float:
-    """Look until something has come about, and give how many seconds it took.
+    """Look until something has come about, and return how many seconds it took.
 
     :raises UnexpectedError: it did not within ``limit`` seconds
     """

@@ -87,7 +87,7 @@ def dead_letters(settings: Settings) -> list[Declaration]:
 
 
 def places_of(app: Celery) -> frozenset[Place]:
-    """Give the brokers to which the app sends."""
+    """Return the brokers to which the app sends."""
     return frozenset(map(place_of, _connections(app)))
 
 
@@ -98,7 +98,7 @@ def place_of(connection: Connection) -> Place:
 
 
 def _connections(app: Celery) -> Iterator[Connection]:
-    """Give a connection, not opened, for each broker between which the app fails over."""
+    """Yield a connection, not opened, for each broker between which the app fails over."""
     whole = app.connection_for_write()
     for url in whole.alt or [None]:
         login = {"ssl": whole.ssl, "login_method": whole.login_method}
@@ -114,7 +114,7 @@ def _refuse(scheme: str) -> None:
 
 
 def _url(connection: Connection) -> str:
-    """Give a broker's address as an AMQP URL of the standard form."""
+    """Return a broker's address as an AMQP URL of the standard form."""
     host, port, virtual_host = place_of(connection)
     host = f"[{host}]" if ":" in host else host
     scheme = "amqps" if _is_encrypted(connection) else "amqp"
@@ -133,7 +133,7 @@ _UNDERSTOOD = {"ca_certs", "certfile", "keyfile", "cert_reqs", "server_hostname"
 
 
 def _tls(use_ssl: Any) -> TLSSettings | None:
-    """Give our settings for ``broker_use_ssl``: True, or options of Python's ssl module."""
+    """Return our settings for ``broker_use_ssl``: True, or options of Python's ssl module."""
     if not isinstance(use_ssl, Mapping):
         return TLSSettings() if use_ssl else None
     unknown = sorted(map(str, use_ssl.keys() - _UNDERSTOOD))

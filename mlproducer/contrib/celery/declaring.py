@@ -27,7 +27,7 @@ DELAYED = "celery_delayed_27"
 
 
 def declarations_of(entities: Iterable[Any]) -> list[Declaration]:
-    """Give what declaring these queues and exchanges amounts to."""
+    """Return what declaring these queues and exchanges amounts to."""
     channel = _Noting()
     for entity in entities:
         entity.bind(channel).declare()
@@ -35,7 +35,7 @@ def declarations_of(entities: Iterable[Any]) -> list[Declaration]:
 
 
 def delayed_delivery(app: Celery) -> list[Declaration]:
-    """Give what Celery's workers declare for delayed delivery to the app's queues, and these."""
+    """Return what Celery's workers declare for delayed delivery to the app's queues, and these."""
     channel = _Noting()
     if delayed is not None:
         queues = [each for each in app.amqp.queues.values() if not isinstance(each, Broadcast)]

@@ -45,7 +45,7 @@ class Notes(Protocol):
 
 
 def notes_at(url: str) -> Notes:
-    """Give the notes at a URL; nothing is opened yet.
+    """Return the notes at a URL; nothing is opened yet.
 
     :raises ConfigurationError: the URL names no place for notes; nothing of it is quoted
     """

@@ -130,7 +130,7 @@ def uninstall(app: Celery) -> None:
 
 
 def producer_of(app: Celery) -> MLProducer:
-    """Give the producer through which an app sends; for its status, metrics and callbacks.
+    """Return the producer through which an app sends; for its status, metrics and callbacks.
 
     :raises ConfigurationError: none is installed, or none can be made from the app's settings
     """
@@ -187,7 +187,7 @@ class Installed:
     # --- the producer --------------------------------------------------------------------------
 
     def producer(self) -> MLProducer:
-        """Give the user's producer, or the one that is made from the app's settings."""
+        """Return the user's producer, or the one that is made from the app's settings."""
         producer = self.given or self._made
         if producer is not None:
             return producer
@@ -397,7 +397,7 @@ class LazyProducer:
         self.connection = _LazyConnection(self)
 
     def real(self) -> Any:
-        """Give the kombu producer: the one that was handed in, or one from the app's pool."""
+        """Return the kombu producer: the one that was handed in, or one from the app's pool."""
         if self.given is not None:
             return self.given
         if self._pooled is None:
@@ -595,7 +595,7 @@ class TaskProducer:
 
 
 def _encode(body: Any, options: dict[str, Any]) -> tuple[bytes, str, str | None]:
-    """Serialise as kombu does, and give the content's type and encoding."""
+    """Serialise as kombu does, and return the content's type and encoding."""
     content_type, encoding = options.get("content_type"), options.get("content_encoding")
     if not content_type:
         content_type, encoding, body = dumps(body, serializer=options.get("serializer"))
@@ -610,7 +610,7 @@ _FIELDS = ("correlation_id", "reply_to", "message_id", "timestamp", "type", "use
 
 
 def _fields(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the fields of a `Message` for the properties that Celery hands to kombu.
+    """Return the fields of a `Message` for the properties that Celery hands to kombu.
 
     What AMQP does not know (Celery hands over its own options too) kombu drops silently.
     """
@@ -628,7 +628,7 @@ def _fields(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Give a header with lists for tuples, which AMQP does not tell apart."""
+    """Return a header with lists for tuples, which AMQP does not tell apart."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -51,7 +51,7 @@ class ProcessProducer:
         return repr(self.current())
 
     def current(self) -> MLProducer:
-        """Give the producer of the moment; it is made where there is none.
+        """Return the producer of the moment; it is made where there is none.
 
         :raises ConfigurationError: ``settings.MLPRODUCER``, or the environment, does not parse
         """

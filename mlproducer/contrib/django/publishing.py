@@ -120,7 +120,7 @@ _batches = threading.local()
 
 
 def _batch(using: str | None) -> _Batch:
-    """Give the batch of the transaction that is open on this thread.
+    """Return the batch of the transaction that is open on this thread.
 
     One that was never begun is that of a transaction rolled back, and as good as new.
     """

@@ -38,7 +38,7 @@ def page(request: HttpRequest) -> HttpResponse:
 
 
 def page_json(request: HttpRequest) -> HttpResponse:
-    """Give what the page refreshes itself from."""
+    """Return what the page refreshes itself from."""
     if not _is_staff(request):
         raise PermissionDenied
     return _answer(request, "/page.json")
@@ -56,12 +56,12 @@ def health(request: HttpRequest) -> HttpResponse:
 
 
 def metrics(request: HttpRequest) -> HttpResponse:
-    """Give Prometheus's text."""
+    """Return Prometheus's text."""
     return _answer(request, "/metrics")
 
 
 def metrics_json(request: HttpRequest) -> HttpResponse:
-    """Give the sums."""
+    """Return the sums."""
     return _answer(request, "/metrics/json")
 
 

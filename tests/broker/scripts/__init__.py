@@ -146,7 +146,7 @@ def run(
 
 
 def drain(url: str, name: str) -> Counter[str]:
-    """Empty a queue, and give how often each message id was in it."""
+    """Empty a queue, and return how often each message id was in it."""
     connection = pika.BlockingConnection(pika.URLParameters(url))
     channel = connection.channel()
     seen: Counter[str] = Counter()

@@ -58,7 +58,7 @@ def show(thing: Any) -> None:
 
 
 def attempt(act: Callable[[], Any]) -> Any:
-    """Do something, and show what comes of it; give it back if it is no error."""
+    """Do something, and show what comes of it; return it unless it is an error."""
     try:
         result = act()
     except MLProducerError as error:
@@ -85,7 +85,7 @@ def tasks() -> list[Any]:
 
 
 def raw(routing_key: str, **fields: Any) -> Message:
-    """Give a message whose body, header and correlation id are secret."""
+    """Return a message whose body, header and correlation id are secret."""
     return Message(
         body=TEXT.encode(),
         routing_key=routing_key,

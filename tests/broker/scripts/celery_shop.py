@@ -138,7 +138,7 @@ def waited(name: str) -> Any:
 
 
 def duration(call: Callable[[], Any]) -> list[Any]:
-    """Give a result, and whether it took from two to six seconds."""
+    """Return a result, and whether it took from two to six seconds."""
     started = time.monotonic()
     return [call(), 1.5 < time.monotonic() - started < 6]
 
@@ -163,12 +163,12 @@ def failure() -> str:
 
 
 def soon() -> datetime:
-    """Give a moment in two seconds."""
+    """Return a moment in two seconds."""
     return datetime.now(timezone.utc) + timedelta(seconds=2.5)
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """Give each call, which returns what came of it."""
+    """Return each call, which returns what came of it."""
 
     def get(result: Any) -> Any:
         return result.get(timeout=LIMIT)

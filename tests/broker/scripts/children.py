@@ -36,12 +36,12 @@ def descriptors() -> dict[int, str]:
 
 
 def held() -> list[int]:
-    """Give the descriptors of sockets and epolls, all of which are the producer's here."""
+    """Return the descriptors of sockets and epolls, all of which are the producer's here."""
     return [fd for fd, link in descriptors().items() if link.startswith(("socket:", "anon_inode:"))]
 
 
 def local_ports() -> list[int]:
-    """Give the local ports of the connections to the broker that this process holds."""
+    """Return the local ports of the connections to the broker that this process holds."""
     ports = []
     for fd in (fd for fd, link in descriptors().items() if link.startswith("socket:")):
         with socket.socket(fileno=os.dup(fd)) as twin:

@@ -30,7 +30,7 @@ def scrape() -> None:
 
 
 def shown() -> dict[str, float]:
-    """Give the counts and gauges that are not zero, histograms left out."""
+    """Return the counts and gauges that are not zero, histograms left out."""
     collector = metrics._collectors[metrics.REGISTRY]
     samples = [sample for metric in collector.collect() for sample in metric.samples]
     short = {each.name.removeprefix("ml_producer_"): each.value for each in samples if each.value}

@@ -37,12 +37,12 @@ def tick() -> None:
 
 
 def waited() -> float:
-    """Give the seconds for which the one thread of all greenlets has waited for a CPU."""
+    """Return the seconds for which the one thread of all greenlets has waited for a CPU."""
     return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 
 
 def publish(producer: MLProducer, name: str, timeout: float = 5.0) -> str:
-    """Publish one, and give what was said."""
+    """Publish one, and return what was said."""
     message = Message(body=b"x", routing_key="ml.embed", message_id=name)
     return producer.publish(message, timeout=timeout).outcome.name
 

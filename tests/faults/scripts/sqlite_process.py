@@ -52,7 +52,7 @@ def say(thing: Any) -> None:
 
 
 def entry(name: str, delay: float | None) -> Entry:
-    """Give a message of 1 kB."""
+    """Return a message of 1 kB."""
     return Entry(Record(Envelope(name, "raw", "x", "k", b"\x10\x00", b"x" * 1000)), delay)
 
 
@@ -220,7 +220,7 @@ def _tell_and_close(store: SQLiteStore) -> None:
 
 
 def _in_child(work: Callable[[], None]) -> int:
-    """Do work in a child, and give its status; one that hangs is ended."""
+    """Do work in a child, and return its status; one that hangs is ended."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1]
