@@ -6,6 +6,8 @@ Runs on: pytest's main thread.
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,3 +31,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if _coverage is not None:
         _coverage.stop()
         _coverage.save()
+
+
+@pytest.fixture
+def audible_ctrl_c() -> Iterator[None]:
+    """Let programs hear SIGINT also where pytest, started in a shell's background, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -8,7 +8,6 @@ Runs on: pytest's main thread.
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,11 +90,3 @@ def proxy(rabbitmq_vhost: VirtualHost) -> Iterator[Proxy]:
     node = rabbitmq_vhost.node
     with Proxy((node.host, node.port)) as between:
         yield between
-
-
-@pytest.fixture
-def audible_ctrl_c() -> Iterator[None]:
-    """Let programs hear SIGINT also where pytest, started in a shell's background, ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
