@@ -21,7 +21,6 @@ from prometheus_client import CollectorRegistry
 from mlproducer import ConnectionState, MLProducer, Settings
 from mlproducer.errors import NackError, ProducerClosedError, StoreError, WouldDeadlockError
 from mlproducer.observe import callbacks
-from mlproducer.observe.callbacks import MAX_QUEUED
 from mlproducer.stores.memory import MemoryStore
 from tests.helpers import LIMIT, make_message
 from tests.stopwatch import Stopwatch, in_time
@@ -190,11 +189,14 @@ def test_threads_are_there_from_the_start(connect: Connect, serve: Serve) -> Non
     assert {"mlproducer-events", "mlproducer-futures"} <= names_of_threads()
 
 
-def test_done_callbacks_are_never_left_out(connect: Connect, serve: Serve) -> None:
+def test_done_callbacks_are_never_left_out(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More of them than events may wait are all called, beside an event's callback that hangs."""
+    monkeypatch.setattr(callbacks, "MAX_QUEUED", 100)
     producer = connect(serve(), max_in_flight=5000)
     free, last, called = threading.Event(), threading.Event(), itertools.count(1)
-    total = MAX_QUEUED + 2000
+    total = 1000
     producer.on("confirmed", lambda _: free.wait(LIMIT))
 
     def done(_future: Any) -> None:

@@ -17,7 +17,7 @@ from tests.helpers import LIMIT, make_message
 from tests.threaded.conftest import Connect, Serve
 from tests.threaded.moods import Moody, events_of
 
-STORM = 10_000
+STORM = 2_000
 FEW = 100
 BODY = b"a payload that nobody may read"
 SECRET = "wrong-horse-battery"
@@ -48,7 +48,7 @@ def publish_all(producer: MLProducer, count: int, *, retry: bool) -> list[Any]:
 
 
 def test_failures(connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """Ten thousand messages that the broker refuses are counted, and not logged one by one."""
+    """Thousands of messages that the broker refuses are counted, and not logged one by one."""
     producer = connect(serve(Moody("nack")))
     answers = publish_all(producer, STORM, retry=False)
     assert sum(isinstance(answer, PublishError) for answer in answers) == STORM
@@ -57,7 +57,7 @@ def test_failures(connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixtu
 
 
 def test_dead_letters(connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """Ten thousand dead letters are some lines, and the number of the others."""
+    """Thousands of dead letters are some lines, and the number of the others."""
     producer = connect(serve(Moody("nack")), max_message_retries=0, max_in_flight=STORM)
     publish_all(producer, STORM, retry=True)
     assert producer.flush(60.0) == 0
@@ -69,7 +69,7 @@ def test_dead_letters(connect: Connect, serve: Serve, caplog: pytest.LogCaptureF
 
 
 def test_callbacks(connect: Connect, serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """A callback that raises ten thousand times is logged some times."""
+    """A callback that raises thousands of times is logged some times."""
     producer = connect(serve())
 
     def raising(_event: object) -> None:

@@ -21,7 +21,7 @@ from mlproducer.errors import (
     PublishError,
     RetriesExhaustedError,
 )
-from mlproducer.observe.callbacks import MAX_QUEUED
+from mlproducer.observe import callbacks
 from mlproducer.observe.spans import Spans
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from mlproducer.tracing import trace_context
@@ -301,11 +301,14 @@ def test_slow_exporter(connect: Connect, serve: Serve, exporter: Exporter) -> No
     exporter.wait_for(20)
 
 
-def test_no_span_is_dropped(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+def test_no_span_is_dropped(
+    connect: Connect, serve: Serve, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More spans than events may wait all end, however long the exporter takes."""
     producer = connect(serve(), max_in_flight=5000)
     exporter.held.clear()
-    total = MAX_QUEUED + 500
+    monkeypatch.setattr(callbacks, "MAX_QUEUED", 100)
+    total = 600
     producer.publish_many([make_message()] * total)
     called = threading.Event()
     producer.submit(TASK).add_done_callback(lambda _: called.set())
