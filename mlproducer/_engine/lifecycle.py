@@ -129,6 +129,8 @@ class Lifecycle:
         if runtime is None:
             if self._starts.get("now") is start:
                 del self._starts["now"]
+            if start.is_over():  # its thread has said so as the last it does: let it be gone
+                threads.join_all(start.threads, time.monotonic() + CLAIM_LIMIT)
             raise _fresh(start.error)
         self._check_open()
         return runtime
