@@ -50,6 +50,9 @@ NEXT_ADDRESS_AFTER = 2.0
 RENEW_AT = 0.8
 """The share of a token's life after which it is renewed; what is left is for further tries."""
 
+RENEW_SHORTEST = 0.25
+"""Seconds between renewals at least: some give what is left of a token that is about to end."""
+
 RENEW_AGAIN = 0.05
 """The share of a token's life between those tries."""
 
@@ -379,7 +382,7 @@ class Connector:
         if identity.ends is not None and self._loop is not None:
             begun = identity.ends - identity.lifetime
             due = begun + identity.lifetime * RENEW_AT - time.monotonic()
-            self._renewal = self._loop.call_later(max(0.0, due), self._renew)
+            self._renewal = self._loop.call_later(max(RENEW_SHORTEST, due), self._renew)
 
     def _renew(self) -> None:
         self._renewal = None

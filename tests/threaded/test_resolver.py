@@ -323,6 +323,23 @@ def test_a_token_is_renewed_before_it_ends(connect: Connect, serve: Serve) -> No
     assert broker.accepted == 1
 
 
+def test_a_token_that_is_about_to_end_is_not_renewed_all_the_time(
+    connect: Connect, serve: Serve
+) -> None:
+    """A callable that keeps its token may give what is left of it, again and again."""
+    asks, asked = Asks(), []
+
+    def credentials() -> tuple[str, str, float]:
+        asked.append(time.monotonic())
+        return "u", "the same", 0.001
+
+    producer = connect(f"amqp://127.0.0.1:{serve(asks).port}/", credentials=credentials)
+    assert producer.wait_connected(LIMIT)
+    for _ in range(3):
+        assert asks.renewed.acquire(timeout=LIMIT)
+    assert min(gaps(asked)) >= connector_module.RENEW_SHORTEST
+
+
 def test_a_password_file_is_read_for_each_attempt(
     connect: Connect, serve: Serve, tmp_path: Path
 ) -> None:
