@@ -30,6 +30,7 @@ from mlproducer.stores import open_store
 from mlproducer.testing import Proxy, RabbitMQNode
 from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
+from mlproducer.testing.postgresql_server import PostgreSQLServer
 from mlproducer.testing.redis_server import RedisServer
 from mlproducer.topology import ROUTING_KEYS
 from tests.broker.conftest import Connect
@@ -47,7 +48,9 @@ INSTANTS = [
     pytest.param("sqlite", 12, 1, id="sqlite-12"),
     pytest.param("sqlite", 200, 2, id="sqlite-200", marks=pytest.mark.slow),
     pytest.param("redis", 6, 3, id="redis-6"),
-    pytest.param("redis", 60, 4, id="redis-60", marks=pytest.mark.slow),
+    pytest.param("redis", 200, 4, id="redis-200", marks=pytest.mark.slow),
+    pytest.param("postgresql", 6, 5, id="postgresql-6"),
+    pytest.param("postgresql", 200, 6, id="postgresql-200", marks=pytest.mark.slow),
 ]
 
 
@@ -55,28 +58,28 @@ INSTANTS = [
 class Scene:
     """A store, the journal of those who use it, and the broker's virtual host.
 
-    :ivar redis: the store's URL in Redis; SQLite without
+    :ivar server: the store's URL in Redis or PostgreSQL; SQLite without
     :ivar rows: how many rows each process left in the store when it was killed, together
     """
 
     url: str = field(repr=False)
     folder: Path
     write_ahead: bool = True
-    redis: str | None = None
+    server: str | None = None
     rows: int = 0
     _names: Iterator[int] = field(factory=lambda: iter(range(1_000_000)))
 
     @property
     def store_url(self) -> str:
         """The store as settings name it."""
-        if self.redis is not None:
-            return f"{self.redis}&write_ahead={self.write_ahead:d}"
+        if self.server is not None:
+            return f"{self.server}&write_ahead={self.write_ahead:d}"
         return f"sqlite:///{self.folder / 'store.db'}?write_ahead={self.write_ahead:d}"
 
     @property
     def lease(self) -> float:
         """Seconds for which a process may be silent."""
-        return 10 * LIMIT if self.redis is None else LEASE
+        return 10 * LIMIT if self.server is None else LEASE
 
     @contextmanager
     def publisher(self, role: str, url: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
@@ -103,7 +106,7 @@ class Scene:
 
     def left(self) -> int:
         """Count the rows in the store; a file has to be whole."""
-        if self.redis is not None:
+        if self.server is not None:
             with closing(open_store(Settings(store_url=self.store_url))) as store:
                 return store.depth().total
         with closing(sqlite3.connect(self.folder / "store.db")) as connection:
@@ -169,14 +172,18 @@ def test_killed_at_any_instant(
     scene: Scene,
     mortal_node: RabbitMQNode,
     connect: Connect,
-    redis_server: RedisServer,
+    request: pytest.FixtureRequest,
     kind_of_store: str,
     instants: int,
     seed: int,
 ) -> None:
     """No message is lost whose call had returned, with the broker there, frozen or killed (97)."""
     if kind_of_store == "redis":
-        scene.redis = f"{redis_server.url}?prefix=kill9-{secrets.token_hex(4)}:"
+        redis: RedisServer = request.getfixturevalue("redis_server")
+        scene.server = f"{redis.url}?prefix=kill9-{secrets.token_hex(4)}:"
+    elif kind_of_store == "postgresql":
+        postgresql: PostgreSQLServer = request.getfixturevalue("postgresql_server")
+        scene.server = f"{postgresql.url}?table=kill9_{secrets.token_hex(4)}"
     chance = random.Random(seed)
     never = threading.Event()
     kinds = [FAULTS[number % len(FAULTS)] for number in range(instants)]

@@ -1,5 +1,8 @@
 """From COMMIT on, nothing is lost: applications, relays, PostgreSQL and the broker are killed.
 
+The account is the application's own: a business row is in its table if and only if its transaction
+was committed, whatever the process that asked for it lived to hear.
+
 Runs on: pytest's main thread; processes of their own.
 """
 
@@ -8,11 +11,13 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -23,29 +28,42 @@ from mlproducer.testing.audit import drain
 from tests.broker.commands import COMMAND, environ_of
 from tests.faults.traffic import FIGURES
 
-INSTANTS = 45
 LIMIT = 120.0
 LEASE = 2.0
+FASTER = {"ML_STORE_LEASE": f"{LEASE * 1000:.0f}", "ML_RETRY_SWEEP_INTERVAL": "200"}
 
 SCRIPT = Path(__file__).parent / "scripts" / "outbox_app.py"
 
+AWAY = ("postgresql killed", "broker frozen", "postgresql frozen", "broker killed")
+CYCLE = [kind for away in AWAY for kind in (away, "relay killed", "application alone")]
+"""A third of the instants each: a server is away, a relay is killed, nothing else happens."""
+
+INSTANTS = [
+    pytest.param(20, 1, id="20"),
+    pytest.param(200, 2, id="200", marks=pytest.mark.slow),
+]
+FRAMEWORKS = ("django", "sqlalchemy")
+
+SLOW_COMMIT = {"fsync": "on", "commit_delay": "2000", "commit_siblings": "0"}
+"""Each COMMIT takes 2 ms, so that kills fall into it."""
+
 
 class Relays:
-    """Two relays; the older one is killed, and another one started."""
+    """Some relays; the oldest is killed, and another one started."""
 
     def __init__(self, broker: RabbitMQNode, store: str, stack: ExitStack) -> None:
-        more = {"ML_STORE_URL": store, "ML_STORE_LEASE": f"{LEASE * 1000:.0f}"}
-        more["ML_RETRY_SWEEP_INTERVAL"] = "200"
-        self._environ = environ_of(broker.url, more)
+        self._environ = environ_of(broker.url, {"ML_STORE_URL": store, **FASTER})
         self._stack = stack
-        self._relays = [self._start(), self._start()]
+        self._relays: list[subprocess.Popen[bytes]] = []
+        self.start()
 
     def kill_one(self) -> None:
-        """SIGKILL the older one."""
+        """SIGKILL the oldest."""
         _end(self._relays.pop(0))
-        self._relays.append(self._start())
+        self.start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
+        """Start one more."""
         relay = subprocess.Popen(
             [*COMMAND, "relay"],
             env=self._environ,
@@ -53,57 +71,167 @@ class Relays:
             stderr=subprocess.DEVNULL,
         )
         self._stack.callback(_end, relay)
-        return relay
+        self._relays.append(relay)
+
+
+class Application:
+    """The program, whose business is killed around its COMMITs.
+
+    :ivar last: of each kill the transaction under way, and how far it was
+    """
+
+    def __init__(
+        self, framework: str, server: PostgreSQLServer, broker: RabbitMQNode, stack: ExitStack
+    ) -> None:
+        self._program = subprocess.Popen(
+            [sys.executable, str(SCRIPT), framework, server.url, server.url],
+            env=environ_of(broker.url, FASTER),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stack.callback(_end, self._program)
+        self._name = ""
+        self.last: list[tuple[str, str]] = []
+
+    def begin(self, how: str = "") -> None:
+        """Have it do business, and wait for its first COMMIT."""
+        [self._name] = self._ask(f"begin {how}")
+
+    def kill(self) -> None:
+        """Have it killed around a COMMIT."""
+        number, how_far = self._ask("kill")
+        self.last.append((f"{self._name}-{number}", how_far))
+
+    def _ask(self, order: str) -> list[str]:
+        stdin, stdout = _pipes(self._program)
+        stdin.write(f"{order}\n")
+        stdin.flush()
+        return stdout.readline().split()[1:]
+
+
+def _pipes(program: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
+    assert program.stdin is not None
+    assert program.stdout is not None
+    return program.stdin, program.stdout
 
 
 def _end(program: subprocess.Popen[Any]) -> None:
     program.kill()
     program.wait(LIMIT)
+    for pipe in (program.stdin, program.stdout):
+        if pipe is not None:
+            pipe.close()
 
 
-@pytest.mark.slow
-def test_every_committed_row_arrives_and_no_other() -> None:
-    """A third of the instants each: a relay is killed, PostgreSQL is, the broker is."""
-    faults = Counter[str]()
-    with ExitStack() as stack:
-        server = stack.enter_context(PostgreSQLServer())
-        broker = stack.enter_context(RabbitMQNode())
+@contextmanager
+def away(kind: str, server: PostgreSQLServer, broker: RabbitMQNode) -> Iterator[None]:
+    """Have PostgreSQL or the broker away, and back afterwards."""
+    place: PostgreSQLServer | RabbitMQNode = server if "postgresql" in kind else broker
+    if "frozen" in kind:
+        place.freeze()
+    else:
+        if place is broker:
+            broker.save_queues()
+        place.kill()
+    try:
+        yield
+    finally:
+        if "frozen" in kind:
+            place.thaw()
+        else:
+            place.start()
+
+
+@pytest.mark.parametrize(("instants", "seed"), INSTANTS)
+def test_every_committed_row_arrives_and_no_other(instants: int, seed: int) -> None:
+    """Two applications are killed around COMMIT, with all others there, away or killed (I35, I36).
+
+    With Django the killed process has a producer of its own, beside the relays; with SQLAlchemy
+    the relays alone deliver. Before there are faults, rows go out in the order of each transaction.
+    """
+    chance = random.Random(seed)
+    kinds = [CYCLE[number % len(CYCLE)] for number in range(instants)]
+    chance.shuffle(kinds)
+    never = threading.Event()
+    with ExitStack() as outer:
+        server = outer.enter_context(PostgreSQLServer(config=SLOW_COMMIT))
+        broker = outer.enter_context(RabbitMQNode())
+        stack = outer.enter_context(ExitStack())
         with closing(PostgreSQLStore(server.url, lease=LEASE)) as store:
             store.create()
         server.call("CREATE TABLE orders (id text PRIMARY KEY)", user="app")
         relays = Relays(broker, server.url, stack)
-        database = server.url.replace("postgresql://", "postgresql+psycopg://")
-        application = subprocess.Popen(
-            [sys.executable, str(SCRIPT), database, server.url, str(INSTANTS)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert application.stdout is not None
-        stack.enter_context(application.stdout)
-        stack.callback(_end, application)
-        for line in application.stdout:
-            fault = ("relay", "postgresql", "broker")[int(line) % 3]
-            faults[fault] += 1
-            if fault == "relay":
-                relays.kill_one()
-            elif fault == "postgresql":
-                server.kill()
-                server.start()
+        applications = [Application(each, server, broker, stack) for each in FRAMEWORKS]
+        before = _in_order(applications, server, broker)
+        relays.start()
+        for number, kind in enumerate(kinds):
+            application = applications[number % len(applications)]
+            application.begin()
+            never.wait(chance.uniform(0.0, 0.2))
+            if kind in AWAY:
+                with away(kind, server, broker):
+                    never.wait(chance.uniform(0.0, 0.2))
+                    application.kill()
             else:
-                broker.save_queues()
-                broker.kill()
-                broker.start()
-        assert application.wait(LIMIT) == 0
-        committed = {row[0] for row in server.call("SELECT id FROM orders", user="app")}
+                if kind == "relay killed":
+                    relays.kill_one()
+                application.kill()
+        committed = _committed(server) - before
         _wait_until_empty(server)
         arrived = drain(broker.url, ["ml.embed"])
-    assert sum(faults.values()) == INSTANTS
-    assert set(arrived) == committed
-    assert len(committed) > INSTANTS
-    again = sum(arrived.values()) - len(arrived)
-    FIGURES["outbox, killed at random instants"] = (
-        f"{len(committed)} rows committed and delivered, {again} more than once; {dict(faults)}"
+    assert (committed - arrived.keys(), arrived.keys() - committed) == (set(), set())
+    _tell(kinds, applications, committed, arrived)
+    assert len(committed) > instants
+
+
+def _in_order(
+    applications: Sequence[Application], server: PostgreSQLServer, broker: RabbitMQNode
+) -> set[str]:
+    """Have one relay deliver what applications commit that do not, and give what that was."""
+    for application in applications:
+        application.begin("alone")
+        threading.Event().wait(0.3)
+        application.kill()
+    committed = _committed(server)
+    _wait_until_empty(server)
+    arrived = drain(broker.url, ["ml.embed"])
+    assert arrived.keys() == committed
+    assert arrived.total() == len(arrived)
+    transactions: dict[str, list[str]] = {}
+    for order in arrived:
+        transaction, _, place = order.rpartition("-")
+        transactions.setdefault(transaction, []).append(place)
+    assert {"".join(each) for each in transactions.values()} == {"0123"}
+    return committed
+
+
+def _tell(
+    kinds: Sequence[str],
+    applications: Sequence[Application],
+    committed: set[str],
+    arrived: Counter[str],
+) -> None:
+    """Write down the figures."""
+    again = arrived.total() - len(arrived)
+    found = Counter[str]()
+    for application in applications:
+        for transaction, how_far in application.last[1:]:
+            done = f"{transaction}-0" in committed
+            found[f"{how_far}, {'committed' if done else 'not committed'}"] += 1
+    FIGURES[f"outbox: killed at {len(kinds)} instants"] = (
+        f"{len(committed)} rows committed, 0 lost, 0 of others, {again} second copies with the "
+        f"same id; the transaction under way was: {dict(found)}; {dict(Counter(kinds))}"
     )
+
+
+def _committed(server: PostgreSQLServer) -> set[str]:
+    """Give the business rows; what a killed process asked for last may still be under way."""
+    server.call(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE usename = 'app' AND application_name = ''"  # relays have a name
+    )
+    return {row[0] for row in server.call("SELECT id FROM orders", user="app")}
 
 
 def _wait_until_empty(server: PostgreSQLServer) -> None:
