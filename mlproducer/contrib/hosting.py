@@ -22,10 +22,10 @@ PRODUCER = "PRODUCER"
 
 
 def settings_of(given: Mapping[str, Any], name: str) -> Settings:
-    """Read fields of `Settings` in upper case; the environment where one is missing.
+    """Read fields of `Settings` in upper case; those that are missing come from the environment.
 
-    :param given: may also have the key `PRODUCER`, which is left out
-    :param name: what errors call the place where they stand
+    :param given: may also have the key `PRODUCER`, which is ignored
+    :param name: the name of the setting in the text of errors
     :raises ConfigurationError: there is no such field, or a value does not parse
     """
     odd = [str(key) for key in given if not (isinstance(key, str) and key.isupper())]
@@ -41,13 +41,13 @@ def settings_of(given: Mapping[str, Any], name: str) -> Settings:
 def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
     """Make the producer that settings describe.
 
-    Where a test runs and nothing names another one, it is a `RecordingProducer`, whatever broker
-    settings and environment name: a test must not publish by accident.
+    In a test run it is a `RecordingProducer` unless `PRODUCER` is given, whatever broker settings
+    and environment name: a test must not publish by accident.
 
     :param given: fields of `Settings` in upper case, and `PRODUCER`: a callable that takes the
         `Settings`, its dotted name, or a producer
-    :param name: what errors call the place where they stand
-    :raises ConfigurationError: it cannot be made; the text names the reason
+    :param name: the name of the setting in the text of errors
+    :raises ConfigurationError: it cannot be made; the text has the reason
     """
     settings = settings_of(given, name)
     maker = given.get(PRODUCER) or MLProducer
@@ -55,7 +55,7 @@ def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
         from mlproducer.testing import RecordingProducer  # noqa: PLC0415 - only tests need it
 
         maker = RecordingProducer
-        text = "a test runs: tasks are recorded, not published, unless %s names a PRODUCER"
+        text = "in a test run tasks are recorded and not published, unless %s has a PRODUCER"
         logger.info(text, name)
     if isinstance(maker, str):
         maker = _imported(maker, name)
@@ -72,7 +72,7 @@ def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
         raise ConfigurationError(f"{name}: {reason}") from error
     if not isinstance(made, MLProducer):
         raise ConfigurationError(
-            f"{name}: PRODUCER must give an MLProducer, gave {type(made).__name__}"
+            f"{name}: PRODUCER must return an MLProducer, got {type(made).__name__}"
         )
     return made
 
@@ -80,7 +80,7 @@ def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
 def in_test_run() -> bool:
     """Whether pytest, or ``python -m unittest``, runs tests in this process.
 
-    A process that such a test has started runs none itself.
+    It is false in a process that such a test has started.
     """
     if "pytest" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ:
         return True

@@ -1,12 +1,12 @@
-"""Celery: what an app sends as a task goes through a producer, and so is not lost.
+"""Celery: the tasks that an app sends go through a producer, and are not lost.
 
-Two lines adopt it, beside the app::
+Two lines beside the app::
 
     from mlproducer.contrib.celery import install
     install(app)
 
 ``delay``, ``apply_async``, ``send_task``, canvas, links, retries and beat then wait for the
-broker's confirm. On the workers' side, `deduplicate` leaves out a task that has been completed.
+broker's confirm. On the workers' side, `deduplicate` skips a task that has been completed.
 
 Runs on: the threads that send tasks, and those that run them.
 """

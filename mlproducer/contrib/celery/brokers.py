@@ -26,16 +26,16 @@ TRANSPORTS = ("amqp", "amqps", "pyamqp", "pyamqps", "librabbitmq")
 """kombu's names of RabbitMQ."""
 
 ALWAYS_THERE = "amq.topic"
-"""An exchange that every virtual host has: what a health check asks for, nothing being ours."""
+"""An exchange that every virtual host has, for the health probe."""
 
 Place = tuple[str, int, str]
 """Host, port and virtual host."""
 
 
 def check_transport(settings: Mapping[str, Any]) -> None:
-    """Check that Celery's settings lead to RabbitMQ, as far as they say.
+    """Check that the broker in Celery's settings is RabbitMQ, as far as they are known.
 
-    :raises ConfigurationError: another broker cannot confirm; the text names its scheme alone
+    :raises ConfigurationError: it is another broker; the text has only its scheme
     """
     urls = settings.get("broker_write_url") or settings.get("broker_url") or ""
     for each in urls.split(";") if isinstance(urls, str) else urls:
@@ -45,13 +45,13 @@ def check_transport(settings: Mapping[str, Any]) -> None:
 
 
 def producer_of_settings(app: Celery) -> MLProducer:
-    """Make a producer for the app's broker; what Celery does not say comes from the environment.
+    """Make a producer for the app's broker; other settings come from the environment.
 
     It declares by itself nothing but what Celery would.
 
     :raises ConfigurationError: the broker is not RabbitMQ, or a value does not parse
     """
-    check_transport(app.conf)  # first, since kombu's own library for it may be missing
+    check_transport(app.conf)  # first, since kombu's library for another broker may be missing
     connections = list(_connections(app))
     for each in connections:
         if each.transport_cls not in TRANSPORTS:
@@ -92,7 +92,7 @@ def places_of(app: Celery) -> frozenset[Place]:
 
 
 def place_of(connection: Connection) -> Place:
-    """Say where a connection leads."""
+    """Return host, port and virtual host of a connection."""
     port = connection.port or (5671 if _is_encrypted(connection) else 5672)
     return connection.hostname or "localhost", int(port), connection.virtual_host or "/"
 

@@ -1,7 +1,7 @@
-"""What Celery and kombu would declare, noted as declarations of ours instead of sent.
+"""What Celery and kombu would declare, recorded as declarations instead of sent.
 
-kombu's own code runs, on a stand-in for its channel, so that all arguments are those with which it
-declares, whatever its version.
+kombu's own code runs on a stand-in for its channel, so the arguments are those that it would
+declare with, whatever its version.
 
 Runs on: the threads that send tasks.
 """
@@ -23,20 +23,20 @@ except ImportError:  # before kombu 5.5
     delayed = None
 
 DELAYED = "celery_delayed_27"
-"""The exchange to which Celery sends a task that a quorum queue is to have later."""
+"""The exchange to which Celery sends a task that is due later and goes to a quorum queue."""
 
 
 def declarations_of(entities: Iterable[Any]) -> list[Declaration]:
-    """Return what declaring these queues and exchanges amounts to."""
-    channel = _Noting()
+    """Return the declarations that these queues and exchanges make."""
+    channel = _RecordingChannel()
     for entity in entities:
         entity.bind(channel).declare()
-    return channel.noted
+    return channel.recorded
 
 
 def delayed_delivery(app: Celery) -> list[Declaration]:
     """Return what Celery's workers declare for delayed delivery to the app's queues, and these."""
-    channel = _Noting()
+    channel = _RecordingChannel()
     if delayed is not None:
         queues = [each for each in app.amqp.queues.values() if not isinstance(each, Broadcast)]
         for queue in queues:
@@ -45,23 +45,23 @@ def delayed_delivery(app: Celery) -> list[Declaration]:
         delayed.declare_native_delayed_delivery_exchanges_and_queues(channel, queue_type)
         for queue in queues:
             delayed.bind_queue_to_native_delayed_delivery_exchange(channel, queue)
-    return channel.noted
+    return channel.recorded
 
 
-class _Noting:
+class _RecordingChannel:
     """A kombu channel, and its connection, as far as entities need one to be declared."""
 
     def __init__(self) -> None:
-        self.noted: list[Declaration] = []
+        self.recorded: list[Declaration] = []
 
-    def channel(self) -> _Noting:
-        """Be the channel of this connection too."""
+    def channel(self) -> _RecordingChannel:
+        """Return this object, which stands for connection and channel."""
         return self
 
     def prepare_queue_arguments(
         self, arguments: Mapping[str, Any], **options: Any
     ) -> Mapping[str, Any]:
-        """Give a queue's arguments their names on the wire."""
+        """Return a queue's arguments under their names on the wire."""
         wire: Mapping[str, Any] = to_rabbitmq_queue_arguments(arguments, **options)
         return wire
 
@@ -76,8 +76,8 @@ class _Noting:
         arguments: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Note it."""
-        self._note(
+        """Record the declaration."""
+        self._record(
             "exchange_declare",
             exchange=exchange,
             exchange_type=type,
@@ -98,8 +98,8 @@ class _Noting:
         arguments: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> tuple[str, int, int]:
-        """Note it; kombu takes the name from the answer."""
-        self._note(
+        """Record the declaration; kombu takes the name from the answer."""
+        self._record(
             "queue_declare",
             queue=queue,
             passive=passive,
@@ -119,8 +119,8 @@ class _Noting:
         arguments: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Note it."""
-        self._note(
+        """Record the declaration."""
+        self._record(
             "queue_bind",
             queue=queue,
             exchange=exchange,
@@ -137,8 +137,8 @@ class _Noting:
         arguments: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Note it."""
-        self._note(
+        """Record the declaration."""
+        self._record(
             "exchange_bind",
             destination=destination,
             source=source,
@@ -146,7 +146,7 @@ class _Noting:
             arguments=arguments,
         )
 
-    def _note(self, method: str, **arguments: Any) -> None:
+    def _record(self, method: str, **arguments: Any) -> None:
         # pika takes a routing key that is not given for the queue's name
         given = {key: each for key, each in arguments.items() if each or key == "routing_key"}
-        self.noted.append(Declaration(method, given))
+        self.recorded.append(Declaration(method, given))

@@ -1,11 +1,10 @@
-"""Leaves out, on the workers' side, tasks that have been completed before.
+"""Skips, on the workers' side, tasks that have been completed before.
 
 At-least-once delivery means that a worker may get a task twice: after a lost connection it is sent
 again, and after a lost worker the broker delivers it again. Both copies have the same id.
 
-What has been completed is noted once everything that Celery does after it is done, its result
-stored and its callbacks sent, and before the message is acknowledged (with ``acks_late``). What was
-cut off before that runs again.
+A task is noted as completed once Celery has stored its result and sent its callbacks, and before
+the message is acknowledged (with ``acks_late``). A task that was cut off before that runs again.
 
 Runs on: the threads that run tasks.
 """
@@ -30,16 +29,17 @@ from mlproducer.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 KEY = "_mlproducer_completed"
-"""Under which an app, or a task, remembers that this is installed."""
+"""The attribute by which an app, or a task, is known to have this installed."""
 
 PAUSE = 5.0
-"""Seconds for which a place that was away is not asked, so that tasks do not wait for it."""
+"""Seconds for which notes that could not be reached are not asked, so that no task waits."""
 
 
 def deduplicate(app: Celery, url: str, ttl: float = 86400) -> None:
-    """Have workers leave out a task that has been completed: it is acknowledged, and not run.
+    """Let workers skip a task that has been completed: it is acknowledged, and not run.
 
-    Beside the app, in the module that workers load. It does nothing where tasks are only sent.
+    Call it beside the app, in the module that workers load; it has no effect where tasks are only
+    sent.
 
     :param url: where completed tasks are noted: ``redis://host:port/db`` (``rediss://``,
         ``redis+sentinel://``, ``unix://``), or ``sqlite:///file.db`` for workers of one machine
@@ -57,7 +57,7 @@ def deduplicate(app: Celery, url: str, ttl: float = 86400) -> None:
 
 
 class Completed:
-    """Watches over the tasks of one app."""
+    """Checks and notes the tasks of one app."""
 
     def __init__(self, app: Celery, notes: Notes, ttl: float) -> None:
         self._app = app
@@ -67,7 +67,7 @@ class Completed:
         self._away = False
 
     def watch(self, *_: Any, **__: Any) -> None:
-        """Have each task look whether it has been completed, before it runs."""
+        """Let each task check, before it runs, whether it has been completed."""
         for task in list(self._app.tasks.values()):
             if KEY not in task.__dict__ and not task.name.startswith("celery."):
                 setattr(task, KEY, self)
@@ -95,7 +95,7 @@ class Completed:
         return bool(self._reach(lambda: self.notes.has(key)))
 
     def _reach(self, ask: Callable[[], Any]) -> Any:
-        """Ask the place of the notes; ``None`` while it is away, which is told once."""
+        """Call the notes; return ``None`` while they cannot be reached, which is logged once."""
         if time.monotonic() < self._away_until:
             return None
         try:
@@ -104,12 +104,12 @@ class Completed:
             self._away_until = time.monotonic() + PAUSE
             if not self._away:
                 self._away = True
-                text = "duplicates are not left out while %s is away: %s"
+                text = "duplicates are not skipped while %s cannot be reached: %s"
                 write(logger, logging.WARNING, text, self.notes.name, type(error).__name__)
             return None
         if self._away:
             self._away = False
-            write(logger, logging.INFO, "duplicates are left out again: %s", self.notes.name)
+            write(logger, logging.INFO, "duplicates are skipped again: %s", self.notes.name)
         return answer
 
 
@@ -143,7 +143,7 @@ def _on_failure(sender: Any = None, **_: Any) -> None:
 
 
 def _key(task: Any) -> str | None:
-    """Name one run of a task; ``None`` where no worker runs it.
+    """Return the name of one run of a task; ``None`` if no worker runs it.
 
     A retry has the id of the task, and what replaces a task has it too.
     """

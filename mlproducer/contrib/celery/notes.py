@@ -1,4 +1,4 @@
-"""Where it is noted which tasks have been completed: Redis, or a SQLite file of one machine.
+"""The notes of which tasks have been completed: in Redis, or in an SQLite file of one machine.
 
 Runs on: the threads that run tasks; each has a connection of its own.
 """
@@ -19,19 +19,19 @@ from mlproducer.errors import ConfigurationError
 NAME = "deduplicate()'s url"
 
 PATIENCE = 1.0
-"""Seconds for which a SQLite file may be locked by another process."""
+"""Seconds for which an SQLite file may be locked by another process."""
 
 PREFIX = "mlproducer:completed:"
 
 SWEEP = 1000
-"""Notes after which a process deletes those from a SQLite file that are too old."""
+"""Notes after which a process deletes expired ones from an SQLite file."""
 
 
 class Notes(Protocol):
     """A set of names, each of which is forgotten after a while.
 
-    :ivar name: the place, fit for logs
-    :ivar errors: what is raised where the place is away
+    :ivar name: the host or path, for logs
+    :ivar errors: what is raised if the notes cannot be reached
     """
 
     name: str
@@ -47,7 +47,7 @@ class Notes(Protocol):
 def notes_at(url: str) -> Notes:
     """Return the notes at a URL; nothing is opened yet.
 
-    :raises ConfigurationError: the URL names no place for notes; nothing of it is quoted
+    :raises ConfigurationError: the URL is for no kind of notes; it is not quoted
     """
     store_url.check(url, NAME)
     scheme = url.partition("://")[0]
@@ -59,7 +59,7 @@ def notes_at(url: str) -> Notes:
 
 
 class _Own(threading.local):
-    """What belongs to one thread of one process."""
+    """A thread's connection, and the process that opened it."""
 
     pid = 0
     connection: Any = None
@@ -96,7 +96,7 @@ class RedisNotes:
         except self.errors:
             if not reused:
                 raise
-        return self._exchange(own, command)  # it was idle, and was closed meanwhile
+        return self._exchange(own, command)  # the idle connection had been closed
 
     def _exchange(self, own: _Own, command: tuple[str, ...]) -> Any:
         if own.connection is None:
@@ -112,7 +112,7 @@ class RedisNotes:
 
 
 class SQLiteNotes:
-    """Notes in a SQLite file, which the workers of one machine share."""
+    """Notes in an SQLite file, which the workers of one machine share."""
 
     def __init__(self, path: str) -> None:
         self._path = str(Path(path).absolute())

@@ -1,4 +1,4 @@
-"""Stands between an app and the broker: hands what Celery has made of a task to a producer.
+"""Hands each task that Celery has encoded to a producer, instead of to kombu.
 
 Celery still does everything up to that point: routing, signals, serialisation, stamps. What is
 replaced is the kombu producer to which its sender (``app.amqp.send_task_message``) hands the
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 Rollout = float | Callable[[str], bool]
 
 KEY = "_mlproducer"
-"""Under which an app remembers what is installed."""
+"""The attribute by which an app is known to have this installed."""
 
 DEAD_LETTERS = "dead letters"
 """Under which it is noted that their exchange and queue have been declared."""
@@ -59,12 +59,12 @@ SHUTDOWN_LIMIT = 5.0
 
 
 class PublishFailedError(OperationalError):
-    """A task was not sent, and will not be: it is the caller's again.
+    """A task was not sent, and will not be sent later.
 
     Its ``__cause__`` is the `mlproducer.errors.MLProducerError` that says why. Code that catches
     ``kombu.exceptions.OperationalError`` catches it too.
 
-    :ivar possibly_sent: whether the broker may have the task all the same
+    :ivar possibly_sent: whether the broker may have the task nevertheless
     """
 
     def __init__(self, text: str = "", *, possibly_sent: bool = False) -> None:
@@ -74,11 +74,11 @@ class PublishFailedError(OperationalError):
 
 @frozen(kw_only=True)
 class TaskMessage(Message):
-    """A task as Celery has encoded it; with a `RecordingProducer` tests find these.
+    """A task as Celery has encoded it; a `RecordingProducer` records these.
 
-    :ivar name: of the task
-    :ivar args: what it is called with
-    :ivar kwargs: likewise
+    :ivar name: the task's name
+    :ivar args: its positional arguments
+    :ivar kwargs: its keyword arguments
     """
 
     name: str
@@ -100,10 +100,10 @@ def install(
         (``broker_write_url`` or ``broker_url``, ``broker_use_ssl``) and, for everything else, from
         the environment; see `producer_of`
     :param rollout: the share of tasks that goes through the producer, from 0.0 to 1.0, chosen by
-        task id; or a callable that tells by task name. The rest is sent by Celery's own way.
+        task id; or a callable that takes the task's name. The rest is sent by Celery's own way.
         ``None`` is the producer's ``settings.rollout`` (``ML_ROLLOUT``)
     :raises ConfigurationError: ``rollout`` is out of range, or the app's broker is not RabbitMQ;
-        where the app's settings are not loaded yet, the first task raises that
+        if the app's settings are not loaded yet, the first task raises that
     """
     _check_rollout(rollout)
     if producer is None:
@@ -116,12 +116,12 @@ def install(
         app.__dict__["producer_or_acquire"] = installed.producer_or_acquire
         _all.add(installed)
     if producer is not None:
-        installed.give(producer)
+        installed.use(producer)
     installed.rollout = rollout
 
 
 def uninstall(app: Celery) -> None:
-    """Let Celery send the app's tasks itself again; a producer that was made is closed."""
+    """Let Celery send the app's tasks itself again, and close a producer that was made here."""
     installed = _installed(app)
     if installed is not None:
         _all.discard(installed)
@@ -155,16 +155,16 @@ def _check_rollout(rollout: object) -> None:
 
 @worker_process_shutdown.connect
 def _end_of_child(**_: Any) -> None:
-    """Deliver what a worker's child has sent: it ends without the interpreter's own end."""
+    """Deliver what a worker's child has sent: it runs no exit functions when it ends."""
     for installed in list(_all):
         installed.close()
 
 
 class Installed:
-    """What stands between one app and its producer.
+    """Connects one app and its producer.
 
-    :ivar given: the user's producer, where one was given
-    :ivar rollout: which tasks go through the producer; ``None``: as the settings say
+    :ivar given: the user's producer, if one was given
+    :ivar rollout: which tasks go through the producer; ``None`` for the setting
     :ivar lines: what is logged while tasks are sent, of which there may be many
     """
 
@@ -197,12 +197,12 @@ class Installed:
                 self._made = self._made or made
             return self._made
 
-    def give(self, producer: MLProducer) -> None:
-        """Take the user's producer; one that was made here delivers what it has, and ends."""
+    def use(self, producer: MLProducer) -> None:
+        """Use this producer; one that was made here delivers what it has and is closed."""
         self.given = producer
         self._declared = set()
         with self._lock:
-            # What nothing holds any more is closed once it has delivered everything.
+            # A producer without references is closed once it has delivered everything.
             made, self._made = self._made, None
             if made is not None:
                 self._replaced.add(made)
@@ -218,7 +218,7 @@ class Installed:
     # --- what Celery calls ---------------------------------------------------------------------
 
     def producer_or_acquire(self, producer: Any = None) -> Any:
-        """Give Celery a producer that takes a connection from its pool only where one is needed.
+        """Return a kombu producer that takes a connection from its pool only when it needs one.
 
         Stock Celery holds a slot of the pool (``broker_pool_limit``) while it sends, which would
         leave the eleventh thread waiting for the confirms of ten others.
@@ -238,7 +238,7 @@ class Installed:
                 self._hooked = amqp
 
     def unhook(self) -> None:
-        """Take the place of Celery's sender no more."""
+        """Put Celery's own sender back."""
         with self._lock:
             if self._hooked is not None:
                 self._hooked.__dict__["send_task_message"] = self._stock

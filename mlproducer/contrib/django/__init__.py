@@ -1,4 +1,4 @@
-"""Django: tasks that are published after COMMIT, or written with the transaction.
+"""Django: tasks that are published after COMMIT, or stored by the transaction itself.
 
 Add ``"mlproducer.contrib.django"`` to ``INSTALLED_APPS``, and the broker to the settings::
 

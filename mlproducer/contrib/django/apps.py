@@ -1,4 +1,4 @@
-"""The app: its checks, and what ends with a worker.
+"""The app: registers the checks, and closes the producer at the end of a Celery child.
 
 Runs on: the thread that sets Django up.
 """
@@ -23,7 +23,7 @@ class MLProducerConfig(AppConfig):
     verbose_name = "ML producer"
 
     def ready(self) -> None:
-        """Register the checks, and have the producer closed where its process ends without."""
+        """Register the checks, and close the producer where no exit functions run."""
         checks.register(check_broker, "mlproducer")
         checks.register(check_store, "mlproducer", deploy=True)
         setting_changed.connect(process.setting_changed)

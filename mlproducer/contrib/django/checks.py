@@ -1,4 +1,4 @@
-"""System checks: what would otherwise come out with the first COMMIT.
+"""System checks, for what would otherwise fail with the first COMMIT.
 
 Runs on: the thread that runs the checks.
 """
@@ -12,7 +12,7 @@ from mlproducer.errors import ConfigurationError
 
 
 def check_broker(**_: object) -> list[checks.CheckMessage]:
-    """Say what is wrong with the settings, and whether a broker is named.
+    """Check that the settings parse and name a broker.
 
     ``mlproducer.E001``: the settings do not parse. ``mlproducer.E002``: they name no broker.
     """
@@ -28,8 +28,8 @@ def check_broker(**_: object) -> list[checks.CheckMessage]:
         made.settings.brokers  # noqa: B018 - reads all that names a broker
     except ConfigurationError as error:
         hint = (
-            'Set MLPRODUCER = {"URL": ...}, or RABBITMQ_URL in the environment. Where tasks are '
-            'not to be published at all: MLPRODUCER = {"PRODUCER": '
+            'Set MLPRODUCER = {"URL": ...}, or RABBITMQ_URL in the environment. To publish no '
+            'tasks at all: MLPRODUCER = {"PRODUCER": '
             '"mlproducer.testing.RecordingProducer"}.'
         )
         return [checks.Error(str(error), hint=hint, id="mlproducer.E002")]
@@ -37,16 +37,16 @@ def check_broker(**_: object) -> list[checks.CheckMessage]:
 
 
 def check_store(**_: object) -> list[checks.CheckMessage]:
-    """Say, with ``--deploy``, that what is deferred is lost with the process.
+    """Warn, with ``--deploy``, of a store that is lost with the process.
 
     ``mlproducer.W003``: the store is ``memory://``.
     """
     try:
         made = one.current()
     except ConfigurationError:
-        return []  # which check_broker tells
+        return []  # check_broker reports it
     if not made.settings.store_url.startswith("memory:"):
         return []
-    hint = "Name a durable one: STORE_URL, or ML_STORE_URL in the environment."
+    hint = "Set STORE_URL, or ML_STORE_URL in the environment, to a durable store."
     text = "Tasks that wait for the broker are lost with the process: the store is memory://."
     return [checks.Warning(text, hint=hint, id="mlproducer.W003")]

@@ -1,7 +1,7 @@
 """The process's one producer, made from ``settings.MLPRODUCER`` when it is first used.
 
-What a module imports stays right for good: it is a stand-in, which asks for the producer of the
-moment. That one is made again when settings are overridden, and when a test run begins or ends.
+Modules import a stand-in, which looks the current producer up at each use. Another one is made
+when settings are overridden, and when a test run begins or ends.
 
 Runs on: Django's threads.
 """
@@ -22,13 +22,13 @@ SETTING = "MLPRODUCER"
 
 
 def in_tests() -> bool:
-    """Whether tests run: by Django's runners, pytest-django, pytest or unittest."""
+    """Return whether tests run: by Django's runners, pytest-django, pytest or unittest."""
     state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
     return hasattr(state, "saved_data") or hosting.in_test_run()
 
 
 class ProcessProducer:
-    """Stands for the producer of this process; all that an `MLProducer` has, it has."""
+    """Stands for the producer of this process, with all attributes of an `MLProducer`."""
 
     def __init__(self) -> None:
         self._made: dict[bool, MLProducer] = {}
@@ -40,7 +40,7 @@ class ProcessProducer:
 
     @__class__.setter
     def __class__(self, other: Any) -> None:
-        raise TypeError("the class is that of the producer which it stands for")
+        raise TypeError("the class is that of the producer, and cannot be set")
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_made", "_additions"):  # a copy that is not complete yet
@@ -51,22 +51,22 @@ class ProcessProducer:
         return repr(self.current())
 
     def current(self) -> MLProducer:
-        """Return the producer of the moment; it is made where there is none.
+        """Return the current producer; make it if there is none.
 
         :raises ConfigurationError: ``settings.MLPRODUCER``, or the environment, does not parse
         """
         testing = in_tests()
         made = self._made.get(testing)
-        if made is None:  # of two threads that come here at once, one makes it in vain
+        if made is None:  # of two threads at once, one makes a producer in vain
             made = self._made.setdefault(testing, self._make(testing=testing))
         return made
 
     def on(self, event: str, callback: Callable[..., object]) -> None:
-        """Call ``callback`` at an event, as `MLProducer.on`, of every producer that is to come."""
+        """Call ``callback`` at an event, as `MLProducer.on`, also for producers made later."""
         self._add("on", event, callback)
 
     def before_publish(self, hook: Callable[..., object]) -> None:
-        """Have ``hook`` called, as `MLProducer.before_publish`, by all that are to come."""
+        """Add a hook, as `MLProducer.before_publish`, also for producers made later."""
         self._add("before_publish", hook)
 
     def reset(self) -> None:
@@ -95,6 +95,6 @@ producer = cast(MLProducer, one)
 
 
 def setting_changed(*, setting: str, **_: object) -> None:
-    """Close the producer where a test overrides its settings."""
+    """Close the producer when a test overrides its settings."""
     if setting == SETTING:
         one.reset()

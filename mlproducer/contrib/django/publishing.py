@@ -1,4 +1,4 @@
-"""Publishing beside a transaction: after its COMMIT, or by it.
+"""Publishing with a transaction: after its COMMIT, or by its outbox.
 
 Runs on: the thread that has the transaction.
 """
@@ -65,10 +65,10 @@ def publish_in_transaction(task: Task, *, using: str | None = None) -> Receipt:
 
     After COMMIT it is delivered or dead-lettered, although this process dies at once; after
     ROLLBACK it never was. ``STORE_URL`` names the same PostgreSQL database as ``using``. A producer
-    that records notes the task at COMMIT.
+    that records does so at COMMIT.
 
     :param using: alias of the database; ``None`` is the default one
-    :returns: a receipt, DEFERRED, which follows the fate
+    :returns: a DEFERRED receipt, which follows the message's fate
     :raises InvalidMessageError: AMQP or strict JSON cannot carry it
     :raises ConfigurationError: there is no transaction, or no store in PostgreSQL
     """
@@ -78,19 +78,19 @@ def publish_in_transaction(task: Task, *, using: str | None = None) -> Receipt:
         return _recorded(made, task, using)
     receipt = outbox.add(connection, task, producer=made)
     if not made.running:
-        with suppress(ConfigurationError):  # no broker is named here: another process delivers
+        with suppress(ConfigurationError):  # without a broker here, another process delivers
             made.start()
     return receipt
 
 
 def _records(made: MLProducer) -> bool:
-    """Whether it is a `RecordingProducer`, which is not imported for that."""
+    """Return whether it is a `RecordingProducer`, without importing that class."""
     recording = sys.modules.get("mlproducer.testing.recording")
     return recording is not None and isinstance(made, recording.RecordingProducer)
 
 
 def _recorded(made: MLProducer, task: Task, using: str | None) -> Receipt:
-    """Have a task noted at COMMIT."""
+    """Record a task at COMMIT."""
     if not transaction.get_connection(using).in_atomic_block:
         raise ConfigurationError("publish_in_transaction needs a transaction (atomic())")
     envelope, _ = made.prepare(task)
@@ -122,7 +122,7 @@ _batches = threading.local()
 def _batch(using: str | None) -> _Batch:
     """Return the batch of the transaction that is open on this thread.
 
-    One that was never begun is that of a transaction rolled back, and as good as new.
+    A batch that never began belongs to a transaction that was rolled back, and is used again.
     """
     batch: _Batch | None = getattr(_batches, using or "default", None)
     if batch is None or batch.ends is not None:

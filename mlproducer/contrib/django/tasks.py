@@ -4,8 +4,8 @@ Settings::
 
     TASKS = {"default": {"BACKEND": "mlproducer.contrib.django.tasks.Backend"}}
 
-A Celery worker of the project finds `run` by ``app.autodiscover_tasks()``, as it finds all others.
-Without Django 6 there is no backend here, and without Celery nothing to run.
+A Celery worker of the project finds `run` by ``app.autodiscover_tasks()``, as any other task.
+Without Django 6 this module has no backend, and without Celery no `run`.
 
 Runs on: Django's threads; `run` in a Celery worker.
 """
@@ -41,10 +41,10 @@ except ImportError:  # a web process needs none
     shared_task = None
 
 RUN = "mlproducer.django.run"
-"""The Celery task that runs any of Django's."""
+"""The Celery task that runs any of Django's tasks."""
 
 QUEUE = "celery"
-"""Where a worker of Celery looks, unless it is told otherwise."""
+"""The queue that a Celery worker consumes by default."""
 
 OPTIONS = {"exchange", "routing_keys", "on_commit"}
 
@@ -69,7 +69,7 @@ if BaseTaskBackend is not None:
 
         A priority from 1 to 100 becomes 1 to 10 of AMQP, a negative one 0. Results are not kept.
 
-        :raises ConfigurationError: there is no such option
+        :raises ConfigurationError: an option is unknown
         """
 
         supports_defer = True
@@ -86,9 +86,9 @@ if BaseTaskBackend is not None:
             self._routing_keys: Mapping[str, str] = {"default": QUEUE, **keys}
 
         def enqueue(self, task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TaskResult:
-            """Publish a task; returning means that it is ours, as for `MLProducer.publish`.
+            """Publish a task; a call that returns has the promise of `MLProducer.publish`.
 
-            :raises PublishError: it is not sent, nor will be
+            :raises PublishError: the task is not sent, now or later
             """
             result, message = self._prepared(task, args, kwargs)
             if self.options.get("on_commit"):
@@ -102,7 +102,7 @@ if BaseTaskBackend is not None:
         ) -> TaskResult:
             """Publish a task from an event loop, at once.
 
-            :raises PublishError: it is not sent, nor will be
+            :raises PublishError: the task is not sent, now or later
             """
             result, message = self._prepared(task, args, kwargs)
             await producer.apublish(message)
@@ -176,11 +176,11 @@ if BaseTaskBackend is not None and shared_task is not None:
     ) -> Any:
         """Run one of Django's tasks in a worker; what it returns is the Celery task's result.
 
-        :raises TypeError: the path is not that of a task of Django's
+        :raises TypeError: the path is not one of a Django task
         """
         task = import_string(path)
         if not isinstance(task, Task):
-            raise TypeError(f"{path} is no task of Django's")
+            raise TypeError(f"{path} is not a Django task")
         enqueued_at = about.pop("enqueued_at")
         now = timezone.now()
         result = _result(
@@ -202,7 +202,7 @@ if BaseTaskBackend is not None and shared_task is not None:
         except Exception as error:
             kind = type(error)
             path = f"{kind.__module__}.{kind.__qualname__}"
-            result.errors.append(TaskError(exception_class_path=path, traceback=_told(error)))
+            result.errors.append(TaskError(exception_class_path=path, traceback=_text(error)))
             _finish(result, TaskResultStatus.FAILED)
             task_finished.send(sender, task_result=result)
             raise
@@ -211,7 +211,7 @@ if BaseTaskBackend is not None and shared_task is not None:
         task_finished.send(sender, task_result=result)
         return returned
 
-    def _told(error: Exception) -> str:
+    def _text(error: Exception) -> str:
         return "".join(format_exception(error))
 
     def _finish(result: TaskResult, status: TaskResultStatus) -> None:

@@ -1,7 +1,7 @@
 """Health and metrics of the process that answers, and a page for staff.
 
-Mount them wherever you like: ``path("ml/", include("mlproducer.contrib.django.urls"))``. Health and
-metrics are open to all who reach them; texts that name addresses are for staff only.
+Mount them with ``path("ml/", include("mlproducer.contrib.django.urls"))``. Health and metrics need
+no login; texts with addresses are for staff only.
 
 Runs on: Django's threads.
 """
@@ -25,10 +25,10 @@ _app = make_app(producer)
 
 
 def page(request: HttpRequest) -> HttpResponse:
-    """Show the page to staff; send others to the login, or away."""
+    """Show the page to staff; redirect others to the login, or refuse them."""
     user = getattr(request, "user", None)
     if user is not None and not user.is_authenticated:
-        # It knows the users' model, and so could not be imported in a project without one.
+        # It imports the user model, which a project may not have.
         from django.contrib.auth.views import redirect_to_login  # noqa: PLC0415
 
         return redirect_to_login(request.get_full_path(), _login())
@@ -38,14 +38,14 @@ def page(request: HttpRequest) -> HttpResponse:
 
 
 def page_json(request: HttpRequest) -> HttpResponse:
-    """Return what the page refreshes itself from."""
+    """Answer with the data that the page refreshes itself from."""
     if not _is_staff(request):
         raise PermissionDenied
     return _answer(request, "/page.json")
 
 
 def health(request: HttpRequest) -> HttpResponse:
-    """Answer 200 or 503; staff are told the reason too, in which addresses may stand."""
+    """Answer 200 or 503; for staff with the reason, which may have addresses in it."""
     response = _answer(request, "/health")
     if response.content and not _is_staff(request):
         told = json.loads(response.content)
@@ -56,12 +56,12 @@ def health(request: HttpRequest) -> HttpResponse:
 
 
 def metrics(request: HttpRequest) -> HttpResponse:
-    """Return Prometheus's text."""
+    """Answer with the metrics in Prometheus's text format."""
     return _answer(request, "/metrics")
 
 
 def metrics_json(request: HttpRequest) -> HttpResponse:
-    """Return the sums."""
+    """Answer with the metrics summed up, as JSON."""
     return _answer(request, "/metrics/json")
 
 
@@ -75,7 +75,7 @@ urlpatterns = [
 
 
 def _answer(request: HttpRequest, where: str) -> HttpResponse:
-    """Have the WSGI application answer."""
+    """Answer by the WSGI application."""
     head: list[Any] = []
 
     def start(status: str, headers: list[tuple[str, str]], *_: object) -> Any:

@@ -43,9 +43,9 @@ _RULES = {
 }
 
 _shared: list[tuple[Settings, object, MLProducer]] = []
-"""Settings and what makes the producer, and that producer: one for all apps that have the same.
+"""Settings, the value of ``PRODUCER``, and the producer that apps with both share.
 
-Only ever appended to, and the first that fits counts, so that threads agree without a lock.
+Only appended to, and the first that fits is used, so that threads agree without a lock.
 """
 
 
@@ -64,7 +64,7 @@ class MLProducerExtension:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Give an app its commands; its producer is made when it is first used."""
+        """Add the commands to an app; its producer is made when it is first used."""
         app.extensions[EXTENSION] = {}
         app.cli.add_command(_command)
 
@@ -118,7 +118,7 @@ def _shared_one(given: dict[str, Any]) -> MLProducer:
 
 
 def _answer(rule: str) -> Response:
-    """Have the WSGI application answer."""
+    """Answer by the WSGI application."""
     environ = {"REQUEST_METHOD": request.method, "PATH_INFO": rule, "SCRIPT_NAME": ""}
     return Response.from_app(make_app(_producer_of(current_app)), environ)
 
