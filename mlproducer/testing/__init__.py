@@ -1,4 +1,4 @@
-"""Parts for tests, ours and yours: a producer with no broker, a private broker, a worker, a proxy.
+"""Parts for tests: a producer without a broker, private servers, a worker, a proxy.
 
 Owns the public names of this package. pytest is not needed here; the fixtures that need it are in
 `mlproducer.testing.plugin`.

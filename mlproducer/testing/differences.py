@@ -1,6 +1,6 @@
-"""What differs between tasks that were published and tasks that should have been, in words.
+"""How tasks that were published differ from those that were expected, as lines of text.
 
-A task's ``repr`` hides its content, which is right for logs, and of no help where a test fails.
+A task's ``repr`` hides its content: right for logs, but of no help when a test fails.
 
 Runs on: the caller's thread.
 """
@@ -22,12 +22,12 @@ WIDTH = 88
 
 
 def is_task(value: object) -> bool:
-    """Whether it is something that a producer publishes."""
+    """Return whether it is something that a producer publishes."""
     return isinstance(value, KINDS)
 
 
 def are_tasks(value: object) -> bool:
-    """Whether it is a list of tasks, and not empty."""
+    """Return whether it is a list of tasks, and not empty."""
     return isinstance(value, list) and bool(value) and all(map(is_task, value))
 
 
@@ -46,7 +46,7 @@ def differences(found: Sequence[Any], expected: Sequence[Any]) -> list[str]:
 
 
 def shown(task: Any) -> str:
-    """Write a task down with its content: all fields that differ from their default."""
+    """Format a task with its content: all fields that differ from their default."""
     given = {
         each.name: _plain(value)
         for each in fields(type(task))

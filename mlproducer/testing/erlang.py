@@ -1,9 +1,9 @@
 """Erlang's part of a private RabbitMQ: where it is installed, its cookie, its port mapper.
 
 Owns the lookup of the installed programs, and `ErlangNetwork`: the directory, the cookie and the
-epmd that the nodes of one cluster share. It must not know about AMQP. Every node is reached through
-`ErlangNetwork.evaluate`, by preference with ``erl_call`` (milliseconds), else with ``rabbitmqctl``
-(a second of CPU for each call, for it starts an Erlang machine).
+epmd that the nodes of one cluster share. Must not know AMQP. `ErlangNetwork.evaluate` reaches a
+node with ``erl_call`` (milliseconds) or, if that is missing, with ``rabbitmqctl`` (a second of CPU
+for each call, since it starts an Erlang machine).
 
 Runs on: the caller's thread.
 """
@@ -36,10 +36,10 @@ _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 class RabbitMQError(Exception):
-    """The private broker did not do what it was asked to; the text says what it said."""
+    """The private broker failed; the text has its output."""
 
 
-class RabbitMQNotInstalled(RabbitMQError):  # noqa: N818 - says what is the case, and how to end it
+class RabbitMQNotInstalled(RabbitMQError):  # noqa: N818 - says what is missing
     """No RabbitMQ server on this machine."""
 
     def __init__(self, missing: str) -> None:
@@ -50,7 +50,7 @@ class RabbitMQNotInstalled(RabbitMQError):  # noqa: N818 - says what is the case
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 on which nothing listens, and which nothing else is given.
+    """Return a TCP port of 127.0.0.1 on which nothing listens, and that no other call returns.
 
     Between this call and the start of the server another test process could be given the same
     port, or this one for another of its servers. So each process takes its ports from blocks of its
@@ -74,7 +74,7 @@ class _Blocks:
     def __init__(self) -> None:
         self._pid = 0
         self._left: list[int] = []
-        self._held: list[int] = []  # bare descriptors, which end with the process unremarked
+        self._held: list[int] = []  # bare descriptors, which the process's end closes silently
 
     def take(self) -> int:
         """Return a port that was not taken before; a forked child has blocks of its own."""

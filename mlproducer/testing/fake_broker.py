@@ -22,7 +22,7 @@ __all__ = ["Behaviour", "FakeBroker", "FakeConnection", "ReceivedMessage"]
 
 
 class _Journal:
-    """What has happened so far, for tests to read and to wait for."""
+    """What has happened so far; tests read it and wait for it."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # guards: everything below
@@ -99,7 +99,7 @@ class FakeBroker:
 
     @property
     def url(self) -> str:
-        """An URL to connect to; any other user, password and virtual host will do as well."""
+        """A URL to connect to; any other user, password and virtual host works too."""
         return f"amqp://guest:guest@127.0.0.1:{self.port}/%2F"
 
     @property
@@ -109,7 +109,7 @@ class FakeBroker:
 
     @property
     def accepted(self) -> int:
-        """How many clients have ever connected."""
+        """How many clients have connected so far."""
         return self._journal.accepted
 
     @property

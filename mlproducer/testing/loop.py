@@ -1,4 +1,4 @@
-"""The thread with a selector on which the proxy and the fake broker stand.
+"""The thread with a selector on which the proxy and the fake broker run.
 
 Owns: readiness, timers, commands from other threads (``Loop``), a port that can refuse and listen
 again (``Listener``), and one client's socket with what is still to be written (``Stream``). Must
@@ -44,14 +44,16 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], object]]] = []
         self._sequence = itertools.count()
-        self._bell, self._ringer = socket.socketpair()
-        self._bell.setblocking(False)
-        self._ringer.setblocking(False)
-        self._lock = threading.Lock()  # guards: _commands, _open, _stopping, ringing
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._lock = threading.Lock()  # guards: _commands, _open, _stopping
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._open = True
         self._stopping = False
-        self.watch(self._bell, selectors.EVENT_READ, lambda _: self._bell.recv(READ_SIZE))
+        self.watch(
+            self._wake_reader, selectors.EVENT_READ, lambda _: self._wake_reader.recv(READ_SIZE)
+        )
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -73,7 +75,7 @@ class Loop:
             if not self._open:
                 raise RuntimeError(f"{self._thread.name} has ended")
             self._commands.append((function, future))
-            self._ring()
+            self._wake()
         return future.result(timeout=_CALL_LIMIT)
 
     def call_at(self, when: float, function: Callable[[], object]) -> None:
@@ -104,14 +106,17 @@ class Loop:
         with self._lock:
             if self._open:
                 self._stopping = True
-                self._ring()
+                self._wake()
         self._thread.join(timeout=_CLOSE_LIMIT)
         if self._thread.is_alive():
             raise RuntimeError(f"{self._thread.name} did not end within {_CLOSE_LIMIT:g} s")
 
-    def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # a full bell rings already
-            self._ringer.send(b"\0")
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # a full buffer wakes it already
+            self._wake_writer.send(b"\0")
+
+    def _woken(self, _mask: int) -> None:
+        self._wake_reader.recv(READ_SIZE)
 
     def _run(self) -> None:
         try:
@@ -130,9 +135,9 @@ class Loop:
         for function in due:
             function()
         while self._commands:
-            self._obey(*self._commands.popleft())
+            self._execute(*self._commands.popleft())
 
-    def _obey(self, function: Callable[[], Any], future: Future[Any]) -> None:
+    def _execute(self, function: Callable[[], Any], future: Future[Any]) -> None:
         try:
             future.set_result(function())
         except Exception as error:  # noqa: BLE001 - it belongs to the caller, who raises it
@@ -141,8 +146,8 @@ class Loop:
     def _end(self) -> None:
         with self._lock:
             self._open = False
-            self._bell.close()
-            self._ringer.close()
+            self._wake_reader.close()
+            self._wake_writer.close()
         self._selector.close()
         for _, future in self._commands:
             future.set_exception(RuntimeError(f"{self._thread.name} has ended"))
@@ -151,8 +156,8 @@ class Loop:
 class Listener:
     """A port of 127.0.0.1 that can refuse, and listen again, without being lost to another process.
 
-    A second socket stays bound to the port and never listens; so the port is ours, and connecting
-    to it is refused by the kernel. All methods run on the loop's thread.
+    A second socket stays bound to the port and never listens; so the port stays reserved,
+    and the kernel refuses connections to it. All methods run on the loop's thread.
     """
 
     def __init__(self, loop: Loop, on_accept: Callable[[socket.socket], None]) -> None:
@@ -163,7 +168,7 @@ class Listener:
         self.address: Address = self._reserved.getsockname()
 
     def listen(self) -> None:
-        """Accept connections; does nothing where it does already."""
+        """Accept connections, unless it does already."""
         if self._listening is None:
             self._listening = self._bound(self.address[1])
             self._listening.listen(512)
@@ -176,7 +181,7 @@ class Listener:
             self._listening = None
 
     def close(self) -> None:
-        """Give the port back."""
+        """Release the port."""
         self.refuse()
         self._reserved.close()
 
@@ -223,7 +228,7 @@ class Stream:
 
     @property
     def reads(self) -> bool:
-        """Whether what has come in may be looked at."""
+        """Whether received data may be read."""
         return not (self.paused or self._closing or self.ended)
 
     def pause(self, paused: bool) -> None:
@@ -258,7 +263,7 @@ class Stream:
             self._on_end()
 
     def watch(self) -> None:
-        """Wait for what there is to wait for; the first call begins reading."""
+        """Watch for what is to be read or written; the first call begins reading."""
         reads = self.reads and len(self._unwritten) < _UNWRITTEN_LIMIT
         events = selectors.EVENT_READ if reads else 0
         events |= selectors.EVENT_WRITE if self._unwritten else 0

@@ -1,7 +1,7 @@
 """`RabbitMQNode`: a private RabbitMQ broker on a port of its own.
 
-Owns one node's configuration, its life (start, stop, kill, freeze) and the questions a test asks
-the broker. It must not know who publishes to it. Facts were checked on RabbitMQ 3.10.8.
+Owns one node's configuration and process, and the calls by which tests query and change
+the broker. Must not know its publishers. Facts were checked on RabbitMQ 3.10.8.
 
 Runs on: the caller's thread.
 """
@@ -140,7 +140,7 @@ class RabbitMQNode(Server):
         secret = quote(self.password if password is None else password, safe="")
         return f"amqp://{name}:{secret}@{self.host}:{self.port}/{quote(vhost, safe='')}"
 
-    # -- questions and orders --------------------------------------------------------------------
+    # -- queries and commands --------------------------------------------------------------------
 
     def ctl(self, *arguments: str) -> str:
         """Run ``rabbitmqctl`` with ``arguments`` (about 1.5 s) and return what it printed."""
@@ -152,32 +152,32 @@ class RabbitMQNode(Server):
 
     def add_vhost(self, name: str) -> None:
         """Make a virtual host in which the node's own user may do everything."""
-        self._order(f"rabbit_vhost:add({_binary(name)}, {_binary(self.user)})")
+        self._run(f"rabbit_vhost:add({_binary(name)}, {_binary(self.user)})")
         self.set_permissions(name, self.user)
 
     def delete_vhost(self, name: str) -> None:
         """Delete a virtual host; its connections are closed."""
-        self._order(f"rabbit_vhost:delete({_binary(name)}, {_binary(self.user)})")
+        self._run(f"rabbit_vhost:delete({_binary(name)}, {_binary(self.user)})")
 
     def add_user(self, name: str, password: str) -> None:
         """Make a user, who may do nothing yet."""
         arguments = ", ".join(map(_binary, (name, password, self.user)))
-        self._order(f"rabbit_auth_backend_internal:add_user({arguments})")
+        self._run(f"rabbit_auth_backend_internal:add_user({arguments})")
 
     def set_permissions(
         self, vhost: str, user: str, configure: str = ".*", write: str = ".*", read: str = ".*"
     ) -> None:
         """Set a user's permissions, regular expressions over names of exchanges and queues."""
         arguments = ", ".join(map(_binary, (user, vhost, configure, write, read, self.user)))
-        self._order(f"rabbit_auth_backend_internal:set_permissions({arguments})")
+        self._run(f"rabbit_auth_backend_internal:set_permissions({arguments})")
 
     def set_memory_alarm(self) -> None:
         """Block every publisher at once, as when memory is short."""
-        self._order(f"rabbit_alarm:set_alarm({{{_MEMORY},[]}})")
+        self._run(f"rabbit_alarm:set_alarm({{{_MEMORY},[]}})")
 
     def clear_memory_alarm(self) -> None:
         """End `set_memory_alarm`."""
-        self._order(f"rabbit_alarm:clear_alarm({_MEMORY})")
+        self._run(f"rabbit_alarm:clear_alarm({_MEMORY})")
 
     @contextmanager
     def memory_alarm(self) -> Iterator[None]:
@@ -192,7 +192,7 @@ class RabbitMQNode(Server):
         """Close this node's AMQP connections with 320, CONNECTION_FORCED."""
         text = f"unicode:characters_to_list({_binary(reason)})"
         pids = "rabbit_networking:local_connections()"
-        self._order(f"rabbit_networking:close_connections({pids}, {text})")
+        self._run(f"rabbit_networking:close_connections({pids}, {text})")
 
     def connections(self) -> list[str]:
         """The names (``peer -> host:port``) of this node's open AMQP connections."""
@@ -226,9 +226,9 @@ class RabbitMQNode(Server):
         RabbitMQ 3.10 does so only half a second after the last change. A queue declared less than
         that before `kill` comes back without a leader, for ever, and its messages with it.
         """
-        self._order("lists:foreach(fun(Table) -> ok = dets:sync(Table) end, dets:all())")
+        self._run("lists:foreach(fun(Table) -> ok = dets:sync(Table) end, dets:all())")
 
-    def _order(self, expression: str) -> None:
+    def _run(self, expression: str) -> None:
         answer = self.eval(expression)
         if answer != "ok":
             raise RabbitMQError(f"{self.name} answered {answer}")

@@ -1,8 +1,8 @@
 """`PostgreSQLServer`: a private PostgreSQL on a port of its own.
 
-Owns one server's directory, its life (start, stop, kill, freeze) and the statements that a test
-gives it. PostgreSQL refuses to run as root; where we are root, it runs as the user ``postgres`` or
-``nobody``. It must not know who stores what in it. Facts were checked on PostgreSQL 15.
+Owns one server's directory and processes, and the statements that tests send. PostgreSQL refuses to
+run as root; for root it runs as the user ``postgres`` or ``nobody``. Must not know what is stored
+in it. Facts were checked on PostgreSQL 15.
 
 Runs on: the caller's thread.
 """
@@ -36,10 +36,10 @@ _USERS = ("postgres", "nobody")
 
 
 class PostgreSQLError(Exception):
-    """The private PostgreSQL did not do what it was asked to; the text says what it said."""
+    """The private PostgreSQL failed; the text has its output."""
 
 
-class PostgreSQLNotInstalled(PostgreSQLError):  # noqa: N818 - says what is the case
+class PostgreSQLNotInstalled(PostgreSQLError):  # noqa: N818 - says what is missing
     """No PostgreSQL server on this machine."""
 
     def __init__(self) -> None:
@@ -151,10 +151,10 @@ class PostgreSQLServer(Server):
         return f"postgresql://{name}:{secret}@{self.host}:{self.port}/{self.database}"
 
     def call(self, statement: str, *parameters: Any, user: str | None = None) -> list[Any]:
-        """Carry out a statement as the superuser, and return its rows.
+        """Execute a statement as the superuser, and return its rows.
 
         Raises:
-            PostgreSQLError: the server does not answer, or with an error.
+            PostgreSQLError: the server did not answer, or answered with an error.
 
         """
         psycopg: Any = importlib.import_module("psycopg")
@@ -234,7 +234,7 @@ class PostgreSQLServer(Server):
 
 
 def _programs() -> Path | None:
-    """Return the directory of initdb and postgres; Debian's is in no PATH."""
+    """Return the directory of initdb and postgres; Debian's is not in PATH."""
     found = shutil.which("initdb")
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: each.parent.name)
     candidates = ([Path(found).resolve().parent] if found else []) + places[::-1]
@@ -248,7 +248,7 @@ def _user() -> Any:
 
 
 def as_user() -> list[str]:
-    """Return what runs a program as another user, where we are root."""
+    """Return the command prefix that drops root's rights; empty for other users."""
     if os.geteuid() != 0:
         return []
     user = _user()
@@ -266,7 +266,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _wait_until_gone(pids: list[int]) -> None:
-    """Wait for killed processes that are not ours to wait for; init has them now."""
+    """Wait for killed grandchildren, which are init's children now."""
     deadline = time.monotonic() + _KILL_LIMIT
     for pid in pids:
         while _runs(pid) and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
 """A TCP proxy whose faults are switched while connections live.
 
 Owns: the port, the live connections, and the switches of the faults. Must not
-know AMQP, nor anything else of this library: it sees bytes.
+know AMQP or the library: it sees bytes.
 
 Runs on: ``mlproducer-proxy``; public methods on any other thread, they return once the proxy's
 thread has done what they say.
@@ -74,7 +74,7 @@ class Proxy:
 
     @property
     def accepted(self) -> int:
-        """How many clients have ever connected."""
+        """How many clients have connected so far."""
         return self._accepted
 
     def url(self, amqp_url: str) -> str:
@@ -96,7 +96,7 @@ class Proxy:
         self._wait(lambda: self.connections >= n if n else not self._live, timeout)
 
     def wait_for_accepted(self, n: int, timeout: float) -> None:
-        """Wait until `n` clients have ever connected.
+        """Wait until `n` clients have connected, now or before.
 
         :raises TimeoutError: it did not come about within `timeout` seconds
         """
@@ -107,7 +107,7 @@ class Proxy:
         self._loop.call(lambda: self._each(Connection.reset))
 
     def fin(self) -> None:
-        """End every connection in order (FIN) on both sides, without a word of AMQP."""
+        """End every connection in order (FIN) on both sides, without closing AMQP."""
         self._loop.call(lambda: self._each(Connection.fin))
 
     def half_close(self) -> None:

@@ -1,9 +1,9 @@
-"""`RecordingProducer`: a producer with no broker, for the tests of programs that have one.
+"""`RecordingProducer`: a producer without a broker, for tests of programs that publish.
 
-It checks and encodes as every producer does, and then notes the task where the others send it. It
+It checks and encodes tasks as every producer does, and records them instead of sending them. It
 starts no thread and opens no connection or file, whatever its settings name.
 
-Runs on: the caller's thread; callbacks too, before the call that led to them returns.
+Runs on: the caller's thread, callbacks included, before the call that caused them returns.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ AT_THE_CALL = (
     StoreError,
     WouldDeadlockError,
 )
-"""What ``submit()`` itself raises; the rest is told by its future."""
+"""Errors that ``submit()`` itself raises; others are set on its future."""
 
 
 class RecordingProducer(MLProducer):
-    """Takes a producer's place in tests: nothing is ever published for real.
+    """Takes a producer's place in tests: nothing is published.
 
-    What a producer refuses it refuses too, with the same errors. What is left is confirmed at once,
-    and noted::
+    It refuses what a producer refuses, with the same errors. Other tasks are confirmed at once, and
+    recorded::
 
         producer = RecordingProducer()
         work(producer)
         assert producer.published == [SummarizationTask("7", {"text": "..."})]
 
-    :param settings: ``None`` reads the environment, in which no broker need be named
+    :param settings: ``None`` reads the environment, which need not name a broker
     :ivar published: the tasks that were published, in order, as they were handed in; for each,
         ``payload()`` gives what its worker would get
-    :ivar declared: what `declare` was asked for
+    :ivar declared: what was passed to `declare`
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class RecordingProducer(MLProducer):
     # --- for tests -----------------------------------------------------------------------------
 
     def fail_next(self, error: PublishError) -> None:
-        """Have the next message fail with an error, which is raised whatever its ``retry`` is.
+        """Let the next message fail with an error, which is raised whatever its ``retry`` is.
 
         Called several times, it lets as many messages fail, in that order. A message that is
-        refused for what it is uses none up.
+        invalid by itself uses none of them up.
         """
         if not isinstance(error, PublishError):
             raise TypeError(f"error must be a PublishError, got {type(error).__name__}")
@@ -102,7 +102,7 @@ class RecordingProducer(MLProducer):
     def assert_published(self, *expected: Task) -> None:
         """Fail unless exactly these tasks were published, in this order.
 
-        :raises AssertionError: its text shows where they differ, with all that tasks say
+        :raises AssertionError: the text shows where they differ, with the tasks' content
         """
         __tracebackhide__ = True
         if self.published != list(expected):
@@ -110,7 +110,7 @@ class RecordingProducer(MLProducer):
             raise AssertionError("\n".join([counts, *differences(self.published, expected)]))
 
     def clear(self) -> None:
-        """Forget what was published and declared, and what was to fail."""
+        """Forget what was published and declared, and the errors of `fail_next`."""
         self.published.clear()
         self.declared.clear()
         self._failures.clear()
@@ -118,16 +118,16 @@ class RecordingProducer(MLProducer):
     # --- publishing ----------------------------------------------------------------------------
 
     def publish(self, task: Task, *, timeout: float | None = None, retry: Retry = True) -> Receipt:
-        """Note a task as published and confirmed.
+        """Record a task as published and confirmed.
 
-        :raises PublishError: as a producer would, or what `fail_next` was given
+        :raises PublishError: as a producer would, or the error of `fail_next`
         """
         return self._take(task, timeout, retry)
 
     async def apublish(
         self, task: Task, *, timeout: float | None = None, retry: Retry = True
     ) -> Receipt:
-        """Note a task as published and confirmed; it never waits.
+        """Record a task as published and confirmed, without waiting.
 
         :raises PublishError: as for `publish`
         """
@@ -136,9 +136,9 @@ class RecordingProducer(MLProducer):
     def submit(
         self, task: Task, *, timeout: float | None = None, retry: Retry = True
     ) -> DeliveryFuture:
-        """Note a task as published; the future is resolved already.
+        """Record a task as published; the future is resolved already.
 
-        :raises PublishError: what a producer's ``submit()`` raises; the rest is the future's
+        :raises PublishError: as a producer's ``submit()``; other errors are set on the future
         """
         future = DeliveryFuture(self._calls)
         future.set_running_or_notify_cancel()
@@ -157,9 +157,9 @@ class RecordingProducer(MLProducer):
     def publish_many(
         self, tasks: Iterable[Task], *, timeout: float | None = None, retry: Retry = True
     ) -> list[Receipt | PublishError]:
-        """Note many as published; one that fails fails alone.
+        """Record tasks as published; each fails alone.
 
-        :returns: for each task, in order, its receipt or its error
+        :returns: the receipt or error of each task, in order
         """
         self._check_usable()
         results: list[Receipt | PublishError] = []
@@ -189,7 +189,7 @@ class RecordingProducer(MLProducer):
         return Receipt(envelope.message_id, attempts=1, elapsed=0.0)
 
     def declare(self, declarations: Iterable[Declaration], *, timeout: float | None = None) -> bool:
-        """Note what would be declared."""
+        """Record what would be declared."""
         _check(timeout)
         self.start()
         self.declared.extend(declarations)
@@ -198,7 +198,7 @@ class RecordingProducer(MLProducer):
     # --- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Count as connected from now on.
+        """Be connected from now on.
 
         :raises ProducerClosedError: it was closed
         """
@@ -208,7 +208,7 @@ class RecordingProducer(MLProducer):
             self._tell(Event("connected", detail=self.status().broker))
 
     def wait_connected(self, timeout: float | None = None) -> bool:
-        """Start, and be connected."""
+        """Start; return true at once."""
         _check(timeout)
         self.start()
         return True
@@ -218,18 +218,18 @@ class RecordingProducer(MLProducer):
         self.start()
 
     def flush(self, timeout: float | None = None) -> int:
-        """Have nothing left."""
+        """Return 0: nothing is ever in flight."""
         _check(timeout)
         return 0
 
     def close(self, timeout: float | None = None) -> CloseReport:
-        """Take nothing more; what was published stays to be looked at."""
+        """Refuse further calls; ``published`` stays as it is."""
         _check(timeout)
         self._state = ConnectionState.CLOSED
         return CloseReport()
 
     def status(self) -> Status:
-        """Say that all is well, once it is used."""
+        """Return a healthy status, once it is started."""
         return Status(connection_state=self._state, broker="recording")
 
     @property
@@ -250,7 +250,7 @@ class RecordingProducer(MLProducer):
 
 
 class _Calls(Dispatcher):
-    """Makes calls at once, on the thread on which they become due."""
+    """Makes calls at once, on the calling thread."""
 
     def __init__(self) -> None:
         super().__init__(_no_thread)
@@ -258,7 +258,7 @@ class _Calls(Dispatcher):
         self.events = self.futures = _Here(self)  # type: ignore[assignment] # none is dropped
 
     def under_way(self) -> bool:
-        """Whether this thread is making one."""
+        """Return whether this thread is inside such a call."""
         return getattr(self.making, "now", False)
 
 
@@ -268,7 +268,7 @@ class _Here(CallbackThread):
         self._all = calls
 
     def call(self, function: Callable[[], object]) -> None:
-        """Call it now; what it raises is logged, and harms nothing."""
+        """Call it now; what it raises is logged."""
         before = self._all.under_way()
         self._all.making.now = True
         try:

@@ -1,7 +1,7 @@
 """`RedisServer`: a private Redis on a port of its own.
 
-Owns one server's configuration, its life (start, stop, kill, freeze) and the commands that a test
-gives it. It must not know who stores what in it. Facts were checked on Redis 7.0.15.
+Owns one server's configuration and process, and the commands that tests send. Must not know what is
+stored in it. Facts were checked on Redis 7.0.15.
 
 Runs on: the caller's thread.
 """
@@ -33,10 +33,10 @@ _CALL_LIMIT = 5.0
 
 
 class RedisError(Exception):
-    """The private Redis did not do what it was asked to; the text says what it said."""
+    """The private Redis failed; the text has its output."""
 
 
-class RedisNotInstalled(RedisError):  # noqa: N818 - says what is the case, and how to end it
+class RedisNotInstalled(RedisError):  # noqa: N818 - says what is missing
     """No Redis server on this machine."""
 
     def __init__(self) -> None:
@@ -124,10 +124,10 @@ class RedisServer(Server):
         return f"rediss://{secret}localhost:{self.tls_port}"
 
     def call(self, *command: str | bytes | float) -> Any:
-        """Give the server a command, and return its answer as redis-py's plain types.
+        """Send a command, and return its answer as redis-py's plain types.
 
         Raises:
-            RedisError: the server does not answer, or with an error.
+            RedisError: the server did not answer, or answered with an error.
 
         """
         redis = importlib.import_module("redis")

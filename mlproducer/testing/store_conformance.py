@@ -1,4 +1,4 @@
-"""What every store must do, as a class of tests that a store of your own can be put through.
+"""What every store must do, as a class of tests for a store of your own.
 
 It asks nothing of a store but the protocol (`mlproducer.stores.protocol`), and needs pytest and
 Hypothesis::
@@ -59,7 +59,7 @@ class Storing(StoreTests):
         assert store.lease > 0
 
     def test_what_is_put_without_a_delay_is_claimed(self, store: Store) -> None:
-        """The claims come in order, and with larger keys for later rows; nobody else gets them."""
+        """Claims come in order, and with larger keys for later rows; no other user gets them."""
         claims = store.put(entries_of("a", "b", "c", delay=None), PATIENCE)
         assert [claim.key for claim in claims] == sorted({claim.key for claim in claims})
         (later,) = store.put(entries_of("d", delay=None), PATIENCE)
@@ -68,7 +68,7 @@ class Storing(StoreTests):
         assert store.renew([*claims, later]) == []
 
     def test_what_is_put_with_a_delay_is_due_after_it(self, store: Store) -> None:
-        """Not before, and then for whoever asks; of a row that nobody claimed there is no doubt."""
+        """Not before, and then for any user; a row that was never claimed is not doubtful."""
         store.put(entries_of("now", delay=0.0), PATIENCE)
         store.put(entries_of("later", delay=self.lease / 2), PATIENCE)
         assert ids_of(store.claim(10)) == ["now"]
@@ -228,7 +228,7 @@ class Leases(StoreTests):
     """Claims that end by themselves, and what an old one may do."""
 
     def test_a_claim_ends_by_itself(self, store: Store, other: Store) -> None:
-        """Then anybody gets the row, doubtful, under a larger token."""
+        """Then any user gets the row, doubtful, under a larger token."""
         (claim,) = store.put(entries_of("a", delay=None), PATIENCE)
         assert other.claim(1) == []
         self.let_leases_end()
@@ -237,7 +237,7 @@ class Leases(StoreTests):
         assert row.record.doubtful
 
     def test_who_was_frozen_past_the_lease_does_no_harm(self, store: Store, other: Store) -> None:
-        """With the old token nothing is changed any more, and it is told so."""
+        """With the old token nothing is changed any more, and the call reports it."""
         (old,) = store.put(entries_of("a", delay=None), PATIENCE)
         self.let_leases_end()
         (row,) = other.claim(1)
@@ -251,7 +251,7 @@ class Leases(StoreTests):
         assert known_of(again.record) == known_of(row.record)
 
     def test_a_renewed_claim_lasts(self, store: Store) -> None:
-        """A lease that begins anew ends later."""
+        """A lease that was renewed ends later."""
         (claim,) = store.put(entries_of("a", delay=None), PATIENCE)
         for _ in range(3):
             assert store.renew([claim]) == []
@@ -259,7 +259,7 @@ class Leases(StoreTests):
             assert store.claim(1) == []
 
     def test_a_claim_that_nobody_took_over_still_holds(self, store: Store) -> None:
-        """After its lease too, until somebody claims the row."""
+        """After its lease too, until another user claims the row."""
         first, second = store.put(entries_of("a", "b", delay=None), PATIENCE)
         self.let_leases_end()
         assert store.renew([first]) == []
@@ -267,7 +267,7 @@ class Leases(StoreTests):
         assert ids_of(store.claim(10)) == ["b"]
 
     def test_a_doubt_lasts(self, store: Store, other: Store) -> None:
-        """A row whose claim ended by itself stays doubtful, whoever claims it next."""
+        """A row whose claim ended by itself stays doubtful with the next claim."""
         store.put(entries_of("a", delay=None), PATIENCE)
         self.let_leases_end()
         assert len(other.claim(1)) == 1
@@ -280,7 +280,7 @@ class Fates(StoreTests):
     """What the holder of a claim learns of a row that it does not hold any more."""
 
     def test_a_row_under_its_claim_is_held(self, store: Store) -> None:
-        """Claimed, or released and claimed by nobody since; dead or not."""
+        """Claimed, or released and not claimed since; dead or not."""
         claims = store.put(entries_of("a", "b", "c", delay=None), PATIENCE)
         store.release([Change(claims[1], record_of("b"), self.lease * 100)])
         store.release([Change(claims[2], record_of("c", dead=True), 0.0)])
@@ -326,7 +326,7 @@ class Fates(StoreTests):
         assert store.trace([old, row.claim]) == [RowFate.MISSING] * 2
 
     def test_the_time_of_acceptance_stays(self, store: Store, other: Store) -> None:
-        """It goes with the row, whoever claims it."""
+        """It goes with the row, from claim to claim."""
         accepted = 1_700_000_000.125
         store.put([Entry(record_of("a", accepted_at=accepted), 0.0)], PATIENCE)
         (row,) = other.claim(1)

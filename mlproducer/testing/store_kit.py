@@ -1,4 +1,4 @@
-"""What the conformance suite of stores is made of: how tests get stores, and make and read rows.
+"""Helpers of the conformance suite of stores: how tests get stores, and make and read rows.
 
 Runs on: pytest's main thread.
 """
@@ -80,11 +80,11 @@ class StoreTests:
 
     def make_bounded_store(self, rows: int) -> Store:
         """Return a store that has room for so many rows, where this kind of store has a limit."""
-        pytest.skip("it has no limit")
+        pytest.skip("this store has no limit")
 
     def empty_place(self) -> None:
-        """Take away all that the stores have written, as an accident would; they stay in use."""
-        pytest.skip("its rows lie in no place")
+        """Remove all that the stores have written, as an accident would; they stay in use."""
+        pytest.skip("its rows are in no file or server")
 
     def keep_place(self) -> None:
         """Keep a copy of all that is written, as a backup does; all stores are closed."""
@@ -119,7 +119,7 @@ class StoreTests:
     def other(self, connect: Open, store: Store) -> Store:
         """Make a second user of its rows."""
         if not self.shared:
-            pytest.skip("it is nobody else's")
+            pytest.skip("its rows are not shared")
         return connect()
 
     def let_leases_end(self) -> None:
@@ -170,7 +170,7 @@ def fields_of(envelope: Envelope) -> tuple[object, ...]:
 
 
 def known_of(record: Record) -> tuple[object, ...]:
-    """Return what is known of a message; of a time, no more than microseconds."""
+    """Return what a row knows about its message; times to the microsecond."""
     since = pytest.approx(record.first_failed_at, abs=1e-5)
     accepted = pytest.approx(record.accepted_at, abs=1e-5)
     known = record.attempts, record.doubtful, record.dead, record.reason, record.retry
@@ -178,7 +178,7 @@ def known_of(record: Record) -> tuple[object, ...]:
 
 
 def all_of(record: Record) -> tuple[object, ...]:
-    """Return message and knowledge."""
+    """Return the message and what the row knows about it."""
     return (*fields_of(record.envelope), *known_of(record))
 
 

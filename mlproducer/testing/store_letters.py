@@ -1,4 +1,4 @@
-"""The part of the conformance suite of stores that is about dead letters, and how rows are counted.
+"""The part of the conformance suite of stores about dead letters, and how rows are counted.
 
 Runs on: pytest's main thread.
 """
@@ -49,7 +49,7 @@ class Letters(StoreTests):
         assert len(store.claim(10)) == 7
 
     def test_a_letter_is_seized_once(self, store: Store) -> None:
-        """Who has been shown a letter claims it, unless somebody else was faster."""
+        """A listed letter can be claimed, unless another user of the store was faster."""
         store.put([Entry(record_of("a", dead=True), 0.0)], PATIENCE)
         (shown,) = store.letters(1)
         seized = store.seize(shown)
@@ -63,7 +63,7 @@ class Letters(StoreTests):
         assert store.renew([seized.claim]) == []
 
     def test_a_letter_that_has_changed_is_not_seized(self, store: Store) -> None:
-        """Neither after somebody had it meanwhile, nor when it is gone."""
+        """Neither after another claim of it, nor when it is gone."""
         store.put([Entry(record_of("a", dead=True), 0.0)], PATIENCE)
         (shown,) = store.letters(1)
         (row,) = store.claim(1)
@@ -75,7 +75,7 @@ class Letters(StoreTests):
         assert store.letters(10) == []
 
     def test_a_letter_that_waits_for_its_next_attempt_is_seized(self, store: Store) -> None:
-        """It is nobody's, though it is not due."""
+        """It is not claimed, although it is not due."""
         store.put([Entry(record_of("a", dead=True), self.lease * 100)], PATIENCE)
         (shown,) = store.letters(1)
         assert store.seize(shown) is not None
@@ -93,7 +93,7 @@ class Counts(StoreTests):
     """How many rows there are."""
 
     def test_rows_are_counted(self, store: Store) -> None:
-        """Those that wait, claimed or not, and the dead; whoever counts."""
+        """Those that wait, claimed or not, and the dead, by any user of the store."""
         assert store.depth() == Depth()
         (claim,) = store.put(entries_of("a", delay=None), PATIENCE)
         store.put([entry_of("b", 0.0), entry_of("c", 100.0)], PATIENCE)

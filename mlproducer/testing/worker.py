@@ -1,8 +1,8 @@
-"""`CeleryWorker`: a stock Celery 5 worker in a subprocess, which tells what it ran.
+"""`CeleryWorker`: a stock Celery 5 worker in a subprocess, which reports what it ran.
 
 Owns the worker's process, the small application module that it loads, and the list of runs. Celery
-is started, not imported, so nothing here needs it until a worker starts. It must not know how the
-tasks got into the queues.
+is started, not imported, so it is needed only once a worker starts. Must not know how the tasks got
+into the queues.
 
 Runs on: the caller's thread, and ``mlproducer-worker-reader``, which reads what the worker reports.
 """
@@ -83,7 +83,7 @@ class WorkerError(Exception):
     """The worker did not start, or ended; the text holds the end of its log."""
 
 
-class CeleryNotInstalled(WorkerError):  # noqa: N818 - says what is the case, and how to end it
+class CeleryNotInstalled(WorkerError):  # noqa: N818 - says what is missing
     """No Celery for this Python."""
 
 
@@ -182,7 +182,7 @@ class CeleryWorker:
 
     @property
     def running(self) -> bool:
-        """Whether the worker's process lives."""
+        """Whether the worker's process is alive."""
         return self._program is not None and self._program.running
 
     @property
@@ -192,7 +192,7 @@ class CeleryWorker:
 
     @property
     def ready(self) -> bool:
-        """Whether the worker has said that it consumes."""
+        """Whether the worker has reported that it consumes."""
         return self._ready
 
     def start(self, timeout: float = _START_LIMIT) -> None:
@@ -240,7 +240,7 @@ class CeleryWorker:
         wanted: Collection[str] | Callable[[list[TaskRun]], bool],
         timeout: float = 30.0,
     ) -> list[TaskRun]:
-        """Wait until all task ids in ``wanted`` have run, or until it says yes to the runs.
+        """Wait until all task ids in ``wanted`` have run, or until ``wanted(runs)`` is true.
 
         Raises:
             TimeoutError: that is not so after ``timeout`` seconds.

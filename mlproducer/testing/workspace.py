@@ -1,10 +1,10 @@
-"""One temporary directory, the programs that run in it, and their removal when we are gone.
+"""A temporary directory, the programs that run in it, and their removal after this process.
 
 Owns child processes and the directory that holds their files. A guard, a shell, makes the directory
 and waits on a pipe from this process; when that closes or breaks, it kills the programs and removes
 the directory. So neither ``kill -9`` of the test run nor Ctrl-C at any moment leaves a broker
 behind. (``PR_SET_PDEATHSIG`` would not do: it fires when the *thread* that started the child ends.)
-It must not know what the programs are.
+Must not know what the programs are.
 
 Runs on: the caller's thread.
 """
@@ -35,8 +35,8 @@ for file in "$directory.gone"/*.pid; do
 done
 rm -rf "$directory.gone" || { sleep 1; rm -rf "$directory.gone"; }
 """
-_START = ': > "$0.$$.pid" && exec "$@"'  # so that the guard knows of it before it runs
-_KILL_LIMIT = 10.0  # a killed process is gone within milliseconds; more means a sick machine
+_START = ': > "$0.$$.pid" && exec "$@"'  # so that the guard knows the program before it runs
+_KILL_LIMIT = 10.0  # a killed process ends within milliseconds; much more is a broken machine
 
 
 class Program:
@@ -63,11 +63,11 @@ class Program:
         return True
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the process; nothing happens where it has ended."""
+        """Send a signal to the process, unless it has ended."""
         self.process.send_signal(number)
 
     def freeze(self) -> None:
-        """SIGSTOP, and wait until the last thread has stopped; nothing happens where it has ended.
+        """SIGSTOP, and wait until the last thread has stopped; do nothing if it has ended.
 
         The signal alone is not enough: on a busy machine a broker was seen to confirm two more
         messages, 3 ms after it was sent.
@@ -115,7 +115,7 @@ class Workspace:
         self.path = Path(os.fsdecode(made))
         if not made:
             self._dismiss()
-            raise OSError(f"no directory could be made below {template.parent}")
+            raise OSError(f"no directory could be created below {template.parent}")
 
     def spawn(
         self,
@@ -148,5 +148,5 @@ class Workspace:
         self._dismiss()
 
     def _dismiss(self) -> None:
-        """Let the guard clear away, and wait for its end."""
+        """Let the guard clean up, and wait for its end."""
         self._guard.communicate(timeout=_KILL_LIMIT)
