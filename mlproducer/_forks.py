@@ -101,7 +101,8 @@ class _Process:
 
 
 _process = _Process()
-_begun = _process.begun
+begun = _process.begun
+"""Its first byte is 0 in a child that is to call `notice`."""
 
 
 def in_child(step: Callable[[], None]) -> None:
@@ -111,7 +112,7 @@ def in_child(step: Callable[[], None]) -> None:
 
 def notice() -> None:
     """Begin afresh if this is a child whose fork ran no hooks."""
-    if not _begun[0]:
+    if not begun[0]:
         _process.begin()
 
 

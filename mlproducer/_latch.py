@@ -75,6 +75,11 @@ class Relay:
 
     def open(self, latch: Latch) -> None:
         """Open it now if nobody is on the way, else when its turn has come."""
+        if not (self._running or self._line):
+            # `_running` is a hint, which two threads may set at once: then both open theirs.
+            self._running = True
+            latch.open()
+            return
         self._line.append(latch)
         if not self._running:
             self.pass_on()
@@ -85,7 +90,7 @@ class Relay:
     def pass_on(self) -> None:
         """Open the next one; called by everybody who has come through."""
         self._running = True
-        if not self._open_next():
+        if not (self._line and self._open_next()):
             self._running = False
             if self._line:  # it came just now, for somebody who seemed to be on the way
                 self.pass_on()
@@ -110,13 +115,15 @@ class Watch:
     """Lets threads wait until something holds, looking again whenever it may have changed."""
 
     def __init__(self) -> None:
-        self._latches: list[Latch] = []  # empty, it is a tenth of a deque
+        # Read without a call, too, by whoever would wake nobody. A thread that begins to wait looks
+        # again once its latch is in here, so that one of the two sees the other.
+        self.watched: list[Latch] = []  # empty, it is a tenth of a deque
 
     def changed(self) -> None:
         """Let those who wait look again."""
-        for _ in range(len(self._latches)):
+        for _ in range(len(self.watched)):
             try:
-                latch = self._latches.pop(0)
+                latch = self.watched.pop(0)
             except IndexError:  # somebody else has let them look
                 return
             latch.open()
@@ -125,13 +132,13 @@ class Watch:
         """Wait until ``holds()``; false if it did not by the monotonic deadline."""
         while not holds():
             latch = Latch()
-            self._latches.append(latch)
+            self.watched.append(latch)
             if holds():
                 break
             timeout = None if deadline is None else deadline - time.monotonic()
             if not latch.wait(timeout):
                 with contextlib.suppress(ValueError):
-                    self._latches.remove(latch)
+                    self.watched.remove(latch)
                 return holds()
         return True
 

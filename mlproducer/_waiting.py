@@ -106,7 +106,7 @@ def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
         engine.expire(delivery)
         if not answer.wait(GRACE):
             return told(unanswered(engine, delivery, answer))
-    return told(answer.outcome())
+    return told(answer.outcome()) if not isinstance(answer.given, Receipt) else answer.given
 
 
 def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt | PublishError:

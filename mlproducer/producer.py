@@ -22,6 +22,7 @@ from uuid import UUID
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery, Waiter
+from mlproducer._core.states import CircuitState
 from mlproducer._engine.lifecycle import Lifecycle
 from mlproducer._guard import guarded
 from mlproducer._latch import seconds
@@ -114,7 +115,8 @@ class MLProducer:
         :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
         """
         started = time.monotonic()
-        engine = self._life.started().choose()
+        runtime = self._life.started()
+        engine = runtime.only or runtime.choose()
         answer = Answer(engine.relay)
         delivery = self._delivery(engine, task, answer, timeout, started, retry=retry)
         try:
@@ -287,7 +289,10 @@ class MLProducer:
         policy = None if retry is True or retry is False else self._checked(retry)
         encode = self._encode_hooked if self._hooks else self._encoder.encode
         try:
-            envelope, span = engine.spans.encode(encode, task)
+            if "opentelemetry.trace" in sys.modules:
+                envelope, span = engine.spans.encode(encode, task)
+            else:
+                envelope, span = encode(task), None
         except PublishError as error:
             self._meter().refused(task, error)
             raise
@@ -303,9 +308,10 @@ class MLProducer:
         )
         if span is not None:
             engine.spans.follow(delivery, span)
-        refusal = engine.refuse(delivery)
-        if refusal is not None:
-            raise refusal
+        if engine.breaker.state is not CircuitState.CLOSED:
+            refusal = engine.refuse(delivery)
+            if refusal is not None:
+                raise refusal
         return delivery
 
     def _checked(self, retry: object) -> RetryPolicy:

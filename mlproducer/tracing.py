@@ -22,7 +22,7 @@ _MAX_TRACESTATE = 512
 _MAX_MEMBERS = 32
 
 _NONE: Mapping[str, str] = MappingProxyType({})
-_context: ContextVar[Mapping[str, str]] = ContextVar("mlproducer_trace_context", default=_NONE)
+context: ContextVar[Mapping[str, str]] = ContextVar("mlproducer_trace_context", default=_NONE)
 
 
 @contextmanager
@@ -39,16 +39,16 @@ def trace_context(traceparent: str | None, tracestate: str | None = "") -> Itera
 @contextmanager
 def carrying(headers: Mapping[str, str]) -> Iterator[None]:
     """Let the messages published inside carry these headers, which are known to be well formed."""
-    token = _context.set(headers)
+    token = context.set(headers)
     try:
         yield
     finally:
-        _context.reset(token)
+        context.reset(token)
 
 
 def current() -> Mapping[str, str]:
     """Give the headers of the context in force: none, ``traceparent``, or ``tracestate`` too."""
-    return _context.get()
+    return context.get()
 
 
 def _accepted(traceparent: str | None, tracestate: str | None) -> Mapping[str, str]:

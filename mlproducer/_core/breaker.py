@@ -31,6 +31,9 @@ class Trip(Protocol):
     growth: int
     """By how much each failed probe multiplies the cooldown."""
 
+    is_told_once: bool
+    """Whether a success that follows another one is no news."""
+
     def succeeded(self, count: int, now: float) -> None:
         """Note attempts that were confirmed."""
 
@@ -48,6 +51,7 @@ class Consecutive:
     """
 
     growth = 1
+    is_told_once = True
 
     def __init__(self, threshold: int) -> None:
         self._threshold = threshold
@@ -75,6 +79,7 @@ class Adaptive:
     """
 
     growth = 2
+    is_told_once = False
 
     WINDOW = 10.0
     BUCKET = 0.1
@@ -124,6 +129,7 @@ class Breaker:
         longer or, like that of a ``submit()``, for ever
     :param changed: told each new state
     :param wake: told the monotonic time at which `cool` has something to do
+    :ivar is_told_once: `succeeded` changes nothing where it is closed and there are no failures
     :ivar failures: in a row, whatever opens it
     """
 
@@ -136,6 +142,7 @@ class Breaker:
         wake: Callable[[float], None],
     ) -> None:
         self._trip = trip
+        self.is_told_once = trip.is_told_once
         self._first_cooldown = self._cooldown = cooldown
         self._patience = patience
         self._changed = changed

@@ -14,23 +14,26 @@ from mlproducer._core.delivery import Delivery
 
 
 class Confirms:
-    """The open tags of one channel, oldest first."""
+    """The open tags of one channel, oldest first.
+
+    :ivar open: their deliveries
+    """
 
     def __init__(self) -> None:
-        self._open: dict[int, Delivery] = {}
+        self.open: dict[int, Delivery] = {}
         self._apart: set[int] = set()
         self._last = 0
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self.open)
 
     def __iter__(self) -> Iterator[Delivery]:
-        return iter(list(self._open.values()))
+        return iter(list(self.open.values()))
 
     def register(self, delivery: Delivery) -> int:
         """Give the next tag; before the write, since the confirm can be there first."""
         self._last += 1
-        self._open[self._last] = delivery
+        self.open[self._last] = delivery
         return self._last
 
     def set_apart(self, tags: Iterable[int]) -> None:
@@ -39,38 +42,38 @@ class Confirms:
 
     def find(self, tag: int) -> Delivery | None:
         """Give the delivery whose tag is open."""
-        return self._open.get(tag)
+        return self.open.get(tag)
 
     def settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
         """Close a tag, or with ``multiple`` all up to it (0: all), and give their deliveries."""
         if not multiple:
-            delivery = self._open.pop(tag, None)
+            delivery = self.open.pop(tag, None)
             self._apart.discard(tag)
             return [] if delivery is None else [delivery]
         if tag > self._last:
             return []  # an ack for what was never sent must not settle what was
         if self._apart:
-            spoken_of = [each for each in self._open if each <= (tag or self._last)]
-            return [self._open.pop(each) for each in spoken_of if each not in self._apart]
+            spoken_of = [each for each in self.open if each <= (tag or self._last)]
+            return [self.open.pop(each) for each in spoken_of if each not in self._apart]
         if tag in (0, self._last):
-            settled = list(self._open.values())
-            self._open.clear()
+            settled = list(self.open.values())
+            self.open.clear()
             return settled
         tags = []
-        for each in self._open:
+        for each in self.open:
             if each > tag:
                 break
             tags.append(each)
-        return [self._open.pop(each) for each in tags]
+        return [self.open.pop(each) for each in tags]
 
     def abandon(self) -> list[Delivery]:
         """Forget all open tags, whose channel is gone, and give their deliveries in order."""
-        lost = list(self._open.values())
-        self._open.clear()
+        lost = list(self.open.values())
+        self.open.clear()
         self._apart.clear()
         self._last = 0
         return lost
 
     def oldest(self) -> Delivery | None:
         """Give the delivery that has waited longest."""
-        return next(iter(self._open.values()), None)
+        return next(iter(self.open.values()), None)

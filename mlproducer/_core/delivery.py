@@ -161,7 +161,7 @@ class Delivery:
         self.answer = AnswerState.WITHDRAWABLE
         self.envelope = envelope
         self.owner = owner
-        self.size = envelope.size
+        self.size = len(envelope.properties) + len(envelope.body)
         self.waiter = waiter
         self.answers_deferral = answers_deferral
         self.fate: Waiter | None = None

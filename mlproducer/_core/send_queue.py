@@ -10,7 +10,6 @@ Runs on: the I/O thread, its only owner.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 
 from mlproducer._core.confirms import Confirms
 from mlproducer._core.delivery import Delivery
@@ -21,54 +20,43 @@ from mlproducer._core.states import FLOW_MOVES, FlowEvent, FlowState, Machine
 
 
 class SendQueue:
-    """Deliveries between their acceptance and their confirm."""
+    """Deliveries between their acceptance and their confirm.
+
+    :ivar backlog: those that wait, but for the suspects
+    :ivar blocked: the broker has blocked publishers
+    """
 
     def __init__(self) -> None:
         self.carrier: Carrier | None = None
         self.confirms = Confirms()
         self.poison = PoisonIsolation()
-        self._backlog: deque[Delivery] = deque()
+        self.backlog: deque[Delivery] = deque()
+        self.blocked = False
         self._flow = Machine(FLOW_MOVES, FlowState.FLOWING)
-
-    @property
-    def waiting(self) -> int:
-        """Messages accepted and not written."""
-        return len(self._backlog) + len(self.poison)
-
-    @property
-    def blocked(self) -> bool:
-        """Whether the broker has blocked publishers."""
-        return self._flow.state is FlowState.BLOCKED
 
     def flow(self, event: FlowEvent) -> None:
         """Note what the broker says of its resources; an Unblocked without a Blocked is nothing."""
         if self._flow.allows(event):
-            self._flow.step(event)
+            self.blocked = self._flow.step(event) is FlowState.BLOCKED
 
     def add(self, delivery: Delivery) -> None:
         """Let a message wait for its turn."""
         delivery.attempt = ACCEPTED[delivery.attempt]
-        self._backlog.append(delivery)
+        self.backlog.append(delivery)
 
     def add_first(self, deliveries: list[Delivery]) -> None:
         """Let messages go before those that wait."""
-        self._backlog.extendleft(reversed(deliveries))
+        self.backlog.extendleft(reversed(deliveries))
 
     def withdraw(self, delivery: Delivery) -> None:
         """Take out a message that waits."""
         suspects = self.poison.suspects
-        (suspects if delivery in suspects else self._backlog).remove(delivery)
+        (suspects if delivery in suspects else self.backlog).remove(delivery)
 
-    def next(self, room: int) -> Iterable[Delivery]:
-        """Take out what may be written now, as far as there is room for its bytes."""
-        if self.poison:
-            if not self.confirms:
-                yield self.poison.suspects.popleft()
-            return
-        while self._backlog and room > 0:
-            delivery = self._backlog.popleft()
-            room -= delivery.size
-            yield delivery
+    def next_suspect(self) -> Delivery | None:
+        """Take out the suspect that is next, once nothing else is on the channel."""
+        suspects = self.poison.suspects
+        return suspects.popleft() if suspects and not self.confirms.open else None
 
     def lose_channel(self) -> list[Delivery]:
         """Forget the channel, and give what was in flight on it, in order."""
@@ -84,6 +72,6 @@ class SendQueue:
 
     def clear_backlog(self) -> list[Delivery]:
         """Take out what waits, but for the suspects."""
-        waiting = list(self._backlog)
-        self._backlog.clear()
+        waiting = list(self.backlog)
+        self.backlog.clear()
         return waiting

@@ -25,9 +25,13 @@ from mlproducer._core.delivery_errors import (
     unroutable,
 )
 from mlproducer._core.delivery_states import (
+    ACCEPTED,
     ACKED,
+    ROW_KEEPS,
     ROW_PENDING,
+    UNANSWERED,
     WRITTEN,
+    AnswerState,
     AttemptEvent,
     AttemptState,
     RowEvent,
@@ -105,7 +109,7 @@ class Sender:
     @property
     def waiting(self) -> int:
         """Messages accepted and not written."""
-        return self._send_queue.waiting
+        return len(self._send_queue.backlog) + len(self._send_queue.poison.suspects)
 
     @property
     def blocked(self) -> bool:
@@ -141,11 +145,18 @@ class Sender:
 
         What a publisher waits for, it may withdraw until it is written; a future, until now.
         """
+        backlog = self._send_queue.backlog
+        # Where all is well a message is queued here, without a call, which most messages are.
+        well = self.breaker.state is CircuitState.CLOSED and self._refusal is None
+        well = well and not self.shutdown.begun
         for delivery in deliveries:
-            if delivery.answers_deferral or delivery.claim():
-                self.readmit(delivery, now)
-            else:
+            if not (delivery.answers_deferral or delivery.claim()):
                 self.failures.retire(delivery)
+            elif well and delivery.row is RowState.NONE and delivery.answer in UNANSWERED:
+                delivery.attempt = ACCEPTED[delivery.attempt]
+                backlog.append(delivery)
+            else:
+                self.readmit(delivery, now)
 
     def readmit(self, delivery: Delivery, now: float) -> None:
         """Take a message that is to be sent, maybe from the store."""
@@ -206,30 +217,53 @@ class Sender:
         """
         return self._send_queue.clear() if suspects else self._send_queue.clear_backlog()
 
-    def pump(self, now: float) -> None:
-        """Write what waits, as far as there is room; half-open, one message as the probe."""
-        carrier = self._send_queue.carrier
-        if carrier is None or not self._send_queue.waiting or not self.able:
-            return
-        waited = self._send_queue.waiting
+    def pump(self, now: float) -> bool:
+        """Write what waits, as far as there is room; half-open, one message as the probe.
+
+        :returns: whether something still waits
+        """
+        queue, closed = self._send_queue, self.breaker.state is CircuitState.CLOSED
+        carrier, backlog = queue.carrier, queue.backlog
+        if not (backlog or queue.poison.suspects):
+            return False
+        if carrier is None or queue.blocked:
+            return True
+        if not (closed or self.able):
+            return True
         room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
         batch: list[tuple[Envelope, int]] = []
-        for delivery in self._send_queue.next(room):
-            if not (delivery.open and delivery.is_ours):
+        while room > 0:
+            # One at a time, so that an exception leaves the others where they are.
+            alone = bool(queue.poison.suspects)
+            if not (alone or backlog):
+                break
+            delivery = queue.next_suspect() if alone else backlog.popleft()
+            if delivery is None:
+                break
+            if delivery.answer is AnswerState.WITHDRAWABLE:
+                delivery.claim()
+            if delivery.answer is AnswerState.WITHDRAWABLE or delivery.answer not in UNANSWERED:
                 self.failures.retire(delivery)  # withdrawn while it waited
             elif delivery.leased_until < now or (delivery.recalled and not delivery.promised):
                 self._hold_back(delivery, now)
             elif len(delivery.envelope.properties) <= carrier.longest_properties:
-                batch.append((delivery.envelope, self._dispatch(delivery, now)))
+                room = 0 if alone else room - delivery.size
+                if delivery.attempts or delivery.row in ROW_KEEPS:
+                    self._begin_retry(delivery)
+                delivery.attempt = WRITTEN[delivery.attempt]
+                delivery.attempts += not delivery.dead
+                delivery.sent_at = now
+                if not closed:
+                    self.breaker.sent(delivery, now)
+                batch.append((delivery.envelope, queue.confirms.register(delivery)))
             else:
                 text = "the headers exceed the frame size"
                 self.failures.fail(delivery, failure(MessageTooLargeError, delivery, text), now)
         if batch:
             apart = carrier.carry(batch)
             if apart:
-                self._send_queue.confirms.set_apart(apart)
-        elif self._send_queue.waiting < waited:
-            self.pump(now)  # there is room for those behind what has not been written
+                queue.confirms.set_apart(apart)
+        return bool(backlog or queue.poison.suspects)
 
     def _hold_back(self, delivery: Delivery, now: float) -> None:
         """Do not write what has been raised to its publisher, or may be another process's by now.
@@ -247,17 +281,6 @@ class Sender:
             text = f"the message may have been taken over from the store: {self._retry_worker.name}"
             self.failures.fail(delivery, failure(StoreError, delivery, text), now)
 
-    def _dispatch(self, delivery: Delivery, now: float) -> int:
-        """Note an attempt before it is written, and give its tag."""
-        if delivery.attempts or delivery.kept:
-            self._begin_retry(delivery)
-        delivery.attempt = WRITTEN[delivery.attempt]
-        delivery.attempts += not delivery.dead
-        delivery.sent_at = now
-        if self.breaker.state is CircuitState.HALF_OPEN:
-            self.breaker.sent(delivery, now)
-        return self._send_queue.confirms.register(delivery)
-
     def _begin_retry(self, delivery: Delivery) -> None:
         """Forget what came of the attempt before, and tell of this one."""
         delivery.counted = False
@@ -269,9 +292,14 @@ class Sender:
 
     # --- the broker ----------------------------------------------------------------------------
 
-    def acked(self, tag: int, now: float, *, multiple: bool) -> None:
-        """Settle what the broker has taken; what it returned before is unroutable."""
-        settled = self._settle(tag, multiple=multiple)
+    def acked(self, tag: int, now: float, *, multiple: bool) -> bool:
+        """Settle what the broker has taken; what it returned before is unroutable.
+
+        :returns: whether something waits to be written
+        """
+        settled = self._send_queue.confirms.settle(tag, multiple=multiple)
+        if not settled:
+            self._stray(tag)
         taken, delivered = [], []
         for delivery in settled:
             if delivery.attempt is AttemptState.LATE:
@@ -283,12 +311,14 @@ class Sender:
                 self.failures.fail(delivery, unroutable(delivery), now)
         if settled:
             self.timeouts = 0
-        if taken:
-            self.breaker.succeeded(taken, now)
+        breaker = self.breaker
+        calm = breaker.state is CircuitState.CLOSED and not breaker.failures
+        if taken and not (calm and breaker.is_told_once):
+            breaker.succeeded(taken, now)
         for delivery in taken:
             if delivery.row is not RowState.NONE or delivery.dead:
                 self._conclude(delivery)
-            if delivery.open:
+            if delivery.answer in UNANSWERED:
                 delivered.append(delivery)
             envelope = delivery.envelope
             if envelope.routing_key is not self._key or envelope.exchange is not self._exchange:
@@ -299,6 +329,7 @@ class Sender:
             for delivery in delivered:
                 delivery.confirm(now)
         self._door.leave(taken)
+        return bool(self._send_queue.backlog or self._send_queue.poison.suspects)
 
     def _note_route(self, envelope: Envelope) -> None:
         """Remember that a route was there; most messages have that of the one before them."""
@@ -308,7 +339,9 @@ class Sender:
 
     def nacked(self, tag: int, now: float, *, multiple: bool) -> None:
         """Settle what the broker has refused; another queue it was routed to may hold it."""
-        settled = self._settle(tag, multiple=multiple)
+        settled = self._send_queue.confirms.settle(tag, multiple=multiple)
+        if not settled:
+            self._stray(tag)
         for delivery in settled:
             delivery.step_attempt(AttemptEvent.NACKED)
         self._fail_all(settled, NackError, "the broker nacked the message", now)
@@ -324,11 +357,10 @@ class Sender:
         """Stop or go on writing, as the broker's alarm comes or goes."""
         self._send_queue.flow(FlowEvent.BLOCKED if blocked else FlowEvent.UNBLOCKED)
 
-    def _settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
-        settled = self._send_queue.confirms.settle(tag, multiple=multiple)
-        if not settled and tag != 0 and not self.shutdown.begun:
+    def _stray(self, tag: int) -> None:
+        """Tell of a confirm that settles nothing."""
+        if tag != 0 and not self.shutdown.begun:
             self._events.stray_confirm(tag)
-        return settled
 
     def _conclude(self, delivery: Delivery) -> None:
         """Do what is left where the broker has taken a message that was in trouble before."""
@@ -344,6 +376,11 @@ class Sender:
         self._send_queue.carrier = carrier
         self._refusal = None
         self._attempt_counted = False
+
+    def carry_on(self, carrier: Carrier) -> None:
+        """Use another carrier for the same channel."""
+        if self._send_queue.carrier is not None:
+            self._send_queue.carrier = carrier
 
     def down(self, loss: Loss, now: float) -> None:
         """Decide for all that were in flight on a channel that is gone. Idempotent."""

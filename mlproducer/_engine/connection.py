@@ -347,12 +347,19 @@ class ConfirmChannel:
 
     def carry(self, batch: Batch) -> Sequence[int]:
         """Write messages, each with its delivery tag, and give the tags that went elsewhere."""
-        letters: Batch = ()
+        letters: list[tuple[Envelope, int]] = []
         if self.letters is not None and self.letters.usable:
             exchange = self.letters.exchange
-            letters = [each for each in batch if each[0].exchange == exchange]
+            for envelope, _ in batch:
+                if envelope.exchange == exchange:
+                    letters = [each for each in batch if each[0].exchange == exchange]
+                    break
         if self.letters is None or not letters:
-            self.write(batch)
+            self.used = True
+            if self._emit is not None:  # as `write` does, without a call
+                self._emit([self._frames.publish(batch)])
+            else:
+                self.write(batch)
             return ()
         tags = {tag: None for _, tag in letters}
         for tag in tags:
@@ -645,7 +652,9 @@ class Connection:
         if owner is None or carrier is None:
             return
         self._vain = 0
-        tag = carrier.tags.sender(method.delivery_tag)
+        tag = method.delivery_tag
+        if carrier.tags.skipped:
+            tag = carrier.tags.sender(tag)
         if isinstance(method, spec.Basic.Ack):
             owner.acked(tag, multiple=method.multiple)
         else:

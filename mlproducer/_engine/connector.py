@@ -90,7 +90,7 @@ class Connector:
         self._begun_at = 0.0
         self._refused = False
         self._gave_up = False
-        self._stable = False
+        self.stable = False
         self._delays = 0
         self.failures = 0
         self._way: Way | None = None
@@ -156,7 +156,7 @@ class Connector:
     def ready(self) -> None:
         """Note that the connection carries messages."""
         if self.state is ConnectionState.CONNECTING:
-            self._stable = self._refused = False
+            self.stable = self._refused = False
             if self._address is not None:
                 self._good.add(self._address)
             self._step(ConnectionEvent.OPENED)
@@ -166,8 +166,8 @@ class Connector:
 
     def settle(self) -> None:
         """Note that the connection is stable: it was confirmed on, or has lasted."""
-        if not self._stable and self.state is ConnectionState.CONNECTED:
-            self._stable = True
+        if not self.stable and self.state is ConnectionState.CONNECTED:
+            self.stable = True
             self._gave_up = False
             self.failures = self._delays = 0
             self._cancel_timer()
@@ -325,7 +325,7 @@ class Connector:
         self._step(ConnectionEvent.LOST)
         self._tried = 0
         self._turn += 1
-        if self._stable:
+        if self.stable:
             self._skipped.clear()
             self.redial()
         else:

@@ -30,17 +30,15 @@ class Tags:
     """Turns a channel's tags into the sender's, which count what went over another channel too."""
 
     def __init__(self) -> None:
-        self._skipped: list[
-            int
-        ] = []  # for each that is left out: how many came here before, plus 1
+        self.skipped: list[int] = []  # for each that is left out: how many came here before, plus 1
 
     def skip(self, tag: int) -> None:
         """Leave out a tag of the sender's; they come in ascending order."""
-        self._skipped.append(tag - len(self._skipped))
+        self.skipped.append(tag - len(self.skipped))
 
     def sender(self, tag: int) -> int:
         """Give the sender's tag for one of the channel's."""
-        return tag + bisect_right(self._skipped, tag) if self._skipped else tag
+        return tag + bisect_right(self.skipped, tag) if self.skipped else tag
 
 
 class DeadLetterChannel:

@@ -38,6 +38,7 @@ class DelayedDelivery:
     :param call_later: calls a function after so many seconds
     :param fault: told what could not be declared
     :param resume: called when those that were held have been handed on
+    :ivar passes: delayed tasks come through, ours or others'
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class DelayedDelivery:
     ) -> None:
         self._resume = resume
         self._delays = delays
-        self._entry = delays.entry
+        self.entry = delays.entry
         self._active = active
         self._call_later = call_later
         self._fault = fault
-        self._passes = False  # delayed tasks come through, ours or others'
+        self.passes = False
         self._wanted = False  # ours do
         self._usable: bool | None = None  # None: not known on this connection
         self._round: _Round | None = None
@@ -74,10 +75,10 @@ class DelayedDelivery:
         :param open_channel: opens a channel on the connection; ``None`` where there is none yet,
             and `prepare` will be called before anything is written on it
         """
-        delayed = [each for each in deliveries if each.envelope.exchange == self._entry]
+        delayed = [each for each in deliveries if each.envelope.exchange == self.entry]
         if not delayed:
             return deliveries
-        self._passes = True
+        self.passes = True
         delayed = [each for each in delayed if self._delays.is_ours(each.envelope)]
         if not delayed:
             return deliveries
@@ -100,12 +101,11 @@ class DelayedDelivery:
 
     def carrier(self, channel: Carrier) -> Carrier:
         """Give a carrier that sends each delayed task with what is left of its delay."""
+        self.passes = True
         return _DelayCarrier(self, channel)
 
     def address(self, batch: list[tuple[Envelope, int]]) -> list[tuple[Envelope, int]]:
         """Address what is about to be written: it may have waited for a while."""
-        if not self._passes:
-            return batch
         now, usable = datetime.now(timezone.utc), self._usable is not False
         return [(self._delays.again(envelope, now, usable=usable), tag) for envelope, tag in batch]
 

@@ -96,6 +96,7 @@ class Engine:
         self.io = self._io
         self.relay = self._io.relay
         self.rank = self._io.rank
+        self.breaker = self._io.sender.breaker
         self._patience = settings.publish_timeout
         self._probing_until = 0.0
         self._ordinal = 0

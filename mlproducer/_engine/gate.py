@@ -90,7 +90,8 @@ class Gate:
 
         :raises WouldDeadlockError: this thread was interrupted in the middle of another such call
         """
-        self.check()
+        if self._is_held_here():
+            self.check()
         with self._lock:
             if not self._queue and self._admit_locked(delivery, self._reserved):
                 return True
@@ -137,7 +138,7 @@ class Gate:
             turns = self._next_locked() if self._queue else ()
         for turn in turns:
             turn.open()
-        if not self._inside:
+        if not self._inside and self.emptied.watched:
             self.emptied.changed()
 
     def give_up(self, delivery: Delivery) -> bool:

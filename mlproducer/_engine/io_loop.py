@@ -36,7 +36,7 @@ class IOLoopOwner(Protocol):
     def accept(self, deliveries: Sequence[Delivery]) -> None:
         """Take deliveries from the mailbox."""
 
-    def after_burst(self) -> None:
+    def pump(self) -> None:
         """Write what a burst has brought."""
 
     def failed(self, error: BaseException) -> None:
@@ -134,7 +134,7 @@ class IOLoop:
             self._loop.stop()
             return
         self._handle(self.mailbox.drain())
-        self._owner.after_burst()
+        self._owner.pump()
 
     def _handle(self, items: Iterable[Item]) -> None:
         """Hand over deliveries together, as far as no order stands between them."""
@@ -144,7 +144,9 @@ class IOLoop:
             else:
                 self._hand_over()
                 item()
-        self._hand_over()
+        if self._in_hand:  # as `_hand_over`, without a call
+            self._owner.accept(self._in_hand)
+            self._in_hand.clear()
 
     def _hand_over(self) -> None:
         if self._in_hand:

@@ -112,7 +112,7 @@ class IOThread:
             active=settings.declare_topology == "active",
             call_later=self.io_loop.call_later,
             fault=self.topology_fault,
-            resume=self._pump,
+            resume=self.pump,
         )
         self._dead_letter_maker = DeadLetterMaker(
             self._topology.dead_letter_exchange, self._delayed.plain
@@ -129,6 +129,7 @@ class IOThread:
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
         self._closes = False
+        self._channel: Carrier | None = None
         self._faults: set[tuple[str, str, int]] = set()
 
     # --- for any thread ------------------------------------------------------------------------
@@ -207,8 +208,17 @@ class IOThread:
 
     def accept(self, deliveries: Sequence[Delivery]) -> None:
         """Take deliveries from publishers, who start attempts over that were used up."""
-        self._take(self._delayed.hold(deliveries, self._take, self._channels()))
-        self._wake()
+        entry = self._delayed.entry
+        for delivery in deliveries:
+            if delivery.envelope.exchange == entry:
+                deliveries = self._hold_delayed(deliveries, self._take)
+                break
+        if self.peers:
+            self._take(deliveries)
+        else:
+            self.sender.accept(deliveries, time.monotonic())
+        if self.peers or not self.is_connected:
+            self._wake()
 
     def _take(self, deliveries: Sequence[Delivery]) -> None:
         now = time.monotonic()
@@ -218,16 +228,24 @@ class IOThread:
             for delivery in deliveries:
                 if not self._give(delivery):
                     self.sender.accept((delivery,), now)
-        self._expire_overdue(deliveries)
+        if self.peers:
+            self._expire_overdue(deliveries)
+
+    def _hold_delayed(
+        self, deliveries: Sequence[Delivery], take: Callable[[Sequence[Delivery]], None]
+    ) -> Sequence[Delivery]:
+        """Hold back tasks that are due later until they can be sent; give the others."""
+        entry = self._delayed.entry
+        if all(delivery.envelope.exchange != entry for delivery in deliveries):
+            return deliveries
+        if self._channel is not None:  # from now on tasks are addressed as they are written
+            self.sender.carry_on(self._delayed.carrier(self._channel))
+        return self._delayed.hold(deliveries, take, self._channels())
 
     def _channels(self) -> OpenChannel | None:
         """Give what opens a channel for declarations on a connection that carries messages."""
         connection = self.connector.connection
         return None if connection is None or not self.is_connected else connection.declaring_channel
-
-    def after_burst(self) -> None:
-        """Write what has come."""
-        self._pump()
 
     def failed(self, error: BaseException) -> None:
         """Tell those who wait that the loop failed."""
@@ -235,6 +253,7 @@ class IOThread:
         self.is_connected = False
         self._delayed.forget()
         self.connector.crashed()
+        self._channel = None
         self.sender.down(Loss("the I/O loop failed"), time.monotonic())
         self.sender.disconnected()
 
@@ -270,16 +289,16 @@ class IOThread:
             if peer.connector.hears_calls:
                 peer.order(peer.connector.called)
 
-    def _pump(self) -> None:
+    def pump(self) -> None:
+        """Write what waits, and again in a moment what there was no room for."""
         sender = self.sender
-        sender.pump(time.monotonic())
-        if sender.waiting and sender.able and not self._breathing:
+        if sender.pump(time.monotonic()) and sender.able and not self._breathing:
             self._breathing = True
             self.io_loop.call_later(BREATH, self._breathe)
 
     def _breathe(self) -> None:
         self._breathing = False
-        self._pump()
+        self.pump()
 
     def ended(self) -> None:
         """Let publishers through whose turn would have come by a timer."""
@@ -328,11 +347,10 @@ class IOThread:
 
     def _expire_overdue(self, deliveries: Sequence[Delivery]) -> None:
         """End the waits of publishers who have asked while another connection handed it over."""
-        if self.peers:
-            now = time.monotonic()
-            for delivery in deliveries:
-                if delivery.deadline <= now and delivery.waits_for_answer:
-                    self.expire(delivery)
+        now = time.monotonic()
+        for delivery in deliveries:
+            if delivery.deadline <= now and delivery.waits_for_answer:
+                self.expire(delivery)
 
     def _pay(self, delivery: Delivery) -> None:
         self.sender.pay(delivery, time.monotonic())
@@ -340,7 +358,7 @@ class IOThread:
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that the retry worker held."""
         self.io_loop.check_owner()
-        self._take_again(self._delayed.hold(deliveries, self._take_again, self._channels()))
+        self._take_again(self._hold_delayed(deliveries, self._take_again))
 
     def _take_again(self, deliveries: Sequence[Delivery]) -> None:
         now = time.monotonic()
@@ -360,7 +378,7 @@ class IOThread:
             self.readmit(deliveries)  # the producer is being closed, and they are told here
 
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
-        """Send messages that are stored, as `accept` and `after_burst` do with others."""
+        """Send messages that are stored, as `accept` and `pump` do with others."""
         self.io_loop.check_owner()
         self.sender.stored_ahead(deliveries)
         self.readmit(deliveries)
@@ -470,7 +488,7 @@ class IOThread:
         self.sender.breaker.cool(time.monotonic())
         if probing and self.sender.breaker.state is CircuitState.OPEN:
             self._health.check_soon()
-        self._pump()
+        self.pump()
         self._retry_worker.sweep_soon()
 
     def _circuit_changed(self, state: CircuitState) -> None:
@@ -517,7 +535,9 @@ class IOThread:
         first = self.connector.state is ConnectionState.CONNECTING
         self.connector.ready()
         self._dead_letter_maker.longest = channel.longest_properties
-        self.sender.up(self._delayed.carrier(channel))
+        self._channel = channel
+        delayed = self._delayed
+        self.sender.up(delayed.carrier(channel) if delayed.passes else channel)
         if first:
             self.sender.breaker.reconnected()
             if not (self._retry_worker.depth.stored or len(self._gate)):
@@ -525,7 +545,7 @@ class IOThread:
             self.is_connected = True
             self._connected.changed()
             self._events.connected(self.connector.route.broker.address)
-        self._pump()
+        self.pump()
         self._invite()
         self._retry_worker.sweep_soon()
 
@@ -535,6 +555,7 @@ class IOThread:
         self.is_connected = False
         self._health_probe.end()
         self._delayed.lost(loss)
+        self._channel = None
         self.sender.down(loss, time.monotonic())
         self.sender.disconnected()
         if was_up:
@@ -547,6 +568,8 @@ class IOThread:
         self._events.channel_lost(loss)
         if loss.reply_code == NOT_FOUND:
             self._delayed.forget()
+        self._channel = None
+        self._channel = None
         self.sender.down(loss, time.monotonic())
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
@@ -557,7 +580,7 @@ class IOThread:
             self._health_probe.end()  # a broker that blocks does not read our question
             self.relieve()
         else:
-            self._pump()
+            self.pump()
             self._invite()
             self._retry_worker.sweep_soon()
 
@@ -579,10 +602,10 @@ class IOThread:
 
     def acked(self, tag: int, *, multiple: bool) -> None:
         """Settle, and write what could not be written before."""
-        self.connector.settle()
-        self.sender.acked(tag, time.monotonic(), multiple=multiple)
-        if self.sender.waiting:
-            self._pump()
+        if not self.connector.stable:
+            self.connector.settle()
+        if self.sender.acked(tag, time.monotonic(), multiple=multiple):
+            self.pump()
         elif self._retry_worker.hurries and self._gate.welcomes():
             self._retry_worker.sweep_soon()
 
@@ -590,7 +613,7 @@ class IOThread:
         """Settle what was refused."""
         self.sender.nacked(tag, time.monotonic(), multiple=multiple)
         if self.sender.waiting:
-            self._pump()
+            self.pump()
 
     def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
         """Keep dead letters for later, as if they had been returned; no other message is hit."""

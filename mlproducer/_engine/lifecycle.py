@@ -108,11 +108,12 @@ class Lifecycle:
         :raises ProducerClosedError: it is closed
         :raises WouldDeadlockError: the wait would never end
         """
-        forks.notice()
+        if not forks.begun[0]:
+            forks.notice()
         runtime = self.runtime
         if runtime is None or self.closed:
             runtime = self._start()
-        if blocking and threads.here.owner is runtime:
+        if blocking and threads.here.owners.get(threading.get_ident()) is runtime:
             raise WouldDeadlockError("a blocking call on the producer's own thread")
         return runtime
 

@@ -47,7 +47,9 @@ class Mailbox:
         if self._closed:
             return not self._take_back(item)
         if not self._rung:
-            self.ring()
+            self._rung = True
+            with contextlib.suppress(OSError):  # as `ring` does, without a call
+                self._bell.send(b"\0")
         return True
 
     def ring(self) -> None:

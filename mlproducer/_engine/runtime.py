@@ -52,6 +52,7 @@ class Runtime:
     """Connections that are started, used and closed together, and what they share.
 
     :ivar engines: the connections, at least one
+    :ivar only: the connection where there is one
     :ivar dispatcher: makes users' calls
     """
 
@@ -92,6 +93,7 @@ class Runtime:
         self.engines: Sequence[Engine] = [
             Engine(settings, shared, each, number) for number, each in enumerate(events)
         ]
+        self.only = self.engines[0] if len(self.engines) == 1 else None
         ios = [engine.io for engine in self.engines]
         for io in ios:
             io.peers = [each for each in ios if each is not io]
@@ -127,9 +129,9 @@ class Runtime:
 
         One whose breaker is half-open is chosen by one thread only, for the message that probes it.
         """
+        if self.only is not None:
+            return self.only
         engines = self.engines
-        if len(engines) == 1:
-            return engines[0]
         ranks = [engine.rank() for engine in engines]
         for engine, (standing, _) in zip(engines, ranks, strict=True):
             if standing is Standing.PROBES and engine.takes_probe():

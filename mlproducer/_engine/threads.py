@@ -32,26 +32,26 @@ class _Here:
     """
 
     def __init__(self) -> None:
-        self._owners: dict[int, object] = {}
+        self.owners: dict[int, object] = {}
 
     @property
     def owner(self) -> object:
         """Whose thread this is."""
-        return self._owners.get(threading.get_ident())
+        return self.owners.get(threading.get_ident())
 
     def run(self, owner: object, target: Callable[[], None]) -> None:
         """Run something on a thread that is ``owner``'s as long as it runs."""
         me = threading.get_ident()
-        self._owners[me] = owner
+        self.owners[me] = owner
         try:
             target()
         finally:
-            self._owners.pop(me, None)
+            self.owners.pop(me, None)
 
     def forked(self) -> None:
         """Forget, in a forked child, the threads that it has not: their numbers come again."""
         me = threading.get_ident()
-        self._owners = {me: self._owners[me]} if me in self._owners else {}
+        self.owners = {me: self.owners[me]} if me in self.owners else {}
 
 
 here = _Here()

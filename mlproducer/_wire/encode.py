@@ -60,7 +60,7 @@ class Encoder:
                 task,
                 exchange=self._exchange,
                 preferred=self._preferred,
-                trace=tracing.current(),
+                trace=tracing.context.get(),
                 delays=self._delays,
             )
         else:

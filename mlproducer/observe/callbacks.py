@@ -15,7 +15,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Future
 from functools import partial
 from typing import Literal, get_args
@@ -274,11 +274,14 @@ class CallbackSink(EventSink):
         self._dispatcher = dispatcher
         self._blocked = False
 
+    def wants(self, name: str) -> Sized | None:
+        """Return the callbacks for a confirm, for which there mostly are none."""
+        return self._callbacks.of("confirmed") if name == "confirmed" else None
+
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Call back for each message."""
-        if self._callbacks.of("confirmed"):
-            for delivery in deliveries:
-                self._call(Event("confirmed", delivery.envelope.message_id))
+        for delivery in deliveries:
+            self._call(Event("confirmed", delivery.envelope.message_id))
 
     def deferred(self, delivery: Delivery) -> None:
         """Call back with the name of the reason's class."""

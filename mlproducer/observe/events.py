@@ -6,7 +6,7 @@ Runs on: mostly the I/O thread, so no sink may block or raise.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from mlproducer._core.interfaces import Events, Loss
@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 class EventSink(Events):
     """Accepts every event, and does nothing; subclasses override the events that they need."""
+
+    def wants(self, name: str) -> Sized | None:
+        """Return what is empty while it does not want an event; ``None``: it always does."""
+        return None
 
     def store_failed(self, error: StoreError) -> None:
         """The store could not be used; called on the retry thread."""
@@ -76,8 +80,12 @@ class Fanout(EventSink):
     def __init__(self, sinks: Sequence[EventSink]) -> None:
         lines = Lines(logger)
         for name in dir(EventSink):
-            if not name.startswith("_"):
-                methods = [getattr(sink, name) for sink in sinks if _overrides(sink, name)]
+            if not name.startswith("_") and name != "wants":
+                methods = [
+                    (getattr(sink, name), sink.wants(name))
+                    for sink in sinks
+                    if _overrides(sink, name)
+                ]
                 setattr(self, name, _caller_of(methods, lines))
 
 
@@ -85,9 +93,11 @@ def _overrides(sink: EventSink, name: str) -> bool:
     return getattr(type(sink), name) is not getattr(EventSink, name)
 
 
-def _caller_of(methods: list[Any], lines: Lines) -> Any:
+def _caller_of(methods: list[tuple[Any, Sized | None]], lines: Lines) -> Any:
     def call(*args: object, **kwargs: object) -> None:
-        for method in methods:
+        for method, wanted in methods:
+            if wanted is not None and not wanted:
+                continue
             try:
                 method(*args, **kwargs)
             except BaseException as error:  # noqa: BLE001 - not even SystemExit may end the thread

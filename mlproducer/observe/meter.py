@@ -143,7 +143,12 @@ class MetricsSink(EventSink):
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Count each message, those of a task type together."""
         if len(deliveries) == 1:
-            self._confirmed_alone(deliveries[0], now)
+            [delivery] = deliveries
+            task_type = delivery.envelope.task_type
+            sent, took = self._successes.get(task_type) or self._success(task_type)
+            sent.inc()
+            took.observe(now - delivery.started)
+            self._sizes.observe(len(delivery.envelope.body))
             return
         waits: dict[str, list[float]] = {}
         for delivery in deliveries:
@@ -184,13 +189,6 @@ class MetricsSink(EventSink):
     def possible_duplicate(self, delivery: Delivery) -> None:
         """Count possible duplicates."""
         self._count(catalog.POSSIBLE_DUPLICATES)
-
-    def _confirmed_alone(self, delivery: Delivery, now: float) -> None:
-        task_type = delivery.envelope.task_type
-        sent, took = self._successes.get(task_type) or self._success(task_type)
-        sent.inc()
-        took.observe(now - delivery.started)
-        self._sizes.observe(len(delivery.envelope.body))
 
     def _success(self, task_type: str) -> tuple[Series, Series]:
         """Return the series of confirmed messages, and cache them unless the label is ``other``."""

@@ -20,7 +20,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from types import ModuleType
 from typing import Protocol, TypeVar
@@ -180,10 +180,13 @@ class Spans(EventSink):
 
     # --- events --------------------------------------------------------------------------------
 
+    def wants(self, name: str) -> Sized | None:
+        """Return the open spans for a confirm, which ends them."""
+        return self._open if name == "confirmed" else None
+
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """End the spans of the messages."""
-        if self._tracer is not None and self._open:
-            self._end(deliveries, "")
+        self._end(deliveries, "")
 
     def dead_lettered(self, delivery: Delivery) -> None:
         """End the span as failed; a message from a durable store gets a span for this."""

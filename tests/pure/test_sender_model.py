@@ -396,7 +396,7 @@ class SenderMachine(RuleBasedStateMachine):
         """I1, I6, I25: each message is in exactly one place, and within every limit."""
         house, send_queue = self.house, self.house.sender._send_queue
         posted = house.posted()
-        waiting = Counter([*send_queue._backlog, *send_queue.poison.suspects])
+        waiting = Counter([*send_queue.backlog, *send_queue.poison.suspects])
         flying = Counter(house.channel.open.values()) if house.channel else Counter()
         for delivery, record in self.live.items():
             place = delivery.attempt

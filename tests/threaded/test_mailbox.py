@@ -7,6 +7,7 @@ import select
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,15 +126,17 @@ def test_an_idle_loop_is_woken_once(
 
     io_thread.order(functools.partial(occupy))
     assert busy.wait(LIMIT)
-    rung: list[None] = []
-    ring = io_thread.io_loop.mailbox.ring
-    monkeypatch.setattr(io_thread.io_loop.mailbox, "ring", lambda: (rung.append(None), ring()))
+    rung: list[bytes] = []
+    bell = io_thread.io_loop.mailbox._bell
+    counted = SimpleNamespace(send=lambda octet: (rung.append(octet), bell.send(octet)))
     ran = threading.Event()
     orders: list[int] = []
-    for number in range(1000):
-        io_thread.order(functools.partial(orders.append, number))
-    io_thread.order(functools.partial(ran.set))
-    free.set()
-    assert ran.wait(LIMIT)
+    with monkeypatch.context() as patch:
+        patch.setattr(io_thread.io_loop.mailbox, "_bell", counted)
+        for number in range(1000):
+            io_thread.order(functools.partial(orders.append, number))
+        io_thread.order(functools.partial(ran.set))
+        free.set()
+        assert ran.wait(LIMIT)
     assert orders == list(range(1000))
     assert len(rung) == 1
