@@ -27,7 +27,7 @@ from mlproducer.errors import StoreError
 from mlproducer.stores.protocol import Depth, Entry, Record, Row
 from mlproducer.stores.sqlite import SQLiteStore, database, file, owners
 from tests.helpers import LIMIT, make_envelope
-from tests.stopwatch import in_time
+from tests.stopwatch import Stopwatch, in_time
 
 LONG = 120.0
 SLACK = 0.5
@@ -207,14 +207,14 @@ def test_a_fork_that_could_not_wait(path: Path) -> None:
 def test_locked_for_three_seconds(path: Path, locked: sqlite3.Connection) -> None:
     """Whoever can wait so long gets in, and the entries are read no earlier than that (94)."""
     read: list[float] = []
-    freed: list[float] = []
+    freed: list[Stopwatch] = []
 
     def entries() -> Iterator[Entry]:
-        read.append(time.monotonic())
+        read.append(freed[0].own())
         yield entry("patient")
 
     def free() -> None:
-        freed.append(time.monotonic())
+        freed.append(Stopwatch())
         locked.execute("COMMIT")
 
     with closing(SQLiteStore(path)) as store:
@@ -222,7 +222,7 @@ def test_locked_for_three_seconds(path: Path, locked: sqlite3.Connection) -> Non
         timer.start()
         store.put(entries(), 5.0)
         timer.join(LIMIT)
-        assert freed[0] <= read[0] <= freed[0] + SLACK
+        assert read[0] <= SLACK
         assert store.depth() == Depth(waiting=2)
 
 
@@ -260,13 +260,13 @@ def held_by(running: subprocess.Popen[str]) -> None:
     assert said(running) == {"held": HELD}
 
 
-def take_over(store: SQLiteStore, begun: float) -> None:
+def take_over(store: SQLiteStore, watch: Stopwatch) -> None:
     """Claim what a dead owner held, in time, with a doubt."""
     rows: list[Row] = []
-    while len(rows) < HELD and time.monotonic() - begun < LIMIT:
+    while len(rows) < HELD and watch.wall() < LIMIT:
         rows += store.claim(1000)
         never.wait(0.05)
-    assert time.monotonic() - begun < TAKEN_OVER
+    assert watch.own() < TAKEN_OVER
     assert len(rows) == HELD
     assert all(row.record.doubtful for row in rows)
 
@@ -278,10 +278,10 @@ def test_rows_of_a_killed_process_are_taken_over_at_once(path: Path, role: str) 
         held_by(running)
         assert store.depth() == Depth(waiting=1, dead=1, ahead=200)
         assert store.claim(1000) == []
-        begun = time.monotonic()
+        watch = Stopwatch()
         running.kill()
         running.wait(LIMIT)
-        take_over(store, begun)
+        take_over(store, watch)
 
 
 def test_a_fresh_process_counts_what_a_killed_one_held(path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_fresh_process_counts_what_a_killed_one_held(path: Path) -> None:
         running.wait(LIMIT)
     with closing(SQLiteStore(path)) as store:
         assert store.depth() == ALL
-        take_over(store, time.monotonic())
+        take_over(store, Stopwatch())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces")
@@ -310,9 +310,9 @@ def test_process_ids_of_another_namespace_mean_nothing(path: Path) -> None:
         while time.monotonic() < deadline:
             assert store.claim(1000) == []
             never.wait(0.1)
-        begun = time.monotonic()
+        watch = Stopwatch()
         running.kill()
-        take_over(store, begun)
+        take_over(store, watch)
 
 
 def test_a_stopped_process_lives(path: Path) -> None:
@@ -369,9 +369,9 @@ def test_a_store_that_was_dropped_lets_its_rows_go(path: Path) -> None:
         assert store.claim(1) == []
         del dropped
         gc.collect()
-        begun = time.monotonic()
+        watch = Stopwatch()
         while not (rows := store.claim(1)):
-            assert time.monotonic() < begun + TAKEN_OVER
+            assert watch.own() < TAKEN_OVER
             never.wait(0.05)
         assert rows[0].record.envelope.message_id == "a"
 
