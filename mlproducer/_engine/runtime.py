@@ -22,6 +22,7 @@ from attrs import evolve
 from mlproducer import _clock as time
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery_states import AnswerState, AttemptState
 from mlproducer._core.shutdown import CLOSED
 from mlproducer._engine import threads
 from mlproducer._engine.endpoints import Endpoints
@@ -219,17 +220,20 @@ class Runtime:
             engine.join_timers(deadline)
         stored = self._depth().stored if self.durable else 0
         confirmed = self._confirmed() - self._confirmed_before[0]
-        return CloseReport(confirmed, stored, self._abandoned_ids())
+        return CloseReport(confirmed, stored, self._abandoned_ids(ended=all(ended)))
 
-    def _abandoned_ids(self) -> tuple[str, ...]:
+    def _abandoned_ids(self, *, ended: bool) -> tuple[str, ...]:
         """Name what was given back, and what nobody has an answer for, since a thread hangs.
 
         What is confirmed, or handed in, while the threads end makes a difference: so it is counted
         after they have.
+
+        :param ended: all I/O threads have
         """
         told = [each for engine in self.engines for each in engine.abandoned]
         told += [*self._retry_worker.abandoned, *self._abandoned]
-        left = dict.fromkeys([*told, *self._unsettled()])
+        unsettled = [each for each in self._unsettled() if not (ended and _is_refused(each))]
+        left = dict.fromkeys([*told, *unsettled])
         return tuple(each.envelope.message_id for each in left)
 
     def _confirmed(self) -> int:
@@ -239,8 +243,8 @@ class Runtime:
         """Tell those whose message no I/O thread had any more, now that all have ended."""
         now = time.monotonic()
         for delivery in self._still_open():
-            if not delivery.is_ours:
-                continue  # its publisher has taken it back
+            if _is_refused(delivery) or not delivery.is_ours:
+                continue  # its publisher is told by its own call, or has taken it back
             if self.durable and delivery.kept:
                 delivery.release(now)
             else:
@@ -419,3 +423,9 @@ def assemble(
     quieten_pika()
     made = open_store(settings) if store is None else foreign(store)
     return Runtime(settings, made, callbacks, meter, recorder, tend, added)
+
+
+def _is_refused(delivery: Delivery) -> bool:
+    """Whether its publisher is about to hand it in, which fails once all I/O threads have ended."""
+    in_hand = delivery.attempt is AttemptState.MAILBOX
+    return in_hand and delivery.answer is AnswerState.WITHDRAWABLE

@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 
 from mlproducer import ConnectionState, MLProducer, Settings
-from mlproducer._engine import process_hooks
+from mlproducer._core.delivery import Delivery
+from mlproducer._engine import lifecycle, process_hooks
+from mlproducer._engine.engine import Engine
 from mlproducer._latch import Latch
 from mlproducer.errors import (
     ConfigurationError,
@@ -186,8 +188,11 @@ def test_what_was_given_back_is_not_abandoned(connect: Connect, serve: Serve) ->
     assert producer.close(0.1).abandoned == ("ours",)
 
 
-def test_abandoned_is_what_its_future_says(connect: Connect, serve: Serve) -> None:
+def test_abandoned_is_what_its_future_says(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where confirms, and further messages, come while the producer closes."""
+    monkeypatch.setattr(lifecycle, "CLOSE_MARGIN", LIMIT)  # all threads end
     for _ in range(5):
         producer, publishers = connect(serve()), Background()
         assert producer.wait_connected(LIMIT)
@@ -205,6 +210,28 @@ def test_abandoned_is_what_its_future_says(connect: Connect, serve: Serve) -> No
         publishers.gather()
         errors = [(future.message_id, future.exception(LIMIT)) for future in futures]
         assert set(report.abandoned) == {name for name, error in errors if error is not None}
+
+
+def test_what_is_handed_in_too_late_is_not_abandoned(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A publisher that is about to hand it in is told by its own call, and by nothing else."""
+    producer, background = connect(serve()), Background()
+    assert producer.wait_connected(LIMIT)
+    entered, go_on, post = threading.Event(), threading.Event(), Engine.post_stored
+
+    def hesitate(engine: Engine, delivery: Delivery) -> None:
+        entered.set()
+        assert go_on.wait(LIMIT)
+        post(engine, delivery)
+
+    monkeypatch.setattr(Engine, "post_stored", hesitate)
+    call = background.call(producer.submit, make_message())
+    assert entered.wait(LIMIT)
+    report = producer.close(0.0)
+    go_on.set()
+    assert isinstance(call.exception(LIMIT), ProducerClosedError)
+    assert report.abandoned == ()
 
 
 def test_flush_while_another_thread_closes(connect: Connect, serve: Serve) -> None:

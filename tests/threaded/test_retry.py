@@ -112,7 +112,7 @@ def test_a_window_that_is_always_full(connect: Connect, serve: Serve, window: in
     for _ in range(2 * window + 2):
         publishers.call(publish_on)
     try:
-        assert receipt.outcome is Outcome.DEFERRED
+        assert isinstance(receipt.reason, NackError)  # its outcome may be the retry's by now
         assert receipt.result(LIMIT).attempts == 2
         broker.wait_for_messages(len(broker.messages) + 10 * window, LIMIT)
     finally:

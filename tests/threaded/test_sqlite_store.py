@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from mlproducer.errors import StoreError
 from mlproducer.stores.protocol import Change, Depth, Entry, Record, Row
-from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite import SQLiteStore, database
 from mlproducer.stores.sqlite import rows as rows_of
 from tests.helpers import LIMIT, Background, make_envelope
 from tests.stopwatch import in_time
@@ -118,8 +118,11 @@ def trace(store: SQLiteStore) -> list[str]:
     return said
 
 
-def test_a_call_has_few_statements_however_many_rows(connect: Open) -> None:
+def test_a_call_has_few_statements_however_many_rows(
+    connect: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each statement may wait for the interpreter's lock, so none of them is for one row."""
+    monkeypatch.setattr(database, "LOOK", 3600.0)  # whoever else is there is asked at intervals
     store = connect()
     said = trace(store)
 
