@@ -81,7 +81,7 @@ def _run(worker: CeleryWorker, message_id: str) -> TaskRun:
 
 
 def test_queues(declared: dict[str, Any]) -> None:
-    """The queues are the contract's, durable, with exactly the arguments of the contract."""
+    """The queues are the documented ones, durable, with exactly their arguments."""
     queues = {queue["name"]: queue for queue in declared["queues"]}
     assert set(queues) == {*QUEUES, "ml.dead_letter"}
     assert all(queue["durable"] for queue in queues.values())

@@ -31,7 +31,7 @@ def test_never_shrinks(initial: float, maximum: float, failures: int) -> None:
     assert backoff.delay(failures) <= backoff.delay(failures + 1)
 
 
-def test_the_contracts_series() -> None:
+def test_the_documented_series() -> None:
     """0.5 s, doubled up to 32 s, for connections; 1, 2, 4 ... 10 s for messages."""
     connection = Backoff(0.5, 32, 0.3)
     assert [connection.delay(n) for n in range(8)] == [0.5, 1, 2, 4, 8, 16, 32, 32]

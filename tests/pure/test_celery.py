@@ -128,7 +128,7 @@ TASKS = [
 
 @pytest.mark.parametrize(("task", "task_type", "routing_key"), TASKS)
 def test_ml_message(app: Celery, task: Any, task_type: str, routing_key: str) -> None:
-    """An ML task has the contract's properties and headers, and a body of keyword arguments."""
+    """An ML task has the documented properties and headers, and a body of keyword arguments."""
     envelope = encode(task)
     sent = properties(envelope)
     assert (envelope.exchange, envelope.routing_key, envelope.task_type) == (

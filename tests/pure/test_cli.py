@@ -93,7 +93,7 @@ def test_help_is_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--json" in capsys.readouterr().out
 
 
-def test_the_scenarios_are_those_of_the_contract() -> None:
+def test_the_scenarios_are_the_documented_ones() -> None:
     """They are found under their names, in the order in which ``all`` runs them."""
     assert list(SCENARIOS) == [
         "connection-resilience",

@@ -18,7 +18,7 @@ DEFERRABLE = {
     errors.NotConnectedError,
     errors.UnroutableError,
 }
-"""The rows of the contract's section 3 that say DEFERRED."""
+"""The outcomes that are documented as DEFERRED."""
 
 DURABLY = {errors.AuthenticationError, errors.CircuitOpenError}
 """Those that only a durable store waits for."""
@@ -48,7 +48,7 @@ def test_decide() -> None:
 def decides(
     kind: type[errors.PublishError], retry: bool, owned: bool, exhausted: bool, durable: bool
 ) -> None:
-    """Compare the verdict on one error, in one situation, with the contract's."""
+    """Compare the verdict on one error, in one situation, with the documented one."""
     verdict = decide(kind(), retry=retry, owned=owned, exhausted=exhausted, durable=durable)
     ours = owned or (kind in DEFERRABLE and (durable or kind not in DURABLY))
     if not (retry and ours):

@@ -45,7 +45,7 @@ def test_all_is_the_tree() -> None:
 
 
 def test_place_in_the_tree() -> None:
-    """Everything is an MLProducerError, and a builtin error where the contract says so."""
+    """Everything is an MLProducerError, and a builtin error where that is documented."""
     each_row(errors.__all__, has_its_place)
 
 
@@ -60,7 +60,7 @@ def has_its_place(name: str) -> None:
 
 @pytest.mark.parametrize("kind", LEAVES)
 def test_facts(kind: type[errors.PublishError]) -> None:
-    """Whether the broker may have it and whether the breaker counts it, by the contract's table."""
+    """Whether the broker may have it and whether the breaker counts it, by the documented table."""
     assert kind.possibly_sent is (kind.__name__ in POSSIBLY_SENT)
     assert kind.counts_for_breaker is (kind.__name__ in COUNTED)
     assert not (kind.deferrable and kind.permanent)

@@ -84,7 +84,7 @@ CONTRACT = {
     "message_size_bytes": ("histogram", ()),
     "reconnect_duration_seconds": ("histogram", ()),
 }
-"""Section 7 of the contract: names, types, labels."""
+"""The documented metrics: names, types, labels."""
 
 SENT, DURATION = "ml_producer_tasks_sent_total", "ml_producer_task_publish_duration_seconds"
 DISCONNECTED, CONNECTED, CLOSED = (
@@ -128,7 +128,7 @@ def sink(meter: Meter) -> EventSink:
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
-    """Return one series' value, by the name in the contract."""
+    """Return one series' value, by its documented name."""
     return registry.get_sample_value(f"ml_producer_{name}", labels)
 
 
@@ -147,8 +147,8 @@ def of_type(task_type: str, *, started: float = 0.0, body: bytes = b"body") -> D
 # --- the families ------------------------------------------------------------------------------
 
 
-def test_families_of_the_contract() -> None:
-    """The catalog has the contract's names, types and labels, and no others."""
+def test_families_are_the_documented_ones() -> None:
+    """The catalog has the documented names, types and labels, and no others."""
     listed = {f.name.removeprefix("ml_producer_"): (f.kind.value, f.labels) for f in FAMILIES}
     assert listed == CONTRACT
 

@@ -55,8 +55,8 @@ SUCCESSES = (
 )
 
 
-def test_alerts_of_the_contract() -> None:
-    """Names, queries and patience, by the names of the contract and not of the catalog."""
+def test_alerts_are_the_documented_ones() -> None:
+    """Names, queries and patience, by the documented names and not by the catalog."""
     assert alerts() == [
         ("MLProducerHighRetryQueueSize", "ml_producer_retry_queue_size > 100", "5m"),
         ("MLProducerRetryQueueHigh", "ml_producer_retry_queue_size > 50", "5m"),

@@ -62,7 +62,7 @@ VARIABLES: list[tuple[str, str, object, str, object]] = [
     ("ML_EXCHANGE", "exchange", "bookmarkai.ml", "other", "other"),
     ("ML_DECLARE_TOPOLOGY", "declare_topology", "active", "passive", "passive"),
 ]
-"""Section 8 of the contract, without TLS, which is a field of its own."""
+"""The documented variables, without TLS, which is a field of its own."""
 
 MAY_BE_ZERO = ("ML_GAVE_UP_INTERVAL", "ML_EXIT_TIMEOUT")
 IN_MILLISECONDS = [

@@ -104,12 +104,12 @@ EDGES = {
         "HALF_OPEN-OPEN",
     },
 }
-"""The moves of the contract's section 2, of the broker's alarms, and of the breaker (I17, I18)."""
+"""The documented moves of the connection, of the broker's alarms, and of the breaker (I17, I18)."""
 
 
 @pytest.mark.parametrize(("moves", "events", "start"), TABLES)
-def test_the_moves_of_the_contract(moves: Any, events: type[enum.Enum], start: enum.Enum) -> None:
-    """Exactly these, so that whatever the contract does not name is illegal."""
+def test_the_documented_moves(moves: Any, events: type[enum.Enum], start: enum.Enum) -> None:
+    """Exactly these: a move that is not documented is illegal."""
     edges = {
         f"{state.name}-{target.name}" for state, row in moves.items() for target in row.values()
     }

@@ -77,7 +77,7 @@ ROUTES = [
 
 @pytest.mark.parametrize(("task", "preferred", "routing_key", "name"), ROUTES)
 def test_route(task: MLTask, preferred: PreferredBackends, routing_key: str, name: str) -> None:
-    """Each task goes where the contract's table says, for each backend."""
+    """Each task goes where the documented table says, for each backend."""
     route, _ = task.call(preferred)
     assert (route.routing_key, route.name) == (routing_key, name)
 
@@ -165,7 +165,7 @@ KWARGS = [
 
 @pytest.mark.parametrize(("task", "expected"), KWARGS)
 def test_kwargs(task: MLTask, expected: dict[str, Any]) -> None:
-    """The worker gets the contract's keys, the defaults filled in, what is not given left out."""
+    """The worker gets the documented keys, the defaults filled in, what is not given left out."""
     assert task.call(API)[1] == expected
 
 

@@ -1,4 +1,4 @@
-"""What is declared on the broker, byte for byte where the contract says so."""
+"""What is declared on the broker, byte for byte where it is documented."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _of(method: str, declared: list[Declaration]) -> list[dict[str, Any]]:
 
 
 def test_active() -> None:
-    """Exchanges, queues and bindings; a task queue's arguments are exactly the contract's."""
+    """Exchanges, queues and bindings; a task queue's arguments are exactly the documented ones."""
     declared = list(Topology().declarations("active"))
     assert _of("exchange_declare", declared) == [
         {"exchange": name, "exchange_type": "topic", "durable": True, "passive": False}

@@ -438,7 +438,7 @@ class ModelStore(MemoryStore):
 
 
 class ModelRetryWorker(RetryWorker):
-    """Notes when a message may be sent again at the earliest, by the contract (I15)."""
+    """Notes when a message may be sent again at the earliest, as documented (I15)."""
 
     def __init__(self, house: House) -> None:
         backoff = Backoff(BASE_DELAY, MAX_DELAY)

@@ -35,7 +35,7 @@ OPEN, HALF_OPEN, CLOSED = CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitStat
 THRESHOLD = 10
 SHORT = 0.05
 LONG: dict[str, Any] = {"circuit_breaker_threshold": THRESHOLD, "circuit_breaker_cooldown": 30.0}
-"""The contract's breaker."""
+"""The documented breaker."""
 
 TOUCHY: dict[str, Any] = {"circuit_breaker_threshold": 1, "circuit_breaker_cooldown": 0.2}
 """One that opens at the first failure, and soon lets a probe through."""

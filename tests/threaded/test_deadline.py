@@ -31,7 +31,7 @@ SLACK = 0.25
 
 @contextmanager
 def in_time(timeout: float = TIMEOUT, at_least: float = 0.0) -> Iterator[None]:
-    """Fail where the block takes longer than the contract allows."""
+    """Fail where the block takes longer than is documented."""
     with stop_watch(timeout + SLACK, at_least):
         yield
 

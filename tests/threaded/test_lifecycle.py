@@ -72,7 +72,7 @@ def test_no_url(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_publish_starts_it(connect: Connect, serve: Serve) -> None:
-    """Threads are daemons with the contract's names; a second producer's have a number."""
+    """Threads are daemons with the documented names; a second producer's have a number."""
     broker = serve()
     first, second = connect(broker), connect(broker)
     assert threads() == set()

@@ -93,7 +93,7 @@ def test_the_backoff(connect: Connect, serve: Serve, when: str) -> None:
     assert gave_up.seen == ["gave_up"]
 
 
-def test_the_contracts_backoff() -> None:
+def test_the_documented_backoff() -> None:
     """Without settings of one's own: 0.5 s up to 32 s, 30 % jitter, 10 attempts."""
     settings = Settings()
     backoff = Backoff(

@@ -40,7 +40,7 @@ RETRIES: dict[str, Any] = {
     "message_retry_max_delay": 0.3,
     "retry_sweep_interval": SWEEP,
 }
-"""The contract's retries, ten times as fast, and a cap that is reached."""
+"""The documented retries, ten times as fast, and a cap that is reached."""
 
 LATE = 1.0
 """Seconds by which a loaded machine may be late."""
@@ -86,7 +86,7 @@ def test_the_schedule(connect: Connect, serve: Serve) -> None:
     assert letter - attempts[-1] < LATE
 
 
-def test_the_contracts_schedule() -> None:
+def test_the_documented_schedule() -> None:
     """Without settings of one's own: 1, 2, 4 s, capped at 10, a sweep each second, 3 retries."""
     settings = Settings()
     backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)

@@ -124,7 +124,7 @@ def produce(registry: CollectorRegistry) -> Iterator[Connect]:
 
 
 def test_healthy(produce: Connect, serve: Serve) -> None:
-    """A producer that delivers is 200, in exactly the contract's words."""
+    """A producer that delivers is 200, in exactly the documented words."""
     producer = produce(serve())
     producer.publish(make_message())
     answer = Answer(make_app(producer), "/health")
@@ -268,7 +268,7 @@ def test_metrics(produce: Connect, serve: Serve, registry: CollectorRegistry) ->
 
 
 def test_metrics_as_json(produce: Connect, serve: Serve) -> None:
-    """The sums are those of the metrics, in the contract's shape."""
+    """The sums are those of the metrics, in the documented shape."""
     mood = Moody()
     broker = serve(mood)
     producer = produce(broker)
