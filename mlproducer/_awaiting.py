@@ -1,9 +1,9 @@
-"""Publishing for ``await``: the same answers, without a thread that waits for them.
+"""Waiting for the sender's answer on an event loop, without blocking it.
 
-A slot of the in-flight window, and the answer, are told from other threads; they wake the event
-loop by ``call_soon_threadsafe``, and nothing here blocks it.
+Other threads free a slot of the in-flight window, and set the answer; they wake the event loop by
+``call_soon_threadsafe``.
 
-Runs on: an event loop's thread; `Bell.open` and an `AwaitedAnswer` are called on others.
+Runs on: an event loop's thread; `Notifier.open` and an `AwaitedAnswer` are called on others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
 from mlproducer._latch import Relay
-from mlproducer._waiting import GRACE, MOMENT, Answer, stop_waiting, told
+from mlproducer._waiting import GRACE, MOMENT, Answer, returned, stop_waiting
 from mlproducer.errors import PublishError
 from mlproducer.message import Receipt
 
@@ -24,48 +24,50 @@ if TYPE_CHECKING:
     from mlproducer._engine.engine import Engine
 
 
-class Bell:
-    """Wakes what awaits it on an event loop; rung once, from any thread."""
+class Notifier:
+    """Wakes a coroutine on an event loop, once, from any thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._rung: asyncio.Future[None] = self._loop.create_future()
+        self._notified: asyncio.Future[None] = self._loop.create_future()
 
     def open(self) -> None:
-        """Ring it; nothing happens where the loop has been closed meanwhile."""
+        """Wake the coroutine; nothing happens if the loop has been closed."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._ring)
+            self._loop.call_soon_threadsafe(self._notify)
 
     async def wait(self, timeout: float) -> bool:
-        """Wait until it is rung; false if it was not within ``timeout`` seconds."""
-        await asyncio.wait((self._rung,), timeout=max(0.0, timeout))
-        return self._rung.done()
+        """Wait to be woken; return false after ``timeout`` seconds."""
+        await asyncio.wait((self._notified,), timeout=max(0.0, timeout))
+        return self._notified.done()
 
-    def _ring(self) -> None:
-        if not self._rung.done():
-            self._rung.set_result(None)
+    def _notify(self) -> None:
+        if not self._notified.done():
+            self._notified.set_result(None)
 
 
 class AwaitedAnswer(Answer):
-    """What one ``await`` waits for."""
+    """The answer to one `apublish`."""
 
-    __slots__ = ("_bell",)
+    __slots__ = ("_notifier",)
 
     def __init__(self, relay: Relay) -> None:
         super().__init__(relay)
-        self._bell = Bell()
+        self._notifier = Notifier()
 
     def set_result(self, given: Receipt | PublishError) -> None:
-        """Answer that it is ours."""
+        """Set the answer: the library owns the message."""
         super().set_result(given)
-        self._bell.open()
+        self._notifier.open()
 
     set_exception = set_result
-    """Answer that it is the publisher's."""
+    """Set the answer: the publisher owns the message."""
 
     async def comes(self, timeout: float) -> bool:
-        """Wait for the answer; false if it did not come in ``timeout`` seconds."""
-        return self.given is not None or await self._bell.wait(timeout) or self.given is not None
+        """Wait for the answer; return false after ``timeout`` seconds."""
+        return (
+            self.given is not None or await self._notifier.wait(timeout) or self.given is not None
+        )
 
 
 async def in_thread(function: Callable[[], object]) -> None:
@@ -74,19 +76,19 @@ async def in_thread(function: Callable[[], object]) -> None:
 
 
 async def enter(engine: Engine, delivery: Delivery) -> bool:
-    """Pass the gate, as `Gate.enter` does; false if there was no room by the deadline."""
-    bell = Bell()
-    if engine.gate.ask(delivery, bell):
+    """Enter the gate, as `Gate.enter` does; return false if it was full until the deadline."""
+    notifier = Notifier()
+    if engine.gate.ask(delivery, notifier):
         return True
-    return await bell.wait(delivery.deadline - time.monotonic()) or not engine.gate.give_up(
+    return await notifier.wait(delivery.deadline - time.monotonic()) or not engine.gate.give_up(
         delivery
     )
 
 
 async def finish(engine: Engine, delivery: Delivery, answer: AwaitedAnswer) -> Receipt:
-    """Wait until the sender has spoken; at the deadline ask it to, also where this is cancelled.
+    """Wait for the sender's answer; at the deadline ask for it, even if this is cancelled.
 
-    :raises PublishError: the message is the publisher's again
+    :raises PublishError: the publisher owns the message
     """
     try:
         came = await answer.comes(delivery.deadline - time.monotonic())
@@ -98,5 +100,5 @@ async def finish(engine: Engine, delivery: Delivery, answer: AwaitedAnswer) -> R
         if not await answer.comes(GRACE):
             outcome, certain = stop_waiting(engine, delivery)
             if certain or not await answer.comes(MOMENT):
-                return told(outcome)
-    return told(answer.outcome())
+                return returned(outcome)
+    return returned(answer.outcome())

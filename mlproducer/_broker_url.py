@@ -1,8 +1,8 @@
-"""Brokers: where each listens, how to speak to it, and the grammar of the URLs that say so.
+"""Brokers, and the parser of their URLs.
 
-RabbitMQ's URI specification is followed, query parameters included, and is read more strictly where
-a slip could put a password in the place of something that is shown: what is ambiguous is refused.
-No error here quotes a part of a URL.
+It follows RabbitMQ's URI specification, query parameters included, but is stricter where a typo
+could put a password where a host is shown: an ambiguous URL is refused. No error quotes a part of a
+URL.
 
 Runs on: any thread; everything here is frozen.
 """
@@ -36,16 +36,16 @@ _ENCODE = "; in a user, password or virtual host write , as %2C, / as %2F, @ as 
 
 @frozen(kw_only=True)
 class TLSSettings:
-    """How to speak TLS (RabbitMQ guide, *TLS Support*).
+    """TLS settings (RabbitMQ guide, *TLS Support*).
 
     :ivar ca_certs: file with the certificate authorities to trust; ``None``: the system's
     :ivar certfile: file with the client's certificate chain, for mutual TLS
-    :ivar keyfile: file with its private key; ``None``: it stands in ``certfile``
-    :ivar verify_peer: check the server's certificate and name; switching it off is logged loudly
-    :ivar server_name: the name that the server's certificate must bear; ``None``: the URL's host
-    :ivar key_password: what the private key is encrypted with
+    :ivar keyfile: file with its private key; ``None``: it is in ``certfile``
+    :ivar verify_peer: verify the server's certificate and name; if false, a warning is logged
+    :ivar server_name: the name in the server's certificate; ``None``: the URL's host
+    :ivar key_password: the password of the private key
     :ivar key_password_file: file with that password, read for each connection
-    :ivar enforced: use TLS for ``amqp://`` too; otherwise for ``amqps://`` alone
+    :ivar enforced: use TLS for ``amqp://`` too; otherwise only for ``amqps://``
     """
 
     ca_certs: str | None = None
@@ -60,10 +60,10 @@ class TLSSettings:
 
 @frozen
 class Broker:
-    """Where one broker listens, as whom to connect to it, and how.
+    """The address of one broker, the credentials for it, and the settings of the connection.
 
-    :ivar tls_settings: with ``tls``, how; what the URL says comes before the settings
-    :ivar hint: what to look at where the broker does not know the virtual host; may be empty
+    :ivar tls_settings: if ``tls`` is set; the URL's parameters take precedence over the settings
+    :ivar hint: a hint for the error if the broker does not know the virtual host; may be empty
     """
 
     host: str
@@ -87,9 +87,9 @@ class Broker:
 
 @frozen(kw_only=True)
 class Defaults:
-    """What holds where a URL does not say.
+    """Values for what a URL does not set.
 
-    :ivar user_elsewhere: the user need not stand in the URL, credentials are given otherwise
+    :ivar user_elsewhere: the URL needs no user, since a callable returns the credentials
     """
 
     tls: TLSSettings | None = None
@@ -100,7 +100,7 @@ class Defaults:
 
 
 def redact(urls: str) -> str:
-    """Give broker URLs without user information and query, in which secrets may stand."""
+    """Return broker URLs without user information and query, which may have secrets."""
     pieces = _split(urls)
     users = sum("@" in piece for piece in pieces)
     apart = all(map(_SCHEME.match, pieces)) and users in (0, len(pieces))
@@ -108,7 +108,7 @@ def redact(urls: str) -> str:
 
 
 def redact_one(url: str) -> str:
-    """Give one URL of any kind likewise; where it is ambiguous, its scheme alone."""
+    """Return a URL of any kind without these; only its scheme if it is ambiguous."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return "..."
@@ -119,13 +119,13 @@ def redact_one(url: str) -> str:
 
 
 def parse(urls: str, defaults: Defaults, name: str = "url") -> tuple[Broker, ...]:
-    """Read ``amqp://`` and ``amqps://`` URLs, separated by commas.
+    """Parse ``amqp://`` and ``amqps://`` URLs, separated by commas.
 
-    :param name: what an error calls the value
+    :param name: the value's name in errors
     :raises ConfigurationError: one of them does not parse; the text quotes nothing of it
     """
     if _SEVERAL_BY_SEMICOLON.search(urls):
-        raise ConfigurationError(f"{name}: several URLs are separated by a comma, not by ;")
+        raise ConfigurationError(f"{name}: separate several URLs by a comma, not by ;")
     pieces = _split(urls)
     if not pieces:
         raise ConfigurationError(f"{name} names no broker")
@@ -134,13 +134,13 @@ def parse(urls: str, defaults: Defaults, name: str = "url") -> tuple[Broker, ...
 
 
 def ignored_parameters(urls: str) -> Iterator[str]:
-    """Give the names of the query parameters that have no meaning here."""
+    """Yield the names of the query parameters that are ignored."""
     for url in _split(urls):
         found = _URL.fullmatch(url)
         for key, _ in parse_qsl(found["query"] or "" if found else "", keep_blank_values=True):
             if key not in _PARAMETERS:
                 plain = len(key) <= 32 and key.isascii() and key.isidentifier()
-                yield key if plain else "(a name that is no word)"
+                yield key if plain else "(not a word)"
 
 
 def _split(urls: str) -> list[str]:
@@ -148,7 +148,7 @@ def _split(urls: str) -> list[str]:
 
 
 class _Reader:
-    """Reads one URL after another, with the same defaults."""
+    """Parses URLs with the same defaults."""
 
     def __init__(self, defaults: Defaults) -> None:
         self._defaults = defaults
@@ -163,9 +163,9 @@ class _Reader:
         user_info, _, host_and_port = found["authority"].rpartition("@")
         path, query = found["path"] or "", found["query"] or ""
         if found["fragment"] or "@" in path + query or ";" in host_and_port + path + query:
-            raise ConfigurationError(f"{where} holds @, ; or # behind its host{_ENCODE}")
+            raise ConfigurationError(f"{where} has @, ; or # after its host{_ENCODE}")
         if _CONTROL.search(url):
-            raise ConfigurationError(f"{where} holds a control character")
+            raise ConfigurationError(f"{where} has a control character")
         host, port = _host(host_and_port, where)
         options = _options(query, where)
         secure = found["scheme"].lower() == "amqps" or (
@@ -192,7 +192,7 @@ class _Reader:
     def _credentials(
         self, user_info: str, host: str, mechanism: str, where: str
     ) -> tuple[str, str]:
-        """Take the URL's user, or RabbitMQ's ``guest``, whom it accepts from loopback only."""
+        """Return the URL's user, or ``guest``, which RabbitMQ accepts only from loopback."""
         if user_info:
             user, _, password = user_info.partition(":")
             return _unquoted(user, where), _unquoted(password, where)
@@ -206,7 +206,7 @@ class _Reader:
 def _host(text: str, where: str) -> tuple[str, int | None]:
     found = _HOST.fullmatch(text)
     if found is None:
-        raise ConfigurationError(f"{where}: its host or port does not parse{_ENCODE}")
+        raise ConfigurationError(f"{where}: its host or port is invalid{_ENCODE}")
     port = int(found["port"][:6]) if found["port"] else None
     if port is not None and not 0 < port <= 65_535:
         raise ConfigurationError(f"{where}: its port must be from 1 to 65535")
@@ -222,8 +222,8 @@ def _host(text: str, where: str) -> tuple[str, int | None]:
         fits = bool(found["ip"] or (len(host) <= 253 and re.fullmatch(r"[\w.-]+", host)))
     if not fits:
         raise ConfigurationError(
-            f"{where}: its host is no name that can be looked up; accepted is an address or a name "
-            "whose parts between dots have 1 to 63 characters"
+            f"{where}: its host is not a name that can be resolved; accepted is an address or a "
+            "name whose parts between dots have 1 to 63 characters"
         )
     return host, port
 
@@ -237,7 +237,7 @@ def _virtual_host(path: str, where: str) -> str:
 
 def _hint(path: str) -> str:
     if path.strip("/") and path.endswith("/"):
-        return "the URL's path ends in a slash, which is a part of the virtual host's name here"
+        return "the URL's path ends in a slash, which is part of the virtual host's name"
     return ""
 
 
@@ -248,7 +248,7 @@ def _unquoted(text: str, where: str) -> str:
         plain = "\0"
     if _CONTROL.search(plain):
         raise ConfigurationError(
-            f"{where} holds %-codes that are no UTF-8 text, or are control characters"
+            f"{where} has %-codes that are not UTF-8 text, or are control characters"
         )
     return plain
 
@@ -299,7 +299,7 @@ _PARAMETERS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "keyfile": ("keyfile", str, "a path"),
     "verify": ("verify_peer", _verify, "verify_peer or verify_none"),
 }
-"""RabbitMQ's own query parameters: the field that each sets, how it is read, what is accepted."""
+"""RabbitMQ's query parameters: the field that each sets, its parser, what is accepted."""
 
 
 def _options(query: str, where: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """The monotonic clock, out of reach of libraries that stop or move time in tests.
 
-freezegun replaces ``time.monotonic`` itself, in every module, and only for some threads: timers
-that were set meanwhile would be due in years, and no heartbeat, retry or reconnect would follow.
-The clock of the system is left alone.
+freezegun replaces ``time.monotonic`` in every module, and only for some threads: timers that were
+set meanwhile would be due in years, and no heartbeat, retry or reconnect would happen. It does not
+replace ``time.clock_gettime``.
 
-It stands in for the standard module: ``from mlproducer import clock as time``.
+Modules import it in place of the standard one: ``from mlproducer import _clock as time``.
 
 Runs on: any thread.
 """
@@ -19,8 +19,8 @@ __all__ = ["monotonic"]
 
 _CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
 
-# A partial, since freezegun looks for the function itself among the names of each module.
+# A partial, since freezegun replaces the function itself wherever a module has it as an attribute.
 monotonic: Callable[[], float] = (
     partial(time.clock_gettime, _CLOCK) if _CLOCK is not None else partial(time.monotonic)
 )
-"""Give seconds that only ever grow, by the pace of the real ones."""
+"""Return monotonic seconds."""

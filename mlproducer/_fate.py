@@ -1,10 +1,10 @@
-"""What becomes of a message: a future whose waiters may be interrupted.
+"""The fate of a message: a future whose waiters may be interrupted.
 
-The stdlib's own wait is Python code that holds a lock; a Ctrl-C in it can come out as a
-RuntimeError, or leave the lock taken for ever. Here waiters stand on latches. A lock that is lost
-all the same, since `done` and callbacks need it, is replaced after a moment.
+The standard library's wait is Python code that holds a lock: a Ctrl-C in it can turn into a
+RuntimeError, or leave the lock held for ever. Here waiters use latches. ``done()`` and callbacks
+still need the lock; if an interrupt left it held, it is replaced after a moment.
 
-Runs on: any thread; it is settled on the I/O thread.
+Runs on: any thread; it is resolved on the I/O thread.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from mlproducer._latch import Watch, seconds
 from mlproducer.message import Receipt
 
 ORPHANED = 0.05
-"""Seconds after which a future's lock, which is held for microseconds, is taken for lost."""
+"""Seconds after which a future's lock, usually held for microseconds, counts as lost."""
 
 
 class Fate(Future[Receipt]):
-    """The fate of a message, for those who hold its receipt or future.
+    """The fate of a message, to which receipts and futures refer.
 
-    :ivar delivery: is remembered as long as somebody holds this and it is not settled
+    :ivar delivery: kept alive as long as this is referenced and not resolved
     """
 
     delivery: object = None
 
     def __init__(self) -> None:
         super().__init__()
-        self._settled = Watch()
+        self._resolved = Watch()
 
     def result(self, timeout: float | None = None) -> Receipt:
-        """Wait for the receipt, or for the error that is raised.
+        """Wait for the receipt, or raise the error.
 
         :param timeout: seconds; ``None`` waits without a limit
         """
@@ -41,53 +41,54 @@ class Fate(Future[Receipt]):
         return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the error; ``None`` where there is a receipt."""
+        """Wait for the error; return ``None`` if there is a receipt."""
         self._wait(timeout)
         return super().exception(0)
 
     def cancel(self) -> bool:
-        """Withdraw the message; false if it was taken over."""
+        """Withdraw the message; return false if the sender has taken it."""
         cancelled = super().cancel()
         if cancelled:
             self._conclude()
         return cancelled
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Take the message over; false if it was withdrawn."""
-        self._see_to_the_lock()
+        """Take the message, for the sender; return false if it was withdrawn."""
+        self._replace_lost_lock()
         return super().set_running_or_notify_cancel()
 
     def set_result(self, result: Receipt) -> None:
-        """Tell that it is delivered."""
-        self._see_to_the_lock()
+        """Resolve it: the message was delivered."""
+        self._replace_lost_lock()
         super().set_result(result)
         self._conclude()
 
     def set_exception(self, exception: BaseException | None) -> None:
-        """Tell that it is not."""
-        self._see_to_the_lock()
+        """Resolve it: the message was not delivered."""
+        self._replace_lost_lock()
         super().set_exception(exception)
         self._conclude()
 
     def _conclude(self) -> None:
-        """Let go of the delivery, which holds this, and let those who wait look."""
+        """Drop the delivery, which refers to this, and wake the waiters."""
         self.delivery = None
-        self._settled.changed()
+        self._resolved.changed()
 
     def _wait(self, timeout: float | None) -> None:
         if timeout is not None:
             timeout = seconds(0.0 if timeout < 0 else timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._settled.wait_for(self.done, deadline)
+        self._resolved.wait_for(self.done, deadline)
 
-    def _see_to_the_lock(self) -> None:
-        """Put another lock in the place of one that an interrupt has left taken.
+    def _replace_lost_lock(self) -> None:
+        """Replace the lock if an interrupt has left it held.
 
-        A thread that holds it after all, in a long signal handler, goes on with the old one; that
-        one guards nothing by then, and no wait of ours is made on it.
+        ``_condition`` is not part of the documented API of `Future`. If a thread still holds the
+        old lock after all, in a long signal handler, it releases that one later: it then guards
+        nothing, and no wait of this class uses it.
         """
         if self._condition.acquire(timeout=ORPHANED):
             self._condition.release()
         else:
-            # guards: the stdlib's own state of this future
+            # guards: the state of this future in the base class
             self._condition = threading.Condition()

@@ -1,10 +1,10 @@
-"""What has to be done in a forked child before it may use anything of this library.
+"""Reset the library in a forked child, before it is used there.
 
 Python runs hooks after ``os.fork``. A child that was forked by C code (uWSGI without
-``py-call-osafterfork``, an extension) runs none; it is found out at the first call that comes in,
-and then the same is done. Where there is no fork (Windows), nothing is.
+``py-call-osafterfork``, an extension) runs none; this is noticed at the first call into the
+library, which then does the same. Where there is no fork (Windows), nothing happens.
 
-Runs on: the only thread of a child; where no hooks were run, the first thread that calls in.
+Runs on: the only thread of a child; if no hooks were run, the first thread that calls the library.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mlproducer._guard import guarded, write
 logger = logging.getLogger(__name__)
 
 _WIPE_ON_FORK = 18
-"""``MADV_WIPEONFORK`` of Linux 4.14 (madvise(2)): however a child is forked, its copy is zero."""
+"""``MADV_WIPEONFORK`` of Linux 4.14 (madvise(2)): in every forked child the page is zero."""
 
 
 class _Byte(Protocol):
-    """One that is set in this process, and zero in a child that has not begun afresh."""
+    """A byte that is set in this process, and zero in a child that has not been reset."""
 
     def __getitem__(self, index: int, /) -> int: ...
 
@@ -33,7 +33,7 @@ class _Byte(Protocol):
 
 
 class _Pid:
-    """Tells it by the process id."""
+    """Compares the process id."""
 
     def __init__(self) -> None:
         self._pid = 0
@@ -46,14 +46,14 @@ class _Pid:
 
 
 def _byte() -> _Byte:
-    """Have the kernel wipe it, where it does such a thing.
+    """Return a byte that the kernel clears in a child, if it can.
 
-    Looking at it takes a tenth of the time of asking for the process id, a call of the system.
+    Reading it takes a tenth of the time of ``os.getpid()``, which is a system call.
     """
     try:
         page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         page.madvise(_WIPE_ON_FORK)
-    except (AttributeError, TypeError, ValueError, OSError):  # not Linux, or an old or a small one
+    except (AttributeError, TypeError, ValueError, OSError):  # not Linux, or an old kernel
         return _Pid()
     return page
 
@@ -78,23 +78,23 @@ class _Process:
         self._begins = False
 
     def forked(self) -> None:
-        """Begin afresh where the hooks were run, and no other thread is left."""
+        """Reset, from the hook: the child has no other thread yet."""
         self._begin_unlocked()
         self.begin()
 
     def begin(self) -> None:
-        """Do all steps once; one that fails keeps none of the others from being done."""
+        """Run all steps once; a step that fails does not prevent the others."""
         with self._lock:
             if self._begins or self.pid == os.getpid():
-                return  # a finaliser calls in from the middle of it, or another thread has done it
+                return  # called by a finalizer in the middle of this, or done by another thread
             self._begins = True
             try:
                 for step in self.steps:
                     error = guarded(step)
                     if error is not None:
-                        text = "a step after a fork failed; going on"
+                        text = "a step after a fork failed; continuing"
                         write(logger, logging.ERROR, text, error=error)
-                self.pid = os.getpid()  # last: until then other threads have to wait for the lock
+                self.pid = os.getpid()  # last: until then other threads wait for the lock
                 self.begun[0] = 1
             finally:
                 self._begins = False
@@ -106,12 +106,12 @@ begun = _process.begun
 
 
 def in_child(step: Callable[[], None]) -> None:
-    """Have something done in every forked child, after what was registered before it."""
+    """Register a step for every forked child; steps run in the order of registration."""
     _process.steps.append(step)
 
 
 def notice() -> None:
-    """Begin afresh if this is a child whose fork ran no hooks."""
+    """Reset, if this is a child whose fork ran no hooks."""
     if not begun[0]:
         _process.begin()
 

@@ -1,8 +1,9 @@
-"""Calls to code that is not ours: logging handlers, callbacks, tracers, another library's files.
+"""Calls of foreign code: logging handlers, callbacks, tracers, another library's files.
 
-What such code raises ends here. On a thread of ours it would end the loop on which every message
-depends, with SystemExit as with any other; on a user's thread it would make `publish()` raise for a
-message that is ours. Ctrl-C passes: Python raises it on the main thread, which is never ours.
+An exception of such code must not propagate. On a thread of the library it would end the loop on
+which every message depends, SystemExit included; on a user's thread `publish()` would raise for a
+message that the library owns. Ctrl-C does propagate: Python raises it on the main thread, which is
+never one of the library's.
 
 Runs on: any thread.
 """
@@ -20,13 +21,13 @@ def guarded(
     """Call a function and return what it raised, if it raised."""
     try:
         function(*args, **kwargs)
-    except BaseException as error:  # noqa: BLE001 - nothing of it may pass
+    except BaseException as error:  # noqa: BLE001 - nothing may propagate
         return stopped(error)
     return None
 
 
 def stopped(error: BaseException) -> BaseException:
-    """Return an error that ends here; raise it again where it has to pass."""
+    """Return an error that must not propagate; raise it again if it must."""
     interrupt = not isinstance(error, Exception)
     if interrupt and threading.current_thread() is threading.main_thread():
         raise error
@@ -40,8 +41,8 @@ def write(
     *args: object,
     error: BaseException | None = None,
 ) -> None:
-    """Log a line on a thread of ours; what a handler raises ends here.
+    """Log a line; an exception of a handler does not propagate.
 
-    :param error: whose traceback follows
+    :param error: an error whose traceback is logged too
     """
     guarded(to.log, level, text, *args, exc_info=error)

@@ -1,11 +1,11 @@
-"""A small web server for a page, health and metrics: one thread, which waits for no client.
+"""A small web server for the status page, health and metrics, on one thread that no client blocks.
 
-It takes the stdlib's HTTP and WSGI, and not its server, in which each connection holds a thread and
-a descriptor for as long as its client likes. Here connections are limited, of which the oldest has
-to go when others wait; a client has one limit for all that it sends and reads; and what
-clients do wrong is not logged. A request ends its connection, as in HTTP/1.0.
+It uses HTTP and WSGI of the standard library, but not its server, in which a client can occupy a
+thread and a descriptor for as long as it wants. Here the number of connections is limited, and the
+oldest is closed when others wait; a client has one limit of time for its request and the answer;
+and errors of clients are not logged. Each request closes its connection, as in HTTP/1.0.
 
-Runs on: the thread ``mlproducer-http``; `Server` itself on any.
+Runs on: the thread ``mlproducer-http``; methods of `Server` on any.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
-"""Clients at a time, so that no number of them uses up the descriptors of the application."""
+"""Clients at a time, so that they cannot use up the application's descriptors."""
 
 REQUEST_LIMIT = 10.0
-"""Seconds that a client has to send its request and to read the answer."""
+"""Seconds in which a client has to send its request and read the answer."""
 
 MAX_HEAD = 65_536
 """Bytes of a request's line and headers."""
 
 BACKLOG = 512
-"""Clients that the kernel holds until the thread comes to them."""
+"""Clients that may wait in the kernel to be accepted."""
 
 GRACE = 0.5
-"""Seconds that each client has, however many wait for its place."""
+"""Seconds that each client has, even if others wait to be accepted."""
 
 PAUSE = 0.2
-"""Seconds for which no connection is taken where the process has no descriptor for it."""
+"""Seconds without accepting if the process has no descriptor left."""
 
 IDLE = 3600.0
-"""Seconds after which a thread with nothing to do looks again."""
+"""The longest wait of the idle thread, in seconds."""
 
 CLOSE_LIMIT = 2.0
-"""Seconds that ending a server may take."""
+"""Seconds that `Server.close` waits for the thread."""
 
 _PIECE = 65_536
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -69,11 +69,11 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 class _Client:
     """A connection.
 
-    :ivar began: monotonic time at which it was taken
-    :ivar received: the request, as far as it has come
+    :ivar began: monotonic time at which it was accepted
+    :ivar received: the request, as far as it was received
     :ivar unsent: what is left of the answer, once there is one
-    :ivar lingers: the client may still send, which has to be read: a connection that is closed over
-        unread bytes is reset, and the answer with it
+    :ivar lingers: the client may still send, which has to be read: closing a connection with unread
+        bytes resets it, and the answer is lost
     """
 
     socket: socket.socket
@@ -85,16 +85,16 @@ class _Client:
 
     @property
     def ends(self) -> float:
-        """Monotonic time at which it is dropped."""
+        """Monotonic time at which it is closed."""
         return self.began + REQUEST_LIMIT
 
 
 class Server:
     """A web server on a daemon thread of its own.
 
-    :param port: 0 takes a free one
-    :ivar port: where it listens
-    :raises OSError: the port is taken, or the host is not this machine
+    :param port: 0 chooses a free port
+    :ivar port: the port on which it listens
+    :raises OSError: the port is in use, or the host is not an address of this machine
     """
 
     def __init__(self, app: WSGIApplication, port: int, host: str) -> None:
@@ -111,17 +111,17 @@ class Server:
             "CONTENT_LENGTH": "",
             "SCRIPT_NAME": "",
         }
-        ear, bell = os.pipe()
-        self._ear, self._bell = io.FileIO(ear, "r"), io.FileIO(bell, "w")
-        os.set_blocking(ear, False)
-        os.set_blocking(bell, False)
+        reader, writer = os.pipe()
+        self._wake_reader, self._wake_writer = io.FileIO(reader, "r"), io.FileIO(writer, "w")
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._ear, selectors.EVENT_READ, self._hear)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._check_wake)
         self._clients: dict[_Client, None] = {}
-        self._deaf_until: float | None = None
+        self._paused_until: float | None = None
         self._listen()
         self._open = True
-        self._untold = [None]
+        self._open_once = [None]
         self._thread = threading.Thread(target=self._run, name="mlproducer-http", daemon=True)
         self._thread.start()
         _servers.add(self)
@@ -138,20 +138,20 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stop listening, and drop all clients; any number of times, also in a forked child."""
+        """Stop listening, and close all connections; can be called again, and in a forked child."""
         forks.notice()
-        with suppress(IndexError, ValueError):  # it was told before; it is closed, in a child
-            self._untold.pop()  # one write, which the thread reads before it closes the pipe
-            self._bell.write(b"\0")
+        with suppress(IndexError, ValueError):  # called before, or closed already in a child
+            self._open_once.pop()  # pop() succeeds once: one write, before the pipe is closed
+            self._wake_writer.write(b"\0")
         if self._thread.is_alive():
             self._thread.join(CLOSE_LIMIT)
 
-    def let_go(self) -> None:
-        """Close the descriptors, and touch nothing that they lead to, which may be a parent's."""
+    def release(self) -> None:
+        """Close the descriptors, without a shutdown of connections that a parent may still use."""
         _servers.discard(self)
         self._selector.close()
-        self._ear.close()
-        self._bell.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
         for each in (self._listener, *(client.socket for client in self._clients)):
             each.close()
         self._clients.clear()
@@ -162,33 +162,33 @@ class Server:
         while self._open:
             error = guarded(self._turn)
             if error is not None:
-                write(logger, logging.ERROR, "the web server failed; going on", error=error)
+                write(logger, logging.ERROR, "the web server failed; continuing", error=error)
                 for client in list(self._clients):
                     self._drop(client)
-        # Not only closed: a child may hold these as well, until its own hook has run.
+        # Shut down before they are closed: a forked child may still have copies of the descriptors.
         for each in (self._listener, *(client.socket for client in self._clients)):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self.let_go()
+        self.release()
 
     def _turn(self) -> None:
-        for key, _ in self._selector.select(self._patience()):
+        for key, _ in self._selector.select(self._timeout()):
             key.data()
         now = time.monotonic()
         for client in [each for each in self._clients if each.ends <= now]:
             self._drop(client)
-        if self._deaf_until is not None and self._deaf_until <= now:
-            self._deaf_until = None
+        if self._paused_until is not None and self._paused_until <= now:
+            self._paused_until = None
             self._listen()
 
-    def _patience(self) -> float:
+    def _timeout(self) -> float:
         ends = [client.ends for client in self._clients]
-        if self._deaf_until is not None:
-            ends.append(self._deaf_until)
+        if self._paused_until is not None:
+            ends.append(self._paused_until)
         return max(0.0, min(ends) - time.monotonic()) if ends else IDLE
 
-    def _hear(self) -> None:
-        self._open = not self._ear.read(_PIECE)
+    def _check_wake(self) -> None:
+        self._open = not self._wake_reader.read(_PIECE)
 
     def _listen(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -198,24 +198,24 @@ class Server:
         if len(self._clients) >= MAX_CONNECTIONS:
             oldest = next(iter(self._clients))
             if now - oldest.began < GRACE:
-                self._be_deaf(oldest.began + GRACE)
+                self._pause(oldest.began + GRACE)
                 return
             self._drop(oldest)
         try:
             accepted, address = self._listener.accept()
         except OSError as error:
             if error.errno in _EXHAUSTED and not self._drop_oldest():
-                self._be_deaf(now + PAUSE)
+                self._pause(now + PAUSE)
             return
         accepted.setblocking(False)
         client = _Client(accepted, address, now)
         self._clients[client] = None
         self._await(client, selectors.EVENT_READ, self._receive)
 
-    def _be_deaf(self, until: float) -> None:
-        """Leave those who come to the kernel, until then or until a client is gone."""
+    def _pause(self, until: float) -> None:
+        """Stop accepting until then, or until a connection is closed."""
         self._selector.unregister(self._listener)
-        self._deaf_until = until
+        self._paused_until = until
 
     def _await(self, client: _Client, event: int, then: Callable[[_Client], None]) -> None:
         step = partial(self._step, client, then)
@@ -225,15 +225,15 @@ class Server:
             self._selector.register(client.socket, event, step)
 
     def _step(self, client: _Client, then: Callable[[_Client], None]) -> None:
-        """Go on with a client; one that is gone, in whatever way, is dropped without a word."""
+        """Continue with a client; if its connection fails, close it without a log line."""
         try:
-            if client in self._clients:  # else it was dropped in this very turn
+            if client in self._clients:  # else it was closed in this very turn
                 then(client)
         except BlockingIOError:
             return
         except OSError:
             self._drop(client)
-        except Exception as error:  # noqa: BLE001 - it concerns this client alone
+        except Exception as error:  # noqa: BLE001 - it affects only this client
             write(logger, logging.ERROR, "a request failed", error=error)
             self._drop(client)
 
@@ -272,11 +272,11 @@ class Server:
         with suppress(OSError):
             client.socket.shutdown(socket.SHUT_RDWR)
         client.socket.close()
-        if self._deaf_until is not None:
-            self._deaf_until = 0.0
+        if self._paused_until is not None:
+            self._paused_until = 0.0
 
     def _drop_oldest(self) -> bool:
-        """Drop the client that has been here for longest; false where there is none."""
+        """Close the oldest connection; return false if there is none."""
         for client in self._clients:
             self._drop(client)
             return True
@@ -284,7 +284,7 @@ class Server:
 
 
 def _cut(received: bytes) -> tuple[bytes, bool, bytes]:
-    """Cut a request after its head; the empty line that ends it may lack the carriage return."""
+    """Split a request after its head; the empty line at the end may lack the carriage return."""
     request = received.lstrip(b"\r\n")
     ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := request.find(mark)) >= 0]
     if not ends:
@@ -294,9 +294,9 @@ def _cut(received: bytes) -> tuple[bytes, bool, bytes]:
 
 
 class _Request(WSGIRequestHandler):
-    """One request, as the stdlib reads and answers it, from bytes to bytes."""
+    """One request, which the standard library's handler parses and answers, from bytes to bytes."""
 
-    default_request_version = "HTTP/1.0"  # of a line that names none; 0.9 has no status line
+    default_request_version = "HTTP/1.0"  # if the line has none; 0.9 has no status line
 
     def __init__(
         self,
@@ -307,7 +307,7 @@ class _Request(WSGIRequestHandler):
         *,
         complete: bool,
     ) -> None:
-        # Not that of the base class, which would talk to a socket at once.
+        # The base class's constructor is not called: it would use a socket at once.
         self._app = app
         self._complete = complete
         self.server = _Environ(environ)  # type: ignore[assignment]
@@ -337,7 +337,7 @@ class _Request(WSGIRequestHandler):
         self.send_error(status)
 
     def parse_request(self) -> bool:
-        """Read the request's line and headers; its target may be a URL (RFC 9112, 3.2.2)."""
+        """Parse the request's line and headers; its target may be a URL (RFC 9112, 3.2.2)."""
         if not super().parse_request():
             return False
         if self.path[:1] != "/" and "://" in self.path:
@@ -350,12 +350,12 @@ class _Request(WSGIRequestHandler):
         return True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name is given
-        """Log nothing: one page would be a line a second."""
+        """Log nothing: each open page would cause a line a second."""
 
 
 @define
 class _Environ:
-    """All that the stdlib's request wants of its server."""
+    """What the standard library's handler needs of its server."""
 
     base_environ: dict[str, str]
 
@@ -364,18 +364,18 @@ class _Handler(ServerHandler):
     request_handler: _Request
 
     def log_exception(self, exc_info: Any) -> None:
-        """Log what the application raised where the library logs, and not on stderr."""
+        """Log the application's error with the library's logger, not on stderr."""
         write(logger, logging.ERROR, "a request failed", error=exc_info[1])
 
 
 _servers: set[Server] = set()
-"""Those that are open, also such as nothing else holds."""
+"""The open servers; they are kept alive although nothing else may refer to them."""
 
 
 def _in_child() -> None:
-    """Let go of ports and connections, which would stay open as long as a child lives."""
+    """Close ports and connections, which would stay open as long as the child lives."""
     for server in list(_servers):
-        server.let_go()
+        server.release()
 
 
 forks.in_child(_in_child)

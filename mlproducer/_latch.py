@@ -1,9 +1,10 @@
-"""Waiting that an interrupt cannot break.
+"""Primitives for waiting that an interrupt cannot break.
 
-CPython looks for signals inside the Python code of ``threading.Condition``, and so of ``Event``
-and of futures: a Ctrl-C there can leave their lock taken for ever, and whoever wants to tell the
-waiter hangs. A plain lock is taken and released by C alone. So whatever the I/O thread has to touch
-while a publisher waits stands on these.
+CPython handles signals inside the Python code of ``threading.Condition``, and so of ``Event`` and
+of futures: a Ctrl-C there can leave their lock held for ever, and a thread that wants to notify the
+waiter hangs. A plain lock is acquired and released in C. So everything that the I/O thread shares
+with a waiting publisher is built on plain locks, and on operations of ``deque``, ``list`` and
+``dict`` that are one step under the GIL.
 
 Runs on: any thread.
 """
@@ -20,51 +21,51 @@ from mlproducer import _clock as time
 from mlproducer.errors import ConfigurationError
 
 LONGEST = min(threading.TIMEOUT_MAX, 366 * 86400.0)
-"""Seconds that count as for ever: systems have limits for a wait, and clocks for a deadline."""
+"""Seconds that count as for ever: waits and deadlines have limits."""
 
-HANDING_ON = 1.0
-"""Seconds at most between two steps of a thread that hands a token on."""
+HANDOVER = 1.0
+"""Seconds, at most, between two steps of a thread that passes a token on."""
 
 
 def seconds(timeout: float, name: str = "timeout") -> float:
-    """Check a number of seconds that a user gives, and cut it to what can be waited for.
+    """Check a user's timeout, and limit it to `LONGEST`.
 
     :raises ConfigurationError: it is negative, not a number, or infinite
     """
     is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
     if is_number and 0 <= timeout < math.inf:
         return min(timeout, LONGEST)
-    raise ConfigurationError(f"{name} must be a finite number of seconds from 0")
+    raise ConfigurationError(f"{name} must be a finite number of seconds, 0 or more")
 
 
 class Latch:
-    """Opened once, by one thread for another."""
+    """Opened once, by one thread, for one waiting thread."""
 
     __slots__ = ("_lock",)
 
     def __init__(self) -> None:
-        # guards: nothing; it is taken from the start, and releasing it lets the waiter through
+        # guards: nothing; it is held from the start, and its release lets the waiter through
         self._lock = threading.Lock()
         self._lock.acquire()
 
     def open(self) -> None:
-        """Let the waiter through, now or when it comes."""
+        """Let the waiter through, now or when it waits."""
         self._lock.release()
 
     def wait(self, timeout: float | None) -> bool:
-        """Wait until it is open; false if it was not within ``timeout`` seconds."""
+        """Wait until it is open; return false after ``timeout`` seconds."""
         if timeout is None:
             return self._lock.acquire()
         return self._lock.acquire(timeout=min(max(0.0, timeout), LONGEST))
 
 
 class Relay:
-    """Opens latches one after another: each next one is opened by who came through the last.
+    """Opens latches one after another: the thread that was let through opens the next.
 
-    Threads that are let through together stand in line for the interpreter's lock, where each of
-    them falls asleep and is woken once or twice more.
+    Threads that are let through at the same time compete for the GIL, and each sleeps and is woken
+    once or twice more.
 
-    :param remind: has `hurry` called soon, in case that somebody is slow to pass on
+    :param remind: has `hurry` called soon, in case a thread is slow to pass on
     """
 
     def __init__(self, remind: Callable[[], None]) -> None:
@@ -74,7 +75,7 @@ class Relay:
         self._running = False
 
     def open(self, latch: Latch) -> None:
-        """Open it now if nobody is on the way, else when its turn has come."""
+        """Open it now if no thread is being let through, otherwise in its turn."""
         if not (self._running or self._line):
             # `_running` is a hint, which two threads may set at once: then both open theirs.
             self._running = True
@@ -88,15 +89,17 @@ class Relay:
             self._remind()
 
     def pass_on(self) -> None:
-        """Open the next one; called by everybody who has come through."""
+        """Open the next latch; called by each thread that was let through."""
         self._running = True
         if not (self._line and self._open_next()):
             self._running = False
-            if self._line:  # it came just now, for somebody who seemed to be on the way
+            # A latch that was added since _open_next() found none has seen _running, and relied on
+            # it; without this second look it would stay closed.
+            if self._line:
                 self.pass_on()
 
     def hurry(self) -> None:
-        """Open all that wait: whoever is on the way is slow, or was interrupted."""
+        """Open all latches: the thread that should pass on is slow, or was interrupted."""
         self._reminded = False
         while self._open_next():
             pass
@@ -112,24 +115,24 @@ class Relay:
 
 
 class Watch:
-    """Lets threads wait until something holds, looking again whenever it may have changed."""
+    """Lets threads wait for a condition, which they check again after each change."""
 
     def __init__(self) -> None:
-        # Read without a call, too, by whoever would wake nobody. A thread that begins to wait looks
-        # again once its latch is in here, so that one of the two sees the other.
-        self.watched: list[Latch] = []  # empty, it is a tenth of a deque
+        # Read without a call, too, where there is usually no waiter. A thread that starts to wait
+        # checks its condition again once its latch is in the list, so one of the two sees the other.
+        self.watched: list[Latch] = []  # an empty list has a tenth of the size of a deque
 
     def changed(self) -> None:
-        """Let those who wait look again."""
+        """Have the waiting threads check their condition again."""
         for _ in range(len(self.watched)):
             try:
                 latch = self.watched.pop(0)
-            except IndexError:  # somebody else has let them look
+            except IndexError:  # another thread has called this too
                 return
             latch.open()
 
     def wait_for(self, holds: Callable[[], bool], deadline: float | None) -> bool:
-        """Wait until ``holds()``; false if it did not by the monotonic deadline."""
+        """Wait until ``holds()``; return false at the monotonic deadline."""
         while not holds():
             latch = Latch()
             self.watched.append(latch)
@@ -144,11 +147,11 @@ class Watch:
 
 
 class Token:
-    """Held by one thread at a time, and handed on to the one that has waited longest.
+    """Held by one thread at a time, and passed on to the thread that has waited longest.
 
-    A signal handler or finaliser that asks for it on the thread that holds it does not get it: the
-    holder could not give it before the handler returns. Who holds it is told by one key of a
-    dictionary, whose ``setdefault`` asks and takes in one step that no interrupt divides.
+    A signal handler or finalizer that wants it on the thread that holds it does not get it: the
+    holder could not release it before the handler returns. The holder is one key of a dictionary,
+    since ``dict.setdefault`` tests and sets in one step, which no interrupt can divide.
     """
 
     def __init__(self) -> None:
@@ -157,13 +160,13 @@ class Token:
 
     @property
     def is_here(self) -> bool:
-        """Whether this thread holds it."""
+        """Whether the current thread holds it."""
         return self._holder.get("thread") == threading.get_ident()
 
     def take(self, deadline: float) -> bool:
-        """Take it, waiting until a monotonic deadline; false if it was not handed on by then.
+        """Take it, waiting until a monotonic deadline; return false if it was not free by then.
 
-        It is also false, at once, where this thread holds it already.
+        Return false at once if the current thread holds it already.
         """
         if self.is_here:
             return False
@@ -173,8 +176,8 @@ class Token:
                 return True
             turn.queued = True
             self._waiting.append(turn)
-            if self._is_taken_by(turn):  # it came free before this turn could be seen
-                self._hand_on()  # to the first in line
+            if self._is_taken_by(turn):  # it was released before this turn was in the queue
+                self._hand_on()  # to the first in the queue
             return turn.latch.wait(deadline - time.monotonic()) or not self._leave(turn)
         except BaseException:  # an interrupt
             if turn.queued:
@@ -183,9 +186,9 @@ class Token:
             raise
 
     def give(self) -> None:
-        """Hand it on, or leave it for the next one; nothing happens where this thread has it not.
+        """Pass it on, or release it; nothing happens if the current thread does not hold it.
 
-        An interrupt in here does not keep it.
+        Even if an interrupt ends this call, it is released.
         """
         if self.is_here:
             try:
@@ -205,18 +208,18 @@ class Token:
             except IndexError:
                 self._holder.pop("thread", None)
                 if not self._waiting or not self._is_taken_by(_Turn(threading.get_ident())):
-                    return  # else another thread has come meanwhile, and has not seen it free
+                    return  # else a thread has queued that did not see it released
             else:
                 self._holder["thread"] = turn.thread
                 turn.latch.open()
                 return
 
     def _leave(self, turn: _Turn) -> bool:
-        """Wait no longer; false if it was handed on at that very moment."""
+        """Stop waiting; return false if it was passed on at this very moment."""
         try:
             self._waiting.remove(turn)
         except ValueError:
-            return not turn.latch.wait(HANDING_ON)
+            return not turn.latch.wait(HANDOVER)
         return True
 
 

@@ -1,8 +1,7 @@
-"""What a task's fields may hold: checks, and the tables of keys for `content` and `options`.
+"""Checks of tasks' fields, and the tables of keys for ``content`` and ``options``.
 
-A check takes a field's name and a value, and gives back what is kept. A refusal names the field,
-the type that was given and what is accepted, and quotes nothing. What becomes of a task is not
-known here.
+A check takes a field's name and a value, and returns the value to be kept. An error has the field's
+name with its path, the type that was given, and what is accepted; it never has content.
 
 Runs on: any thread.
 """
@@ -41,7 +40,7 @@ _AS_KOMBU = (datetime, date, time, Decimal, UUID, bytes)
 
 
 def refuse(name: str, value: object, accepted: str, why: str = "") -> NoReturn:
-    """Say what is wrong with a field, without showing its value.
+    """Raise the error for a field, without its value.
 
     :raises InvalidTaskError: always
     """
@@ -50,28 +49,28 @@ def refuse(name: str, value: object, accepted: str, why: str = "") -> NoReturn:
 
 
 def a_str(name: str, value: Any) -> Any:
-    """Accept a str; what it may hold is not looked at."""
+    """Accept any str."""
     if not isinstance(value, str):
         refuse(name, value, "a str")
     return value
 
 
 def an_int(name: str, value: Any) -> Any:
-    """Accept an int, and no bool; its range is not looked at."""
+    """Accept any int, but not a bool."""
     if not isinstance(value, int) or isinstance(value, bool):
         refuse(name, value, "an int")
     return value
 
 
 def a_number(name: str, value: Any) -> Any:
-    """Accept an int or a float, and no bool; its range is not looked at."""
+    """Accept any int or float, but not a bool."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         refuse(name, value, "an int or a float")
     return value
 
 
 def string(name: str, value: Any) -> Any:
-    """Accept a str."""
+    """Accept a str that UTF-8 can encode."""
     if not isinstance(value, str):
         refuse(name, value, "a str")
     _check_unicode(name, value)
@@ -79,7 +78,7 @@ def string(name: str, value: Any) -> Any:
 
 
 def text(name: str, value: Any) -> Any:
-    """Accept a str that is not empty."""
+    """Accept a non-empty str."""
     if not isinstance(value, str):
         refuse(name, value, "a non-empty str")
     if not value:
@@ -89,9 +88,9 @@ def text(name: str, value: Any) -> Any:
 
 
 def line(name: str, value: Any) -> Any:
-    """Accept a str that is not empty and holds no control characters."""
+    """Accept a non-empty str without control characters."""
     if not _CONTROL.isdisjoint(text(name, value)):
-        refuse(name, value, "a str without them", " and holds control characters")
+        refuse(name, value, "a str without them", " with control characters")
     return value
 
 
@@ -100,7 +99,7 @@ def short(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         refuse(name, value, "a str")
     if not _CONTROL.isdisjoint(value):
-        refuse(name, value, "a str without them", " and holds control characters")
+        refuse(name, value, "a str without them", " with control characters")
     _check_unicode(name, value)
     size = len(value) if value.isascii() else len(value.encode())
     if size > 255:
@@ -109,12 +108,12 @@ def short(name: str, value: Any) -> Any:
 
 
 def task_id(name: str, value: Any) -> Any:
-    """Accept a short string that is not empty."""
+    """Accept a non-empty short string."""
     return short(name, text(name, value))
 
 
 def share(name: str, value: Any) -> str:
-    """Accept a str that is not empty, an int or a UUID, and keep its text."""
+    """Accept a non-empty str, an int or a UUID, and return its text."""
     if type(value) is str:
         text(name, value)
         return value
@@ -130,7 +129,7 @@ def share(name: str, value: Any) -> str:
 
 def _check_unicode(name: str, value: str) -> None:
     if not value.isascii() and _lone_surrogate(value):
-        refuse(name, value, "Unicode text", " and holds a lone surrogate")
+        refuse(name, value, "Unicode text", " with a lone surrogate")
 
 
 def _lone_surrogate(value: str) -> bool:
@@ -149,11 +148,11 @@ def boolean(name: str, value: Any) -> Any:
 
 
 def one_of(*choices: str) -> Check:
-    """Accept one of a few words."""
+    """Accept one of these words."""
 
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, str) or value not in choices:
-            why = " but none of these words" if isinstance(value, str) else ""
+            why = " but not one of these words" if isinstance(value, str) else ""
             refuse(name, value, f"one of {', '.join(choices)}", why)
         return value
 
@@ -161,7 +160,7 @@ def one_of(*choices: str) -> Check:
 
 
 def integer(low: int, high: int = _MAX_INT) -> Check:
-    """Accept an int within bounds, and no bool."""
+    """Accept an int within bounds, but not a bool."""
 
     def check(name: str, value: Any) -> Any:
         accepted = f"an int from {low} to {high}"
@@ -175,7 +174,7 @@ def integer(low: int, high: int = _MAX_INT) -> Check:
 
 
 def seconds(name: str, value: Any) -> Any:
-    """Accept seconds from now: an int or a float from 0 to what 32 bits hold, as in Celery."""
+    """Accept seconds from now: an int or a float from 0 to 2**31 - 1, as Celery does."""
     accepted = f"a number of seconds from 0 to {_MAX_SECONDS}"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         refuse(name, value, accepted)
@@ -185,7 +184,7 @@ def seconds(name: str, value: Any) -> Any:
 
 
 def moment(name: str, value: Any) -> Any:
-    """Accept a point in time, and keep it in UTC: a worker could not parse each odd offset."""
+    """Accept a time, and return it in UTC: workers cannot parse every offset."""
     accepted = "a datetime with a time zone"
     if not isinstance(value, datetime):
         refuse(name, value, accepted)
@@ -216,24 +215,24 @@ def limit(name: str, value: Any) -> Any:
 
 
 def timestamp(name: str, value: Any) -> Any:
-    """Accept a point in time from 1970 on: a datetime with a time zone, or seconds."""
+    """Accept a time since 1970: a datetime with a time zone, or seconds."""
     if isinstance(value, datetime):
         value = int(moment(name, value).timestamp())
         if value < 0:
-            refuse(name, value, "a moment from 1970 on", " but before")
+            refuse(name, value, "a time since 1970", " but before")
         return value
     return integer(0)(name, value)
 
 
 def body(name: str, value: Any) -> bytes:
-    """Accept bytes, and keep them as what nobody can change."""
+    """Accept bytes, or a buffer of bytes, and return immutable bytes."""
     if not isinstance(value, (bytes, bytearray, memoryview)):
         refuse(name, value, "bytes")
     return bytes(value)
 
 
 def json_sequence(name: str, value: Any) -> tuple[tuple[Any, ...], bool]:
-    """Accept a list or a tuple of what Celery carries; give a copy, and whether JSON is enough."""
+    """Accept a list or tuple of Celery's types; return a copy, and whether JSON is enough."""
     if not isinstance(value, (list, tuple)):
         refuse(name, value, "a list or a tuple")
     copy, plain = _CELERY.copy(name, list(value))
@@ -241,17 +240,17 @@ def json_sequence(name: str, value: Any) -> tuple[tuple[Any, ...], bool]:
 
 
 def json_mapping(name: str, value: Any) -> tuple[dict[str, Any], bool]:
-    """Accept a mapping of what Celery carries; give a copy, and whether JSON is enough."""
+    """Accept a mapping of Celery's types; return a copy, and whether JSON is enough."""
     return _CELERY.copy(name, _mapping(name, value))
 
 
 def mapping(name: str, value: Any) -> Any:
-    """Accept a mapping of what strict JSON (RFC 8259) carries, and keep a copy."""
+    """Accept a mapping of strict JSON's types (RFC 8259), and return a copy."""
     return _JSON.copy(name, _mapping(name, value))[0]
 
 
 def headers(name: str, value: Any) -> Any:
-    """Accept a mapping that an AMQP field table can carry, and keep a copy."""
+    """Accept a mapping that an AMQP field table can carry, and return a copy."""
     copy, _ = _TABLE.copy(name, _mapping(name, value))
     extra = _EXTRA_ROUTES.intersection(copy)
     if extra:
@@ -263,18 +262,20 @@ def headers(name: str, value: Any) -> Any:
     return copy
 
 
-NO_HISTORY = "no list of tables with an int as count; the queue that dead-letters it would break"
+NO_HISTORY = (
+    "not a list of tables with an int as count; it would crash the queue that dead-letters it"
+)
 
 
 def is_history(deaths: Any) -> bool:
-    """Say whether a header ``x-death`` is such as RabbitMQ writes it, as far as it relies on that.
+    """Return whether a header ``x-death`` has the form on which RabbitMQ relies.
 
-    A queue that dead-letters a message adds to the list. Over an entry that is no table, or a count
-    that is no int, its process crashes, again and again, until RabbitMQ (seen with 3.10) ends
-    the part of it that keeps quorum queues: one message, and the whole node takes none any more.
+    A queue that dead-letters a message adds to this list. Over an entry that is not a table, or a
+    count that is not an int, its process crashes, again and again, until RabbitMQ (seen with 3.10)
+    stops its quorum queues: after one such message the whole node accepts none.
     """
     if not isinstance(deaths, list):
-        return not isinstance(deaths, tuple)  # RabbitMQ puts aside what is no list
+        return not isinstance(deaths, tuple)  # RabbitMQ ignores what is not a list
     return all(isinstance(each, dict) and _is_count(each.get("count", 1)) for each in deaths)
 
 
@@ -289,16 +290,16 @@ def _mapping(name: str, value: Any) -> dict[Any, Any]:
 
 
 class _WrongError(Exception):
-    """What is wrong with a value whose path is not known where that is found."""
+    """A value is not accepted; its path is added where the error is caught."""
 
 
 class _Grammar:
-    """What may be inside of a value of free form.
+    """What a value of free form may contain.
 
-    :param leaf: raises `_WrongError` for what is not accepted; says whether JSON alone carries it
-    :param key: likewise for the keys of mappings
-    :param kinds: the types that hold others, and of which copies are kept
-    :param depth: how many of these may stand inside each other
+    :param leaf: checks a value, raises `_WrongError`, and returns whether JSON alone can carry it
+    :param key: checks a key of a mapping, and raises `_WrongError`
+    :param kinds: the types of containers, which are copied
+    :param depth: how deep containers may be nested
     """
 
     def __init__(
@@ -315,10 +316,10 @@ class _Grammar:
         self._marks = tuple in kinds  # for JSON, not for AMQP
 
     def copy(self, name: str, value: Any) -> tuple[Any, bool]:
-        """Check a value, and copy its containers, so that the caller may go on changing them.
+        """Check a value, and copy its containers, which the caller may change later.
 
-        It walks without recursion, since the caller may stand deep already. A value that holds
-        itself is endlessly deep, and refused as such.
+        It does not recurse, since the caller's stack may be deep already. A value that contains
+        itself is infinitely deep, and refused as such.
         """
         root, plain = [value], True
         levels: list[tuple[Iterator[Any], Any]] = [(iter([(0, value)]), root)]
@@ -341,7 +342,7 @@ class _Grammar:
                         path.append(key)
                         if len(levels) > self._depth + 1:
                             raise _WrongError(
-                                f"holds itself or is nested deeper than {self._depth} levels"
+                                f"contains itself or is nested deeper than {self._depth} levels"
                             )
                         break
                     elif not self._leaf(item):
@@ -365,8 +366,8 @@ class _Grammar:
                 self._key(key)
             if self._marks and copy.keys() == _MARKS:
                 raise _WrongError(
-                    "is a mapping with __type__ and __value__, which kombu takes for a value of "
-                    "another type; give the value itself"
+                    "is a mapping with __type__ and __value__, which kombu decodes as another "
+                    "type; pass the value itself"
                 )
             return copy, iter(copy.items())
         copy = list(item)
@@ -374,13 +375,13 @@ class _Grammar:
 
 
 def _path(name: str, keys: list[Any]) -> str:
-    """Name a place inside a value; a key is shown where it is a plain short word."""
+    """Return the path of a place in a value; keys are shown if they are short plain words."""
     steps = [f"[{key}]" if isinstance(key, int) else f".{word(key)}" for key in keys]
     return name + "".join(steps)
 
 
 def word(key: str) -> str:
-    """Show a key that is a plain short word; anything else may be content."""
+    """Return a key that is a short plain word; anything else may be content."""
     return key if len(key) <= 24 and key.isascii() and key.isidentifier() else "(key)"
 
 
@@ -393,7 +394,7 @@ def _json_leaf(item: Any) -> bool:
             raise _WrongError(f"is a float that is not finite; accepted is {JSON_TYPES}")
     elif isinstance(item, int):
         if not -_INT_END < item < _INT_END:
-            raise _WrongError("is an int of more than 4300 digits, which readers refuse")
+            raise _WrongError("is an int of more than 4300 digits, which Python cannot decode")
     else:
         raise _WrongError(f"is of type {type(item).__name__}; accepted is {JSON_TYPES}")
     return True
@@ -423,7 +424,7 @@ def _table_leaf(item: Any) -> bool:
             raise _WrongError(f"is an int of more than 64 bits; accepted is {TABLE_TYPES}")
     elif isinstance(item, float):
         if not isfinite(item):
-            raise _WrongError("is a float that is not finite, which RabbitMQ cannot read")
+            raise _WrongError("is a float that is not finite, which RabbitMQ cannot decode")
     elif isinstance(item, datetime):
         if item.year < 1970 or timegm(item.utctimetuple()) < 0:
             raise _WrongError("is a datetime before 1970, which AMQP cannot carry")
@@ -449,11 +450,11 @@ _TABLE = _Grammar(_table_leaf, _table_key, (dict, list), _TABLE_DEPTH)
 
 @frozen
 class Key:
-    """One key of a `Shape`.
+    """One key of a `Schema`.
 
-    :ivar name: as documented; its snake_case spelling is accepted as well
-    :ivar wire: as it is kept and travels
-    :ivar default: what is checked and kept where nothing, or ``None``, is given
+    :ivar name: as documented; its snake_case spelling is accepted too
+    :ivar wire: the key on the wire
+    :ivar default: the value where none, or ``None``, is given
     """
 
     name: str
@@ -468,12 +469,12 @@ class Key:
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """Both spellings, the documented one first; equal where the name is one word."""
+        """Both spellings, the documented one first; equal if the name is one word."""
         return self.name, re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", self.name)
 
 
 class Schema:
-    """A table of keys, and what a mapping that follows it is turned into."""
+    """A table of keys, by which mappings are checked and converted."""
 
     def __init__(self, *keys: Key) -> None:
         self._rows = [
@@ -484,9 +485,9 @@ class Schema:
         self._may_be_empty = not any(key.required or key.default is not None for key in keys)
 
     def read(self, name: str, given: Any) -> dict[str, Any]:
-        """Check a mapping and give it as it travels: in the table's order, with its defaults.
+        """Check a mapping, and return it as on the wire: in the table's order, with defaults.
 
-        :raises InvalidTaskError: an unknown or missing key, or a value that is not accepted
+        :raises InvalidTaskError: a key is unknown or missing, or a value is not accepted
         """
         if type(given) is not dict and not isinstance(given, Mapping):
             refuse(name, given, f"a mapping with {self._accepted}")
@@ -511,13 +512,13 @@ class Schema:
                     f"{name} has an unknown key{_quoted(spelling)}; accepted are {self._accepted}"
                 )
             if wire in found:
-                raise InvalidTaskError(f"{name} has a key in both of its spellings: {spelling}")
+                raise InvalidTaskError(f"{name} has a key in both spellings: {spelling}")
             found[wire] = value
         return found
 
 
 def _quoted(key: object) -> str:
-    """Quote a key that is a plain short word, most likely a slip; anything else may be content."""
+    """Return a key that is a short plain word, probably a typo; anything else may be content."""
     if isinstance(key, str) and len(key) <= 24 and key.isascii() and key.isidentifier():
         return f" {key!s}"
     return f" of type {type(key).__name__}"

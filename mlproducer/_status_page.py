@@ -1,9 +1,9 @@
-"""The page for people: a producer's state in words and lines, as HTML and as JSON.
+"""The status page: a producer's state as HTML, and as JSON with which the page refreshes itself.
 
-Both are made of one *view*, in which everything is text already, so that the page's script only
-puts text where it belongs. The page knows nothing of HTTP, and keeps nothing between two looks.
+Both are made from one *view*, in which everything is text already, so that the page's script only
+has to insert it. Nothing is kept between two requests.
 
-Runs on: the thread of whoever looks.
+Runs on: the web server's threads.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mlproducer.producer import MLProducer
 from mlproducer.status import Status
 
 WIDTH, HEIGHT = 600, 120
-"""The chart's coordinates; the page stretches them."""
+"""The coordinates of the chart, which the page scales."""
 
 PATIENCE = 2
-"""Samples, a second apart, for which it is no trouble that the broker confirms nothing."""
+"""Samples, a second apart, without a confirm that are not reported yet."""
 
 FRESH = 5.0
-"""Seconds after which the last rate says nothing of the present any more."""
+"""Seconds after which the last rate is not shown as the current one."""
 
 
 def reason(status: Status, max_attempts: int, said: str = "") -> str:
-    """Say in words why a producer is not healthy; nothing where it is.
+    """Return why a producer is not healthy; an empty text if it is.
 
-    :param max_attempts: to connect, after which it gives up
+    :param max_attempts: attempts to connect after which it gives up
     :param said: the last error of the connection
     """
     if status.healthy:
@@ -54,7 +54,7 @@ def reason(status: Status, max_attempts: int, said: str = "") -> str:
 
 
 def last_error(errors: Iterable[Incident]) -> str:
-    """Give the text of the newest error of the connection, or nothing."""
+    """Return the text of the newest error of the connection, or an empty text."""
     return next((error.text for error in errors if error.of_connection), "")
 
 
@@ -79,7 +79,7 @@ def _why_not_connected(status: Status, max_attempts: int, said: str) -> str:
 
 
 def view(producer: MLProducer) -> dict[str, Any]:
-    """Give what the page shows: texts and lines by the ids of their elements, and lists."""
+    """Return what the page shows: texts and lines by the ids of their elements, and lists."""
     status, recent = producer.status(), producer.recent()
     said = last_error(recent.errors)
     why = reason(status, producer.settings.max_reconnect_attempts, said)
@@ -111,7 +111,7 @@ def view(producer: MLProducer) -> dict[str, Any]:
 
 
 def _trouble(status: Status, rates: Sequence[Rates]) -> str:
-    """Say what an operator may want to know although messages get through."""
+    """Return what an operator should know although messages get through."""
     silent = list(takewhile(lambda each: not each.confirmed, reversed(rates)))
     if status.pending_confirms and any(each.published for each in silent[PATIENCE:]):
         return "but the broker confirms nothing"
@@ -133,7 +133,7 @@ def _headline(why: str, trouble: str) -> str:
 
 
 def _entry(incident: Incident) -> list[str]:
-    """Give an incident's texts, in the order of the page's columns."""
+    """Return an incident's texts, in the order of the page's columns."""
     times = f" ({incident.times:,}\N{NO-BREAK SPACE}times)" if incident.times > 1 else ""
     return [_written(incident.at), incident.kind + times, incident.text]
 
@@ -160,7 +160,7 @@ def _per_second(rate: float) -> str:
 
 
 def _top(rates: Iterable[Rates]) -> float:
-    """Give the least of 1, 2, 5, 10, 20 ... that no rate exceeds."""
+    """Return the least of 1, 2, 5, 10, 20 ... that no rate exceeds."""
     highest = max((max(r.published, r.confirmed, r.deferred) for r in rates), default=0.0)
     top, factors = 1.0, (2.0, 2.5, 2.0)
     for n in range(60):
@@ -194,7 +194,7 @@ def _lines(rates: Sequence[Rates]) -> dict[str, str]:
 
 
 def render(shown: Mapping[str, Any]) -> str:
-    """Give the page with a view in it, for browsers with and without JavaScript."""
+    """Return the page with a view in it, for browsers with and without JavaScript."""
     fields = {"level": shown["level"], **shown["texts"], **shown["lines"]}
     names = {name.replace("-", "_"): html.escape(text) for name, text in fields.items()}
     lists = {name: _list(entries) for name, entries in shown["lists"].items()}
@@ -215,9 +215,9 @@ def _source() -> str:
 
 @lru_cache(1)
 def content_security_policy() -> str:
-    """Give the policy that lets the page's own style and script run, and nothing else.
+    """Return the policy that allows only the page's own style and script.
 
-    Both are named by their hashes (W3C, *Content Security Policy Level 3*, section 2.3.1).
+    Both are identified by their hashes (W3C, *Content Security Policy Level 3*, section 2.3.1).
     """
     style, script = (
         re.findall(f"<{tag}>(.*?)</{tag}>", _source(), re.DOTALL)[0] for tag in ("style", "script")

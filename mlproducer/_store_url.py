@@ -1,7 +1,7 @@
-"""The grammar of store URLs: judged without I/O when settings are made, and read by the stores.
+"""The parser of store URLs: for settings, which check them without I/O, and for the stores.
 
-What is ambiguous is refused, and no error quotes what it refuses. Where a password stood in a
-frame, errors leave that frame behind.
+Ambiguous URLs are refused, and no error quotes them. Errors have no traceback frames that hold a
+password.
 
 Runs on: the thread that makes settings or a store.
 """
@@ -39,7 +39,7 @@ TABLE = "mlproducer_messages"
 """The table of a PostgreSQL store, unless its URL names another."""
 
 LONGEST = 3600.0
-"""Seconds: the longest timeout that a URL may ask for."""
+"""Seconds: the longest timeout that a URL may set."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]|%(?:[01][0-9a-f]|7f)", re.IGNORECASE)
 _HOST = re.compile(
@@ -60,7 +60,7 @@ _FORMS = {
 
 @frozen
 class LocalAddress:
-    """What ``memory://`` or ``sqlite:///path`` says; a relative path has no slash before it."""
+    """A ``memory://`` or ``sqlite:///path`` URL; a relative path has no leading slash."""
 
     scheme: str
     path: str
@@ -69,16 +69,16 @@ class LocalAddress:
 
 @frozen(kw_only=True)
 class RedisAddress:
-    """Where Redis listens, as whom to connect to it, and the options that the URL gives.
+    """The address of a Redis, the credentials for it, and the options of the URL.
 
-    :ivar nodes: hosts and ports of the server, or of Sentinels that know it
-    :ivar service: the name by which Sentinels know the server; ``None`` where there are none
+    :ivar nodes: hosts and ports of the server, or of its Sentinels
+    :ivar service: the Sentinels' name of the server; ``None`` without Sentinels
     :ivar path: the server's Unix socket, in place of nodes
-    :ivar verify: whether the server's certificate is checked; ``check_hostname``: its name too
-    :ivar timeout: seconds of silence after which the server is taken to be away; ``None``: the
-        store's own
-    :ivar write_ahead: ``None`` where the URL does not say
-    :ivar prefix: likewise
+    :ivar verify: whether the server's certificate is verified; ``check_hostname``: its name too
+    :ivar timeout: seconds without an answer after which the server counts as unreachable; ``None``:
+        the store's default
+    :ivar write_ahead: ``None`` if the URL does not set it
+    :ivar prefix: ``None`` if the URL does not set it
     """
 
     nodes: tuple[tuple[str, int], ...] = ()
@@ -107,7 +107,7 @@ class RedisAddress:
 
     @property
     def name(self) -> str:
-        """The place, fit for logs and errors."""
+        """The address, for logs and errors."""
         if self.path is not None:
             return self.path
         shown = ",".join(node_name(*node) for node in self.nodes)
@@ -116,14 +116,14 @@ class RedisAddress:
 
 @frozen(kw_only=True)
 class PostgreSQLAddress:
-    """Where PostgreSQL listens, and the options that the URL gives.
+    """The address of a PostgreSQL, and the options of the URL.
 
-    :ivar nodes: hosts and ports, one of which takes writes; none where libpq's own default, or the
-        option ``host`` or ``service``, says where
-    :ivar options: libpq's, by its names: user and password among them
-    :ivar connect_timeout: seconds; ``None``: the store's own
-    :ivar table: of which schema, if that is not the first of the role's search path
-    :ivar write_ahead: ``None`` where the URL does not say
+    :ivar nodes: hosts and ports, one of which accepts writes; empty if libpq's default, or the
+        option ``host`` or ``service``, applies
+    :ivar options: libpq's options, user and password included
+    :ivar connect_timeout: seconds; ``None``: the store's default
+    :ivar table: with its schema, unless that is the first of the role's search path
+    :ivar write_ahead: ``None`` if the URL does not set it
     """
 
     nodes: tuple[tuple[str, int], ...] = ()
@@ -134,70 +134,71 @@ class PostgreSQLAddress:
 
     @property
     def name(self) -> str:
-        """The place, fit for logs and errors: hosts and database."""
+        """Hosts and database, for logs and errors."""
         named = [node_name(*node) for node in self.nodes]
         host = self.options.get("host") or self.options.get("service") or "local socket"
         return f"{','.join(named) or host}/{self.options.get('dbname', '')}"
 
 
 def node_name(host: str, port: int) -> str:
-    """``host:port``."""
+    """Return ``host:port``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @frameless
 def check(url: object, name: str = NAME) -> None:
-    """Find what is wrong with a store's URL.
+    """Check a store's URL.
 
-    :param name: what the error calls the URL
-    :raises ConfigurationError: it cannot name a store; nothing of it is quoted but option names
+    :param name: the URL's name in the error
+    :raises ConfigurationError: it is not a store's URL; only names of options are quoted
     """
     _read(url, name)
 
 
 @frameless
 def read_local(url: str) -> LocalAddress:
-    """Read a ``memory://`` or ``sqlite:///`` URL.
+    """Parse a ``memory://`` or ``sqlite:///`` URL.
 
-    :raises ConfigurationError: it does not parse
+    :raises ConfigurationError: it is invalid
     """
     found = _read(url, NAME)
     if not isinstance(found, LocalAddress):
-        raise ConfigurationError(f"{NAME} names no local store")
+        raise ConfigurationError(f"{NAME} is not the URL of a local store")
     return found
 
 
 @frameless
 def read_redis(url: str) -> RedisAddress:
-    """Read a URL of one of the schemes that name a Redis.
+    """Parse the URL of a Redis.
 
-    :raises ConfigurationError: it does not parse
+    :raises ConfigurationError: it is invalid
     """
     found = _read(url, NAME)
     if not isinstance(found, RedisAddress):
         raise ConfigurationError(
-            f"{NAME} names no Redis; accepted are {', '.join(_FORMS.values())}"
+            f"{NAME} is not the URL of a Redis; accepted are {', '.join(_FORMS.values())}"
         )
     return found
 
 
 @frameless
 def read_postgresql(url: str) -> PostgreSQLAddress:
-    """Read a ``postgresql://`` URL.
+    """Parse a ``postgresql://`` URL.
 
-    :raises ConfigurationError: it does not parse
+    :raises ConfigurationError: it is invalid
     """
     found = _read(url, NAME)
     if not isinstance(found, PostgreSQLAddress):
-        raise ConfigurationError(f"{NAME} names no PostgreSQL; accepted is {_FORMS['postgresql']}")
+        accepted = _FORMS["postgresql"]
+        raise ConfigurationError(f"{NAME} is not the URL of a PostgreSQL; accepted is {accepted}")
     return found
 
 
 @frameless
 def check_table(table: object, name: str = NAME) -> str:
-    """Give a table's name, with or without a schema, that needs no quotes.
+    """Return a table's name, with or without a schema, if it needs no quotes.
 
-    :raises ConfigurationError: it is none
+    :raises ConfigurationError: it needs quotes, or is not a name
     """
     if not isinstance(table, str) or not _TABLE.fullmatch(table):
         raise ConfigurationError(
@@ -209,9 +210,9 @@ def check_table(table: object, name: str = NAME) -> str:
 
 @frameless
 def check_prefix(prefix: object, name: str = NAME) -> str:
-    """Give a prefix that can stand before keys.
+    """Return a prefix of keys if it is valid.
 
-    :raises ConfigurationError: it cannot
+    :raises ConfigurationError: it is not
     """
     if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
         raise ConfigurationError(
@@ -226,7 +227,7 @@ def _read(url: object, name: str) -> LocalAddress | RedisAddress | PostgreSQLAdd
         accepted = ", ".join(f"{each}://" for each in SCHEMES)
         raise ConfigurationError(f"{name} must be a URL that starts with {accepted}")
     if _CONTROL.search(rest):
-        raise ConfigurationError(f"{name} must hold no control character")
+        raise ConfigurationError(f"{name} must not contain control characters")
     if not _can_be_encoded(rest, "surrogateescape" if scheme == "sqlite" else "strict"):
         raise ConfigurationError(f"{name} must be text that UTF-8 can encode")
     rest, _, query = rest.partition("?")
@@ -234,7 +235,7 @@ def _read(url: object, name: str) -> LocalAddress | RedisAddress | PostgreSQLAdd
     local = scheme in ("memory", "sqlite")
     if not local and ("@" in path + query or "[" in path + authority.rpartition("@")[0]):
         raise ConfigurationError(
-            f"{name} holds @ or [ where none can be: in a user or password write @ as %40, / as %2F"
+            f"{name} has @ or [ after its host: in a user or password write @ as %40, / as %2F"
         )
     options = _Options(query, name)
     if local:
@@ -253,40 +254,40 @@ def _can_be_encoded(text: str, errors: str) -> bool:
 
 
 class _Options:
-    """The query of a URL, each option of which is asked for once."""
+    """The options in the query of a URL."""
 
     def __init__(self, query: str, name: str) -> None:
         self.name = name
         pairs = parse_qsl(query, keep_blank_values=True)
         self._values = dict(pairs)
         if len(self._values) < len(pairs):
-            raise ConfigurationError(f"{name} gives an option twice")
+            raise ConfigurationError(f"{name} has an option twice")
 
     def __contains__(self, option: str) -> bool:
         return option in self._values
 
     def names(self) -> set[str]:
-        """Give the options that are there."""
+        """Return the names of the options."""
         return set(self._values)
 
     def text(self, option: str) -> str | None:
-        """Give an option's value as it stands."""
+        """Return an option's value, unparsed."""
         return self._values.get(option)
 
     def flag(self, option: str) -> bool | None:
-        """Give a yes or no."""
+        """Return a boolean option."""
         return self._parsed(option, lambda text: _FLAGS[text.lower()], "1 or 0")
 
     def seconds(self, option: str) -> float | None:
-        """Give a duration."""
+        """Return a duration."""
         return self._parsed(option, _seconds, f"seconds, above 0 to {LONGEST:g}")
 
     def number(self, option: str) -> int | None:
-        """Give a whole number."""
+        """Return an int."""
         return self._parsed(option, _database, "a number from 0 to 99999")
 
     def choice(self, option: str, choices: dict[str, str]) -> str | None:
-        """Give what one of several words means, in any case."""
+        """Return the meaning of one of several words, in any case."""
         accepted = " or ".join(choices)
         return self._parsed(option, lambda text: choices[text.lower()], accepted)
 
@@ -321,7 +322,7 @@ def _local(scheme: str, authority: str, path: str, options: _Options) -> LocalAd
     wrong = authority or "#" in path or (scheme == "sqlite") != bool(path)
     if wrong or not options.names() <= accepted:
         raise ConfigurationError(
-            f"{options.name} does not parse; accepted are memory://, sqlite:///relative.db and "
+            f"{options.name} is invalid; accepted are memory://, sqlite:///relative.db and "
             "sqlite:////absolute.db, the latter two also with ?write_ahead=1"
         )
     return LocalAddress(scheme, unquote(path), options.flag("write_ahead") is True)
@@ -350,7 +351,7 @@ _OF_TLS = {
     "ssl_ciphers",
 }
 _OF_SENTINEL = {"sentinel_username", "sentinel_password", "ssl"}
-_WITHOUT_MEANING = {
+_IGNORED = {
     "decode_responses",
     "encoding",
     "encoding_errors",
@@ -364,12 +365,12 @@ _WITHOUT_MEANING = {
     "socket_read_size",
     "timeout",
 }
-"""Options of redis-py about what this library does in its own way: its pool, its replies."""
+"""Options of redis-py about its pool and its replies, which the store does not use."""
 
 _CERT_REQS = {
     "required": "required",
     "cert_required": "required",
-    "optional": "required",  # of a server's certificate the two say the same
+    "optional": "required",  # for a client the two are the same
     "cert_optional": "required",
     "none": "none",
     "cert_none": "none",
@@ -382,14 +383,14 @@ def _redis(scheme: str, authority: str, path: str, options: _Options) -> RedisAd
     tls = scheme == "rediss" or options.flag("ssl") is True
     _check_options(scheme, tls, options)
     if "#" in path:
-        raise ConfigurationError(f"{name} does not parse; accepted is {_FORMS[scheme]}")
+        raise ConfigurationError(f"{name} is invalid; accepted is {_FORMS[scheme]}")
     service, socket, database = None, None, path
     if scheme == "redis+sentinel":
         service, _, database = path.partition("/")
     elif scheme == "unix":
         socket, database = f"/{unquote(path)}", ""
     if (scheme == "unix") == bool(hosts) or service == "" or socket == "/":
-        raise ConfigurationError(f"{name} does not parse; accepted is {_FORMS[scheme]}")
+        raise ConfigurationError(f"{name} is invalid; accepted is {_FORMS[scheme]}")
     user, _, password = user_part.partition(":")
     verify = options.choice("ssl_cert_reqs", _CERT_REQS) != "none"
     return RedisAddress(
@@ -420,13 +421,13 @@ def _redis(scheme: str, authority: str, path: str, options: _Options) -> RedisAd
 
 
 def _check_options(scheme: str, tls: bool, options: _Options) -> None:
-    accepted = _OURS | _TAKEN | _OF_TLS | _WITHOUT_MEANING
+    accepted = _OURS | _TAKEN | _OF_TLS | _IGNORED
     if scheme == "redis+sentinel":
         accepted |= _OF_SENTINEL
     if not options.names() <= accepted:
-        shown = sorted(_OURS) + sorted(accepted - _OURS - _WITHOUT_MEANING)
+        shown = sorted(_OURS) + sorted(accepted - _OURS - _IGNORED)
         raise ConfigurationError(
-            f"{options.name} has an option that is unknown; accepted are {', '.join(shown)}"
+            f"{options.name} has an unknown option; accepted are {', '.join(shown)}"
         )
     if not tls and options.names() & _OF_TLS:
         raise ConfigurationError(f"{options.name}: ssl_ options are for rediss://")
@@ -448,7 +449,7 @@ def _node(text: str, usual: int, name: str) -> tuple[str, int]:
     match = _HOST.fullmatch(text)
     port = int((match[2] or match[4] or usual) if match else 0)
     if match is None or not 0 < port < 65_536:
-        raise ConfigurationError(f"{name}: host or port does not parse")
+        raise ConfigurationError(f"{name}: its host or port is invalid")
     return (match[1] or match[3]).lower(), port
 
 
@@ -460,7 +461,7 @@ def _number(path: str, options: _Options) -> int:
         return _database(text)
     except ValueError:
         raise ConfigurationError(
-            f"{options.name}: after the host comes a database's number, such as /0"
+            f"{options.name}: its path must be a database's number, such as /0"
         ) from None
 
 
@@ -507,7 +508,7 @@ _OF_LIBPQ = {
     "tcp_user_timeout",
     "user",
 }
-"""Options of libpq's (PostgreSQL documentation, *Parameter Key Words*) that are passed on."""
+"""Options that are passed to libpq (PostgreSQL documentation, *Parameter Key Words*)."""
 
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
@@ -517,11 +518,11 @@ def _postgresql(authority: str, path: str, options: _Options) -> PostgreSQLAddre
     accepted = {"write_ahead", "table", "connect_timeout", "dbname"}
     if not options.names() <= accepted | _OF_LIBPQ:
         raise ConfigurationError(
-            f"{name} has an option that is unknown; accepted are write_ahead, table, "
+            f"{name} has an unknown option; accepted are write_ahead, table, "
             "connect_timeout, and libpq's, such as sslmode and sslrootcert"
         )
     if "#" in path or "/" in path:
-        raise ConfigurationError(f"{name} does not parse; accepted is {_FORMS['postgresql']}")
+        raise ConfigurationError(f"{name} is invalid; accepted is {_FORMS['postgresql']}")
     options.choice("sslmode", {each: each for each in _SSL_MODES})
     user_part, _, hosts = authority.rpartition("@")
     user, _, password = user_part.partition(":")

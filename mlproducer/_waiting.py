@@ -1,9 +1,9 @@
-"""Where publishers wait for the sender's answer: one for one message, or in line for many.
+"""Waiting of publishers for the sender's answer: for one message, or for many in order.
 
-The sender keeps the deadline, at the publisher's word. The publisher's own wait is a little
-longer, and is the backstop for when the sender is silent.
+At the deadline the publisher asks the sender to decide. The publisher's own wait is a little
+longer, for the case that the sender does not answer.
 
-Runs on: the users' threads; an `Answer` is given on the I/O thread.
+Runs on: the users' threads; an `Answer` is set on the I/O thread.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GRACE = 0.15
-"""Seconds beyond a publisher's deadline within which the sender is expected to have spoken."""
+"""Seconds after a publisher's deadline within which the sender is expected to answer."""
 
 MOMENT = 0.05
-"""Seconds for an answer that the sender has begun to give."""
+"""Seconds to wait for an answer that the sender is about to set."""
 
 
 class Answer:
-    """What one publisher waits for: a future as far as the sender is concerned, and interruptible.
+    """The answer to one publisher: the part of a future that the sender uses, but interruptible.
 
-    Whoever deletes the token, which only one can, decides: the sender that the message is sent, or
-    the publisher that it is withdrawn.
+    Deleting the attribute ``_token`` is one step under the GIL, and succeeds once: for the sender,
+    which takes the message, or for the publisher, which withdraws it.
 
-    :param relay: lets publishers through to their answers
-    :ivar given: the answer, once it is there
+    :param relay: wakes publishers, one after another
+    :ivar given: the answer, once it is set
     """
 
     __slots__ = ("_latch", "_relay", "_token", "given")
@@ -52,7 +52,7 @@ class Answer:
         self.given: Receipt | PublishError | None = None
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Take the message over; false if it was withdrawn, or taken over before."""
+        """Take the message; return false if it was withdrawn or taken before."""
         try:
             del self._token
         except AttributeError:
@@ -60,73 +60,73 @@ class Answer:
         return True
 
     cancel = set_running_or_notify_cancel
-    """Withdraw the message; false if it was taken over."""
+    """Withdraw the message; return false if it was taken."""
 
     def set_result(self, given: Receipt | PublishError) -> None:
-        """Answer that it is ours."""
+        """Set the answer: the library owns the message."""
         self.given = given
         if self._latch is not None:
             self._relay.open(self._latch)
 
     set_exception = set_result
-    """Answer that it is the publisher's."""
+    """Set the answer: the publisher owns the message."""
 
     def wait(self, timeout: float) -> bool:
-        """Wait for the answer; false if it did not come in ``timeout`` seconds."""
+        """Wait for the answer; return false after ``timeout`` seconds."""
         if self.given is None:
             latch = self._latch = Latch()
             try:
-                if self.given is None:  # else it came before the latch could be seen
+                if self.given is None:  # checked after _latch was set: a later answer opens it
                     latch.wait(timeout)
             finally:
                 self._relay.pass_on()
         return self.given is not None
 
     def outcome(self) -> Receipt | PublishError:
-        """Give the answer, which is there."""
+        """Return the answer, which must be set."""
         if self.given is None:
             raise LookupError("there is no answer yet")
         return self.given
 
 
-def told(outcome: Receipt | PublishError) -> Receipt:
-    """Give a receipt, or raise an error: the message is the publisher's again."""
+def returned(outcome: Receipt | PublishError) -> Receipt:
+    """Return a receipt, or raise an error."""
     if isinstance(outcome, PublishError):
         raise outcome
     return outcome
 
 
 def finish(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt:
-    """Wait until the sender has spoken; at the deadline ask it to.
+    """Wait for the sender's answer; at the deadline ask for it.
 
-    :param engine: whoever carries the delivery
-    :raises PublishError: the message is the publisher's again
+    :param engine: the engine that has the delivery
+    :raises PublishError: the publisher owns the message
     """
     if answer.given is None and not answer.wait(delivery.deadline - time.monotonic()):
         engine.expire(delivery)
         if not answer.wait(GRACE):
-            return told(unanswered(engine, delivery, answer))
-    return told(answer.outcome()) if not isinstance(answer.given, Receipt) else answer.given
+            return returned(unanswered(engine, delivery, answer))
+    return returned(answer.outcome()) if not isinstance(answer.given, Receipt) else answer.given
 
 
 def unanswered(engine: Engine, delivery: Delivery, answer: Answer) -> Receipt | PublishError:
-    """End the wait although the sender is silent: its thread hangs, or has just died.
+    """End the wait without the sender's answer: its thread hangs, or has just died.
 
-    :returns: what the publisher is told
+    :returns: the answer for the publisher
     """
     outcome, certain = stop_waiting(engine, delivery)
     return outcome if certain or not answer.wait(MOMENT) else answer.outcome()
 
 
 def stop_waiting(engine: Engine, delivery: Delivery) -> tuple[Receipt | PublishError, bool]:
-    """Wait no longer for a sender that has said nothing.
+    """Stop waiting for a sender that does not answer.
 
-    What has not been written is withdrawn. What has may be confirmed, or sent again, for all that
-    is known here: the library goes on with it, or, if it is not to be retried, leaves it.
+    A message that was not written is withdrawn. One that was may still be confirmed: the library
+    keeps it, or, if it is not to be retried, abandons it.
 
-    :returns: what the publisher is told, and whether that is certain. It is not where the sender
-        has begun to speak: then it is an error that holds if nothing comes in a `MOMENT`, since
-        the sender gives the message back, and is held up while it notes that
+    :returns: the answer for the publisher, and whether it is final. It is not if the sender is
+        about to set another: then the error applies if none comes within `MOMENT`, since the sender
+        returns the message, and is blocked while it notes that
     """
     text = "the I/O thread does not answer"
     if engine.take_back(delivery, error := failure(ConfirmTimeoutError, delivery, text)):
@@ -147,18 +147,18 @@ def stop_waiting(engine: Engine, delivery: Delivery) -> tuple[Receipt | PublishE
 
 
 class Line:
-    """Waits in the order in which their messages were handed in, and what has come of them."""
+    """The waits of `publish_many`, in the order of its tasks, and their results."""
 
     def __init__(self) -> None:
         self._waits: deque[tuple[int, Engine, Delivery, Answer]] = deque()
         self._results: list[Receipt | PublishError] = []
         self._at_gate: Delivery | None = None
-        self._asked = 0  # of those that wait, from the head, the sender has been asked
+        self._asked = 0  # how many, from the head, the sender was asked about
         self._asked_at = 0.0
         self._silent = False  # it has not answered
 
     def taken_from(self, tasks: Iterable[T]) -> Iterator[T]:
-        """Take tasks one by one; where that raises, ``results`` is what came of those before."""
+        """Yield tasks; if that raises, the exception gets the results so far as ``results``."""
         try:
             yield from tasks
         except Exception as error:
@@ -166,11 +166,11 @@ class Line:
             raise
 
     def skip(self, error: PublishError) -> None:
-        """Note that a task could not be handed in."""
+        """Add the error of a task that was refused."""
         self._results.append(error)
 
     def enter(self, engine: Engine, delivery: Delivery, answer: Answer) -> None:
-        """Pass the gate, and answer meanwhile those ahead whose time is up."""
+        """Enter the gate, and meanwhile finish earlier waits whose deadline has passed."""
         waits, results = self._waits, self._results
         while waits:
             place, _, _, ahead = waits[0]
@@ -193,31 +193,31 @@ class Line:
             hand_in(delivery)
         except PublishError as error:
             if delivery.answer is not AnswerState.WITHDRAWN:
-                raise  # it is not about this message: a signal handler has raised it
+                raise  # the error is not this message's: a signal handler raised it
             answer.set_exception(error)
 
     def finish(self) -> list[Receipt | PublishError]:
-        """Answer all that are left, and give everything in order."""
+        """Finish all waits, and return the results in order."""
         while self._waits:
             self._finish_next()
         return self._results
 
     def withdraw(self) -> None:
-        """Take back all that are left, since nobody will look at their answers."""
+        """Withdraw all messages that are left, since their results will not be returned."""
         for _, engine, delivery, _ in self._waits:
             engine.withdraw(delivery)
 
     def _finish_next(self) -> None:
         place, engine, delivery, answer = self._waits[0]
         self._results[place] = self._answer_of(engine, delivery, answer)
-        self._waits.popleft()  # not before: an interrupt has to find it, to withdraw it
+        self._waits.popleft()  # after that: an interrupt withdraws what is in the queue
         if self._asked:
             self._asked -= 1
 
     def _answer_of(
         self, engine: Engine, delivery: Delivery, answer: Answer
     ) -> Receipt | PublishError:
-        """Do what `finish` does, but so that a silent sender costs the line one `GRACE`."""
+        """Wait as `finish` does, but a sender that does not answer costs one `GRACE` in all."""
         if answer.given is None and not answer.wait(delivery.deadline - time.monotonic()):
             if not self._asked:
                 self._expire_due()
@@ -229,7 +229,7 @@ class Line:
         return answer.outcome()
 
     def _expire_due(self) -> None:
-        """Ask the sender about all whose time is up, and not about one after the other."""
+        """Ask the sender at once about all messages whose deadline has passed."""
         self._asked_at = now = time.monotonic()
         for _, engine, delivery, answer in self._waits:
             if delivery.deadline > now or delivery is self._at_gate:

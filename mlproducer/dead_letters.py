@@ -1,8 +1,8 @@
-"""Dead letters: look at them, send them again, throw them away.
+"""Dead letters: list, replay and purge them.
 
-They lie in the dead-letter queue and, until the broker has taken them there, in the store of the
-producers. A letter is deleted only once the broker has confirmed its copy; one that cannot be sent
-stays a dead letter. Whoever is killed in between leaves a letter twice at most, never none.
+They are in the dead-letter queue and, until the broker has confirmed them there, in the producers'
+store. A dead letter is deleted only once the broker has confirmed its copy; one that cannot be sent
+stays. A process that is killed in between leaves a letter twice, never loses it.
 
 Runs on: the caller's thread.
 """
@@ -36,30 +36,30 @@ from mlproducer.topology import Topology
 __all__ = ["DeadLetters", "Letter", "Place", "StoredDeadLetters", "Target", "places"]
 
 Wanted = Collection[str] | Callable[[Letter], bool] | None
-"""Message ids, or what says yes to a letter; ``None`` means all."""
+"""Message ids, or a predicate; ``None`` means all."""
 
 Page = list[tuple[Row, Letter]]
 Fate = tuple[Letter, PublishError | None]
 Told = Callable[[Letter, PublishError | None], object]
 
 _NEVER = 1_000_000
-"""A breaker's threshold: one full queue must not keep the letters of the others."""
+"""A circuit breaker's threshold: one full queue must not stop the letters for others."""
 
 _QUICK = 1.0
-"""Seconds within which a connection is usually there, so that no claim has to wait for it."""
+"""Seconds to wait for the connection before rows are claimed."""
 
 _NO_BROKER = (NotConnectedError, AuthenticationError)
 
 
 @frozen
 class Target:
-    """Where letters are sent instead of where they were to go; ``None`` leaves it as it was."""
+    """Another exchange or routing key for replayed letters; ``None`` keeps the original one."""
 
     exchange: str | None = None
     routing_key: str | None = None
 
     def applied(self, message: Message) -> Message:
-        """Give a message this address."""
+        """Return a message with this exchange and routing key."""
         return evolve(
             message,
             exchange=message.exchange if self.exchange is None else self.exchange,
@@ -67,37 +67,37 @@ class Target:
         )
 
 
-def _tell_nobody(_letter: Letter, _error: PublishError | None) -> None:
+def _ignore(_letter: Letter, _error: PublishError | None) -> None:
     pass
 
 
 class Place(Protocol):
-    """Where dead letters lie."""
+    """A place that has dead letters: the queue, or the store."""
 
     def list(self, wanted: Wanted = None) -> Iterator[Letter]:
-        """Give letters, one by one."""
+        """Yield letters."""
 
     def replay(
-        self, wanted: Wanted = None, told: Told = _tell_nobody, target: Target | None = None
+        self, wanted: Wanted = None, told: Told = _ignore, target: Target | None = None
     ) -> int:
-        """Send letters to where they were to go, and give how many had to stay.
+        """Publish letters to their original route, and return how many could not be sent.
 
         :param told: called for each letter, with the error if it stays
-        :param target: where to send them instead
+        :param target: another route
         """
 
-    def purge(self, wanted: Wanted = None, told: Told = _tell_nobody) -> int:
-        """Delete letters for good, and give how many.
+    def purge(self, wanted: Wanted = None, told: Told = _ignore) -> int:
+        """Delete letters, and return how many.
 
         :param told: called for each letter, with the error if it stays
         """
 
 
 def places(settings: Settings) -> list[Place]:
-    """Give the places that the settings name.
+    """Return the places that the settings name.
 
-    The store comes first: letters go from there to the queue, so that none is overlooked by whoever
-    looks into both.
+    The store comes first: letters move from there to the queue, so that reading both in this order
+    misses none.
     """
     queue = DeadLetters(settings)
     if settings.store_url.startswith("memory:"):
@@ -108,10 +108,10 @@ def places(settings: Settings) -> list[Place]:
 class DeadLetters:
     """The dead letters in a queue of the broker that the settings name.
 
-    Every method opens a connection of its own, and takes ``settings.prefetch`` letters at a time.
+    Every method opens a connection of its own, and reads ``settings.prefetch`` letters at a time.
 
-    :param queue: where they lie; ``None`` is the library's own dead-letter queue
-    :raises NotConnectedError: by every method: no broker answers; the text says why
+    :param queue: the queue's name; ``None`` is the dead-letter queue of the topology
+    :raises NotConnectedError: by every method: no broker can be reached; the text says why
     """
 
     def __init__(self, settings: Settings, queue: str | None = None) -> None:
@@ -121,15 +121,15 @@ class DeadLetters:
         self._dead_end = _DeadEnd(topology.dead_letter_exchange, self._queue)
 
     def list(self, wanted: Wanted = None) -> Iterator[Letter]:
-        """Give letters; they are held back from everybody else until the last was asked for."""
+        """Yield letters; other consumers do not get them until the iterator ends."""
         with self._open() as box:
             for batch in box.take():
                 yield from _chosen(batch, wanted)
 
     def replay(
-        self, wanted: Wanted = None, told: Told = _tell_nobody, target: Target | None = None
+        self, wanted: Wanted = None, told: Told = _ignore, target: Target | None = None
     ) -> int:
-        """Send letters to where they were to go, and give how many had to stay."""
+        """Publish letters to their original route, and return how many could not be sent."""
         stayed = 0
         with self._open() as box, _producer(self._settings) as producer:
             for batch in box.take():
@@ -142,8 +142,8 @@ class DeadLetters:
                     told(letter, error)
         return stayed
 
-    def purge(self, wanted: Wanted = None, told: Told = _tell_nobody) -> int:
-        """Delete letters for good, and give how many."""
+    def purge(self, wanted: Wanted = None, told: Told = _ignore) -> int:
+        """Delete letters, and return how many."""
         purged = 0
         with self._open() as box:
             for batch in box.take():
@@ -159,10 +159,10 @@ class DeadLetters:
 
 
 class StoredDeadLetters:
-    """The dead letters in the store that the settings name, whichever process wrote them.
+    """The dead letters in the store that the settings name, of all processes.
 
-    A letter that another process has claimed is left alone, and stays with a `StoreError`: that
-    may be a producer which is just sending it to the queue.
+    A letter that another process has claimed stays, with a `StoreError`: a producer may be sending
+    it to the queue.
 
     :raises StoreError: by every method: the store cannot be used; the text names it
     :raises ConfigurationError: by every method: the store's URL does not parse
@@ -174,19 +174,19 @@ class StoredDeadLetters:
         self._dead_end = _DeadEnd(topology.dead_letter_exchange, topology.dead_letter_queue)
 
     def list(self, wanted: Wanted = None) -> Iterator[Letter]:
-        """Give letters, also those that somebody has claimed."""
+        """Yield letters, including claimed ones."""
         with self._open() as store:
             for page in self._pages(store, wanted):
                 for _, letter in page:
                     yield letter
 
     def replay(
-        self, wanted: Wanted = None, told: Told = _tell_nobody, target: Target | None = None
+        self, wanted: Wanted = None, told: Told = _ignore, target: Target | None = None
     ) -> int:
-        """Send letters to where they were to go, and give how many had to stay.
+        """Publish letters to their original route, and return how many could not be sent.
 
-        :raises NotConnectedError: no broker answers; those not tried yet are left alone
-        :raises AuthenticationError: it lets nobody in
+        :raises NotConnectedError: no broker can be reached; the letters that are left are not tried
+        :raises AuthenticationError: the broker refuses the credentials
         """
         stayed = 0
         with self._open() as store, _producer(self._settings) as producer:
@@ -197,8 +197,8 @@ class StoredDeadLetters:
                     told(letter, error)
         return stayed
 
-    def purge(self, wanted: Wanted = None, told: Told = _tell_nobody) -> int:
-        """Delete letters for good, and give how many."""
+    def purge(self, wanted: Wanted = None, told: Told = _ignore) -> int:
+        """Delete letters, and return how many."""
         purged = 0
         with self._open() as store:
             for page in self._pages(store, wanted):
@@ -213,8 +213,8 @@ class StoredDeadLetters:
     def _open(self) -> closing[Store]:
         store = open_store(self._settings)
         if self._settings.store_url.startswith("sqlite:") and not os.path.lexists(store.name):
-            # An operator's typing error must not make a file, least of all as root.
-            raise StoreError(f"the store {store.name} is not there: no producer has used it yet")
+            # A mistyped path must not create a file, which may then belong to root.
+            raise StoreError(f"the store {store.name} does not exist: no producer has used it yet")
         return closing(store)
 
     def _pages(self, store: Store, wanted: Wanted) -> Iterator[Page]:
@@ -229,10 +229,12 @@ class StoredDeadLetters:
     def _send(
         self, store: Store, producer: MLProducer, page: Page, target: Target | None
     ) -> Iterator[Fate]:
-        """Send a page of letters; what becomes of them is noted before it is told."""
+        """Publish a page of letters, note the outcomes in the store, and yield them."""
         held, busy = _seize(store, page)
         yield from busy
-        limit = min(self._settings.publish_timeout, store.lease / 2)  # while it is surely ours
+        limit = min(
+            self._settings.publish_timeout, store.lease / 2
+        )  # half the lease: the claim holds until then
         fates = list(
             self._dead_end.republish(producer, [letter for _, letter in held], target, limit)
         )
@@ -255,13 +257,13 @@ class StoredDeadLetters:
 
 
 def _seize(store: Store, page: Page) -> tuple[Page, list[Fate]]:
-    """Claim letters; those that are another's get an error."""
+    """Claim letters; return those claimed, and errors for those that another process has."""
     held: Page = []
     busy: list[Fate] = []
     for row, letter in page:
         seized = store.seize(row)
         if seized is None:
-            text = f"another process is busy with it in the store {store.name}"
+            text = f"another process has claimed it in the store {store.name}"
             busy.append((letter, StoreError(text, message_id=letter.message_id)))
         else:
             held.append((seized, letter))
@@ -280,9 +282,9 @@ def _is_wanted(letter: Letter, wanted: Wanted) -> bool:
 
 @contextmanager
 def _producer(settings: Settings) -> Iterator[MLProducer]:
-    """Make a producer that sends nothing but what it is given, also where there is a store.
+    """Make a producer for replays, with a memory store, so that it sends no stored rows.
 
-    It waits for each answer, so that nothing is left to be drained at its end, however it comes.
+    Every replay waits for the answer, so that nothing is left to be drained at the end.
     """
     producer = MLProducer(
         evolve(settings, circuit_breaker_threshold=_NEVER, store_url="memory://"),
@@ -295,9 +297,9 @@ def _producer(settings: Settings) -> Iterator[MLProducer]:
 
 @frozen
 class _DeadEnd:
-    """The dead-letter exchange and queue: what is sent there comes back.
+    """The dead-letter exchange and queue, to which no letter must be replayed.
 
-    A replay that sent letters there would say that it has replayed them.
+    It would come back, and count as replayed.
     """
 
     exchange: str
@@ -310,7 +312,7 @@ class _DeadEnd:
         target: Target | None,
         timeout: float | None = None,
     ) -> Iterator[Fate]:
-        """Publish what is complete; what is not would not be the same message."""
+        """Publish the letters that are complete; an incomplete one would be another message."""
         messages = [self._message(letter, target) for letter in letters]
         whole = [message for message in messages if isinstance(message, Message)]
         results = iter(producer.publish_many(whole, timeout=timeout, retry=False))
@@ -322,7 +324,7 @@ class _DeadEnd:
                 yield letter, message
 
     def _message(self, letter: Letter, target: Target | None) -> Message | InvalidMessageError:
-        """Give what is to be sent, or why nothing is."""
+        """Return the message to be sent, or the error if it cannot be."""
         message = letter.message
         if message is not None and target is not None:
             message = target.applied(message)
@@ -334,6 +336,6 @@ class _DeadEnd:
             "",
             self.queue,
         ):
-            text = "its route leads back to the dead letters"
+            text = "its route leads back to the dead-letter queue"
             return InvalidMessageError(text, message_id=letter.message_id)
         return message

@@ -1,10 +1,10 @@
-"""What is published, and what the publisher gets for it.
+"""Messages and receipts.
 
-`Message` is what a user hands in where no task class fits; `Envelope` is any message in the form in
-which it waits, travels and is stored: a route, encoded properties, a body. `Receipt` is what the
-library answers. Nothing here knows how a message travels.
+A user publishes a `Message` where no task class fits. An `Envelope` is any message in its encoded
+form, in which it is queued, sent and stored: route, properties, body. A `Receipt` is the answer to
+the publisher.
 
-Runs on: any thread; nothing here is changed once it is made.
+Runs on: any thread; none of these is changed once it is made.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RAW_TASK_TYPE = "raw"
 
 
 class Outcome(enum.Enum):
-    """What became of a message whose `publish()` returned."""
+    """The outcome of a message whose `publish()` returned."""
 
     CONFIRMED = "confirmed"
     DEFERRED = "deferred"
@@ -37,26 +37,27 @@ class Outcome(enum.Enum):
 @frameless_init
 @frozen(kw_only=True, slots=False)
 class Message:
-    """A message of any content, published as it stands.
+    """A message of any content, published unchanged.
 
     Types are checked when it is made; the limits of AMQP, such as lengths, by ``publish()``.
 
     :ivar body: the payload
-    :ivar routing_key: at most 255 bytes of UTF-8, no control characters,
-        like the other short texts here
-    :ivar exchange: the exchange's name; ``""`` is the default exchange, ``None`` the settings' one
+    :ivar routing_key: at most 255 bytes of UTF-8 without control characters, like the other short
+        texts
+    :ivar exchange: ``""`` is the default exchange, ``None`` the exchange of the settings
     :ivar headers: AMQP field table of str, bytes, bool, int (64 bit), finite float, datetime (to
         the second), None, list and dict
     :ivar priority: 0 to 255
     :ivar expiration: seconds until the broker may drop the message from a queue
         (RabbitMQ guide, *Time-To-Live*)
-    :ivar persistent: written to disk by the broker (AMQP delivery mode 2)
-    :ivar mandatory: a message that no queue gets is returned, and an `UnroutableError`; without it,
-        the broker drops and confirms it
+    :ivar persistent: the broker writes it to disk (AMQP delivery mode 2)
+    :ivar mandatory: if no queue gets the message, the broker returns it, which is an
+        `UnroutableError`; otherwise the broker drops and confirms it
     :ivar timestamp: when it was made: a datetime with a time zone, or seconds since 1970
     :ivar user_id: the broker rejects any but the connection's own user (RabbitMQ guide,
         *Validated User-ID*)
-    :raises InvalidTaskError: a field has a wrong type; the text names both, and what is accepted
+    :raises InvalidTaskError: a field has a wrong type; the text names the field, the type, and what
+        is accepted
     """
 
     body: bytes = field(repr=False)
@@ -78,7 +79,7 @@ class Message:
     user_id: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        """Check types, and keep copies of what the caller may go on changing."""
+        """Check types, and copy what the caller may change later."""
         if type(self.body) is not bytes:
             object.__setattr__(self, "body", shapes.body("body", self.body))
         shapes.a_str("routing_key", self.routing_key)
@@ -103,7 +104,7 @@ class Message:
         return None if self.timestamp is None else shapes.timestamp("timestamp", self.timestamp)
 
     def payload(self) -> bytes:
-        """Give the body, which the consumer gets, for tests."""
+        """Return the body, as the consumer gets it; for tests."""
         return self.body
 
 
@@ -119,15 +120,14 @@ _OPTIONAL: tuple[tuple[str, Check], ...] = (
 
 @define(eq=False)
 class Envelope:
-    """A message ready to travel: everything checked, everything encoded.
+    """A message that is checked and encoded.
 
-    Nobody changes one; `attrs.frozen` would see to that at half a microsecond a message.
-
-    Every attempt sends the same bytes, so that a consumer can tell a duplicate by its id.
+    It is never changed; `attrs.frozen` would enforce that, for half a microsecond a message. Every
+    attempt sends the same bytes, so that a consumer recognizes a duplicate by its id.
 
     :ivar task_type: the metric label
-    :ivar properties: AMQP property flags and values, up to the last, which names the attempt
-        (`mlproducer._wire.amqp.properties`)
+    :ivar properties: AMQP property flags and values, without the last value, which identifies the
+        attempt (`mlproducer._wire.amqp.properties`)
     """
 
     message_id: str
@@ -139,19 +139,19 @@ class Envelope:
 
     @property
     def size(self) -> int:
-        """Bytes that the message holds in memory, and about what it takes on the wire."""
+        """Bytes of properties and body: about the size in memory and on the wire."""
         return len(self.properties) + len(self.body)
 
 
 @frozen(eq=False, repr=False)
 class Receipt:
-    """The library owns the message: the broker has confirmed it, or it will be tried again.
+    """The library owns the message: the broker has confirmed it, or it will be retried.
 
-    A receipt that was ``DEFERRED`` becomes ``CONFIRMED`` once a late confirm or a retry settles it.
+    A ``DEFERRED`` receipt becomes ``CONFIRMED`` with a late confirm or a successful retry.
 
-    :ivar attempts: how often the message had been written to the wire when this was handed out
+    :ivar attempts: how many times the message had been written to the wire by then
     :ivar elapsed: seconds from the call to the answer
-    :ivar durable: the message survives this process (broker or durable store)
+    :ivar durable: the message survives this process, on the broker or in a durable store
     :ivar reason: why it was deferred; ``None`` where it was confirmed at once
     """
 
@@ -164,7 +164,7 @@ class Receipt:
 
     @property
     def outcome(self) -> Outcome:
-        """CONFIRMED as soon as the broker has confirmed the message, else DEFERRED."""
+        """CONFIRMED once the broker has confirmed the message, otherwise DEFERRED."""
         fate = self._fate
         if fate is None:
             return Outcome.CONFIRMED
@@ -181,10 +181,10 @@ class Receipt:
         """Wait for the message's final fate.
 
         :param timeout: seconds; ``None`` waits without a limit
-        :raises RetriesExhaustedError: it was dead-lettered
-        :raises ProducerClosedError: the producer was closed while only memory held the message
-        :raises TimeoutError: it is still undecided; at once where it is in a durable store and
-            this producer was closed
+        :raises RetriesExhaustedError: the message was dead-lettered
+        :raises ProducerClosedError: the producer was closed while the message was only in memory
+        :raises TimeoutError: the fate is still open; at once where the message is in a durable
+            store and the producer was closed
         """
         if self._fate is None:
             return self
@@ -204,7 +204,7 @@ class Receipt:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Take along what is known now; a copy in another process does not follow the fate."""
+        """Pickle what is known now; a copy in another process does not follow the fate."""
         fate, end = self._fate, None
         if fate is not None and not self.confirmed:
             known = fate.done() and not fate.cancelled()
@@ -229,7 +229,7 @@ def _thawed(
     reason: PublishError | None,
     end: BaseException | str | None,
 ) -> Receipt:
-    """Make a pickled receipt again; one that was undecided stays so."""
+    """Restore a pickled receipt; if its fate was open, it stays open."""
     fate: Future[Receipt] | None = None
     if isinstance(end, BaseException):
         fate = Future()

@@ -1,13 +1,13 @@
-"""An outbox: a task as a row of the application's own database, in the application's transaction.
+"""A transactional outbox: a task as a row in the application's own database and transaction.
 
-Between COMMIT and `publish()` a task is lost when the process ends. `add` leaves no such moment: it
-writes the task into the store's table with the business rows, and COMMIT decides about both. From
-COMMIT on the row is a stored message like any other: a producer on that store, in this process or
-another, or ``mlproducer relay``, sends it until it is confirmed or dead-lettered.
+If the process ends between COMMIT and `publish()`, a task is lost. `add` closes this gap: it writes
+the task into the store's table together with the business rows, and COMMIT decides about both.
+After COMMIT the row is a stored message like any other: a producer on that store, in this process
+or another, or ``mlproducer relay``, sends it until it is confirmed or dead-lettered.
 
-For development it does so in SQLite too. There the store has a file of its own, and no transaction
-spans two; so the row waits in a table of the application's file, from which `Mover`, in
-``mlproducer relay --outbox FILE``, takes it to the store: stored first, deleted then.
+For development it works in SQLite too. There the store has a file of its own, and no transaction
+spans two files. So the row waits in a table of the application's file, from which `Mover`, in
+``mlproducer relay --outbox FILE``, moves it to the store: it is stored first, and then deleted.
 
 Runs on: the application's threads.
 """
@@ -41,7 +41,7 @@ __all__ = ["add", "schema"]
 logger = logging.getLogger(__name__)
 
 Execute = Callable[[str, Mapping[str, Any]], Any]
-"""Carries out a statement with parameters ``:name``, and gives what it returns, if it does."""
+"""Runs a statement with parameters ``:name``, and returns its value, if it has one."""
 
 POSTGRESQL, SQLITE = "postgresql", "sqlite"
 
@@ -50,24 +50,24 @@ POSTGRESQL, SQLITE = "postgresql", "sqlite"
 def add(
     connection: Any, task: Task, *, retry: Retry = True, producer: MLProducer | None = None
 ) -> Receipt:
-    """Write a task into the store's table, in the transaction that ``connection`` is in.
+    """Write a task into the store's table, in the current transaction of ``connection``.
 
     What `publish()` would refuse is refused here, before anything is written. After COMMIT the
-    message is delivered or dead-lettered, also where this process ends at once; after ROLLBACK, of
-    a savepoint too, it never was.
+    message is delivered or dead-lettered, even if this process ends at once; after ROLLBACK, also
+    to a savepoint, nothing is sent.
 
     :param connection: a Django connection, a SQLAlchemy ``Session`` or ``Connection``, or a
         psycopg 3 ``Connection``, to the database that the store's URL names; or, for development,
         to SQLite through Django or SQLAlchemy
-    :param retry: false: it is dead-lettered after the first attempt that fails
-    :param producer: whose settings and hooks apply, and which learns the message's fate; ``None``
-        is the one producer of this process whose store is of that kind, or, where there is none,
-        what the environment says
-    :returns: a receipt, DEFERRED and durable, whose `result()` gives the fate after COMMIT as long
-        as that producer runs in this process
-    :raises InvalidMessageError: it cannot be sent
-    :raises ConfigurationError: there is no transaction (autocommit), the connection is of no kind
-        that is known, or no producer has a store in PostgreSQL
+    :param retry: if false, the message is dead-lettered after the first attempt that fails
+    :param producer: its settings and hooks apply, and it resolves the receipt; ``None`` is the
+        producer of this process whose store is of that kind, or, without one, a producer with the
+        settings of the environment
+    :returns: a receipt, DEFERRED and durable, whose `result()` returns after COMMIT as long as that
+        producer runs in this process
+    :raises InvalidMessageError: the task cannot be sent
+    :raises ConfigurationError: there is no transaction (autocommit), the connection is of an
+        unknown kind, or no producer has a store in PostgreSQL
     """
     started = time.monotonic()
     kind, execute = _executor(connection)
@@ -86,24 +86,24 @@ def add(
 
 
 def schema(table: str = TABLE) -> str:
-    """Give the SQL that makes the table, for a migration; it may be run again.
+    """Return the SQL that creates the table, for a migration; it may be run again.
 
     :raises ConfigurationError: the table's name would need quotes
     """
     return sql.schema(check_table(table))
 
 
-# --- whose settings ------------------------------------------------------------------------------
+# --- the producer --------------------------------------------------------------------------------
 
 
 def _chosen(kind: str) -> MLProducer:
-    """Give the producer of this process that has its store in that kind of database."""
+    """Return the producer of this process whose store is in that kind of database."""
     known = [each for each in list(made) if not each.closed]
     fitting = [each for each in known if each.settings.store_url.startswith(f"{kind}:")]
     places = {each.settings.store_url for each in fitting}
     if len(places) > 1:
         raise ConfigurationError(
-            f"several producers have a {kind} store: outbox.add(..., producer=...) names one"
+            f"several producers have a {kind} store: name one, outbox.add(..., producer=...)"
         )
     running = [each for each in fitting if each.running]
     return (running or fitting or [_of_environment()])[0]
@@ -121,9 +121,7 @@ def _table(producer: MLProducer) -> str:
 @lru_cache
 def _table_of(store_url: str) -> str:
     if not store_url.startswith(f"{POSTGRESQL}:"):
-        raise ConfigurationError(
-            f"{NAME} must be postgresql://..., the database in which the outbox is"
-        )
+        raise ConfigurationError(f"{NAME} must be postgresql://..., the database of the outbox")
     return read_postgresql(store_url).table
 
 
@@ -134,7 +132,7 @@ _VALUES = ("token", "origin", "accepted_at", "retry", *sql.COLUMNS)
 
 @lru_cache
 def _insert(table: str) -> str:
-    """Give the statement that writes a row, and has it told at COMMIT."""
+    """Return the statement that writes a row, and sends a NOTIFY at COMMIT."""
     return (
         f"WITH added AS (INSERT INTO {table} ({', '.join(_VALUES)})"  # noqa: S608 - checked names
         f" VALUES ({', '.join(f':{each}' for each in _VALUES)}) RETURNING key)"
@@ -148,7 +146,7 @@ def _row(
     message = dict(zip(sql.COLUMNS, rows.message_values(envelope), strict=True))
     accepted = rows.microseconds(max(0.0, datetime.now(timezone.utc).timestamp()))
     token = (1 << 51) + 2 * secrets.randbits(50)
-    # A row with an origin leaves its fate behind, which costs a write: only where one asks for it.
+    # A row with an origin leaves its fate behind, which costs a write: only if a producer asks.
     origin = 1 + secrets.randbits(62) if followed else 0
     known = {"origin": origin, "accepted_at": accepted}
     return token, {**message, **known, "retry": policy_text(policy)}
@@ -161,8 +159,8 @@ def _receipt(
     claim: Claim | None,
     started: float,
 ) -> Receipt:
-    """Give a receipt whose fate the producer learns, if it runs."""
-    left = evolve(envelope, properties=b"", body=b"")  # the row has them
+    """Return a receipt that the producer resolves, if it runs."""
+    left = evolve(envelope, properties=b"", body=b"")  # these are in the row
     fate = Fate()
     delivery = Delivery.stored(left, started=started, policy=policy, fate=fate)
     fate.set_running_or_notify_cancel()
@@ -196,18 +194,18 @@ _SQLITE_QUARANTINE = (
 )
 _SQLITE_ONE = f"SELECT * FROM {SQLITE_TABLE} WHERE key = ?"  # noqa: S608
 BUSY = 5.0
-"""Seconds to wait for another connection that writes to the application's file."""
+"""Seconds to wait for another writer of the application's file."""
 
 
 class Mover:
-    """Takes committed rows from an application's SQLite file to a store.
+    """Moves committed rows from an application's SQLite file to a store.
 
-    A row is deleted once it is stored; a process that ends in between stores it again, so that the
-    message is sent twice, with the same id. Of several processes one moves rows at a time. A row
-    that cannot be read is logged, and put aside in the table ``mlproducer_outbox_quarantine``.
+    A row is deleted once it is stored. If the process ends in between, the row is stored again, and
+    the message is sent twice, with the same id. Of several processes one moves rows at a time. A
+    row that cannot be read is logged, and moved to the table ``mlproducer_outbox_quarantine``.
 
     :param path: the application's file
-    :param store: takes the messages; durable
+    :param store: a durable store
     """
 
     def __init__(self, path: str, store: Store) -> None:
@@ -252,9 +250,12 @@ class Mover:
 
 
 def _executor(connection: Any) -> tuple[str, Execute]:
-    """Give the kind of database, and what carries out a statement in the connection's transaction.
+    """Return the kind of database, and a function that runs statements in the transaction.
 
-    :raises ConfigurationError: it is in none, or of no kind that is known
+    The connection's class is recognized by its name, since importing the three libraries to compare
+    it would need all of them.
+
+    :raises ConfigurationError: there is no transaction, or the connection is of an unknown kind
     """
     kinds = {f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in _kinds(connection)}
     if "psycopg.Connection" in kinds:
@@ -278,16 +279,16 @@ def _kinds(connection: Any) -> tuple[type, ...]:
 
 
 _AUTOCOMMIT = (
-    "outbox.add needs a transaction, and this connection commits each statement by itself "
-    "(autocommit): begin one first, since a row must be written with the rows that it belongs to"
+    "outbox.add needs a transaction, and this connection is in autocommit mode: begin a "
+    "transaction first, so that the row is written together with the rows that it belongs to"
 )
 
 
 def _refuse_autocommit(driver: Any) -> None:
-    """Refuse a psycopg connection that commits by itself, and is in no transaction."""
+    """Refuse a driver's connection that is in autocommit mode and not in a transaction."""
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
     alone = getattr(driver, "autocommit", False) is True
-    if hasattr(driver, "in_transaction"):  # of the standard library's sqlite3
+    if hasattr(driver, "in_transaction"):  # the standard library's sqlite3
         alone, status = alone or driver.isolation_level is None, driver.in_transaction
     if alone and not status:
         raise ConfigurationError(_AUTOCOMMIT)
@@ -319,7 +320,7 @@ def _sqlalchemy(connection: Any) -> Execute:
             result = connection.execute(text(statement), values)
         except Exception as error:
             if hasattr(error, "hide_parameters"):
-                error.hide_parameters = True  # its text shows what the message says otherwise
+                error.hide_parameters = True  # its text would show the message's content
             raise
         return result.scalar_one() if result.returns_rows else None
 
@@ -341,15 +342,15 @@ def _django(connection: Any) -> Execute:
 def _known(kind: str) -> str:
     if kind not in (POSTGRESQL, SQLITE):
         raise ConfigurationError(
-            "an outbox is in PostgreSQL, or for development in SQLite: this connection is to "
-            "another kind of database"
+            "an outbox needs PostgreSQL, or for development SQLite; this connection is to another "
+            "kind of database"
         )
     return kind
 
 
 @lru_cache
 def _pyformat(statement: str) -> str:
-    """Write parameters as psycopg reads them."""
+    """Return a statement with its parameters in psycopg's format."""
     for each in (*_VALUES, "channel"):
         statement = statement.replace(f":{each},", f"%({each})s,").replace(
             f":{each})", f"%({each})s)"

@@ -1,8 +1,8 @@
-"""The producer: what users call. It wires the rooms together and waits on its users' behalf.
+"""`MLProducer`, the class that users call.
 
-A producer is cheap until it is used: its running part, and with it every thread and connection,
-begins at the first publish, and begins afresh in a forked child. That part does not hold the
-producer: one that the program has dropped delivers what it has, and is closed then.
+A producer is cheap until it is used: its runtime, with every thread and connection, starts with the
+first publish, and starts again in a forked child. The runtime holds no reference to the producer:
+one that the program has dropped delivers the messages that it has, and is then closed.
 
 Runs on: the users' threads.
 """
@@ -55,10 +55,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Retry = bool | RetryPolicy
-"""Whether a message that cannot be delivered now is kept, and how it is tried again."""
+"""Whether a message that cannot be delivered now is kept, and how it is retried."""
 
 Hook = Callable[[Task, dict[str, Any]], object]
-"""What `MLProducer.before_publish` takes: it may add to the headers of a task."""
+"""An argument of `MLProducer.before_publish`: it may add to the headers of a task."""
 
 
 made: weakref.WeakSet[MLProducer] = weakref.WeakSet()
@@ -66,11 +66,11 @@ made: weakref.WeakSet[MLProducer] = weakref.WeakSet()
 
 
 class MLProducer:
-    """Publishes tasks to RabbitMQ; thread-safe, fork-safe, and quiet until it is used.
+    """Publishes tasks to RabbitMQ; safe for threads and forks, and idle until it is used.
 
     :param settings: ``None`` reads the environment
-    :param registry: a prometheus-client registry; ``None`` is that library's default one
-    :param store: where messages wait for a retry; ``None`` is what the settings name
+    :param registry: a prometheus-client registry; ``None`` is the default registry
+    :param store: where messages wait for a retry; ``None`` is the store that the settings name
     :raises ConfigurationError: a variable of the environment does not parse, or
         ``PROMETHEUS_MULTIPROC_DIR`` names no directory
     """
@@ -94,7 +94,7 @@ class MLProducer:
         self._plan.watched = weakref.ref(self._life)
         made.add(self)
         if "prometheus_client" in sys.modules or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-            self._meter()  # else nothing looks at metrics yet, and the import can wait
+            self._meter()  # otherwise nothing reads metrics yet, and the import can wait
 
     def __repr__(self) -> str:
         state = self.status().connection_state.name
@@ -105,14 +105,14 @@ class MLProducer:
     def publish(self, task: Task, *, timeout: float | None = None, retry: Retry = True) -> Receipt:
         """Publish, and wait for the broker's answer.
 
-        Returning means that the message is ours: confirmed, or kept and tried again. Raising means
-        that it is yours: it will never be sent later.
+        If it returns, the library owns the message: it is confirmed, or kept and retried. If it
+        raises, the caller owns it: it will never be sent later.
 
         :param task: a task or `Message`
         :param timeout: seconds for the whole call; ``None`` is ``settings.publish_timeout``
         :param retry: keep a message that cannot be delivered now, and try again as the settings
             say, or as a `RetryPolicy` says; with False its error is raised
-        :raises PublishError: see its ``possibly_sent``; the README tells what to do about which
+        :raises PublishError: see its ``possibly_sent``, and the README for each subclass
         """
         started = time.monotonic()
         runtime = self._life.started()
@@ -126,19 +126,18 @@ class MLProducer:
                 engine.turn_away(delivery)
             return finish(engine, delivery, answer)
         except BaseException:
-            if delivery.open:  # what is raised is not about it: Ctrl-C, or of a signal handler
+            if delivery.open:  # the error is not the message's: Ctrl-C, or from a signal handler
                 engine.withdraw(delivery)
             raise
 
     async def apublish(
         self, task: Task, *, timeout: float | None = None, retry: Retry = True
     ) -> Receipt:
-        """Publish, and await the broker's answer: `publish` for an event loop, never blocking it.
+        """Publish, and await the broker's answer: `publish` without blocking the event loop.
 
-        Cancelling it ends the wait and not the message: once it has been handed over it goes on as
-        if it was waited for until ``timeout``, and its outcome is told to nothing but metrics, logs
-        and callbacks. Cancelled before that,
-        while the in-flight window is full, it is never sent.
+        Cancellation ends the wait, not the delivery: once the message is queued it is delivered as
+        if it was waited for until ``timeout``, and its outcome is seen only in metrics, logs and
+        callbacks. Cancelled before that, while the in-flight window is full, it is never sent.
 
         :param task: a task or `Message`
         :param timeout: seconds for the whole call; ``None`` is ``settings.publish_timeout``
@@ -170,12 +169,12 @@ class MLProducer:
     ) -> DeliveryFuture:
         """Publish without waiting for the broker.
 
-        Where messages are written ahead it also waits until this one is in the store, at most
-        ``publish_timeout``; in an event loop use `apublish` there.
+        If messages are written ahead, it also waits until this one is stored, at most
+        ``publish_timeout``; in an event loop use `apublish` then.
 
         :param timeout: seconds to wait while the in-flight window is full; 0 never waits, ``None``
             is ``settings.publish_timeout``
-        :returns: a future with ``message_id``, resolved once the message's fate is known
+        :returns: a future with ``message_id``, resolved when the message's fate is known
         :raises BufferFullError: the in-flight window was full for ``timeout``
         :raises StoreError: messages are written ahead, and this one could not be stored in time
         """
@@ -203,14 +202,14 @@ class MLProducer:
     def publish_many(
         self, tasks: Iterable[Task], *, timeout: float | None = None, retry: Retry = True
     ) -> list[Receipt | PublishError]:
-        """Publish many, pipelined; one that fails fails alone.
+        """Publish many tasks, pipelined; a task that fails does not affect the others.
 
-        Where ``tasks`` itself raises, what was taken from it is finished first, and the exception
-        goes on with an attribute ``results``: what would have been returned for those.
+        If ``tasks`` itself raises, the tasks taken from it are finished first, and the exception
+        gets an attribute ``results``: what would have been returned for these.
 
         :param tasks: taken one by one, at most the in-flight window ahead of the confirms
         :param timeout: seconds for each message, from when it is taken
-        :returns: for each task, in order, its receipt or its error
+        :returns: the receipt or the error of each task, in order
         """
         runtime = self._life.started()
         line = Line()
@@ -315,7 +314,7 @@ class MLProducer:
         return delivery
 
     def _checked(self, retry: object) -> RetryPolicy:
-        """Give a policy that the store can carry out."""
+        """Check a retry policy against the store."""
         if not isinstance(retry, RetryPolicy):
             raise ConfigurationError(
                 f"retry must be True, False or a RetryPolicy, got {type(retry).__name__}"
@@ -323,10 +322,10 @@ class MLProducer:
         longest = max(self.settings.store_lease, self.settings.message_retry_max_delay)
         durable = not self.settings.store_url.startswith("memory:")
         if durable and retry.max_delay > longest:
-            # what is due later counts as due: a clock was moved
+            # The store takes a row that is due later than this for one of a clock that was wrong.
             raise ConfigurationError(
-                f"with this store, max_delay of a RetryPolicy can be {longest:g} s at most; a "
-                "longer store_lease (ML_STORE_LEASE) or message_retry_max_delay raises that"
+                f"max_delay of a RetryPolicy must be at most {longest:g} s with this store; a "
+                "longer store_lease (ML_STORE_LEASE) or message_retry_max_delay raises the limit"
             )
         return retry
 
@@ -334,42 +333,42 @@ class MLProducer:
         return self._plan.meter()
 
     def before_publish(self, hook: Hook) -> None:
-        """Have ``hook(task, headers)`` called before each message is encoded; on its own thread.
+        """Call ``hook(task, headers)`` before each message is encoded, on the publisher's thread.
 
-        It may add AMQP headers to the dictionary ``headers``, which holds those that the task has.
-        One that raises, or adds what AMQP cannot carry, is logged and adds nothing.
+        It may add AMQP headers to the dictionary ``headers``, which has those of the task. A hook
+        that raises, or adds what AMQP cannot carry, is logged and adds nothing.
 
-        :param hook: called as often as there are messages, so it should be quick
+        :param hook: called for every message, so it should be fast
         """
         self._hooks.append(hook)
 
     def check(self, task: Task) -> None:
-        """Check all that `publish` would refuse a task for itself, and publish nothing.
+        """Check a task as `publish` does, without publishing it.
 
         It needs no broker and starts nothing. Hooks of `before_publish` are called.
 
-        :raises InvalidMessageError: it is no task, or AMQP or strict JSON cannot carry it
+        :raises InvalidMessageError: it is not a task, or AMQP or strict JSON cannot carry it
         :raises MessageTooLargeError: its body is longer than ``max_message_bytes``
         """
         self.prepare(task)
 
     def note_refused(self, task: Task, error: Exception) -> None:
-        """Count a task that could not be handed over and whose publisher has gone on; tell of it.
+        """Count a task that was refused when no caller could get the error, and call back.
 
-        For what publishes after a COMMIT, and raises to no caller. Callbacks of ``on("refused")``
-        are called; before the producer is started, on this thread.
+        For publishing after a COMMIT. Callbacks of ``on("refused")`` are called; on this thread if
+        the producer has not been started.
 
-        :param error: what `publish` raised
+        :param error: the error that `publish` raised
         """
         counted = getattr(error, "message_id", None) or isinstance(error, InvalidMessageError)
         if not counted:  # it was raised before there was a message
             self._meter().refused(task, error)
         own = getattr(task, "task_id", None) or getattr(task, "message_id", None)
         message_id = getattr(error, "message_id", None) or own
-        self._tell(Event("refused", message_id, type(error).__name__))
+        self._call_back(Event("refused", message_id, type(error).__name__))
 
-    def _tell(self, event: Event) -> None:
-        """Call those who want to know of an event that no part of the engine tells."""
+    def _call_back(self, event: Event) -> None:
+        """Have the callbacks of an event called that does not come from the engine."""
         runtime = self._life.runtime
         for callback in self._callbacks.of(event.name):
             call = partial(callback, event)
@@ -379,13 +378,13 @@ class MLProducer:
                 self._lines.log(logging.ERROR, "a callback raised", error=raised)
 
     def _encode_hooked(self, task: Task) -> Envelope:
-        """Encode a message with the headers that hooks add to it, if it can be sent with them."""
+        """Encode a task with the headers that hooks add, or without them if they cannot be sent."""
         headers = dict(getattr(task, "headers", None) or {})
         for hook in self._hooks:
             added = headers.copy()
             try:
                 hook(task, added)
-            except Exception as error:  # noqa: BLE001 - whatever it raises, the message is sent
+            except Exception as error:  # noqa: BLE001 - the message is sent all the same
                 text = "a before_publish hook raised:"
                 self._lines.log(logging.WARNING, text, "%s", type(error).__name__)
             else:
@@ -395,19 +394,19 @@ class MLProducer:
         try:
             return self._encoder.encode(hooked)
         except InvalidMessageError:
-            envelope = self._encoder.encode(task)  # raises where the message itself is to blame
+            envelope = self._encoder.encode(task)  # raises if the task itself is invalid
         text = "headers that before_publish hooks have added cannot be sent"
         self._lines.log(logging.WARNING, text)
         return envelope
 
     def declare(self, declarations: Iterable[Declaration], *, timeout: float | None = None) -> bool:
-        """Declare queues and exchanges beside the topology: now, and on each later connection.
+        """Declare queues and exchanges besides the topology, now and on each later connection.
 
-        While there is no connection nothing is waited for: they are declared once there is one,
-        before anything is published. What the broker refuses is logged, and left out.
+        Without a connection it returns at once: they are declared when there is one, before
+        anything is published. A declaration that the broker refuses is logged and skipped.
 
         :param timeout: seconds to wait for the broker; ``None`` is ``settings.publish_timeout``
-        :returns: false where the broker has not answered in time
+        :returns: false if the broker did not answer in time
         """
         patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
         deadline = time.monotonic() + patience
@@ -418,7 +417,7 @@ class MLProducer:
     def prepare(self, task: Task, *, retry: Retry = True) -> tuple[Envelope, RetryPolicy | None]:
         """Check and encode a task as `publish` does, for an outbox; nothing is sent.
 
-        :returns: the message, and how often and how soon it is tried again if that is its own
+        :returns: the message, and its own retry policy, if it has one
         :raises InvalidMessageError: it cannot be sent
         """
         if retry is True:
@@ -439,54 +438,54 @@ class MLProducer:
         return settings.message_retry_base_delay, settings.message_retry_max_delay
 
     def follow(self, delivery: Delivery, claim: Claim) -> None:
-        """Learn the fate of a row of an outbox, while this producer runs and something waits."""
+        """Resolve the receipt of an outbox row, as long as this producer runs."""
         runtime = self._life.runtime
         if runtime is not None and self.running:
             runtime.expect(delivery, claim)
 
     @property
     def running(self) -> bool:
-        """Whether it has been started, and not been closed."""
+        """Whether the producer has been started and not closed."""
         return self._life.runtime is not None and not self._life.closed
 
     @property
     def closed(self) -> bool:
-        """Whether it has been closed."""
+        """Whether the producer has been closed."""
         return self._life.closed
 
     # --- state ---------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        """Say how things stand, without asking the broker."""
+        """Return the current status, without asking the broker."""
         return self._life.status()
 
     def is_healthy(self) -> bool:
-        """Whether messages get through: connected, breaker not open, not blocked."""
+        """Return whether messages get through: connected, breaker not open, not blocked."""
         return self.status().healthy
 
     def recent(self) -> Recent:
-        """Give rates, errors and dead letters of the last minutes, without asking the broker."""
+        """Return rates, errors and dead letters of the last minutes, without asking the broker."""
         return self._plan.recorder.recent()
 
     def on(self, event: EventName, callback: Callable[..., object]) -> None:
         """Call ``callback`` at an event, on a thread of its own.
 
-        Where callbacks are so slow that 10,000 calls wait, further ones are left out, counted and
-        logged; what is added to a future by ``add_done_callback`` is always called.
+        If callbacks are so slow that 10,000 calls wait, further calls are dropped, counted and
+        logged; callbacks added to a future by ``add_done_callback`` are never dropped.
 
         :param event: ``connected``, ``disconnected``, ``blocked``, ``unblocked``, ``gave_up``,
             ``circuit_opened``, ``circuit_closed``, ``confirmed``, ``deferred``, ``dead_lettered``,
-            or ``refused``: what was to be published after a COMMIT could not be handed over
-        :param callback: takes an `mlproducer.observe.callbacks.Event`, or nothing
+            or ``refused``: a task could not be published after its COMMIT
+        :param callback: takes an `mlproducer.observe.callbacks.Event`, or no argument
         :raises ValueError: there is no such event
-        :raises TypeError: the callback cannot be called
+        :raises TypeError: the callback is not callable
         """
         self._callbacks.add(event, callback)
 
     # --- life ----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin connecting in the background; the first publish does it otherwise.
+        """Start connecting in the background; otherwise the first publish does.
 
         :raises ConfigurationError: no broker is named, or a TLS file is unusable
         :raises ProducerClosedError: the producer was closed
@@ -494,23 +493,23 @@ class MLProducer:
         self._life.started()
 
     def wait_connected(self, timeout: float | None = None) -> bool:
-        """Wait until there is a connection that carries messages.
+        """Wait until there is a connection that is ready for messages.
 
         :param timeout: seconds; ``None`` waits without a limit
-        :returns: false at the end of the timeout, and when another thread closes the producer
+        :returns: false after the timeout, or when another thread closes the producer
         """
         patience = None if timeout is None else seconds(timeout)
         return self._life.started().wait_connected(patience)
 
     def reconnect(self) -> None:
-        """Connect now if there is no connection; starts over where the attempts were used up."""
+        """Connect now, unless connected; start over if the attempts are used up."""
         self._life.started(blocking=False).reconnect()
 
     def flush(self, timeout: float | None = None) -> int:
         """Wait until nothing is in flight or waiting for a retry.
 
-        With a durable store it starts the producer, since others may have left rows there. It waits
-        until another thread has closed the producer at the most.
+        With a durable store it starts the producer, since other processes may have left rows there.
+        It also returns when another thread has closed the producer.
 
         :param timeout: seconds; ``None`` waits without a limit
         :returns: how many messages are left
@@ -527,11 +526,11 @@ class MLProducer:
         """Drain, then close; within ``timeout`` + 0.5 s, from any thread, any number of times.
 
         In a callback nothing is drained, since that would wait for the callback itself. Ctrl-C ends
-        the wait and not the closing: the next call, or the end of the process, finishes it. Where
-        several threads close, the shortest timeout counts, and all have the same report.
+        the wait, not the closing: the next call, or the end of the process, finishes it. If several
+        threads close, the shortest timeout applies, and all get the same report.
 
-        :param timeout: seconds for draining; ``None`` is 10 s, but no more than
-            ``settings.exit_timeout`` where it is known that there is no broker
+        :param timeout: seconds for draining; ``None`` is 10 s, but at most
+            ``settings.exit_timeout`` if no broker is reachable
         """
         report = self._life.close(None if timeout is None else seconds(timeout))
         self._lines.close()
@@ -553,7 +552,7 @@ class MLProducer:
 
     @property
     def registry(self) -> Any:
-        """Where its metrics are, which are registered at the latest now."""
+        """The registry of the metrics, which are registered now if they are not yet."""
         self._meter()
         return self._plan.registry
 
@@ -568,17 +567,17 @@ def _awaiting() -> ModuleType:
 
 @lru_cache(1)
 def _assemble() -> Callable[..., Runtime]:
-    """Import what makes the running part, once: by name, a later import might find another copy."""
+    """Import the runtime, once: after a re-import of the package the name means another copy."""
     from mlproducer._engine.runtime import assemble  # noqa: PLC0415 - pika is slow to import
 
     return assemble
 
 
 class _Plan:
-    """What a producer's running part is made of; it does not hold the producer.
+    """What is needed to make a producer's runtime; it has no reference to the producer.
 
-    :ivar watched: what the metrics read, and hold weakly
-    :ivar added: what is declared beside the topology
+    :ivar watched: returns what the metrics read; a weak reference
+    :ivar added: declarations besides the topology
     """
 
     watched: Callable[[], Lifecycle | None]
@@ -596,12 +595,12 @@ class _Plan:
         self._meter: Meter | None = None
 
     def prepare(self) -> None:
-        """Import what is needed; on the caller's thread, which may hold locks of the import."""
+        """Import what is needed, on the caller's thread, which may be in an import itself."""
         _assemble()
         self.meter()
 
     def make(self, tend: Callable[[], None]) -> Runtime:
-        """Make the running part, not started."""
+        """Return a runtime that is not started."""
         return _assemble()(
             self._settings,
             self._store,
@@ -613,7 +612,7 @@ class _Plan:
         )
 
     def meter(self) -> Meter:
-        """Give the meter of its registry, with its families registered."""
+        """Return the meter of the registry, with its families registered."""
         if self._meter is None:
             from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
 
@@ -624,11 +623,11 @@ class _Plan:
         return self._meter
 
     def forked(self) -> None:
-        """Begin afresh in a child."""
+        """Forget the parent's recordings, in a forked child."""
         self.recorder = Recorder()
 
     def stores_durably(self) -> bool:
-        """Whether rows may be there that another process left."""
+        """Return whether the store may have rows of other processes."""
         if self._store is not None:
             return self._store.durable
         return not self._settings.store_url.startswith("memory:")

@@ -1,8 +1,8 @@
 """Settings, and how they are read from the environment.
 
-Python has seconds and names in lower case; the environment keeps the names and units of the system
-that this library succeeds. Each default is written once, here. A value that is out of range is
-refused by the name under which the user gave it; nothing here ever shows a password.
+In Python times are seconds and names are in lower case; the environment keeps the names and units
+of the system that this library succeeds. Each default is written once, here. An error about a value
+has the name under which it was given, and no error or repr shows a password.
 
 Runs on: any thread; everything here is frozen.
 """
@@ -32,7 +32,7 @@ DECLARE_MODES = ("active", "passive", "off")
 BREAKER_MODES = ("consecutive", "adaptive")
 
 Credentials = Callable[[], "tuple[str, str] | tuple[str, str, float]"]
-"""Gives user and password, and where they end, after how many seconds."""
+"""Returns user and password, and, where they expire, the seconds after which they do."""
 
 _Validator = Callable[[Any, "Attribute[Any]", Any], None]
 
@@ -40,7 +40,7 @@ _Validator = Callable[[Any, "Attribute[Any]", Any], None]
 def _number(
     minimum: float, maximum: float, *, whole: bool = False, above: bool = False, unit: str = ""
 ) -> Any:
-    """Check a number's type and range; ``above`` excludes the minimum itself."""
+    """Return a validator of a number's type and range; ``above`` excludes the minimum."""
 
     def check(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
         fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
@@ -79,7 +79,7 @@ def _check_store_url(_instance: Any, attribute: Attribute[Any], value: Any) -> N
 
 def _check_text(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if value is not None and (not isinstance(value, str) or not value):
-        raise ConfigurationError(f"{attribute.name} must be a str that is not empty")
+        raise ConfigurationError(f"{attribute.name} must be a non-empty str, got {_shown(value)}")
 
 
 def _check_tls(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -93,7 +93,7 @@ def _check_prefix(_instance: Any, attribute: Attribute[Any], value: Any) -> None
     if not isinstance(value, str) or len(value.encode(errors="replace")) > 100:
         raise ConfigurationError(f"{attribute.name} must be a str of at most 100 bytes")
     if not value.isprintable():
-        raise ConfigurationError(f"{attribute.name} must hold no control character")
+        raise ConfigurationError(f"{attribute.name} must not contain control characters")
 
 
 def _check_callable(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -103,9 +103,9 @@ def _check_callable(_instance: Any, attribute: Attribute[Any], value: Any) -> No
 
 def _check_exchange(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if not isinstance(value, str) or not 0 < len(value.encode(errors="replace")) <= 127:
-        raise ConfigurationError(f"{attribute.name} must be a name of 1 to 127 bytes")
+        raise ConfigurationError(f"{attribute.name} must be a str of 1 to 127 bytes")
     if not value.isprintable():
-        raise ConfigurationError(f"{attribute.name} must hold no control character")
+        raise ConfigurationError(f"{attribute.name} must not contain control characters")
 
 
 def _check_topology(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -115,17 +115,17 @@ def _check_topology(_instance: Any, attribute: Attribute[Any], value: Any) -> No
         )
 
 
-_seconds = _number(0, 3600, above=True, unit="seconds")  # more was meant as milliseconds
+_seconds = _number(0, 3600, above=True, unit="seconds")  # larger values are milliseconds by mistake
 _seconds_or_none = _number(0, 3600, unit="seconds")
 
 
 @frozen
 class RetryPolicy:
-    """How often, and how soon, one message is tried again; settings have the same for all others.
+    """How often and how soon one message is retried, in place of the settings for all messages.
 
-    :ivar max_retries: attempts after the first; then it is dead-lettered
-    :ivar base_delay: seconds until the first retry; each later one waits twice as long
-    :ivar max_delay: seconds that a retry waits at most
+    :ivar max_retries: attempts after the first; then the message is dead-lettered
+    :ivar base_delay: seconds until the first retry; the delay doubles with each
+    :ivar max_delay: the longest delay, in seconds
     :raises ConfigurationError: a number is out of range
     """
 
@@ -137,20 +137,20 @@ class RetryPolicy:
 @frameless_init
 @frozen(kw_only=True)
 class Settings:
-    """All that can be set. Times are seconds, sizes bytes.
+    """All settings. Times are in seconds, sizes in bytes.
 
-    ``url`` names one broker or several, separated by commas; without it the first use of a producer
-    raises `ConfigurationError`. With ``tls`` every connection uses TLS, whatever the URL's scheme.
+    ``url`` names one or more brokers, separated by commas; without it the first use of a producer
+    raises `ConfigurationError`. With ``tls`` every connection uses TLS, even for ``amqp://``.
 
-    :ivar url_file: file with what ``url`` would hold, read for each attempt to connect
+    :ivar url_file: file with the value of ``url``, read for each attempt to connect
     :ivar password_file: file with the password of the URL's user, read for each attempt
-    :ivar credentials: called for each attempt; gives ``(user, password)``, or with the seconds
-        after which they end as a third
-    :ivar connection_name: how the management interface calls the connection; ``None``: program:pid
+    :ivar credentials: called for each attempt; returns ``(user, password)``, or ``(user, password,
+        seconds)`` where they expire
+    :ivar connection_name: the name in the management interface; ``None``: program:pid
     :ivar gave_up_interval: seconds between attempts after ``gave_up``; 0: none
     :ivar circuit_breaker_threshold: failures in a row that open the breaker; 0: it never opens
     :ivar rollout: the share of Celery's tasks that go through the producer, from 0 to 1
-    :ivar topology: a `Topology` of your own instead of the one of the machine-learning tasks
+    :ivar topology: a `Topology` of your own, in place of that for the machine-learning tasks
     :raises ConfigurationError: a value is out of range; the text names the field
     """
 
@@ -215,22 +215,20 @@ class Settings:
 
     def __attrs_post_init__(self) -> None:
         if self.url and self.url_file:
-            raise ConfigurationError("url and url_file are both given; accepted is one of them")
+            raise ConfigurationError("url and url_file are both given: give one of them")
         if self.password_file and self.credentials:
             raise ConfigurationError(
-                "password_file and credentials are both given; accepted is one of them"
+                "password_file and credentials are both given: give one of them"
             )
         if self.url:
             self._parse(self.url, "url")
             for key in dict.fromkeys(brokers.ignored_parameters(self.url)):
-                logger.warning(
-                    "url: the query parameter %s has no meaning here, and is ignored", key
-                )
+                logger.warning("url: the query parameter %s is not supported, and is ignored", key)
 
     @property
     @frameless
     def brokers(self) -> tuple[Broker, ...]:
-        """The brokers that ``url`` names, in its order, with all that holds for each.
+        """The brokers that ``url`` names, in order, each with its settings.
 
         Reads ``url_file`` and ``password_file`` where they are set; `credentials` is not called.
 
@@ -242,7 +240,7 @@ class Settings:
             found = self._parse(self.url, "url")
         else:
             raise ConfigurationError(
-                "RABBITMQ_URL (or Settings.url) is not set; accepted is amqp://user:password@host/"
+                "RABBITMQ_URL (or Settings.url) is not set: set it to amqp://user:password@host/"
                 " or amqps://..., several separated by commas"
             )
         if not self.password_file:
@@ -265,7 +263,7 @@ class Settings:
     def from_mapping(
         cls, given: Mapping[str, Any], environ: Mapping[str, str] = os.environ
     ) -> Settings:
-        """Take fields by name, and read from the environment what is not among them.
+        """Make settings from fields by name, and read all others from the environment.
 
         :param given: fields and their values; None counts as not given. ``tls`` may be a mapping
         :raises ConfigurationError: there is no such field, or a value does not parse
@@ -298,7 +296,7 @@ class Settings:
         settings = cls(**values, **given)
         if url and url_file:
             raise ConfigurationError(
-                "RABBITMQ_URL and RABBITMQ_URL_FILE are both set; accepted is one of them"
+                "RABBITMQ_URL and RABBITMQ_URL_FILE are both set: set one of them"
             )
         if url:
             settings._parse(url, "RABBITMQ_URL")
@@ -324,14 +322,16 @@ def _contents(name: str, path: str) -> str:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib is slow to import
             return file.read()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
     raise ConfigurationError(f"{name}: {path} cannot be read: {reason}")
 
 
 def _shown(value: Any) -> str:
-    """Show numbers, which help; give only the type of all else, which might be a secret."""
+    """Return a number as it is, and only the type of other values, which may be secret."""
     if isinstance(value, (int, float)) and abs(value) < 1e12:
         return repr(value)
+    if value == "":
+        return "an empty str"
     return f"a value of type {type(value).__name__}"
 
 
@@ -403,7 +403,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "queue_prefix": ("ML_QUEUE_PREFIX", _text),
     "rollout": ("ML_ROLLOUT", float),
 }
-"""Field, its variable, and how the variable's text is read."""
+"""For each field, its variable, and how the variable's text is parsed."""
 
 
 def _read(environ: Mapping[str, str], variable: str, parse: Callable[[str], Any]) -> Any:
@@ -411,11 +411,11 @@ def _read(environ: Mapping[str, str], variable: str, parse: Callable[[str], Any]
         return parse(environ[variable].strip())
     except (ValueError, KeyError, OverflowError):
         accepted = _ACCEPTED.get(parse, "a number")
-        raise ConfigurationError(f"{variable} does not parse; accepted is {accepted}") from None
+        raise ConfigurationError(f"{variable} must be {accepted}") from None
 
 
 def _check_variable(name: str, value: Any) -> None:
-    """Run a field's own check, and let its error name the variable and the variable's unit."""
+    """Run a field's validator, with the variable and its unit in the error."""
     variable, parse = VARIABLES[name]
     attribute = fields_dict(Settings)[name]
     try:
@@ -427,7 +427,7 @@ def _check_variable(name: str, value: Any) -> None:
 
 
 def _tls_from_env(environ: Mapping[str, str], values: Mapping[str, Any]) -> TLSSettings | None:
-    """TLS where the switch or a URL asks for it; the certificate variables alone do not."""
+    """Return TLS settings if RABBITMQ_USE_SSL or a URL asks for TLS; certificates alone do not."""
     flags = {
         variable: _read(environ, variable, _flag)
         for variable in ("RABBITMQ_USE_SSL", "RABBITMQ_VERIFY_PEER")
@@ -440,16 +440,16 @@ def _tls_from_env(environ: Mapping[str, str], values: Mapping[str, Any]) -> TLSS
     }
     if given.keys() >= {"key_password", "key_password_file"}:
         raise ConfigurationError(
-            "RABBITMQ_SSL_KEY_PASSWORD and RABBITMQ_SSL_KEY_PASSWORD_FILE are both set; "
-            "accepted is one of them"
+            "RABBITMQ_SSL_KEY_PASSWORD and RABBITMQ_SSL_KEY_PASSWORD_FILE are both set: "
+            "set one of them"
         )
     url = values.get("url", "")
     switched = flags.get("RABBITMQ_USE_SSL", False) or "amqps://" in url.lower()
     if not switched and not ("url_file" in values and (given or "RABBITMQ_VERIFY_PEER" in flags)):
         if url and given:
             logger.warning(
-                "%s is set, and the connection is not encrypted: the URL says amqp://; write "
-                "amqps://, or set RABBITMQ_USE_SSL=true",
+                "%s is set, but the connection is not encrypted, since the URL begins with "
+                "amqp://: use amqps://, or set RABBITMQ_USE_SSL=true",
                 " and ".join(_TLS_VARIABLES[name] for name in given),
             )
         return None
@@ -480,4 +480,4 @@ _INSTEAD: dict[str, set[str]] = {
     "credentials": {"RABBITMQ_PASSWORD_FILE"},
     "tls": {"RABBITMQ_USE_SSL", "RABBITMQ_VERIFY_PEER", *_TLS_VARIABLES.values()},
 }
-"""Field, and the variables that mean nothing where it is given."""
+"""For a field that is given, the variables that are then not read."""

@@ -1,4 +1,4 @@
-"""What a producer says of itself, frozen at one moment.
+"""The status of a producer, and the report of its end.
 
 Runs on: any thread.
 """
@@ -14,19 +14,19 @@ from mlproducer._core.states import CircuitState, ConnectionState
 
 @frozen(kw_only=True)
 class Status:
-    """A producer's state.
+    """The state of a producer at one moment.
 
-    :ivar reconnect_attempts: attempts that failed since the link was last stable
-    :ivar consecutive_failures: what the circuit breaker has counted
+    :ivar reconnect_attempts: attempts that failed since the connection was last stable
+    :ivar consecutive_failures: failures in a row that the circuit breaker has counted
     :ivar retry_queue_size: messages that wait for a retry
     :ivar pending_confirms: messages written and not yet confirmed
     :ivar blocked: the broker blocks publishers (memory or disk alarm)
     :ivar dead_letters: dead letters in the store
-    :ivar confirming: the broker confirms; false after three confirm timeouts without a confirm
-    :ivar broker: ``host:port`` of the broker in use or tried last
+    :ivar confirming: false after three confirm timeouts without a confirm
+    :ivar broker: ``host:port`` of the broker that is connected or was tried last
     :ivar outbox_rows: rows in a PostgreSQL store that are due and not claimed, as last counted
-    :ivar outbox_oldest: seconds since the oldest of them was accepted
-    :ivar store: path or host of the durable store, where messages wait in one and it is in use
+    :ivar outbox_oldest: seconds since the oldest of these rows was accepted
+    :ivar store: path or host of the durable store, if there is one, and it is in use
     """
 
     connection_state: ConnectionState
@@ -45,17 +45,17 @@ class Status:
 
     @property
     def circuit_breaker_open(self) -> bool:
-        """Whether the breaker lets nothing through."""
+        """Whether the circuit breaker is open."""
         return self.circuit_state is CircuitState.OPEN
 
     @property
     def healthy(self) -> bool:
-        """Connected, breaker not open, not blocked, and confirming."""
+        """Whether it is connected, the breaker not open, not blocked, and the broker confirms."""
         connected = self.connection_state is ConnectionState.CONNECTED
         return connected and not self.circuit_breaker_open and not self.blocked and self.confirming
 
     def to_json(self) -> dict[str, Any]:
-        """Give the form that ``/health`` answers."""
+        """Return the JSON object of ``/health``."""
         return {
             "healthy": self.healthy,
             "rabbitmq": {
@@ -73,11 +73,11 @@ class Status:
 
 @frozen
 class CloseReport:
-    """What became of the messages that were inside when a producer was closed.
+    """What became of the messages that a producer still had when it was closed.
 
-    :ivar confirmed: how many the broker confirmed meanwhile
+    :ivar confirmed: how many the broker confirmed during the close
     :ivar stored: how many wait in a durable store
-    :ivar abandoned: ids of those that lived only in memory
+    :ivar abandoned: ids of those that were only in memory, and are lost
     """
 
     confirmed: int = 0

@@ -1,9 +1,8 @@
-"""The tasks: what they hold, where they go and which Celery task runs them.
+"""The tasks: their fields, their routes, and the Celery tasks that run them.
 
-A task checks its fields and copies them when it is made, and does not change afterwards: what a
-worker, strict JSON or AMQP could not take is refused then. It keeps its fields as they travel:
-camelCase, or snake_case for the options of embeddings, as their workers read them. How a task
-becomes a message is not known here.
+A task checks and copies its fields when it is made, and never changes: what a worker, strict JSON
+or AMQP cannot accept is refused then. The keys of its fields are those on the wire: camelCase, or
+snake_case for the options of embeddings, as their workers expect them.
 
 Runs on: any thread.
 """
@@ -31,7 +30,7 @@ PROTOCOL_HEADERS = frozenset(
 )
 """The headers of Celery's message protocol 2 that this library writes."""
 
-WORKERS_NAMES = PROTOCOL_HEADERS | {
+RESERVED_HEADERS = PROTOCOL_HEADERS | {
     *("args", "callbacks", "called_directly", "chain", "chord", "children", "compression"),
     *("correlation_id", "delivery_info", "errbacks", "group_index", "headers", "hostname"),
     *("is_eager", "kwargs", "logfile", "loglevel", "properties", "replaced_task_nesting"),
@@ -39,12 +38,12 @@ WORKERS_NAMES = PROTOCOL_HEADERS | {
     *("time_limit", "utc", "as_execution_options", "clear", "get", "update"),
 }
 """Names that a header cannot have: a worker makes each header an attribute of the task's request,
-in the place of what it relies on itself."""
+and these would replace attributes that it uses itself."""
 
 
 @frozen
 class PreferredBackends:
-    """Which backend, ``"api"`` or ``"local"``, runs a task whose options do not say."""
+    """The backends, ``"api"`` or ``"local"``, for tasks whose options do not name one."""
 
     llm: str = API
     stt: str = API
@@ -53,7 +52,7 @@ class PreferredBackends:
 
 @frozen
 class Route:
-    """Where a task goes, and the name under which its worker knows it."""
+    """A task's routing key, and the name of the Celery task that runs it."""
 
     routing_key: str
     name: str
@@ -61,14 +60,14 @@ class Route:
 
 @frozen(kw_only=True, slots=False, eq=False, repr=False)  # its subclasses compare
 class _Sending:
-    """How a task is sent, whatever it is about.
+    """The options that all tasks have.
 
-    :ivar task_id: 1 to 255 bytes of UTF-8; ``None`` makes a new one for each publishing
-    :ivar headers: further AMQP headers; those that Celery's workers use cannot be set
+    :ivar task_id: 1 to 255 bytes of UTF-8; ``None``: a new one each time that it is published
+    :ivar headers: further AMQP headers, except those that Celery's workers use
     :ivar priority: 0 to 255
-    :ivar countdown: seconds after the publishing before which no worker runs it
-    :ivar eta: the same as a moment, with a time zone; not together with ``countdown``
-    :ivar expires: seconds after the publishing, or the moment, after which no worker runs it
+    :ivar countdown: seconds from publishing until a worker may run it
+    :ivar eta: the time from which a worker may run it, with a time zone; not with ``countdown``
+    :ivar expires: seconds from publishing, or the time, after which no worker runs it
     """
 
     task_id: str | None = field(default=None, repr=False)
@@ -80,7 +79,7 @@ class _Sending:
 
     @property
     def ordinary(self) -> bool:
-        """Whether nothing of this was asked for."""
+        """Whether none of these options is set."""
         return (
             self.task_id is None
             and not self.headers
@@ -103,16 +102,16 @@ def _sending(
     eta: datetime | None,
     expires: float | datetime | None,
 ) -> dict[str, Any]:
-    """Check the fields of `_Sending`, all of which are optional, and give those that were given."""
+    """Check the fields of `_Sending`, and return those that are given."""
     given = (task_id, headers, priority, countdown, eta, expires)
     if given == _NOTHING:
         return _ORDINARY
     if eta is not None and countdown is not None:
-        raise InvalidTaskError("eta and countdown are both given; accepted is one of them")
+        raise InvalidTaskError("eta and countdown are both given: give one of them")
     optional = shapes.optional
     return {
         "task_id": optional(shapes.task_id, "task_id", task_id),
-        "headers": _own_headers(headers) if headers else {},
+        "headers": _checked_headers(headers) if headers else {},
         "priority": optional(_PRIORITY, "priority", priority),
         "countdown": optional(shapes.seconds, "countdown", countdown),
         "eta": optional(shapes.moment, "eta", eta),
@@ -120,9 +119,9 @@ def _sending(
     }
 
 
-def _own_headers(headers: Mapping[str, Any]) -> Any:
+def _checked_headers(headers: Mapping[str, Any]) -> Any:
     kept = shapes.headers("headers", headers)
-    taken = WORKERS_NAMES.intersection(kept)
+    taken = RESERVED_HEADERS.intersection(kept)
     taken |= {name for name in kept if name.startswith("_")}
     if taken:
         raise InvalidTaskError(
@@ -134,7 +133,7 @@ def _own_headers(headers: Mapping[str, Any]) -> Any:
 
 @frozen(slots=False, eq=False, repr=False)
 class MLTask(_Sending):
-    """What the machine-learning tasks have in common.
+    """The base class of the machine-learning tasks.
 
     :cvar task_type: the metric label
     """
@@ -142,26 +141,26 @@ class MLTask(_Sending):
     task_type: ClassVar[str]
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
-        """Give the route for the backend that is chosen, and the Celery task's keyword arguments.
+        """Return the route for the chosen backend, and the Celery task's keyword arguments.
 
-        :param preferred: the backends where the options do not choose
+        :param preferred: the backends, where the options do not name one
         """
         raise NotImplementedError
 
     def payload(self, preferred: PreferredBackends = PreferredBackends()) -> dict[str, Any]:
-        """Give the keyword arguments that the worker gets, for tests.
+        """Return the keyword arguments that the worker gets; for tests.
 
-        :param preferred: the backends where the options do not choose
+        :param preferred: the backends, where the options do not name one
         """
-        kwargs: dict[str, Any] = _thawed(self.call(preferred)[1])
+        kwargs: dict[str, Any] = _copied(self.call(preferred)[1])
         return kwargs
 
 
-def _thawed(value: Any) -> Any:
-    """Copy containers as a JSON reader makes them, so that a test may change what it was given."""
+def _copied(value: Any) -> Any:
+    """Return a copy with plain containers, as a JSON decoder makes them."""
     if isinstance(value, Mapping):
-        return {key: _thawed(item) for key, item in value.items()}
-    return list(map(_thawed, value)) if isinstance(value, (list, tuple)) else value
+        return {key: _copied(item) for key, item in value.items()}
+    return list(map(_copied, value)) if isinstance(value, (list, tuple)) else value
 
 
 @frozen(slots=False, eq=False, repr=False)
@@ -169,7 +168,7 @@ class _ShareTask(MLTask):
     """A task about one share.
 
     :cvar routes: a route for each backend
-    :cvar preference: the field of `PreferredBackends` that is asked
+    :cvar preference: the field of `PreferredBackends` that applies
     """
 
     routes: ClassVar[Mapping[str, Route]]
@@ -179,9 +178,9 @@ class _ShareTask(MLTask):
     options: Mapping[str, Any] = field(repr=False)
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
-        """Give the route, and as arguments the share, its content, the options with the backend.
+        """Return the route, and as arguments the share, its content, and options with the backend.
 
-        The backend is the one among the options, else that of a local provider, else the setting.
+        The backend is that of the options, else ``local`` for a local provider, else the setting.
         """
         backend = self.options.get("backend")
         if backend is None:
@@ -194,7 +193,7 @@ class _ShareTask(MLTask):
         }
 
     def wire_content(self) -> Mapping[str, Any]:
-        """Give the content as it travels."""
+        """Return the content as it is on the wire."""
         raise NotImplementedError
 
 
@@ -233,7 +232,7 @@ class _ContentTask(_ShareTask):
         )
 
     def wire_content(self) -> Mapping[str, Any]:
-        """Give the content as it travels."""
+        """Return the content as it is on the wire."""
         return self.content
 
 
@@ -263,7 +262,7 @@ class TranscriptionTask(_ShareTask):
     """Transcribe a recording.
 
     :ivar share_id: the share that the recording belongs to
-    :ivar media_url: where the worker finds the recording
+    :ivar media_url: the URL of the recording
     :ivar options: ``language``, ``backend`` (api, local), ``normalize`` (True), ``prompt``;
         all optional
     :raises InvalidTaskError: a field is not accepted
@@ -300,7 +299,7 @@ class TranscriptionTask(_ShareTask):
         )
 
     def wire_content(self) -> Mapping[str, Any]:
-        """Give the content as it travels."""
+        """Return the content as it is on the wire."""
         return {"mediaUrl": self.media_url}
 
 
@@ -330,8 +329,8 @@ class EmbeddingTask(_ContentTask):
 class EmbeddingBatchTask(MLTask):
     """Compute the embeddings of several texts in one task.
 
-    :ivar items: what `EmbeddingTask` takes: tuples of share_id, content and, optionally, options,
-        or mappings with these keys; at least one
+    :ivar items: at least one `EmbeddingTask`, or its arguments: a tuple of share_id, content and,
+        optionally, options, or a mapping with these keys
     :raises InvalidTaskError: a field is not accepted; the text names the item by its index
     """
 
@@ -361,7 +360,7 @@ class EmbeddingBatchTask(MLTask):
         )
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
-        """Give the one route there is, and the arguments of each item's own task."""
+        """Return the only route, and the arguments of each item's task."""
         route = Route("ml.embed", "vector_service.tasks.generate_embeddings_batch")
         return route, {"tasks": [item.call(preferred)[1] for item in self.items]}
 
@@ -374,8 +373,8 @@ def _batch_item(index: int, item: Any) -> EmbeddingTask:
     if isinstance(item, EmbeddingTask):
         if not item.ordinary:
             raise InvalidTaskError(
-                f"{name} says how it is sent (task_id, headers, priority, countdown, eta or "
-                "expires); accepted is this of the batch alone"
+                f"{name} has a task_id, headers, priority, countdown, eta or expires; accepted are "
+                "these for the batch as a whole only"
             )
         return item
     if isinstance(item, Mapping):
@@ -394,19 +393,20 @@ class CeleryTask(_Sending):
     """A Celery task of any name.
 
     ``args`` and ``kwargs`` may hold what JSON can carry, and UUID, datetime, date, time, Decimal
-    and bytes, which a stock worker gets back as they were.
+    and bytes, which a stock worker restores.
 
-    :ivar name: the name under which its worker knows it; also the metric label
+    :ivar name: the name of the Celery task; also the metric label
     :ivar args: positional arguments, a list or a tuple
     :ivar kwargs: keyword arguments
     :ivar routing_key: at most 255 bytes of UTF-8, no control characters
-    :ivar exchange: the exchange's name; ``None`` is the settings' one
+    :ivar exchange: ``None`` is the exchange of the settings
     :ivar reply_to: the queue for the result (backend ``rpc://``)
-    :ivar argsrepr: how brokers and monitors show ``args``; by default without their content
-    :ivar kwargsrepr: likewise ``kwargs``
-    :ivar time_limit: seconds after which the worker kills it
-    :ivar soft_time_limit: seconds after which it is told; at most ``time_limit``
-    :raises InvalidTaskError: a field is not accepted; the text names the place in it
+    :ivar argsrepr: the text that brokers and monitors show for ``args``; by default no content
+    :ivar kwargsrepr: the text that they show for ``kwargs``
+    :ivar time_limit: seconds after which the worker kills the task
+    :ivar soft_time_limit: seconds after which it raises an exception in the task; at most
+        ``time_limit``
+    :raises InvalidTaskError: a field is not accepted; the text names it, with its path
     """
 
     name: str
@@ -460,7 +460,9 @@ class CeleryTask(_Sending):
             **_sending(task_id, headers, priority, countdown, eta, expires),
         )
         if self.time_limit and self.soft_time_limit and self.soft_time_limit > self.time_limit:
-            raise InvalidTaskError("soft_time_limit is above time_limit; accepted is at most that")
+            raise InvalidTaskError(
+                "soft_time_limit is above time_limit; accepted is at most time_limit"
+            )
         object.__setattr__(self, "plain", plain_args and plain_kwargs)
 
     @property
@@ -469,5 +471,5 @@ class CeleryTask(_Sending):
         return self.name
 
     def payload(self) -> dict[str, Any]:
-        """Give ``args`` and ``kwargs`` as the worker gets them, for tests."""
-        return {"args": _thawed(self.args), "kwargs": _thawed(self.kwargs)}
+        """Return ``args`` and ``kwargs`` as the worker gets them; for tests."""
+        return {"args": _copied(self.args), "kwargs": _copied(self.kwargs)}

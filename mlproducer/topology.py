@@ -1,9 +1,9 @@
-"""What stands on the broker: an exchange, its queues, and the pair for dead letters.
+"""The topology on the broker: an exchange, its queues, and the dead-letter exchange and queue.
 
-A task queue dead-letters what workers, or the broker itself, give up (RabbitMQ guide, *Quorum
-Queues*: a message that was handed out more often than the delivery limit is dropped, unless there
-is a dead-letter exchange). At-least-once dead-lettering keeps the message in its queue until the
-dead-letter queue has confirmed it.
+A task queue dead-letters messages that workers, or the broker itself, give up (RabbitMQ guide,
+*Quorum Queues*: a message that was delivered more often than the delivery limit is dropped, unless
+there is a dead-letter exchange). At-least-once dead-lettering keeps a message in its queue until
+the dead-letter queue has confirmed it.
 
 Runs on: any thread; everything here is frozen.
 """
@@ -24,13 +24,13 @@ ROUTING_KEYS = (
     "ml.transcribe_local",
     "ml.embed",
 )
-"""The library's own; each leads to a queue of the same name."""
+"""The routing keys of the machine-learning tasks; each has a queue of the same name."""
 
 DELIVERY_LIMIT = 20
-"""How often a quorum queue hands a message out before it dead-letters it."""
+"""How often a quorum queue delivers a message before it dead-letters it."""
 
 _NO_LIMIT = 2**31 - 1
-"""Looking at a dead letter hands it out, and RabbitMQ 4 drops it after 20 times unless told so."""
+"""Reading a dead letter counts as a delivery, and RabbitMQ 4 drops it after 20 by default."""
 
 QueueType = Literal["quorum", "classic", "stream"]
 _TYPES = ("quorum", "classic", "stream")
@@ -38,7 +38,7 @@ _EXCHANGE_TYPES = ("topic", "direct", "fanout", "headers")
 
 
 class _Names(Protocol):
-    """The fields of `mlproducer.Settings` that say what is on the broker."""
+    """The fields of `mlproducer.Settings` that describe the topology."""
 
     @property
     def exchange(self) -> str: ...
@@ -52,15 +52,17 @@ class _Names(Protocol):
 
 def _check_name(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise ConfigurationError(f"{attribute.name} must be a name without control characters")
+        raise ConfigurationError(
+            f"{attribute.name} must be a non-empty str without control characters"
+        )
     if len(value.encode(errors="replace")) > 255:
-        raise ConfigurationError(f"{attribute.name} must be a name of at most 255 bytes")
+        raise ConfigurationError(f"{attribute.name} must be a str of at most 255 bytes")
 
 
 def _check_keys(_instance: Any, attribute: Attribute[Any], value: tuple[Any, ...]) -> None:
     for key in value:
         if not isinstance(key, str) or len(key.encode(errors="replace")) > 255:
-            raise ConfigurationError(f"{attribute.name} must be texts of at most 255 bytes")
+            raise ConfigurationError(f"{attribute.name} must be str of at most 255 bytes each")
 
 
 def _check_type(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -76,7 +78,7 @@ def _check_exchange_type(_instance: Any, attribute: Attribute[Any], value: Any) 
 
 def _check_arguments(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
     if not all(isinstance(name, str) for name in value):
-        raise ConfigurationError(f"{attribute.name} must have names of type str")
+        raise ConfigurationError(f"{attribute.name} must have keys of type str")
 
 
 def _check_queues(_instance: Any, attribute: Attribute[Any], value: tuple[Any, ...]) -> None:
@@ -84,7 +86,7 @@ def _check_queues(_instance: Any, attribute: Attribute[Any], value: tuple[Any, .
         raise ConfigurationError(f"{attribute.name} must be mlproducer.Queue objects")
     names = [queue.name for queue in value]
     if len(set(names)) < len(names):
-        raise ConfigurationError(f"{attribute.name} must not name a queue twice")
+        raise ConfigurationError(f"{attribute.name} must not have two queues of one name")
 
 
 def _as_keys(keys: str | Sequence[str]) -> tuple[str, ...]:
@@ -93,28 +95,27 @@ def _as_keys(keys: str | Sequence[str]) -> tuple[str, ...]:
 
 @frozen
 class Declaration:
-    """One thing to declare, by AMQP's own name of the method and its arguments."""
+    """One declaration, as the name of an AMQP method and its arguments."""
 
     method: str
     arguments: Mapping[str, Any]
 
     @property
     def target(self) -> str:
-        """What is declared, for logs."""
+        """The name of what is declared, for logs."""
         named = (self.arguments.get(name) for name in ("queue", "exchange", "destination"))
         return next(str(name) for name in named if name)
 
 
 @frozen
 class Queue:
-    """A queue for tasks, and the routing keys that lead to it.
+    """A queue for tasks, and its bindings.
 
-    :ivar routing_keys: bindings to the topology's exchange; by default the queue's own name
-    :ivar type: ``quorum``, ``classic`` or ``stream``; ``None`` declares exactly ``arguments``,
-        such as those of a queue that another program declares
-    :ivar arguments: further ``x-`` arguments; one that the type brings along is replaced, or left
-        out where the value is None
-    :raises ConfigurationError: a name or type is wrong; the text says which
+    :ivar routing_keys: of the bindings to the topology's exchange; by default the queue's name
+    :ivar type: ``quorum``, ``classic`` or ``stream``; with ``None`` the arguments are exactly
+        ``arguments``, such as those of a queue that another program declares
+    :ivar arguments: further ``x-`` arguments; they replace those of the type, and None removes one
+    :raises ConfigurationError: a field is invalid; the text names it
     """
 
     name: str = field(validator=_check_name)
@@ -127,14 +128,14 @@ class Queue:
     arguments: Mapping[str, Any] = field(factory=dict, converter=dict, validator=_check_arguments)
 
     def declared_arguments(self, dead_letter_exchange: str) -> dict[str, Any]:
-        """Give the arguments with which it is declared."""
+        """Return the arguments with which the queue is declared."""
         brought: dict[str, Any] = {} if self.type is None else {"x-queue-type": self.type}
         if self.type == "quorum":
             brought["x-delivery-limit"] = DELIVERY_LIMIT
         if self.type in ("quorum", "classic"):
             brought["x-dead-letter-exchange"] = dead_letter_exchange
         if self.type == "quorum":
-            # At-least-once dead-lettering takes the queue's own overflow to be reject-publish.
+            # At-least-once dead-lettering works only with this overflow behaviour.
             brought["x-dead-letter-strategy"] = "at-least-once"
             brought["x-overflow"] = "reject-publish"
         given = {**brought, **self.arguments}
@@ -142,7 +143,7 @@ class Queue:
 
     @property
     def quorum(self) -> bool:
-        """Whether it is a quorum queue, by its type or, without one, by its arguments."""
+        """Whether it is a quorum queue, by its type or its arguments."""
         return self.type == "quorum" or self.arguments.get("x-queue-type") == "quorum"
 
 
@@ -152,10 +153,10 @@ def _as_tuple(queues: Sequence[Queue]) -> tuple[Queue, ...]:
 
 @frozen
 class Topology:
-    """The exchange, its queues and bindings, and where dead letters go.
+    """The exchange, its queues and bindings, and the dead-letter exchange and queue.
 
-    :ivar dead_letter_exchange: by default the exchange's name with ``.dlx`` behind it
-    :raises ConfigurationError: a name or type is wrong; the text says which
+    :ivar dead_letter_exchange: by default the exchange's name followed by ``.dlx``
+    :raises ConfigurationError: a field is invalid; the text names it
     """
 
     exchange: str = field(default="bookmarkai.ml", validator=_check_name)
@@ -173,22 +174,23 @@ class Topology:
 
     @classmethod
     def of(cls, settings: _Names) -> Topology:
-        """Give the topology that settings ask for, with their prefix and delivery limit in it."""
+        """Return the topology of settings, with their prefix and delivery limit applied."""
         chosen = settings.topology
         if chosen is None:
             chosen = cls(exchange=settings.exchange)
         prefix, limit = settings.queue_prefix or "", settings.delivery_limit
         return evolve(
             chosen,
-            queues=tuple(_settled(queue, prefix, limit) for queue in chosen.queues),
+            queues=tuple(_prefixed(queue, prefix, limit) for queue in chosen.queues),
             dead_letter_exchange=prefix + chosen.dead_letter_exchange,
             dead_letter_queue=prefix + chosen.dead_letter_queue,
         )
 
     def declarations(self, mode: str) -> Iterator[Declaration]:
-        """Give what is to be declared on each connect: ``active``, ``passive`` or ``off``.
+        """Yield what is declared on each connect, in the mode ``active``, ``passive`` or ``off``.
 
-        Passive declarations check that a thing exists, and need no configure permission.
+        Passive declarations check that an exchange or queue exists, and need no permission to
+        configure it.
         """
         if mode == "off":
             return
@@ -199,7 +201,7 @@ class Topology:
             yield Declaration(
                 "exchange_declare", {"exchange": exchange, "passive": passive, **declared}
             )
-        # What receives dead letters comes first, so that no queue ever has nowhere to send them.
+        # The dead-letter queue comes first: no task queue may exist without it.
         queues = [(self.dead_letter_queue, self._dead_letter_arguments())]
         queues += [
             (queue.name, queue.declared_arguments(self.dead_letter_exchange))
@@ -228,10 +230,10 @@ class Topology:
                 yield from ((self.exchange, key) for key in queue.routing_keys)
 
 
-def _settled(queue: Queue, prefix: str, limit: int) -> Queue:
-    """Give a queue the prefix, and the delivery limit unless it has one of its own."""
+def _prefixed(queue: Queue, prefix: str, limit: int) -> Queue:
+    """Return a queue with the prefix, and with the delivery limit unless it has its own."""
     arguments = dict(queue.arguments)
     if queue.type == "quorum":
         arguments.setdefault("x-delivery-limit", limit)
-    # The routing keys stay: they are what tasks are published with.
+    # The routing keys have no prefix: they are those with which tasks are published.
     return evolve(queue, name=prefix + queue.name, arguments=arguments)

@@ -1,9 +1,8 @@
-"""The W3C trace context that published messages carry on to their workers.
+"""The W3C trace context of published messages, by which workers continue a trace.
 
-It is handed in by whoever knows it, such as a web framework's middleware, and holds for the code
-inside. Where OpenTelemetry traces, it is the parent of a message's span unless another span is
-current. A context that a stranger sent is no reason to lose a message: what is malformed is
-dropped.
+A web framework's middleware, for example, sets it for the code in a ``with`` block. Where
+OpenTelemetry is used, it is the parent of a message's span unless another span is current. A
+context may come from a client: a malformed one is ignored, and never refuses a message.
 
 Runs on: any thread; each thread and each asyncio task has its own context.
 """
@@ -27,10 +26,11 @@ context: ContextVar[Mapping[str, str]] = ContextVar("mlproducer_trace_context", 
 
 @contextmanager
 def trace_context(traceparent: str | None, tracestate: str | None = "") -> Iterator[None]:
-    """Let the messages published inside carry this context (W3C Trace Context, level 1).
+    """Publish the messages of the block with this context (W3C Trace Context, level 1).
 
-    :param traceparent: as the header of that name, version 00; anything else means no context
-    :param tracestate: as the header of that name, at most 512 characters; else it is left out
+    :param traceparent: the header of that name, version 00; anything else is no context
+    :param tracestate: the header of that name; it is left out if it is malformed or longer than 512
+        characters
     """
     with carrying(_accepted(traceparent, tracestate)):
         yield
@@ -38,7 +38,7 @@ def trace_context(traceparent: str | None, tracestate: str | None = "") -> Itera
 
 @contextmanager
 def carrying(headers: Mapping[str, str]) -> Iterator[None]:
-    """Let the messages published inside carry these headers, which are known to be well formed."""
+    """Publish the messages of the block with these headers, which are well formed."""
     token = context.set(headers)
     try:
         yield
@@ -47,7 +47,7 @@ def carrying(headers: Mapping[str, str]) -> Iterator[None]:
 
 
 def current() -> Mapping[str, str]:
-    """Give the headers of the context in force: none, ``traceparent``, or ``tracestate`` too."""
+    """Return the headers of the current context: none, ``traceparent``, or ``tracestate`` too."""
     return context.get()
 
 

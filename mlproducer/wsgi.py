@@ -1,10 +1,11 @@
-"""A WSGI application (PEP 3333) that shows one producer: health, metrics, and a page for people.
+"""A WSGI application (PEP 3333) that shows one producer: health, metrics, and a status page.
 
-Everything it shows is open to whoever can reach it: **there is no authentication.** It shows no
-secret and nothing of what messages say, but addresses, error texts and message ids. So serve it on
-the loopback interface or an inner network, or mount it behind what guards the rest.
+**There is no authentication:** every client that can reach it sees everything. It shows no secret
+and no content of messages, but addresses, error texts and message ids. So serve it on the loopback
+interface or an internal network, or mount it behind the application's authentication.
 
-It asks the producer and never the broker; so it answers at once, whatever the network does.
+It reads the producer's state and never asks the broker, so it answers at once, even during an
+outage.
 
 Runs on: the web server's threads.
 """
@@ -39,11 +40,11 @@ MAX_PORT = 65_535
 
 
 def make_app(producer: MLProducer) -> WSGIApplication:
-    """Make the application. It starts no thread and opens no connection.
+    """Return the application. It starts no thread and opens no connection.
 
-    ``GET /`` is the page, and ``/page.json`` what it refreshes itself from; ``/health`` is 200 or
-    503, and so 503 until the first publish or ``producer.start()``; ``/metrics`` is Prometheus's
-    text format; ``/metrics/json`` sums it up. Durations are in seconds, sizes in bytes.
+    ``GET /`` is the status page, which refreshes itself from ``/page.json``. ``/health`` is 200 or
+    503; it is 503 until the first publish or ``producer.start()``. ``/metrics`` has Prometheus'
+    text format, and ``/metrics/json`` a summary. Durations are in seconds, sizes in bytes.
     """
     return _App(
         {
@@ -72,7 +73,7 @@ class _App:
     routes: Mapping[str, Callable[[], _Answer]]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request."""
+        """Handle a request."""
         answer = self._answer(environ)
         headers = {
             "Content-Type": answer.kind,
@@ -90,11 +91,13 @@ class _App:
         prefix, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
         route = self.routes.get(path or "/")
         if route is None:
-            return _json({"error": "there is nothing here"}, HTTPStatus.NOT_FOUND)
+            return _json({"error": "not found"}, HTTPStatus.NOT_FOUND)
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             allow = {"Allow": "GET, HEAD"}
-            return _json({"error": "only GET and HEAD"}, HTTPStatus.METHOD_NOT_ALLOWED, allow)
-        if prefix and not path:  # the page asks for what lies beside it
+            return _json(
+                {"error": "allowed are GET and HEAD"}, HTTPStatus.METHOD_NOT_ALLOWED, allow
+            )
+        if prefix and not path:  # the page refers to page.json relative to its own URL
             location = {"Location": f"{prefix.rpartition('/')[2]}/"}
             return _json({}, HTTPStatus.PERMANENT_REDIRECT, location)
         try:
@@ -115,7 +118,7 @@ def _json(
 def _page(producer: MLProducer) -> _Answer:
     text = page.render(page.view(producer))
     policy = {"Content-Security-Policy": page.content_security_policy()}
-    # A path or a broker's word may be no Unicode, and then holds lone surrogates.
+    # A path or a broker's text that is not Unicode has lone surrogates.
     body = text.encode(errors="backslashreplace")
     return _Answer(HTTPStatus.OK, "text/html; charset=utf-8", body, policy)
 
@@ -182,7 +185,7 @@ def _sum(samples: Iterable[_Sample], family: Family, suffix: str = "") -> float:
 
 
 def _mean(samples: Iterable[_Sample], family: Family) -> float:
-    """Give a histogram's mean, 0 where nothing was observed."""
+    """Return a histogram's mean; 0 if nothing was observed."""
     count = _sum(samples, family, "_count")
     return _sum(samples, family, "_sum") / count if count else 0.0
 
@@ -193,14 +196,14 @@ def _mean(samples: Iterable[_Sample], family: Family) -> float:
 def serve(producer: MLProducer, port: int, host: str = "127.0.0.1") -> Server:
     """Serve the application on one daemon thread, until `Server.close`.
 
-    At most 32 clients at a time, each for at most 10 s. Call it in the process that is to be
-    watched; a forked child does not serve.
+    It serves at most 32 clients at a time, each for at most 10 s. Call it in the process that is to
+    be monitored; a forked child does not serve.
 
-    :param port: 0 takes a free one
-    :param host: an address of this machine; ``0.0.0.0`` shows it to everybody
-    :raises ConfigurationError: the port is no number from 0 to 65535
-    :raises OSError: the port is taken, or the host is not this machine
+    :param port: 0 chooses a free port
+    :param host: an address of this machine; ``0.0.0.0`` accepts clients from everywhere
+    :raises ConfigurationError: the port is not a number from 0 to 65535
+    :raises OSError: the port is in use, or the host is not an address of this machine
     """
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= MAX_PORT:
-        raise ConfigurationError(f"port must be a whole number from 0 to {MAX_PORT}")
+        raise ConfigurationError(f"port must be an int from 0 to {MAX_PORT}")
     return Server(make_app(producer), port, host)

@@ -23,7 +23,7 @@ from mlproducer._wire.delay import Delays
 from mlproducer._wire.ids import new_id
 from mlproducer.errors import InvalidMessageError
 from mlproducer.message import Envelope
-from mlproducer.tasks import WORKERS_NAMES, CeleryTask, MLTask, PreferredBackends
+from mlproducer.tasks import RESERVED_HEADERS, CeleryTask, MLTask, PreferredBackends
 
 _EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
 _REMEMBERED = 1024
@@ -140,7 +140,9 @@ def _optional_headers(
 ) -> bytes:
     """Encode the headers that the task asks for, except those with the protocol's defaults."""
     given: dict[str, Any] = {}
-    if not WORKERS_NAMES.isdisjoint(task.headers):  # added by a hook: the task itself refuses them
+    if not RESERVED_HEADERS.isdisjoint(
+        task.headers
+    ):  # added by a hook: the task itself refuses them
         raise InvalidMessageError("headers has names that Celery's workers use themselves")
     if eta is not None:
         given["eta"] = eta.isoformat()

@@ -27,7 +27,7 @@ from mlproducer.errors import InvalidMessageError, InvalidTaskError, MessageTooL
 from mlproducer.message import Envelope
 from mlproducer.tasks import (
     PROTOCOL_HEADERS,
-    WORKERS_NAMES,
+    RESERVED_HEADERS,
     CeleryTask,
     EmbeddingBatchTask,
     EmbeddingTask,
@@ -355,7 +355,7 @@ def test_ml_tasks_take_what_celery_tasks_take() -> None:
 def test_names_of_the_request_cannot_be_headers() -> None:
     """A worker would put a header in the place of its own attribute of that name, and crash."""
     names = {name for name in vars(Context) if not name.startswith("__")}
-    assert {name for name in names if not name.startswith("_")} <= WORKERS_NAMES
+    assert {name for name in names if not name.startswith("_")} <= RESERVED_HEADERS
     for name in names | {"compression", "task", "lang"}:
         refused(lambda name=name: simple(headers={name: CANARY}), InvalidTaskError, name)  # type: ignore[misc]
 

@@ -122,7 +122,7 @@ REFUSED = [
     ("201 lists", nested(MAX_DEPTH + 1), "200 levels"),
     ("201 objects", nested(MAX_DEPTH + 1, dict), "200 levels"),
     ("100,000 lists", nested(100_000), "200 levels"),
-    ("itself", looped(), "holds itself"),
+    ("itself", looped(), "contains itself"),
 ]
 
 

@@ -193,7 +193,7 @@ BAD = [
     (lambda: TranscriptionTask("s", "u", headers={"_x": 1}), "headers", "_x"),
     (lambda: EmbeddingTask("s", TEXT, priority=256), "priority", "range"),
     (lambda: EmbeddingBatchTask([("s", TEXT)], task_id=""), "task_id", "empty"),
-    (lambda: batch([EmbeddingTask("s", TEXT, priority=1)]), "items[0]", "batch alone"),
+    (lambda: batch([EmbeddingTask("s", TEXT, priority=1)]), "items[0]", "batch as a whole"),
     (lambda: summarize(CANARY), "content", "of type str", "mapping"),
     (lambda: summarize({}), "content.text", "missing"),
     (lambda: summarize({"text": None}), "content.text", "missing"),
@@ -273,7 +273,7 @@ BAD = [
     (lambda: celery(kwargs={"a": {"b": [1, Fraction(1)]}}), "kwargs.a.b[1]", "Fraction"),
     (lambda: celery(args=[{"__type__": "x", "__value__": 1}]), "args[0]", "__type__", "itself"),
     (lambda: embed({**TEXT, "metadata": {"a": {"__type__": "x", "__value__": 1}}}), "metadata.a"),
-    (lambda: celery(args=[LOOP]), "args", "holds itself"),
+    (lambda: celery(args=[LOOP]), "args", "contains itself"),
     (lambda: celery(args=[DEEP]), "args", "200 levels"),
 ]
 

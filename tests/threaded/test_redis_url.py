@@ -61,7 +61,7 @@ def test_what_the_url_does_not_say_has_a_default() -> None:
         ("host/?socket_timeout=1e9", "socket_timeout must be seconds, above 0 to 3600"),
         ("host/?db=first", "db must be a number"),
         ("host/?socket_timeot=30", "accepted are prefix, write_ahead"),
-        ("host/?prefix=a:&prefix=b:", "gives an option twice"),
+        ("host/?prefix=a:&prefix=b:", "has an option twice"),
         ("host/?write_ahead", "must be 1 or 0"),
         ("host/?write_ahead=perhaps", "must be 1 or 0"),
         ("host/?prefix=", "1 to 100 letters"),

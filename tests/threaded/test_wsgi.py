@@ -353,7 +353,7 @@ def test_other_methods(produce: Connect, serve: Serve, method: str) -> None:
     """Nothing can be changed here."""
     answer = Answer(make_app(produce(serve())), "/health", method)
     assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
-    assert answer.json == {"error": "only GET and HEAD"}
+    assert answer.json == {"error": "allowed are GET and HEAD"}
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/health/", "/../health", "/m\xc3\xa4h", "/metrics/"])
@@ -361,7 +361,7 @@ def test_unknown_path(produce: Connect, serve: Serve, path: str) -> None:
     """An unknown path is 404, and is not repeated in the answer."""
     answer = Answer(make_app(produce(serve())), path)
     assert answer.status == 404
-    assert answer.json == {"error": "there is nothing here"}
+    assert answer.json == {"error": "not found"}
 
 
 class Hostile(Silent):
