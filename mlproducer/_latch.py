@@ -119,7 +119,7 @@ class Watch:
 
     def __init__(self) -> None:
         # Read without a call, too, where there is usually no waiter. A thread that starts to wait
-        # checks its condition again once its latch is in the list, so one of the two sees the other.
+        # checks its condition again once its latch is in the list: one of the two sees the other.
         self.watched: list[Latch] = []  # an empty list has a tenth of the size of a deque
 
     def changed(self) -> None:
