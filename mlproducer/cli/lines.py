@@ -1,7 +1,7 @@
-"""Lines of ``publish`` input: from bytes to tasks, and what is wrong with those that are none.
+"""Parses lines of ``publish`` input to tasks, or to errors that say what is wrong with them.
 
-A line is ``{"task": KIND, ...fields}``; the fields are those of the kind's class. What is wrong is
-said without quoting the line, which holds users' texts.
+A line is ``{"task": KIND, ...fields}``; the fields are those of the kind's class. Errors do not
+quote the line, which holds users' texts.
 
 Runs on: the main thread; no I/O but the reading of the stream.
 """
@@ -66,7 +66,7 @@ def read_lines(stream: IO[bytes], limit: int = MAX_LINE) -> Iterator[bytes]:
 def parse(line: bytes, limit: int = MAX_LINE) -> Task:
     """Make the task that a line describes.
 
-    :raises InvalidTaskError: it describes none; the text says why
+    :raises InvalidTaskError: the line describes no task; the text says why
     """
     if len(line) > limit:
         raise InvalidTaskError(f"longer than {limit} bytes")
@@ -78,10 +78,10 @@ def parse(line: bytes, limit: int = MAX_LINE) -> Task:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object, of which JSON leaves it open what a key means that stands in it twice."""
+    """Make a dict; refuse a key that is there twice, whose meaning JSON leaves open."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise InvalidTaskError("a key stands twice in an object")
+        raise InvalidTaskError("a key is there twice in an object")
     return made
 
 
@@ -96,15 +96,15 @@ def _object(line: bytes) -> dict[str, Any]:
         raise InvalidTaskError(f"not JSON (column {error.colno})") from None
     except (ValueError, RecursionError):
         raise InvalidTaskError(
-            "not JSON that can be read: a number too long, or too deep"
+            "JSON with a number that is too long, or nested too deeply"
         ) from None
     if not isinstance(value, dict):
-        raise InvalidTaskError(f"of type {type(value).__name__}; accepted is a JSON object")
+        raise InvalidTaskError(f"a JSON object is expected, got {type(value).__name__}")
     return value
 
 
 def _build(kind: type[Task], fields: dict[str, Any]) -> Task:
-    """Make a task; a field that is missing is given as ``None``, which the task itself refuses."""
+    """Make a task; a missing field is passed as ``None``, which the task itself refuses."""
     parameters = _PARAMETERS[kind]
     if not fields.keys() <= parameters.keys():
         raise InvalidTaskError(f"a field is unknown; accepted are task, {', '.join(parameters)}")
@@ -114,12 +114,12 @@ def _build(kind: type[Task], fields: dict[str, Any]) -> Task:
 
 
 def _moment(name: str, value: Any) -> Any:
-    """Read a point in time, which JSON can only carry as text; seconds are left as they are."""
+    """Parse a point in time, which JSON has as text; numbers (seconds) are returned as they are."""
     if not isinstance(value, str):
         return value
     try:
         return datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 knows no Z
     except ValueError:
         raise InvalidTaskError(
-            f"{name} is a str that does not parse; accepted is such as 2030-01-31T12:00:00+00:00"
+            f"{name} is not a date and time such as 2030-01-31T12:00:00+00:00"
         ) from None

@@ -1,4 +1,4 @@
-"""Real texts that are on every machine: licences, or else the documentation of Python's library.
+"""Real texts that are on every machine: licences, or else docstrings of Python's library.
 
 Runs on: the main thread.
 """
@@ -20,16 +20,16 @@ MIN_CHARACTERS, MAX_CHARACTERS = 200, 4000
 
 @frozen
 class Text:
-    """A piece of text, and what it is from."""
+    """A piece of text and its source."""
 
     title: str
     text: str = field(repr=False)
 
 
 def texts(licenses: Path = LICENSES, library: Path = STANDARD_LIBRARY) -> list[Text]:
-    """Return all the texts of the first of the two places that has any.
+    """Return the texts of the first of the two directories that has any.
 
-    :raises FileNotFoundError: there is none in either place
+    :raises FileNotFoundError: neither has any
     """
     found = list(_licences(licenses)) or list(_docstrings(library))
     if not found:
@@ -50,7 +50,7 @@ def _docstrings(directory: Path) -> Iterator[Text]:
 
 
 def _pieces(title: str, text: str) -> Iterator[Text]:
-    """Cut a text at paragraphs; what is too short to be summarised is left out."""
+    """Cut a text at paragraphs; a rest that is too short to be summarised is left out."""
     piece = ""
     for paragraph in text.split("\n\n"):
         piece = f"{piece}\n\n{paragraph}".strip()[:MAX_CHARACTERS]

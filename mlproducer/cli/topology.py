@@ -1,11 +1,11 @@
-"""``mlproducer topology [--apply]``: what would be declared, and how the broker differs.
+"""``mlproducer topology [--apply]``: what the settings declare, and how the broker differs.
 
-Nothing is changed without ``--apply``. What is there is asked for passively first, and only then
-declared with all its arguments, which the broker refuses where they differ; so nothing comes about
-by a look. Bindings cannot be asked for in AMQP; with ``--apply`` they are made.
+Nothing is changed without ``--apply``. Each exchange and queue is first declared passively, and
+only if it exists with all its arguments, which the broker refuses if they differ; so looking
+creates nothing. AMQP cannot query bindings; with ``--apply`` they are made.
 
-A queue that differs is never to be deleted, since tasks are in it. What its arguments lack is given
-to it by a policy, in place.
+A queue that differs is never deleted, since tasks are in it. A policy adds in place what its
+arguments lack.
 
 Runs on: the main thread.
 """
@@ -28,7 +28,7 @@ from mlproducer._engine.session import Session
 from mlproducer.cli.output import Console
 from mlproducer.topology import Declaration
 
-HELP = "show what is declared on the broker, and how it differs"
+HELP = "show what the settings declare, and how the broker differs"
 DESCRIPTION = (
     "Show the exchanges, queues and bindings that the settings ask for, and how those of the "
     "broker in RABBITMQ_URL differ. Exit code 1 if anything is missing or differs."
@@ -49,7 +49,7 @@ _POLICY_KEYS = {
 
 @frozen
 class Finding:
-    """One thing that is declared, and what the broker has.
+    """A declaration, compared with the broker.
 
     :ivar kind: ``exchange``, ``queue`` or ``binding``
     :ivar state: ``there``, ``missing``, ``differs``, ``declared``, ``refused`` or ``not asked``
@@ -63,11 +63,11 @@ class Finding:
 
     @property
     def well(self) -> bool:
-        """Whether it is as it should be, as far as can be told."""
+        """Whether the broker has it, as far as is known."""
         return self.state in ("there", "declared", "not asked")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the form that programs read."""
+        """Return what ``--json`` prints."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -78,7 +78,7 @@ class Finding:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add what may be changed."""
+    """Add the option to declare."""
     parser.add_argument(
         "--apply", action="store_true", help="declare what is missing; what differs stays as it is"
     )
@@ -159,15 +159,15 @@ def _show(findings: list[Finding], console: Console) -> None:
 
 
 def _advise(finding: Finding, topology: Topology, settings: Settings) -> Iterator[str]:
-    """Say what can be done about a difference without losing what is in a queue."""
+    """Yield advice on a difference that loses nothing in a queue."""
     if finding.state == "missing":
         yield f"{finding.name}: mlproducer topology --apply declares it"
     elif finding.state == "differs" and finding.name == topology.dead_letter_queue:
-        yield f"{finding.name} stays in use as it is; it needs no argument of ours"
+        yield f"{finding.name} stays in use as it is; it needs no arguments"
     elif finding.state == "differs" and finding.kind == "queue":
         yield (
-            f"{finding.name} stays in use as it is. A policy gives it what its arguments lack, in "
-            "place; then ML_DECLARE_TOPOLOGY=passive keeps the broker's log quiet:"
+            f"{finding.name} stays in use as it is. A policy adds in place what its arguments "
+            "lack; then ML_DECLARE_TOPOLOGY=passive keeps the broker's log quiet:"
         )
         yield f"  {policy(finding.name, topology, settings)}"
         yield (
@@ -179,7 +179,7 @@ def _advise(finding: Finding, topology: Topology, settings: Settings) -> Iterato
 
 
 def policy(queue: str, topology: Topology, settings: Settings) -> str:
-    """Return the command that sets by a policy what a queue's arguments would say."""
+    """Return the command that sets by a policy what a queue's arguments should be."""
     virtual_host = settings.brokers[0].virtual_host
     declared = {each.name: each for each in topology.queues}
     arguments: Mapping[str, Any] = {}

@@ -1,7 +1,7 @@
-"""``mlproducer reliability``: break the broker in every way, and see that nothing is lost.
+"""``mlproducer reliability``: break a broker in several ways, and check that nothing is lost.
 
-Each scenario has a private node of its own. Where RABBITMQ_URL is set that broker is used, and what
-would harm it is skipped. In the end what `publish()` said is held against what lies in the queues.
+Each scenario has a private node of its own. If RABBITMQ_URL is set, that broker is used, and steps
+that would harm it are skipped. At the end the answers of `publish()` are held against the queues.
 
 Runs on: the main thread.
 """
@@ -46,13 +46,13 @@ SCENARIOS: dict[str, Scenario] = {
 }
 ALL = "all"
 
-HELP = "break a broker in every way, and see what is lost"
+HELP = "break a broker in several ways, and see what is lost"
 DESCRIPTION = (
     "Run a scenario, or all (about a minute), each on a private RabbitMQ node, with shortened "
-    "timers. Where RABBITMQ_URL is set that broker is used: it is not harmed, nothing is declared "
-    "on it, and nothing published but messages that it returns; the other steps are skipped."
+    "timers. If RABBITMQ_URL is set, that broker is used: it is not harmed, nothing is declared on "
+    "it, and only messages that it returns are published; the other steps are skipped."
 )
-LOG_LEVEL = logging.CRITICAL  # what the library warns of is done here on purpose, and told
+LOG_LEVEL = logging.CRITICAL  # what the library warns of is done here on purpose
 
 _FAILURES = (
     UnexpectedError,
@@ -66,7 +66,7 @@ _FAILURES = (
 
 @frozen
 class Report:
-    """What came of one scenario."""
+    """The result of one scenario."""
 
     scenario: Scenario
     steps: tuple[Step, ...]
@@ -74,19 +74,19 @@ class Report:
 
     @property
     def ok(self) -> bool | None:
-        """No step failed; ``None`` where all were skipped."""
+        """Whether no step failed; ``None`` if all were skipped."""
         results = {step.ok for step in self.steps}
         return None if results == {None} else False not in results
 
     def to_json(self) -> dict[str, Any]:
-        """Return what programs read."""
+        """Return what ``--json`` prints."""
         steps = [{**asdict(step), "seconds": round(step.seconds, 3)} for step in self.steps]
         account = self.account.to_json()
         return {"scenario": self.scenario.name, "ok": self.ok, "steps": steps, "account": account}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add which scenario."""
+    """Add the choice of a scenario."""
     parser.add_argument(
         "scenario",
         nargs="?",
@@ -98,7 +98,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> bool:
-    """Run what is asked, print, and return whether all went as expected.
+    """Run the scenarios, print them, and return whether all went as expected.
 
     :raises RabbitMQNotInstalled: no RABBITMQ_URL is set and there is no RabbitMQ to start
     """
@@ -158,7 +158,7 @@ def _try(trial: Trial, lab: Lab) -> Step:
 
 
 def _settle(lab: Lab) -> tuple[Step, Account]:
-    """Draw up the account, as a step of its own."""
+    """Hold the journal against the queues, as a step of its own."""
     accounts: list[Account] = []
 
     def settle(lab: Lab) -> str:
@@ -167,7 +167,7 @@ def _settle(lab: Lab) -> tuple[Step, Account]:
             raise UnexpectedError(f"{account}, {account.leaked} leaked")
         return str(account)
 
-    trial = Trial("hold what publish() said against the queues", "everything is there", settle)
+    trial = Trial("compare the answers of publish() with the queues", "everything arrived", settle)
     step = _try(trial, lab)
     return step, accounts[0] if accounts else Account(taken_over=len(lab.journal.receipts))
 
@@ -189,7 +189,7 @@ def _word(ok: bool | None) -> str:
 def show_totals(
     reports: Sequence[Report], total: Account, seconds: float, console: Console
 ) -> None:
-    """Show how each scenario went, and what became of all messages together."""
+    """Print how each scenario went, and the sums of all messages."""
     steps = [step.ok for report in reports for step in report.steps]
     ok, failed, skipped = (steps.count(result) for result in (True, False, None))
     rows = [(report.scenario.name, _word(report.ok)) for report in reports]

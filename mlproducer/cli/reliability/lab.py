@@ -1,4 +1,4 @@
-"""A scenario's broker, its producers and proxies, and the journal of what calls answered.
+"""A scenario's broker, producers and proxies, and the journal of what calls answered.
 
 The broker is a private node; or the one in RABBITMQ_URL, on which nothing is declared, and nothing
 published but probes that come back (see `mlproducer.cli.reach`).
@@ -39,14 +39,14 @@ TIMERS: dict[str, Any] = {
     "reconnect_max_delay": 0.5,
     "max_reconnect_attempts": 100,
 }
-"""Shortened, so that a fault and its end fit into seconds; a connection is back in `BACK`."""
+"""Shortened, so that a fault and its end fit into seconds; a connection is back within `BACK`."""
 
 BACK = 3.0
 """Seconds within which a connection must be there again once the broker can be reached."""
 
 CONNECTING = 10.0
 SETTLING = 20.0
-"""Seconds for all that was taken over to arrive, once the faults are over."""
+"""Seconds in which taken messages must arrive, once the faults are over."""
 
 QUEUES = ("ml.embed", "ml.summarize_local", "ml.transcribe")
 DEAD_LETTERS = "ml.dead_letter"
@@ -57,11 +57,11 @@ PACE = 0.01
 """Seconds between two messages of a publisher."""
 
 UNDER_WAY = 40
-"""Messages that were taken over before a fault begins."""
+"""Messages that were taken before a fault begins."""
 
 
 class Lab:
-    """Where one scenario takes place; everything ends with the ``with`` block.
+    """The set-up of one scenario; everything ends with the ``with`` block.
 
     :param settings: of the broker that is used; ``None`` starts a private node
     """
@@ -121,7 +121,7 @@ class Lab:
         return producer
 
     def shared(self) -> MLProducer:
-        """Return the one producer of trials that build on each other."""
+        """Return the producer that trials share."""
         if self._shared is None:
             self._shared = self.producer()
         return self._shared
@@ -148,9 +148,9 @@ class Lab:
         return Message(body=b"x" * 1000, routing_key=routing_key, message_id=str(uuid.uuid4()))
 
     def check(self, producer: MLProducer) -> None:
-        """See that a message gets through; on a broker that is not ours, a probe.
+        """Check that a message gets through; on a broker that is not private, a probe.
 
-        :raises UnexpectedError: it does not
+        :raises UnexpectedError: it does not get through
         """
         if self.private:
             answer = self.journal.publish(producer, self.message())
@@ -163,7 +163,7 @@ class Lab:
             answer.result(SETTLING)
 
     def publish_at_once(self, producer: MLProducer, count: int, **options: Any) -> list[Any]:
-        """Publish from so many threads at once, and return what the calls said."""
+        """Publish from ``count`` threads at once, and return the answers."""
         with ThreadPoolExecutor(count, "reliability") as pool:
             futures = [
                 pool.submit(self.journal.publish, producer, self.message(), **options)
@@ -173,7 +173,7 @@ class Lab:
 
     @contextlib.contextmanager
     def traffic(self, producer: MLProducer) -> Iterator[None]:
-        """Publish from several threads during the block, which begins once that is under way."""
+        """Publish from several threads during the block, which begins once messages flow."""
         stop = threading.Event()
 
         def publish() -> None:
@@ -206,10 +206,10 @@ class Lab:
         return found
 
     def account(self) -> Account:
-        """Let everything arrive that was taken over, and draw up the account."""
+        """Wait for taken messages to arrive, and return the figures."""
         if not (self.private and self.journal.receipts):
             return Account()
-        with contextlib.suppress(UnexpectedError):  # the account will show what is missing
+        with contextlib.suppress(UnexpectedError):  # the figures will show what is missing
             see(self._settled, SETTLING, "all settled")
         return Account.of(self.journal, self.copies(), self.copies(DEAD_LETTERS))
 
@@ -217,9 +217,9 @@ class Lab:
         return all(_decided(receipt) for receipt in self.journal.receipts)
 
     def once(self, message_ids: set[str]) -> str:
-        """Say that each of these messages is in its queue exactly once.
+        """Check that each of these messages is in its queue exactly once.
 
-        :raises UnexpectedError: it is not so
+        :raises UnexpectedError: one is not
         """
         copies = self.copies()
         once = sum(copies[each] == 1 for each in message_ids)
@@ -230,7 +230,7 @@ def _decided(receipt: Receipt) -> bool:
     try:
         receipt.result(0.0)
     except PublishError:
-        return True  # the account will find where it went
+        return True  # the figures will show where it went
     except TimeoutError:
         return False
     return True
