@@ -33,7 +33,7 @@ from mlproducer._core.delivery_states import (
     RowEvent,
     RowState,
 )
-from mlproducer._core.states import step
+from mlproducer._core.states import illegal
 from mlproducer._fate import Fate
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
@@ -215,7 +215,10 @@ class Delivery:
 
         :raises IllegalMoveError: its table has no such move; nothing has changed
         """
-        self.attempt = step(ATTEMPT_MOVES, self.attempt, event)
+        try:
+            self.attempt = ATTEMPT_MOVES[self.attempt][event]
+        except KeyError:
+            raise illegal(self.attempt, event) from None
         return self.attempt
 
     def step_row(self, event: RowEvent) -> RowState:
@@ -223,7 +226,10 @@ class Delivery:
 
         :raises IllegalMoveError: its table has no such move; nothing has changed
         """
-        self.row = step(ROW_MOVES, self.row, event)
+        try:
+            self.row = ROW_MOVES[self.row][event]
+        except KeyError:
+            raise illegal(self.row, event) from None
         return self.row
 
     def step_answer(self, event: AnswerEvent) -> AnswerState:
@@ -231,7 +237,10 @@ class Delivery:
 
         :raises IllegalMoveError: its table has no such move; nothing has changed
         """
-        self.answer = step(ANSWER_MOVES, self.answer, event)
+        try:
+            self.answer = ANSWER_MOVES[self.answer][event]
+        except KeyError:
+            raise illegal(self.answer, event) from None
         return self.answer
 
     @property
@@ -381,7 +390,8 @@ class Delivery:
         if durable:
             fate.delivery = self
         if left is None:
-            fate.set_running_or_notify_cancel()
+            # Not `Fate`'s own, which looks at its lock first: no interrupt can have left a new one.
+            Future.set_running_or_notify_cancel(fate)
             listener.set_result(self._deferral(now, fate, durable=durable))
 
     def release(self, now: float) -> None:

@@ -16,8 +16,12 @@ from mlproducer._core.decision import Decision, decide
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import exhausted, failure, silent_store
 from mlproducer._core.delivery_states import (
+    ON_THE_WIRE,
+    ROW_KEEPS,
     ROW_KNOWN,
     ROW_PENDING,
+    UNANSWERED,
+    AnswerState,
     AttemptEvent,
     RowEvent,
     RowState,
@@ -48,11 +52,11 @@ class FailureHandler:
 
     def fail(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Judge an attempt that failed, or a wait that was in vain."""
-        if not delivery.is_ours:
+        if not (delivery.answer is AnswerState.WAITING or delivery.is_ours):
             self.retire(delivery)  # its publisher has withdrawn it
             return
         self._count(delivery, error, now)
-        if not delivery.open:
+        if delivery.answer not in UNANSWERED:
             self.retire(delivery)
             return
         if delivery.dead:
@@ -68,7 +72,7 @@ class FailureHandler:
         verdict = decide(
             error,
             retry=delivery.retry or delivery.promised,
-            owned=delivery.kept or delivery.promised,
+            owned=delivery.row in ROW_KEEPS or delivery.promised,
             exhausted=not waits and self._used_up(delivery),
             durable=self.retry_worker.durable,
         )
@@ -93,14 +97,14 @@ class FailureHandler:
         known = before in ROW_KNOWN
         if known:
             self.leave(delivery, AttemptEvent.SCHEDULED)
-        elif not delivery.in_flight:
+        elif delivery.attempt not in ON_THE_WIRE:
             delivery.step_attempt(AttemptEvent.SCHEDULED)  # its slot is free once it is stored
-        sure = delivery.kept or (known and delivery.leased_until >= now)
+        sure = before in ROW_KEEPS or (known and delivery.leased_until >= now)
         # Before the order: the retry thread stores only what its row says is wanted.
         self._step(delivery, RowEvent.NOTE if sure else RowEvent.WRITE)
-        self.retry_worker.keep(delivery, now, before=before, fresh=fresh)
-        if sure and before is RowState.AHEAD:
-            self.promise(delivery, now)  # it was stored before it was sent
+        stored = self.retry_worker.keep(delivery, now, before=before, fresh=fresh)
+        if stored or (sure and before is RowState.AHEAD):
+            self.promise(delivery, now)  # it is stored already, maybe since before it was sent
 
     def give_back(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Let the publisher have it; what has its tag open stays there, and is not sent again."""
@@ -128,7 +132,7 @@ class FailureHandler:
     def learn(self, delivery: Delivery, now: float, *, dead: bool) -> None:
         """Tell how a message ended in another process."""
         self.retire(delivery)
-        if not delivery.open:
+        if delivery.answer not in UNANSWERED:
             return
         self._step(delivery, RowEvent.GONE)
         if dead:
@@ -139,7 +143,7 @@ class FailureHandler:
     def lose(self, delivery: Delivery, error: PublishError) -> None:
         """Tell that the store has lost a message."""
         self.retire(delivery)
-        if delivery.open:
+        if delivery.answer in UNANSWERED:
             self._step(delivery, RowEvent.GONE)
             self._tell(delivery, error)
 
@@ -161,7 +165,7 @@ class FailureHandler:
 
     def leave(self, delivery: Delivery, event: AttemptEvent) -> None:
         """Let go of a delivery, unless its tag is open: then only its publisher's wait is over."""
-        if not delivery.in_flight:
+        if delivery.attempt not in ON_THE_WIRE:
             self.door.leave((delivery,))
             delivery.step_attempt(event)
 
@@ -180,7 +184,7 @@ class FailureHandler:
             return  # it was given back meanwhile, and that is told once its row is gone
         if delivery.row is not RowState.HELD:
             self._step(delivery, RowEvent.COMMITTED)
-        if not delivery.open:
+        if delivery.answer not in UNANSWERED:
             self.delete(delivery)  # its publisher has got it back meanwhile
         elif delivery.retry or delivery.promised:
             self.events.deferred(delivery)
@@ -193,8 +197,10 @@ class FailureHandler:
         """Give back what the store cannot take, or not in time; what is in flight stays there."""
         if delivery.row is RowState.WRITING:
             self._step(delivery, RowEvent.REFUSED)
-        if delivery.open and delivery.is_ours:
-            error.possibly_sent = delivery.doubt is not Doubt.NONE or delivery.in_flight
+        if delivery.answer in UNANSWERED and delivery.is_ours:
+            error.possibly_sent = (
+                delivery.doubt is not Doubt.NONE or delivery.attempt in ON_THE_WIRE
+            )
             error.attempts = delivery.attempts
             self.give_back(delivery, error, now)
 
@@ -204,7 +210,7 @@ class FailureHandler:
         It is not where the publisher has left meanwhile, and relies on the order to store its
         message: that is still under way, and a second one would make a second row.
         """
-        if delivery.row is RowState.WRITING and delivery.open:
+        if delivery.row is RowState.WRITING and delivery.answer in UNANSWERED:
             return delivery.may_fail()
         return delivery.row in ROW_PENDING
 
@@ -225,7 +231,9 @@ class FailureHandler:
             if delivery.leased_until < now and not gone:
                 delivery.suspect(Doubt.POSSIBLE)
             self.refused(delivery, silent_store(delivery, self.retry_worker.name), now)
-            if not delivery.open:  # behind the order to store it, which may succeed yet
+            if (
+                delivery.answer not in UNANSWERED
+            ):  # behind the order to store it, which may succeed yet
                 self.retry_worker.settle(delivery)
                 self._step(delivery, RowEvent.DELETE)
 
@@ -245,8 +253,7 @@ class FailureHandler:
 
     def _used_up(self, delivery: Delivery) -> bool:
         """Whether the last retry is over; not while its tag is open."""
-        over = self._retries_over(delivery)
-        return over >= 0 and not delivery.in_flight
+        return delivery.attempt not in ON_THE_WIRE and self._retries_over(delivery) >= 0
 
     def _retries_over(self, delivery: Delivery) -> int:
         """Say how many attempts it has had beyond those that it may; 0: it was the last.

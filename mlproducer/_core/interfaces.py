@@ -88,13 +88,14 @@ class RetryWorker(Protocol):
 
     def keep(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
-    ) -> None:
+    ) -> bool:
         """Store it, or note in its row what came of the last attempt.
+
+        The answer to the first comes back through `Sender.kept` or `Sender.not_kept`, unless it is
+        true: then it is stored already.
 
         :param before: where its row stood until now: whether there is one
         :param fresh: it has become a dead letter just now, and is due at once
-
-        The answer to the first comes back through `Sender.kept` or `Sender.not_kept`.
         """
 
     def settle(self, delivery: Delivery) -> None:

@@ -337,14 +337,18 @@ class Sender:
         if len(self.failures.routes) < MAX_ROUTES:
             self.failures.routes.add((self._exchange, self._key))
 
-    def nacked(self, tag: int, now: float, *, multiple: bool) -> None:
-        """Settle what the broker has refused; another queue it was routed to may hold it."""
+    def nacked(self, tag: int, now: float, *, multiple: bool) -> bool:
+        """Settle what the broker has refused; another queue it was routed to may hold it.
+
+        :returns: whether something waits to be written
+        """
         settled = self._send_queue.confirms.settle(tag, multiple=multiple)
         if not settled:
             self._stray(tag)
         for delivery in settled:
             delivery.step_attempt(AttemptEvent.NACKED)
         self._fail_all(settled, NackError, "the broker nacked the message", now)
+        return bool(self._send_queue.backlog or self._send_queue.poison.suspects)
 
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """Note that a message has no queue; its ack follows (RabbitMQ guide, *Publishers*)."""
@@ -425,7 +429,7 @@ class Sender:
             if delivery.attempt is AttemptState.UNROUTABLE:
                 self.failures.fail(delivery, unroutable(delivery), now)
             else:
-                delivery.suspect(Doubt.POSSIBLE)
+                delivery.doubt = Doubt.POSSIBLE
                 self.failures.fail(delivery, failure(kind, delivery, text, **facts), now)
 
     def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:

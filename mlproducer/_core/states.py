@@ -30,15 +30,9 @@ class IllegalMoveError(RuntimeError):
     """A state was asked for a move that its table does not have: a bug in this library."""
 
 
-def step(moves: Moves[S, E], state: S, event: E) -> S:
-    """Return the state to which ``event`` leads.
-
-    :raises IllegalMoveError: the table has no such move
-    """
-    try:
-        return moves[state][event]
-    except KeyError:
-        raise IllegalMoveError(f"{event.name} while {state.name}") from None
+def illegal(state: enum.Enum, event: enum.Enum) -> IllegalMoveError:
+    """Return the error of a move that is in no table."""
+    return IllegalMoveError(f"{event.name} while {state.name}")
 
 
 class Column(dict[S, S]):
@@ -46,10 +40,10 @@ class Column(dict[S, S]):
 
     def __init__(self, moves: Moves[S, E], event: E) -> None:
         super().__init__((state, legal[event]) for state, legal in moves.items() if event in legal)
-        self._event = event.name
+        self._event = event
 
     def __missing__(self, state: S) -> S:
-        raise IllegalMoveError(f"{self._event} while {state.name}")
+        raise illegal(state, self._event)
 
 
 class Machine(Generic[S, E]):
@@ -64,7 +58,10 @@ class Machine(Generic[S, E]):
 
         :raises IllegalMoveError: there is none; the state stays as it was
         """
-        self.state = step(self._moves, self.state, event)
+        try:
+            self.state = self._moves[self.state][event]
+        except KeyError:
+            raise illegal(self.state, event) from None
         return self.state
 
     def allows(self, event: E) -> bool:

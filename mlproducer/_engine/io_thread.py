@@ -611,8 +611,7 @@ class IOThread:
 
     def nacked(self, tag: int, *, multiple: bool) -> None:
         """Settle what was refused."""
-        self.sender.nacked(tag, time.monotonic(), multiple=multiple)
-        if self.sender.waiting:
+        if self.sender.nacked(tag, time.monotonic(), multiple=multiple):
             self.pump()
 
     def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:

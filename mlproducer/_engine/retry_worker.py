@@ -2,10 +2,11 @@
 
 There is one retry worker for all connections of a producer. Senders give orders and do not wait;
 what became of them goes back by the mailbox of the connection that the message belongs to. What is
-due goes out on any connection that can carry it. The store is touched on the retry worker's thread
-and nowhere else, so that a slow one never holds up a connection. What the store writer cannot write
-now it writes at the next sweep, and before that nothing is claimed: so a store that fails for a
-while delays, and makes neither losses nor duplicates.
+due goes out on any connection that can carry it. A durable store is touched on the retry worker's
+thread and nowhere else, so that a slow one never holds up a connection; into the memory store the
+I/O threads put themselves. What the store writer cannot write now it writes at the next sweep, and
+before that nothing is claimed: so a store that fails for a while delays, and makes neither losses
+nor duplicates.
 
 Runs on: the retry thread; orders come from the I/O thread, `RetryWorker.write_ahead` from
 publishers.
@@ -14,6 +15,7 @@ publishers.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -29,6 +31,7 @@ from mlproducer._engine.threads import TimerThread
 from mlproducer._latch import Latch
 from mlproducer.errors import StoreError, UnroutableError
 from mlproducer.observe.events import EventSink
+from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Claim, Depth, Entry, Store
 
 MIN_PAUSE = 0.5
@@ -58,6 +61,10 @@ class RetryWorker:
         self._backoff = backoff
         self._interval = interval
         self._store_writer = StoreWriter(store, self.stored_rows, gate, events, self._ring)
+        self._in_memory = type(store) is MemoryStore
+        # guards: the store, its rows and its writer, where I/O threads put into the memory store
+        # themselves; held by the retry thread for a sweep, and waited for by that one alone
+        self._lock = threading.Lock()
         self._watch: Callable[[], None] | None = None
         self._woken = False
 
@@ -102,15 +109,22 @@ class RetryWorker:
 
     def keep(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
-    ) -> None:
-        """Store a message, or note in its row what came of the last attempt."""
+    ) -> bool:
+        """Store a message, or note in its row what came of the last attempt.
+
+        :returns: whether it is stored already, as in memory it mostly is
+        """
         record, delay = record_of(delivery, now), self._delay(delivery, fresh=fresh)
         if before in ROW_KNOWN:
             new = before is RowState.AHEAD
             told = new and delivery.leased_until < now
             self._store_writer.order(Note(delivery, record, delay, first=new, told=told))
-        else:
-            self._store_writer.order(Put(delivery, Entry(record, delay)))
+            return False
+        entry = Entry(record, delay)
+        if self._put_now(delivery, entry, now):
+            return True
+        self._store_writer.order(Put(delivery, entry))
+        return False
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
@@ -144,8 +158,25 @@ class RetryWorker:
         self.thread.order(self._close)
         self.thread.stop()
 
+    def _put_now(self, delivery: Delivery, entry: Entry, now: float) -> bool:
+        """Store a message on its I/O thread, if that can be done without waiting."""
+        # Tried, not waited for: amid a sweep, which has the lock, it is ordered like any other.
+        if not (self._in_memory and self._lock.acquire(blocking=False)):
+            return False
+        try:
+            stored = self._store_writer.put_now(delivery, entry, now)
+        finally:
+            self._lock.release()
+        if stored and entry.delay is not None:
+            self._gate.leave((delivery,))
+        return stored
+
     def _ring(self) -> None:
-        self.thread.order(self._store_writer.carry_out)
+        self.thread.order(self._carry_out)
+
+    def _carry_out(self) -> None:
+        with self._lock:
+            self._store_writer.carry_out()
 
     def _delay(self, delivery: Delivery, *, fresh: bool) -> float | None:
         """Say when a message is due again; never while its tag is open and may be confirmed."""
@@ -171,15 +202,16 @@ class RetryWorker:
         self.thread.due = now + min(self._interval, max(MIN_PAUSE, self.stored_rows.renew_at - now))
         if self._watch is not None:
             self._watch()
-        try:
-            self._renew(now)
-            self._store_writer.put_again()
-            if self._store_writer.carry_out():
-                self._store_writer.trace()
-                self._store_writer.count()
-                self._send_out()
-        except StoreError as error:
-            self._store_writer.failed(error)
+        with self._lock:
+            try:
+                self._renew(now)
+                self._store_writer.put_again()
+                if self._store_writer.carry_out():
+                    self._store_writer.trace()
+                    self._store_writer.count()
+                    self._send_out()
+            except StoreError as error:
+                self._store_writer.failed(error)
         if not self.asked:
             self.asked = True
             self._gate.emptied.changed()
@@ -243,17 +275,19 @@ class RetryWorker:
             self.stored_rows.renewed(lost, now)
 
     def _verify(self) -> None:
-        try:
-            self._renew(math.inf)
-            self._store_writer.trace()
-        except StoreError as error:
-            self._store_writer.failed(error)
-        self._store_writer.put_again()
+        with self._lock:
+            try:
+                self._renew(math.inf)
+                self._store_writer.trace()
+            except StoreError as error:
+                self._store_writer.failed(error)
+            self._store_writer.put_again()
 
     def _close(self) -> None:
-        self._store_writer.put_again()
-        self._store_writer.carry_out()
-        try:
-            self._store.close()
-        except StoreError as error:
-            self._store_writer.failed(error)
+        with self._lock:
+            self._store_writer.put_again()
+            self._store_writer.carry_out()
+            try:
+                self._store.close()
+            except StoreError as error:
+                self._store_writer.failed(error)

@@ -181,6 +181,19 @@ class StoreWriter:
             self._rung = True
             self._ring()
 
+    def put_now(self, delivery: Delivery, entry: Entry, now: float) -> bool:
+        """Store a message in memory; false where that fails: an order tells why."""
+        try:
+            [claim] = self._store.put([entry], 0.0)
+        except (BufferFullError, StoreError):
+            return False
+        self._counted.new[delivery] = entry.record.dead
+        if entry.delay is None:
+            self._stored_rows.hold(delivery, claim, now)
+        else:
+            self._stored_rows.park(delivery, claim)
+        return True
+
     def count(self) -> None:
         """Ask the store how much it holds."""
         try:

@@ -199,21 +199,17 @@ def record_of(delivery: Delivery, now: float) -> Record:
     """
     reason, failed = delivery.reason, delivery.first_failed
     attempts = delivery.attempts if delivery.dead else delivery.attempts - delivery.innocent
-    epoch = wall_clock()
+    epoch = datetime.now(timezone.utc).timestamp()
     return Record(
         delivery.envelope,
         attempts=min(attempts, MOST_ATTEMPTS),
         doubtful=delivery.doubt is not Doubt.NONE or delivery.in_flight,
         dead=delivery.dead,
         reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
-        first_failed_at=_moment(epoch - (now - failed)) if failed else 0.0,
+        first_failed_at=min(max(0.0, epoch - (now - failed)), LATEST) if failed else 0.0,
         retry=delivery.policy,
-        accepted_at=_moment(epoch - (now - delivery.started)),
+        accepted_at=min(max(0.0, epoch - (now - delivery.started)), LATEST),
     )
-
-
-def _moment(seconds: float) -> float:
-    return min(max(0.0, seconds), LATEST)
 
 
 def _revived(record: Record, now: float, epoch: float) -> Delivery:

@@ -275,8 +275,10 @@ class CallbackSink(EventSink):
         self._blocked = False
 
     def wants(self, name: str) -> Sized | None:
-        """Return the callbacks for a confirm, for which there mostly are none."""
-        return self._callbacks.of("confirmed") if name == "confirmed" else None
+        """Return the callbacks for what may come with each message; mostly there are none."""
+        if name == "confirmed":
+            return self._callbacks.of("confirmed")
+        return self._callbacks.of("deferred") if name == "deferred" else None
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Call back for each message."""

@@ -110,6 +110,9 @@ class OpenSpan:
             self.end("interrupted")
 
 
+_ABOUT_OPEN_SPANS = ("confirmed", "deferred", "failed", "given_back", "retried")
+
+
 class Spans(EventSink):
     """The spans of one producer's messages.
 
@@ -181,8 +184,8 @@ class Spans(EventSink):
     # --- events --------------------------------------------------------------------------------
 
     def wants(self, name: str) -> Sized | None:
-        """Return the open spans for a confirm, which ends them."""
-        return self._open if name == "confirmed" else None
+        """Return the open spans for what is noted on them, or ends them, and begins none."""
+        return self._open if name in _ABOUT_OPEN_SPANS else None
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """End the spans of the messages."""

@@ -62,13 +62,14 @@ class MemoryStore:
 
         :raises BufferFullError: they do not all fit
         """
-        new = list(entries)
-        size = sum(entry.record.envelope.size for entry in new)
+        new, size = list(entries), 0
+        for entry in new:
+            size += entry.record.envelope.size
         if len(self._slots) + len(new) > self._max_rows or self._bytes + size > self._max_bytes:
             raise BufferFullError(
                 f"the memory store is full ({len(self._slots)} messages, {self._bytes} bytes)"
             )
-        return [self._add(entry) for entry in new]
+        return list(map(self._add, new))
 
     def release(self, changes: Sequence[Change]) -> list[Claim]:
         """Note what became of claimed rows, and return the claims that no longer hold."""
@@ -141,7 +142,8 @@ class MemoryStore:
 
     def _add(self, entry: Entry) -> Claim:
         self._last_key += 1
-        slot = _Slot(entry.record, 1, self._due(entry.delay), entry.ahead)
+        due = None if entry.delay is None else self._clock() + entry.delay
+        slot = _Slot(entry.record, 1, due, entry.ahead)
         self._slots[self._last_key] = slot
         self._count(slot, 1)
         return Claim(self._last_key, 1)

@@ -53,10 +53,11 @@ class FakeRetryWorker:
 
     def keep(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
-    ) -> None:
+    ) -> bool:
         """Store it."""
         assert (before in ROW_KNOWN) == (delivery in self.rows)
         self.rows[delivery] = delivery.attempts
+        return False
 
     def withdraw(self, delivery: Delivery) -> None:
         """Delete it, and note that it is to be given back."""

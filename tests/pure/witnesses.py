@@ -447,7 +447,7 @@ class ModelRetryWorker(RetryWorker):
 
     def keep(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
-    ) -> None:
+    ) -> bool:
         """Store it, as soon as the thread gets to it."""
         record = self._house.record(delivery)
         assert not record.ends, "kept after its end"
@@ -455,7 +455,7 @@ class ModelRetryWorker(RetryWorker):
         assert now == self._house.clock.now
         record.not_before = now + self._earliest(delivery)
         record.buried = record.buried or delivery.dead
-        super().keep(delivery, now, before=before, fresh=fresh)
+        return super().keep(delivery, now, before=before, fresh=fresh)
 
     def _earliest(self, delivery: Delivery) -> float:
         if delivery.in_flight:
