@@ -67,7 +67,7 @@ class Hoard:
         return tracemalloc.get_traced_memory()[0]
 
     def close(self) -> None:
-        """End at once; nobody will confirm anything."""
+        """End at once; nothing will be confirmed."""
         self._producer.close(0.0)
 
 

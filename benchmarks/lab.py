@@ -169,7 +169,7 @@ class Broker:
         self._channel.queue_purge(ROUTING_KEY)
 
     def check_unused(self) -> None:
-        """Refuse to empty what is somebody else's.
+        """Refuse to empty a queue that the benchmarks have not made.
 
         :raises QueueInUseError: there are messages or consumers
         """

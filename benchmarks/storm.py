@@ -3,7 +3,7 @@
 Each producer waits as its backoff says and tries to connect. While the broker is down an attempt
 fails at once. Once it is back it takes so many connections in a second and refuses the rest, which
 count as failures and go on backing off. After ten failures a producer gives up, as the library
-does, and starts over when somebody publishes; here that is after a second on average.
+does, and starts over with the next call; here that is after a second on average.
 
 Runs on: the caller's thread.
 """
@@ -25,7 +25,7 @@ Delay = Callable[[int, random.Random], float]
 INITIAL, MAXIMUM = 0.5, 32.0
 GIVE_UP = 10
 TRAFFIC = 1.0
-"""Mean seconds until somebody publishes."""
+"""Mean seconds until the next call of publish()."""
 
 TICKS = 10
 """Slots of time in a second, by which attempts are counted."""

@@ -103,7 +103,7 @@ class Background:
         def run() -> None:
             try:
                 future.set_result(function(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+            except BaseException as error:  # noqa: BLE001 - the future raises it
                 future.set_exception(error)
 
         thread = threading.Thread(target=run, name="test-background", daemon=True)
@@ -121,7 +121,7 @@ class Background:
 
 
 def wait_until(holds: Callable[[], bool]) -> bool:
-    """Wait until something holds that tells nobody; false after a limit."""
+    """Wait until something holds that is reported nowhere; false after a limit."""
     deadline = time.monotonic() + LIMIT
     while not holds():
         if time.monotonic() > deadline:

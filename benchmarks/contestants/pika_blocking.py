@@ -1,7 +1,7 @@
 """pika's ``BlockingConnection``: a connection of its own for each worker, which is what it allows.
 
 One connection behind a lock was tried as well, and is slower with many threads. Heartbeats are off,
-since nobody serves an idle connection between rounds.
+since an idle connection is not served between rounds.
 
 Runs on: the contestant's threads.
 """

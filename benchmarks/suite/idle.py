@@ -1,4 +1,4 @@
-"""What a connected producer costs while nobody publishes.
+"""What a connected producer costs while nothing is published.
 
 Processor time and wake-ups of all threads of its process, as Linux counts them: a thread that goes
 back to sleep has switched voluntarily.

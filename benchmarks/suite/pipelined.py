@@ -2,7 +2,7 @@
 
 ``publish_many`` over full tasks, against a C client that publishes raw bodies, and against what
 else can keep many messages in flight: aio-pika, and pika's ``SelectConnection``. The broker decodes
-the headers of each message, so the C client goes a second time with ours: the ceiling for whoever
+the headers of each message, so the C client goes a second time with ours: the ceiling for all who
 publishes Celery tasks.
 
 Runs on: the main thread.

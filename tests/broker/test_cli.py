@@ -165,7 +165,7 @@ def test_check_names_wrong_credentials_and_virtual_hosts(rabbitmq_vhost: Virtual
     ],
 )
 def test_check_names_what_cannot_be_reached(url: str, advice: str) -> None:
-    """A port on which nobody listens, and a name that does not resolve, are told apart."""
+    """A port on which nothing listens, and a name that does not resolve, are told apart."""
     code, steps = _check(url)
     assert code == 1
     assert advice in steps["connect"]["advice"]
@@ -513,7 +513,7 @@ def test_standard_input_that_is_closed(rabbitmq_vhost: VirtualHost) -> None:
     assert result.stderr == "mlproducer: standard input: is closed\n"
 
 
-def test_nobody_reads_the_output(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
+def test_a_closed_output(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> None:
     """A reader that goes away ends the command with 1 and without a traceback."""
     path = tmp_path / "tasks.jsonl"
     path.write_text("PRIVATE\n" * 5000)

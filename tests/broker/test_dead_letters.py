@@ -238,7 +238,7 @@ def test_letters_of_the_broker(rabbitmq_vhost: VirtualHost, connect: Connect) ->
 
 
 def test_a_letter_that_lies_about_its_death(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
-    """Headers that anybody may have written neither stop a command nor the other letters."""
+    """Headers of any origin neither stop a command nor the other letters."""
     url = rabbitmq_vhost.url
     deaths: list[Any] = [[], "text", [{}], [{"routing-keys": 1, "time": "x", "count": "y"}], [1]]
     lies = [{"x-death": each} for each in deaths]
@@ -473,7 +473,7 @@ def test_a_replay_whose_broker_is_killed(
 
 
 def test_purge(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
-    """Letters are deleted, those with the ids or all; where nobody can be asked only with --yes."""
+    """Letters are deleted, those with the ids or all; without a terminal only with --yes."""
     url = rabbitmq_vhost.url
     _bury(connect, _letters(["a", "b", "c"]))
     result = run("dead-letters", "purge", url=url)

@@ -203,7 +203,7 @@ def test_replay_sends_what_was_published(
 def test_replay_says_which_stay(
     rabbitmq_vhost: VirtualHost, connect: Connect, sqlite_url: str
 ) -> None:
-    """What cannot be delivered stays in the store, nobody's, says why, and fails the command."""
+    """What cannot be delivered stays in the store, unclaimed, says why, and fails the command."""
     letters = [*_letters(["a", "c"], "nowhere"), *_letters(["b", "d"], QUEUE)]
     _bury(connect, rabbitmq_vhost, sqlite_url, letters)
     result = _run(rabbitmq_vhost, sqlite_url, "replay")
@@ -253,7 +253,7 @@ def test_replay_leaves_the_stores_messages_to_their_producers(
     assert drain(rabbitmq_vhost.url, [QUEUE, DEAD]) == {"a": 1, "q": 1}
 
 
-# --- letters that are somebody else's --------------------------------------------------------
+# --- letters of other owners -----------------------------------------------------------------
 
 
 def test_a_letter_in_another_process(

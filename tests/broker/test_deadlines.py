@@ -75,14 +75,14 @@ Fault = Callable[[Stage], AbstractContextManager[MLProducer]]
 
 @contextmanager
 def refused(stage: Stage) -> Iterator[MLProducer]:
-    """Nobody listens."""
+    """Nothing listens."""
     stage.proxy.refuse()
     yield stage.connect(stage.url)
 
 
 @contextmanager
 def deaf(stage: Stage) -> Iterator[MLProducer]:
-    """Somebody accepts and says nothing."""
+    """A server accepts and says nothing."""
     stage.proxy.deaf()
     yield stage.connect(stage.url)
 
@@ -95,7 +95,7 @@ class _WebServer(socketserver.BaseRequestHandler):
 
 @contextmanager
 def not_amqp(stage: Stage) -> Iterator[MLProducer]:
-    """Somebody answers in another protocol."""
+    """A server answers in another protocol."""
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _WebServer) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -179,7 +179,7 @@ def test_many_at_once_from_the_first_moment(rabbitmq_vhost: VirtualHost, connect
 
 
 def test_an_expired_task_is_a_dead_letter(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
-    """What nobody has run in time is dead-lettered by the broker, and can be seen there."""
+    """A task that was not run in time is dead-lettered by the broker, and can be seen there."""
     connect().publish(CeleryTask(TASK, routing_key=EMBED, expires=0.2, task_id="stale"))
     deadline = time.monotonic() + 10.0
     while not _ready(rabbitmq_vhost, "ml.dead_letter") and time.monotonic() < deadline:

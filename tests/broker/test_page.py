@@ -154,7 +154,7 @@ def test_freeze_and_recovery(
 def test_silent_broker(
     connect: Connect, rabbitmq_vhost: VirtualHost, browser: Browser, tmp_path: Path
 ) -> None:
-    """Where nobody waits for confirms, the page still says soon that none come."""
+    """Where no call waits for confirms, the page still says soon that none come."""
     producer = connect()
     assert producer.wait_connected(LIMIT)
     with served(producer, browser) as page, Steady(producer, wait=False):
@@ -191,7 +191,7 @@ def test_hostile_texts(connect: Connect, browser: Browser, tmp_path: Path) -> No
 
 
 def test_without_javascript(connect: Connect, browser: Browser, tmp_path: Path) -> None:
-    """Without scripts the page is a snapshot, complete, with a chart of what nobody looked at."""
+    """Without scripts the page is a snapshot, complete, with a chart of the time before."""
     producer = connect()
     browser.javascript(allowed=False)
     with served(producer, browser) as page, Steady(producer):

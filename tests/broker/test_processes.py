@@ -1,4 +1,4 @@
-"""A producer that was made, and used, in one process works in its children, and disturbs nobody."""
+"""A producer that was made, and used, in one process works in its children and disturbs nothing."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_patience(
     """The exported rules, minutes and all, fire when they should: on readings 15 s apart.
 
     A state that changes between disconnected and connecting is one outage; a breaker that is
-    half-open for a moment between two cooldowns is one fault; either fault, ended and begun anew,
+    half-open for a moment between two cooldowns is one fault; either fault, ended and begun again,
     is two.
     """
     readings = sum(int(each.partition("x")[2] or 0) + 1 for each in values.split())

@@ -77,7 +77,7 @@ def test_rejected_for_its_size(strict_vhost: VirtualHost, connect: Connect, *, r
 
 
 def test_rejected_several_at_once(strict_vhost: VirtualHost, connect: Connect) -> None:
-    """Guilty messages of two kinds among innocents: each is found, and nobody else punished."""
+    """Guilty messages of two kinds among innocents: each is found, and no other message with it."""
     node = strict_vhost.node
     producer = connect(strict_vhost.url)
     assert producer.wait_connected(HEALED)

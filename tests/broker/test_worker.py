@@ -269,7 +269,7 @@ def test_a_raw_message(worker: CeleryWorker, producer: MLProducer) -> None:
 
 
 def test_countdown(worker: CeleryWorker, producer: MLProducer) -> None:
-    """A task with a countdown runs after it, and holds nobody up."""
+    """A task with a countdown runs after it, and holds no other task up."""
     published = time.monotonic()
     later = CeleryTask(REPORT, ["later"], routing_key="ml.embed", countdown=1.0)
     later_id = producer.publish(later).message_id

@@ -1,4 +1,4 @@
-"""A broker that is away for long: memory is bounded, nobody waits, nobody hammers."""
+"""A broker that is away for long: memory is bounded, no call waits, no attempt hammers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOUND = 64 * MEBIBYTE + 60_000_000
 
 
 def outage(threshold: int) -> dict[str, Any]:
-    """Publish 100,000 times in a process of its own, with nobody listening."""
+    """Publish 100,000 times in a process of its own, without a broker."""
     argv = [sys.executable, "-W", "error", str(SCRIPTS / "outage.py"), str(threshold)]
     with Program(argv, f"amqp://guest:guest@127.0.0.1:{free_port()}/") as program:
         report = program.next(240.0)
@@ -118,7 +118,7 @@ LEAST = sum(min(0.01 * 2**n, 0.1) for n in range(9))
 def test_broker_that_accepts_and_drops(
     rabbitmq_vhost: VirtualHost, connect: Connect, how: str
 ) -> None:
-    """No hot loop: ten attempts with growing delays, then silence until somebody asks."""
+    """No hot loop: ten attempts with growing delays, then silence until the next call."""
     with Proxy(("127.0.0.1", free_port())) as drops:
         producer = connect(drops.url(rabbitmq_vhost.url), **TEN_ATTEMPTS)
         gave_up = threading.Event()

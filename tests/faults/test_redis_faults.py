@@ -252,7 +252,7 @@ def test_a_put_without_an_answer_is_undone(
     other: RedisStore,
     delay: float | None,
 ) -> None:
-    """Redis has the row, the publisher an error: nobody sends it, and the next call deletes it."""
+    """Redis has the row, the publisher an error: it is never sent, and the next call deletes it."""
     proxy.hole("s2c")
     with raising(store, "did not answer in time"):
         store.put([entry("a", delay), entry("b", delay)], PATIENCE)
@@ -408,7 +408,7 @@ def test_a_failover_costs_errors_and_no_row(mortal_redis: RedisServer) -> None:
 
 
 def test_a_demoted_redis_is_left_alone(mortal_redis: RedisServer) -> None:
-    """A connection to what has become a replica is given up, and made anew when it is primary."""
+    """A connection to what has become a replica is given up, and made again when it is primary."""
     with RedisServer() as primary, closing(RedisStore(mortal_redis.url)) as store:
         store.put([entry("a", 0.0)], PATIENCE)
         replicate(mortal_redis, primary)
@@ -419,7 +419,7 @@ def test_a_demoted_redis_is_left_alone(mortal_redis: RedisServer) -> None:
 
 
 def cluster_node() -> RedisServer:
-    """Make a node; by default its second port might be anybody's."""
+    """Make a node; by default its second port might be taken."""
     return RedisServer(config={"cluster-enabled": "yes", "cluster-port": str(free_port())})
 
 

@@ -164,7 +164,7 @@ def test_dead_letter_that_nobody_takes(rabbitmq_vhost: VirtualHost, connect: Con
 
 
 def elsewhere(number: int) -> Message:
-    """A message by the default exchange, which nobody can delete."""
+    """A message by the default exchange, which cannot be deleted."""
     return Message(body=b"x", exchange="", routing_key=QUEUE, message_id=f"other{number}")
 
 

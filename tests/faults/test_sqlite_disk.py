@@ -56,7 +56,7 @@ def disk() -> Iterator[Disk]:
 
 
 def fill(folder: Path) -> Path:
-    """Have somebody else take all the room that is left."""
+    """Let another program take all the room that is left."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):

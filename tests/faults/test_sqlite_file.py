@@ -287,7 +287,7 @@ def test_a_directory_in_which_it_may_not_write(path: Path, there: bool) -> None:
 
 
 def test_taken_away_while_in_use(path: Path) -> None:
-    """A file that was removed takes no message: that is told before anything begins anew."""
+    """A file that was removed takes no message: that is reported before anything starts over."""
     with closing(SQLiteStore(path)) as store:
         assert store.depth() == Depth(waiting=ROWS)
         for each in path.parent.glob("store.db*"):
@@ -347,7 +347,7 @@ def test_a_damaged_letter_does_not_hide_the_others(path: Path) -> None:
 
 
 def test_a_boot_makes_everything_due(path: Path) -> None:
-    """Leases and delays of before the machine started anew have ended (106)."""
+    """Leases and delays of before the machine was restarted have ended (106)."""
     with closing(SQLiteStore(path)) as store:
         claimed = store.claim(ROWS)
         assert len(claimed) == ROWS

@@ -205,7 +205,7 @@ def test_a_fork_that_could_not_wait(path: Path) -> None:
 
 
 def test_locked_for_three_seconds(path: Path, locked: sqlite3.Connection) -> None:
-    """Whoever can wait so long gets in, and the entries are read no earlier than that (94)."""
+    """A call that can wait so long gets in, and entries are read no earlier than that (94)."""
     read: list[float] = []
     freed: list[Stopwatch] = []
 
@@ -377,7 +377,7 @@ def test_a_store_that_was_dropped_lets_its_rows_go(path: Path) -> None:
 
 
 def test_twenty_processes_on_a_fresh_file(path: Path) -> None:
-    """All come at once, one makes the file, and nobody is refused or loses a row (95)."""
+    """All come at once, one makes the file, and none is refused or loses a row (95)."""
     with ExitStack() as stack:
         running = [stack.enter_context(process("create", path)) for _ in range(20)]
         assert [said(each) for each in running] == [{"ready": True}] * 20
@@ -391,7 +391,7 @@ def test_twenty_processes_on_a_fresh_file(path: Path) -> None:
 
 
 def test_a_file_that_is_made_between_two_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its log is no log without a file, and nobody is told to remove it."""
+    """Its log is no log without a file, and no error says to remove it."""
     look = file._has_log
     others: list[SQLiteStore] = []
 

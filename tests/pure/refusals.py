@@ -1,4 +1,4 @@
-"""How a refusal has to look, whoever refuses.
+"""How a refusal has to look.
 
 Runs on: the test's thread.
 """

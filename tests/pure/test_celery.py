@@ -168,7 +168,7 @@ def test_properties_hold_no_user_text(task: Any) -> None:
 
 
 def _add(*args: Any, **kwargs: Any) -> None:
-    """Stand for a worker's task, which nobody runs here."""
+    """Stand for a worker's task, which does not run here."""
 
 
 def test_a_worker_reads_it(app: Celery) -> None:

@@ -106,7 +106,7 @@ def test_the_scenarios_are_the_documented_ones() -> None:
 
 
 @pytest.mark.parametrize("argv", [["--json", "purge"], ["purge", "id", "--json"]], ids=" ".join)
-def test_nobody_is_asked_where_nobody_could_answer(
+def test_without_a_terminal_there_is_no_question(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a terminal ``purge`` wants --yes: exit code 2, before anything is connected."""
@@ -266,7 +266,7 @@ def test_people_and_programs_read_different_things(capsys: pytest.CaptureFixture
 def test_in_a_file_the_progress_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Where nobody watches, a short run prints no progress at all."""
+    """Without a terminal a short run prints no progress at all."""
     console = output.Console(as_json=False)
     for step in range(100):
         console.progress(step / 100, "text")

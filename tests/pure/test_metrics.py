@@ -180,8 +180,8 @@ def test_buckets_reach_beyond_the_timeouts() -> None:
 
 
 def test_foreign_metric_of_the_same_name(registry: CollectorRegistry) -> None:
-    """A name that somebody else has taken is an error each time, not half a set of families."""
-    Counter("ml_producer_nacks", "somebody else's", registry=registry)
+    """A name that is taken already is an error each time, not half a set of families."""
+    Counter("ml_producer_nacks", "another's", registry=registry)
     for _ in range(2):
         with pytest.raises(ValueError, match="ml_producer_nacks"):
             metrics.meter(registry)
@@ -507,7 +507,7 @@ def what_is_new() -> Iterator[None]:
 
 @pytest.mark.usefixtures("what_is_new")
 def test_dropped_producer(registry: CollectorRegistry, meter: Meter) -> None:
-    """A producer that nobody holds is collected, and shows no more; its counts stay."""
+    """A producer without references is collected, and shows no more; its counts stay."""
     producer = Producer()
     meter.watch(producer)
     producer.set(pending_confirms=7)
@@ -522,7 +522,7 @@ def test_dropped_producer(registry: CollectorRegistry, meter: Meter) -> None:
 
 @pytest.mark.usefixtures("what_is_new")
 def test_dropped_registry() -> None:
-    """A registry that nobody holds is collected, with everything that was counted on it."""
+    """A registry without references is collected, with everything that was counted on it."""
     registry = CollectorRegistry()
     meter = metrics.meter(registry)
     gone = weakref.ref(registry)

@@ -91,7 +91,7 @@ def test_each_alert_says_what_to_do() -> None:
 
 
 def test_rows_of_the_dashboard() -> None:
-    """Its title and rows, in the order in which somebody looks for a fault."""
+    """Its title and rows, in the order in which an operator looks for a fault."""
     assert DASHBOARD["title"] == "ML Producer Monitoring"
     assert [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"] == [
         "Connection",

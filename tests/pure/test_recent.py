@@ -71,7 +71,7 @@ def test_given_back() -> None:
 
 
 def test_samples_are_seconds_apart() -> None:
-    """However often somebody looks, there is one rate a second, and two minutes of them."""
+    """However often it is called, there is one rate a second, and two minutes of them."""
     second = Second()
     for _ in range(270):
         second.now += 0.5
@@ -104,7 +104,7 @@ def test_threads_that_look_at_once() -> None:
 
 
 def test_nothing_in_use() -> None:
-    """A producer that is not in use has no rates, however often and late somebody looks."""
+    """A producer that is not in use has no rates, however often and late it is called."""
     now = 100.0
     recorder = Recorder(lambda: now)
     for _ in range(3):
@@ -153,7 +153,7 @@ def test_bounds() -> None:
 
 
 def test_everything_that_goes_wrong() -> None:
-    """Each event that somebody may have to do something about is remembered; no other is."""
+    """Each event that may need an operator is remembered; no other is."""
     second, loss = Second(), Loss("words")
     sink = second.sink
     sink.connected("b:1")

@@ -183,7 +183,7 @@ def test_a_store_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_given_broker_has_addresses_and_takes_no_orders() -> None:
-    """It is somebody's: the tests may use it, not stop it."""
+    """The tests may use it, but not stop it."""
     broker = GivenBroker("amqp://u:p%40@example.org:5673/v%2Fh")
     assert broker.url == "amqp://u:p%40@example.org:5673/v%2Fh"
     assert broker.url_for("other") == "amqp://u:p%40@example.org:5673/other"

@@ -163,7 +163,7 @@ def test_cancelled(connect: Connect, serve: Serve) -> None:
 
 @pytest.mark.parametrize("retry", [True, False])
 def test_a_deadline_after_it_was_cancelled(connect: Connect, serve: Serve, *, retry: bool) -> None:
-    """It counts as any other: the broker is asked, and what nobody wants any more is not sent."""
+    """It counts as any other: the broker is asked, and what is not wanted any more is not sent."""
     broker = serve(Silent())
     producer = connect(broker)
     assert producer.wait_connected(LIMIT)

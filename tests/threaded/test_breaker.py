@@ -161,7 +161,7 @@ def test_by_the_share_of_attempts(connect: Connect, serve: Serve) -> None:
 
 
 class Refusing(Moody):
-    """Knows nobody."""
+    """Knows no user."""
 
     def on_start_ok(self, connection: FakeConnection, start_ok: Any) -> None:
         """Close, as RabbitMQ does."""
@@ -340,7 +340,7 @@ def test_one_probe_among_a_hundred_threads(connect: Connect, serve: Serve) -> No
 
 
 def test_a_failing_probe_opens_it_again(connect: Connect, serve: Serve) -> None:
-    """For another cooldown; and the next one decides anew."""
+    """For another cooldown; and the next one decides again."""
     mood = Moody("nack")
     broker = serve(mood)
     producer = connect(broker, **TOUCHY, message_retry_base_delay=0.001)

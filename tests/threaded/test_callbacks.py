@@ -1,4 +1,4 @@
-"""Users' callbacks: what they may call, and that they harm nobody.
+"""Users' callbacks: what they may call, and that they harm nothing.
 
 They run on a thread of their own; events are told there, and so are done-callbacks of futures.
 """

@@ -80,7 +80,7 @@ def test_no_handshake(connect: Connect, serve: Serve, where: str, retry: bool) -
 def test_no_broker(
     connect: Connect, serve: Serve, behaviour: Behaviour | None, retry: bool
 ) -> None:
-    """Not AMQP, or nobody there: said at once, with the address, and not as a refusal (1, 3)."""
+    """Not AMQP, or nothing there: said at once, with the address, and not as a refusal (1, 3)."""
     broker = serve(behaviour)
     if behaviour is None:
         broker.stop_listening()
@@ -165,7 +165,7 @@ def kill_loop(producer: MLProducer) -> None:
 
 @pytest.mark.parametrize("retry", [True, False])
 def test_the_io_thread_dies(connect: Connect, serve: Serve, retry: bool) -> None:
-    """Whoever waits is told within a second, and the next publish works (76)."""
+    """Every waiting call is told within a second, and the next publish works (76)."""
     broker = serve(Silent())
     producer = connect(broker)
     background = Background()

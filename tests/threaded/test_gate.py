@@ -133,7 +133,7 @@ def test_the_one_behind_goes_when_a_large_one_gives_up() -> None:
 
 
 def test_quiet() -> None:
-    """Whoever waits until the gate is empty is woken by the last one that leaves, and only then."""
+    """A thread that waits for an empty gate is woken by the last one that leaves, and only then."""
     gate = Gate(2)
     deliveries = [make_delivery(), make_delivery()]
     for delivery in deliveries:
@@ -180,7 +180,7 @@ def test_changes_from_many_threads() -> None:
 
 @pytest.mark.parametrize("limit", [1, 3, 1000])
 def test_lost_wakeups(connect: Connect, serve: Serve, limit: int) -> None:
-    """4 threads and a window of any size: nobody is left waiting (72, 73)."""
+    """4 threads and a window of any size: none is left waiting (72, 73)."""
     broker = serve()
     producer = connect(broker, max_in_flight=limit)
     count = 1000 if limit == 1000 else 100

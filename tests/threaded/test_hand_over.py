@@ -134,7 +134,7 @@ def ids(broker: FakeBroker) -> list[str | None]:
 
 @contextmanager
 def away(broker: FakeBroker) -> Iterator[None]:
-    """Let nobody connect for a while."""
+    """Let no attempt connect for a while."""
     broker.stop_listening()
     yield
     broker.listen_again()

@@ -1,4 +1,4 @@
-"""A token has one holder at a time and starves nobody; a relay lets one through after another."""
+"""A token has one holder at a time and starves none; a relay lets one through after another."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_one_after_another(relay: Relay, reminders: list[None]) -> None:
 
 
 def test_nobody_passes_on(relay: Relay, reminders: list[None]) -> None:
-    """Those behind somebody who is slow are let through by a reminder, and later ones at once."""
+    """Threads behind a slow one are let through by a reminder, and later ones at once."""
     latches = [Latch(), Latch(), Latch()]
     for latch in latches:
         relay.open(latch)
@@ -188,7 +188,7 @@ def test_nobody_passes_on(relay: Relay, reminders: list[None]) -> None:
 
 
 def test_a_relay_of_threads() -> None:
-    """Whoever shows a latch, at whatever moment, gets through; nobody waits for a reminder long."""
+    """A thread that shows a latch, at any moment, gets through; none waits long for a reminder."""
     rounds, workers = 500, 8
     asked: queue.SimpleQueue[Answer] = queue.SimpleQueue()
     reminded, over = threading.Event(), threading.Event()

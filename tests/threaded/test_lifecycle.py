@@ -546,7 +546,7 @@ def test_waits_end_with_close(connect: Connect, store: str, tmp_path: Path) -> N
         background = Background()
         background.call(producer.flush)
         background.call(producer.wait_connected)
-        threading.Event().wait(0.1)  # until they wait, which tells nobody
+        threading.Event().wait(0.1)  # until they wait, which is reported nowhere
         producer.close(0.1)
         left, connected = background.gather()
     assert not connected

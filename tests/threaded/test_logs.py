@@ -19,7 +19,7 @@ from tests.threaded.moods import Moody, events_of
 
 STORM = 2_000
 FEW = 100
-BODY = b"a payload that nobody may read"
+BODY = b"a payload that must not be read"
 SECRET = "wrong-horse-battery"
 
 
@@ -89,7 +89,7 @@ def flap(broker: FakeBroker, producer: MLProducer) -> None:
 
 
 def refuse(broker: FakeBroker, producer: MLProducer) -> None:
-    """Publish while nobody listens."""
+    """Publish while nothing listens."""
     broker.stop_listening()
     broker.wait_for_connections(1, LIMIT)[0].reset()
     publish_all(producer, 500, retry=False)

@@ -374,7 +374,7 @@ def test_import_is_light() -> None:
 
 
 def test_threads_lose_no_count() -> None:
-    """Threads that count at the same time, while somebody adds up, lose nothing."""
+    """Threads that count at the same time, while another adds up, lose nothing."""
     each, burst, tally = 5000, [make_delivery()], Tally()
     sink = Meter(tally).sink()
     start = threading.Barrier(5, timeout=LIMIT)
@@ -429,7 +429,7 @@ def test_duration_counts_from_the_call(
     store: str,
     elsewhere: bool,
 ) -> None:
-    """What waited in a store took as long as its publisher has waited, whoever delivers it."""
+    """What waited in a store took as long as its publisher has waited, in any process."""
     broker = serve()
     broker.stop_listening()
     url = store.format(tmp_path)

@@ -270,7 +270,7 @@ def test_lost_between_write_and_ack(connect: Connect, serve: Serve) -> None:
 
 
 def test_lost_without_retry(connect: Connect, serve: Serve) -> None:
-    """Whoever wants it back gets it, and is told that the broker may have it."""
+    """A caller that wants it back gets it, and is told that the broker may have it."""
     broker = serve(Silent())
     producer = connect(broker)
     future = producer.submit(make_message("m"), retry=False)

@@ -105,7 +105,7 @@ def test_the_documented_backoff() -> None:
 
 
 def test_the_count_starts_over_after_a_confirm(connect: Connect, serve: Serve) -> None:
-    """A connection that has carried a message was stable: the next loss begins the series anew."""
+    """A connection that has carried a message was stable: the next loss begins the series again."""
     broker, dropping = serve_dropping(serve)
     producer = connect(broker, **DELAYS, max_reconnect_attempts=100)
     producer.start()
@@ -151,7 +151,7 @@ REVIVALS: dict[str, Callable[[MLProducer], object]] = {
 
 @pytest.mark.parametrize("way", REVIVALS)
 def test_gave_up_and_revived(connect: Connect, serve: Serve, way: str) -> None:
-    """After ten attempts nothing is tried until somebody asks; then the series begins anew (19)."""
+    """After ten attempts nothing is tried until a call; then the series begins again (19)."""
     broker, dropping = serve_dropping(serve)
     producer = connect(
         broker,
@@ -290,7 +290,7 @@ def broken(connect: Connect, serve: Serve) -> Iterator[tuple[MLProducer, Callabl
 
 @contextmanager
 def gave_up(connect: Connect, serve: Serve) -> Iterator[tuple[MLProducer, Callable[[], None]]]:
-    """A broker that nobody tries any more."""
+    """A broker that is not tried any more."""
     broker = serve(Moody())
     broker.stop_listening()
     producer = connect(broker, max_reconnect_attempts=1)

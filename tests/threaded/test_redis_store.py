@@ -196,7 +196,7 @@ def test_large_messages_are_claimed_a_part_at_a_time(connect: Open) -> None:
 
 
 def test_a_renewed_claim_lasts(redis_server: RedisServer, prefix: str, connect: Open) -> None:
-    """Whoever renews in time keeps its row for longer than one lease, and so does its count."""
+    """An owner that renews in time keeps a row for more than one lease, and so does its count."""
     store, other = connect(lease=HOUR), connect()
     claims = store.put([Entry(Record(make_envelope("a")), ahead=True)], 1.0)
 
@@ -301,7 +301,7 @@ def test_an_unreadable_row_is_put_aside_and_the_others_go_on(
     spoil: Callable[..., object],
     dead: bool,
 ) -> None:
-    """It is logged by key alone, counted no more, and kept for whoever looks at it."""
+    """It is logged by key alone, counted no more, and kept to be looked at."""
     store = connect()
     entries = [Entry(Record(make_envelope(name), dead=dead), 0.0) for name in ("a", "b", "c")]
     _, bad, _ = store.put(entries, 1.0)
@@ -317,7 +317,7 @@ def test_an_unreadable_row_is_put_aside_and_the_others_go_on(
 def test_a_name_that_no_row_has_is_put_aside(
     redis_server: RedisServer, prefix: str, connect: Open
 ) -> None:
-    """Whatever somebody else has put among the due rows holds up nothing."""
+    """Whatever else is among the due rows holds up nothing."""
     store = connect()
     store.put(waiting("a"), 1.0)
     redis_server.call("ZADD", f"{prefix}{{store}}:due", 1, "nan")

@@ -44,7 +44,7 @@ def test_what_cannot_be_encoded_is_refused(url: str) -> None:
 
 
 def test_what_the_url_does_not_say_has_a_default() -> None:
-    """Port 6379, database 0, nobody's name, no TLS; the store's own arguments stand."""
+    """Port 6379, database 0, no user, no TLS; the store's own arguments stand."""
     address = parse("redis://[::1]")
     assert (address.nodes, address.database) == ((("::1", 6379),), 0)
     assert (address.user, address.password, address.tls) == (None, None, False)
@@ -92,7 +92,7 @@ def test_a_missing_certificate_file_is_named(option: str) -> None:
 
 
 def test_tls_without_a_check_is_loud(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever switches the certificate check off reads so in the log."""
+    """That the certificate check is off is in the log."""
     assert not parse("rediss://localhost/?ssl_cert_reqs=none").verify
     assert [each.levelno for each in caplog.records] == [logging.WARNING]
     assert "without certificate check" in caplog.text

@@ -187,7 +187,7 @@ def test_a_name_server_that_does_not_answer(connect: Connect, serve: Serve, name
 
 
 def test_closing_waits_for_no_look_up(connect: Connect, names: Names) -> None:
-    """A name server that does not answer holds nobody up at the end."""
+    """A name server that does not answer does not hold up the end."""
     asked, stuck = threading.Event(), threading.Event()
 
     def look_up() -> list[Any]:
@@ -431,7 +431,7 @@ def test_after_530_the_ordinary_backoff(connect: Connect, serve: Serve) -> None:
 def test_all_else_in_the_handshake_is_transient(
     connect: Connect, serve: Serve, code: int, at: str
 ) -> None:
-    """A node that starts, or lacks resources, refuses nobody, whatever its words."""
+    """A node that starts, or lacks resources, is no refusal, whatever its words."""
 
     class Busy(Behaviour):
         def on_start_ok(self, connection: FakeConnection, start_ok: Any) -> None:
@@ -467,7 +467,7 @@ SLOW: dict[str, float] = {"reconnect_initial_delay": 0.5, "reconnect_max_delay":
 
 
 def test_after_gave_up_an_attempt_now_and_then(connect: Connect, serve: Serve) -> None:
-    """What waits is delivered although nobody calls: a readiness probe keeps callers away."""
+    """What waits is delivered although there is no call: a readiness probe keeps callers away."""
     broker = serve()
     broker.stop_listening()
     producer = connect(broker, max_reconnect_attempts=2, gave_up_interval=0.2, **SLOW)

@@ -153,7 +153,7 @@ def test_a_policy_of_ones_own(connect: Connect, serve: Serve) -> None:
 
 
 def test_a_policy_outlives_its_process(serve: Serve, tmp_path: Path) -> None:
-    """It is in the row: whoever takes the message over tries it as often."""
+    """It is in the row: a process that takes the message over tries it as often."""
     broker = serve()
     broker.stop_listening()
     store = {"store_url": f"sqlite:///{tmp_path}/store.db", "store_lease": 5.0}

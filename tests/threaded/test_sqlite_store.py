@@ -98,7 +98,7 @@ def test_the_last_that_closes_leaves_one_file(path: Path, connect: Open) -> None
 
 
 def test_an_old_sqlite_is_told(connect: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever has one reads what is missing."""
+    """The error says what is missing."""
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 32, 3))
     with pytest.raises(StoreError, match=r"needs SQLite 3\.33"):
         connect().depth()
@@ -122,7 +122,7 @@ def test_a_call_has_few_statements_however_many_rows(
     connect: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each statement may wait for the interpreter's lock, so none of them is for one row."""
-    monkeypatch.setattr(database, "LOOK", 3600.0)  # whoever else is there is asked at intervals
+    monkeypatch.setattr(database, "LOOK", 3600.0)  # other processes are asked at intervals
     store = connect()
     said = trace(store)
 

@@ -522,7 +522,7 @@ def test_a_backlog_takes_no_memory(
     assert producer.status().retry_queue_size == 500
 
 
-# --- without anybody who looks -----------------------------------------------------------------
+# --- without a reader of spans -----------------------------------------------------------------
 
 
 def test_not_sampled(

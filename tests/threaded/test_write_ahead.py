@@ -44,7 +44,7 @@ class Lasting(MemoryStore):
         self.deleted = 0
 
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
-        """Store, once it may; what nobody wants any more by then is left out."""
+        """Store, once it may; what is not wanted any more by then is left out."""
         assert self.may_write.wait(LIMIT)
         if self.broken:
             raise StoreError("the store is broken")

@@ -484,7 +484,7 @@ def test_port_taken(connect: Connect, serve: Serve) -> None:
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
 @pytest.mark.parametrize("fork", [os.fork, ctypes.PyDLL(None).fork], ids=["python", "c"])
 def test_forked_child(connect: Connect, serve: Serve, fork: Callable[[], int]) -> None:
-    """Once a parent has closed its server nobody listens, also where no hook ran in a child."""
+    """Once a parent has closed its server nothing listens, also where no hook ran in a child."""
     producer = producer_started(connect(serve()))
     with serve_on_loopback(producer) as server:
         child = fork()
@@ -524,7 +524,7 @@ def test_bad_port(connect: Connect, serve: Serve, port: Any) -> None:
 
 
 def test_slow_clients(connect: Connect, serve: Serve) -> None:
-    """Clients that say nothing, or a byte now and then, hold up nobody."""
+    """Clients that say nothing, or a byte now and then, hold up no other client."""
     producer = producer_started(connect(serve()))
     before = set(threading.enumerate())
     with serve_on_loopback(producer) as server, ExitStack() as clients:

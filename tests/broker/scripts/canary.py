@@ -1,4 +1,4 @@
-"""Goes through failures with secrets in every place, and shows all that anybody might print.
+"""Goes through failures with secrets in every place, and shows all that a program might print.
 
 The secrets come from the environment, since a traceback shows the lines of this file.
 """

@@ -1,4 +1,4 @@
-"""A publisher whose wall clock is moved by whoever started it.
+"""A publisher whose wall clock is moved by the process that started it.
 
 Takes a line of JSON, ``{"publish": n}``, ``{"flush": seconds}`` or ``{"now": null}``, and answers
 with one.

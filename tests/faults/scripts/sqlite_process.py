@@ -8,7 +8,7 @@
 - ``claim``: claims a row, and says so; then, at each line that it reads, tries what it may do.
 - ``fork``: forks while another thread writes; says how the children fared.
 - ``fork-new``: forks while another thread opens, uses and closes one store after another.
-- ``refuse``: forks without waiting for the thread that opens the file, which somebody has locked.
+- ``refuse``: forks without waiting for the thread that opens the file, which another has locked.
 - ``inherit``: says what a child holds of locks, and of its parent's claims.
 """
 
@@ -172,7 +172,7 @@ def _fork_beside(store: SQLiteStore, work: Callable[[], None]) -> None:
 
 
 def refuse(store: SQLiteStore) -> None:
-    """Fork once, as somebody has to who has waited long enough for the opening."""
+    """Fork once, without waiting any longer for the opening."""
     database.FORK_WAIT, database.WAIT = 0.0, PATIENCE
     thread = threading.Thread(target=lambda: say({"depth": store.depth().waiting}))
     thread.start()
