@@ -71,6 +71,10 @@ class Gate:
         """Whether it is worth while to look for messages that wait for a retry."""
         return 2 * self.room() >= (self._reserved if self._queue else self._limit)
 
+    def spare(self) -> int:
+        """How many stored messages may be fetched for when there is room; none if others wait."""
+        return 0 if self._queue else self._limit // 2
+
     def inside(self) -> list[Delivery]:
         """Give the deliveries that are inside now; without the lock, for signal handlers."""
         return list(self._inside)

@@ -67,6 +67,8 @@ class RetryWorker:
         self._lock = threading.Lock()
         self._watch: Callable[[], None] | None = None
         self._woken = False
+        self._claims_ahead = hasattr(store, "claim_ahead")
+        self._ahead_since: tuple[float, float] | None = None
 
     @property
     def depth(self) -> Depth:
@@ -223,11 +225,20 @@ class RetryWorker:
         ready = {owner: owner.ready() for owner in self._store_writer.owners}
         able = sum(ready.values())
         if able == 0:
+            self._give_back()
             return
         now, epoch = time.monotonic(), wall_clock()
+        if self._ahead_since is not None:
+            if now - self._ahead_since[0] > self._store.lease / 3:
+                self._give_back()
+            else:  # the leases began then
+                now, epoch = self._ahead_since
         # One also where the window is full, and stays so while publishers wait for it: if there is
         # one that is due, a part of the window is left to such.
-        rows = self._store.claim(max(1, min(able, self._gate.room())))
+        limit = max(1, min(able, self._gate.room()))
+        rows = self._store.claim(limit)
+        if len(rows) < limit:
+            self._ahead_since = None  # nothing is left of it
         self.hurries = bool(rows)
         self._gate.share(backlog=self.hurries)
         taken = []
@@ -244,6 +255,27 @@ class RetryWorker:
                 self.hurries = True
                 self._store_writer.order(Note(delivery, row.record, 0.0, first=False))
         self._hand_out(taken, ready)
+        self._claim_ahead(len(rows), able - len(taken))
+
+    def _claim_ahead(self, found: int, able: int) -> None:
+        """Have the store claim, while these are sent, what is sent next, if there is a backlog.
+
+        Not while a receipt of this process waits for a row: what became of it could then be told
+        only when the row is taken from the store.
+
+        :param found: how many were due just now
+        """
+        wanted = min(able, self._gate.spare())
+        if self._claims_ahead and 0 < wanted <= 2 * found and not self.stored_rows.waits:
+            since = time.monotonic(), wall_clock()
+            if self._store.claim_ahead(wanted):  # type: ignore[attr-defined]
+                self._ahead_since = since
+
+    def _give_back(self) -> None:
+        """Let others have what was claimed ahead, as long as nothing can be sent here."""
+        if self._ahead_since is not None:
+            self._store.give_back()  # type: ignore[attr-defined]
+            self._ahead_since = None
 
     def _hand_out(self, deliveries: Sequence[Delivery], ready: dict[Owner, int]) -> None:
         """Divide messages among the connections that can carry them.

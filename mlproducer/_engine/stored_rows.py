@@ -71,6 +71,11 @@ class StoredRows:
         self.astray: dict[Delivery, Astray] = {}
         self.rowless: dict[Delivery, Put] = {}
 
+    @property
+    def waits(self) -> bool:
+        """Whether a receipt or future of this process waits for a row that nobody has."""
+        return bool(self._last)
+
     def has_row(self, delivery: Delivery) -> bool:
         """Whether its row is there, and this process's."""
         return delivery in self.claims

@@ -236,6 +236,34 @@ def test_publishers_deadlines_hold(mortal: PostgreSQLServer, url: str) -> None:
         assert [each.body for each in broker.messages] == [b"before", b"after"]
 
 
+def test_a_claim_that_was_begun_is_given_up(
+    mortal: PostgreSQLServer, store: PostgreSQLStore
+) -> None:
+    """The next call waits for it, in time; it has claimed nothing then (143)."""
+    store.put([entry("a", 0.0), entry("b", 0.0)], PATIENCE)
+    store.depth()
+    with mortal.frozen():
+        assert store.claim_ahead(10)
+        with raising(store, "did not answer in time"):
+            store.depth()
+    until(lambda: _answers(store))
+    assert ids(store.claim(10)) == ["a", "b"]
+    assert store.depth() == Depth(2, 0)
+
+
+def test_a_claim_that_was_begun_when_the_session_ended(
+    mortal: PostgreSQLServer, store: PostgreSQLStore
+) -> None:
+    """What it had claimed is due again, and not in doubt."""
+    store.put([entry("a", 0.0), entry("b", 0.0)], PATIENCE)
+    assert store.claim_ahead(10)
+    mortal.end_sessions()
+    until(lambda: _answers(store))
+    rows = store.claim(10)
+    assert ids(rows) == ["a", "b"]
+    assert not any(row.record.doubtful for row in rows)
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 

@@ -13,17 +13,18 @@ from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.retry_worker import RetryWorker
-from mlproducer._engine.stored_rows import record_of
+from mlproducer._engine.stored_rows import SAFETY, record_of
 from mlproducer._fate import Fate
 from mlproducer.errors import PublishError, StoreError
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import RetryPolicy
 from mlproducer.stores.memory import MemoryStore
-from mlproducer.stores.protocol import Claim, Depth
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row
 from tests.helpers import make_delivery
 from tests.pure.witnesses import Clock
 
 STEP = 0.25
+LEASE = 30.0
 
 
 class Owner:
@@ -38,9 +39,11 @@ class Owner:
         method()
         return True
 
+    able = 1000
+
     def ready(self) -> int:
-        """Many."""
-        return 1000
+        """Many, unless it was told otherwise."""
+        return self.able
 
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Note them."""
@@ -58,13 +61,38 @@ class Owner:
         self.refused += [delivery for delivery, _ in refusals]
 
 
+class ClaimsAhead(MemoryStore):
+    """A store that can be told to claim what is wanted next."""
+
+    durable = True  # others may want the rows
+    lease = LEASE
+    ahead: Sequence[Row] = ()
+
+    def claim_ahead(self, limit: int) -> bool:
+        """Claim it now."""
+        if self.ahead:
+            return False
+        self.ahead = super().claim(limit)
+        return True
+
+    def claim(self, limit: int) -> list[Row]:
+        """Return that first."""
+        claimed, self.ahead = list(self.ahead[:limit]), self.ahead[limit:]
+        return claimed or super().claim(limit)
+
+    def give_back(self) -> None:
+        """Release it."""
+        self.release([Change(row.claim, row.record, 0.0) for row in self.ahead])
+        self.ahead = ()
+
+
 class Bench:
     """A retry worker with a fake clock."""
 
-    def __init__(self, rows: int = 10) -> None:
+    def __init__(self, rows: int = 10, kind: type[MemoryStore] = MemoryStore) -> None:
         self.clock = Clock()
         self.owner = Owner()
-        self.store = MemoryStore(rows, clock=self.clock.monotonic)
+        self.store = kind(rows, clock=self.clock.monotonic)
         self.retry_worker = RetryWorker(self.store, Gate(10), Backoff(1.0, 10.0), 1.0, EventSink())
         self.retry_worker.serve([self.owner], lambda: None)  # type: ignore[list-item]
 
@@ -219,3 +247,70 @@ def test_a_row_counts_the_attempts_that_use_up_retries() -> None:
     assert record_of(delivery, 0.0).attempts == 1
     delivery.dead = True
     assert record_of(delivery, 0.0).attempts == 9
+
+
+# --- claiming ahead ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backlog(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A retry worker whose window has room for 10 of the 30 rows that another process left."""
+    bench = Bench(30, ClaimsAhead)
+    monkeypatch.setattr(module, "time", bench.clock)
+    entries = [Entry(record_of(make_delivery(), 0.0), 0.0) for _ in range(30)]
+    bench.store.put(entries, 1.0)
+    return bench
+
+
+def test_half_a_window_is_claimed_ahead(backlog: Bench) -> None:
+    """It goes out when there is room, before anything else, and in the order of the rows."""
+    assert isinstance(backlog.store, ClaimsAhead)
+    sent = backlog.owner.readmitted
+    for known, ahead in [(10, 5), (15, 5), (20, 5)]:
+        backlog.retry_worker.sweep()
+        assert (len(sent), len(backlog.store.ahead)) == (known, ahead)
+        backlog.retry_worker._gate.leave(sent)
+    keys = [backlog.retry_worker.stored_rows.claims[delivery].key for delivery in sent]
+    assert keys == sorted(keys)
+
+
+def test_what_was_claimed_ahead_waits_for_room(backlog: Bench) -> None:
+    """No more of it is taken than can go out."""
+    assert isinstance(backlog.store, ClaimsAhead)
+    sent = backlog.owner.readmitted
+    backlog.retry_worker.sweep()
+    backlog.retry_worker._gate.leave(sent[:2])
+    backlog.retry_worker.sweep()
+    assert (len(sent), len(backlog.store.ahead)) == (12, 3)
+
+
+def test_what_was_claimed_ahead_is_given_back(backlog: Bench) -> None:
+    """To others, where nothing can be sent here."""
+    assert isinstance(backlog.store, ClaimsAhead)
+    backlog.retry_worker.sweep()
+    backlog.owner.able = 0
+    backlog.retry_worker.sweep()
+    assert backlog.store.ahead == ()
+    assert len(backlog.store.claim(30)) == 20
+
+
+@pytest.mark.parametrize(("waited", "begins"), [(LEASE / 4, 0.0), (LEASE / 2, LEASE / 2)])
+def test_a_lease_begins_when_its_row_was_claimed(
+    backlog: Bench, waited: float, begins: float
+) -> None:
+    """What was claimed ahead a third of a lease ago is claimed once more."""
+    worker, sent, begun = backlog.retry_worker, backlog.owner.readmitted, backlog.clock.now
+    worker.sweep()
+    worker._gate.leave(sent)
+    backlog.clock.now += waited
+    worker.sweep()
+    assert sent[10].leased_until == begun + begins + LEASE * SAFETY
+
+
+def test_nothing_is_claimed_ahead_for_a_few(backlog: Bench) -> None:
+    """Where less than a quarter of the window was due, there is no backlog."""
+    assert isinstance(backlog.store, ClaimsAhead)
+    backlog.store.claim(28)
+    backlog.retry_worker.sweep()
+    assert len(backlog.owner.readmitted) == 2
+    assert backlog.store.ahead == ()

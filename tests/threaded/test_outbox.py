@@ -29,10 +29,10 @@ from mlproducer.errors import (
     StoreError,
 )
 from mlproducer.stores.postgres import PostgreSQLStore
-from mlproducer.stores.protocol import Claim, Entry
+from mlproducer.stores.protocol import Claim, Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
-from tests.helpers import LIMIT
+from tests.helpers import LIMIT, make_envelope
 from tests.threaded.conftest import Connect, Serve
 
 
@@ -261,6 +261,41 @@ def test_without_a_producer_that_runs(connect: Connect, url: str, connection: An
         assert store.depth().waiting == 1
         assert store.backlog[0] == 1
         assert 0 < store.backlog[1] < LIMIT
+
+
+def test_rows_that_were_claimed_ahead(url: str) -> None:
+    """They come next, are nobody else's, and go back without a doubt when the store is closed."""
+    with closing(PostgreSQLStore(url)) as first, closing(PostgreSQLStore(url)) as second:
+        first.put([Entry(Record(make_envelope(f"m{n}")), 0.0) for n in range(6)], LIMIT)
+        assert first.claim_ahead(3)
+        assert [each.record.envelope.message_id for each in first.claim(2)] == ["m0", "m1"]
+        assert not first.claim_ahead(3)
+        assert [each.record.envelope.message_id for each in second.claim(1)] == ["m3"]
+        first.give_back()
+        assert first.claim_ahead(1)
+        first.close()
+        rows = second.claim(10)
+        assert [(each.record.envelope.message_id, each.record.doubtful) for each in rows] == [
+            ("m0", True),
+            ("m1", True),
+            ("m2", False),
+            ("m4", False),
+            ("m5", False),
+        ]
+
+
+def test_a_backlog_is_claimed_ahead(
+    connect: Connect, broker: FakeBroker, connection: Any, url: str
+) -> None:
+    """Each row goes out once, in the order of the rows; none of it stays claimed."""
+    waiting = connect(broker, store_url=url)
+    names = [f"m{n}" for n in range(2500)]
+    for name in names:
+        outbox.add(connection, message(name), producer=waiting)
+    connection.commit()
+    waiting.start()
+    assert waiting.flush(LIMIT) == 0
+    assert bodies(broker, len(names)) == [name.encode() for name in names]
 
 
 # --- through SQLAlchemy --------------------------------------------------------------------------

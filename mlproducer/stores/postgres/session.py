@@ -99,17 +99,39 @@ class _Connection(psycopg.Connection[Any]):
     """
 
     deadline = math.inf
+    only_sends = False
+    """Have `wait` return once all is sent; `answer` waits for the rest."""
+    _asked: tuple[Any, int] | None = None
 
     def wait(self, gen: Any, *_arguments: Any, **_options: Any) -> Any:
         """Run one of psycopg's generators."""
-        return _drive(gen, self.pgconn.socket, self.deadline)
+        if not self.only_sends:
+            return _drive(gen, self.pgconn.socket, self.deadline)
+        wanted = _drive(gen, self.pgconn.socket, self.deadline, until_sent=True)
+        self._asked = None if wanted is None else (gen, wanted)
+        return None
+
+    def answer(self) -> None:
+        """Run the rest of what was sent."""
+        if self._asked is not None:
+            (gen, wanted), self._asked = self._asked, None
+            _drive(gen, self.pgconn.socket, self.deadline, wanted)
 
 
-def _drive(gen: Any, descriptor: int, deadline: float) -> Any:
-    """Poll for what a generator waits for, and tell it, until it returns."""
+def _drive(
+    gen: Any, descriptor: int, deadline: float, wanted: Any = None, *, until_sent: bool = False
+) -> Any:
+    """Poll for what a generator waits for, and tell it, until it returns.
+
+    :param wanted: what it waits for already; ``None``: it has not begun
+    :param until_sent: or until it waits only for an answer; then this returns what it waits for
+    """
     try:
-        wanted = next(gen)
+        if wanted is None:
+            wanted = next(gen)
         while True:
+            if until_sent and wanted == waiting.WAIT_R:
+                return wanted
             if isinstance(wanted, tuple):  # connect() tries several addresses, a socket for each
                 descriptor, wanted = wanted
             poll = select.poll()
@@ -192,6 +214,7 @@ class Session:
     def __init__(self, address: PostgreSQLAddress) -> None:
         self._address = address
         self._connection: _Connection | None = None
+        self._begun: psycopg.Cursor[Any] | None = None
         self._ahead = 0.0
         self._trusted_until = 0.0
 
@@ -254,8 +277,55 @@ class Session:
                 break
         raise failure
 
+    def begin(self, statement: str, values: Mapping[str, Any], limit: float = TIMEOUT) -> None:
+        """Send a statement without waiting for its rows, which `finish` returns.
+
+        No other statement can be run before that.
+
+        :raises StoreError: it cannot be sent
+        """
+        connection = self._connection
+        try:
+            if connection is None:
+                raise psycopg.OperationalError("no connection")
+            connection.deadline = time.monotonic() + limit
+            self._begun = connection.cursor(binary=True)
+            connection.only_sends = True
+            self._begun.execute(statement, values)
+            connection.only_sends = False
+        except FOREIGN as error:
+            failure = self.failure(error)
+        else:
+            return
+        self.drop()
+        raise failure
+
+    def finish(self, limit: float = TIMEOUT) -> list[tuple[Any, ...]]:
+        """Return the rows of what was begun; none where it conflicts with another transaction.
+
+        :param limit: seconds from now
+        :raises StoreError: the statement failed, or there was no answer in time
+        """
+        connection, cursor, self._begun = self._connection, self._begun, None
+        try:
+            if connection is None or cursor is None:
+                raise psycopg.OperationalError("no connection")
+            connection.deadline = time.monotonic() + limit
+            with cursor:
+                connection.answer()
+                return cursor.fetchall()
+        except (sqlstates.SerializationFailure, sqlstates.DeadlockDetected):
+            return []
+        except FOREIGN as error:
+            if isinstance(error, SilentError):
+                self._cancel()
+            failure = self.failure(error)
+        self.drop()
+        raise failure
+
     def drop(self) -> None:
         """Close the connection."""
+        self._begun = None
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()

@@ -36,7 +36,7 @@ FORGET = 10.0
 COUNTING = 0.02
 """The share of the time that may be spent on counting rows, once there are `MANY`."""
 
-MANY = 10_000
+MANY = 2_000
 """Up to this number rows are counted at each call of `depth`."""
 
 _STEP_BITS = 40
@@ -103,6 +103,8 @@ class PostgreSQLStore(StoreOnServer):
         self._forget_at = 0.0
         self._count_at = 0.0
         self._counted = Depth()
+        self._claiming = False
+        self._claimed: list[Row] = []
         self.backlog = (0, 0.0)
 
     def __repr__(self) -> str:
@@ -172,13 +174,42 @@ class PostgreSQLStore(StoreOnServer):
         return [_fate(claim, *each) for claim, each in zip(claims, found, strict=True)]
 
     def claim(self, limit: int) -> list[Row]:
-        """Claim due rows, at most 16 MiB of them; fewer than ``limit`` may be only a part."""
+        """Claim due rows, at most 16 MiB of them; fewer than ``limit`` may be only a part.
+
+        What `claim_ahead` has claimed is returned first, and alone.
+        """
         if limit <= 0:
             return []
         self._get_ready()
+        if self._claimed:
+            claimed, self._claimed = self._claimed[:limit], self._claimed[limit:]
+            return claimed
         self._run(self._sql.ripen, {})
-        values = {"limit": limit, "room": ROOM, "step": _step()}
-        return self._read(self._change(self._sql.claim, self._sql.undo_claim, values))
+        return self._read(self._change(self._sql.claim, self._sql.undo_claim, _claiming(limit)))
+
+    def claim_ahead(self, limit: int) -> bool:
+        """Begin to claim rows that `claim` returns next; PostgreSQL works on it meanwhile.
+
+        Their leases begin after this was called. `give_back` releases what is not wanted.
+
+        :returns: false if `claim` has not returned yet all that was claimed ahead before
+        """
+        self._get_ready()
+        if self._claimed:
+            return False
+        number = self._next_call(self._sql.undo_claim)
+        latest = self._connection.server_time(time.monotonic() + TIMEOUT)
+        values = {**self._common(), **_claiming(limit), "call": number, "latest": latest}
+        self._connection.begin(self._sql.claim, values)
+        self._claiming = True
+        return True
+
+    def give_back(self) -> None:
+        """Make rows due again that were claimed ahead and that `claim` has not returned."""
+        self._get_ready()
+        if self._claimed:
+            self._free([(row.claim, 0.0) for row in self._claimed])
+            self._claimed = []
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
         """Return dead letters, at most 16 MiB of them; only an empty list is the end."""
@@ -213,7 +244,7 @@ class PostgreSQLStore(StoreOnServer):
         self._leave_parent()
         try:
             if self._number:
-                self._get_ready()
+                self.give_back()
                 self._run(self._sql.close, {})
                 self._me, self._number = _new_owner(self.lease), 0
         finally:
@@ -232,6 +263,16 @@ class PostgreSQLStore(StoreOnServer):
         return Listener(self.address, wake)
 
     # --- calls ---------------------------------------------------------------------------------
+
+    def _get_ready(self) -> None:
+        self._leave_parent()
+        if self._claiming:
+            # Once only: a claim without an answer is undone, as any other call is.
+            self._claiming = False
+            found = self._connection.finish()
+            self._answered()
+            self._claimed = self._read(found)
+        super()._get_ready()
 
     def _undo(self, call: Call) -> None:
         # The server may still be running the call. It holds a shared lock until it has ended.
@@ -270,8 +311,10 @@ class PostgreSQLStore(StoreOnServer):
     def _run(
         self, statement: str, values: dict[str, Any], limit: float = TIMEOUT
     ) -> list[tuple[Any, ...]]:
-        common = {"me": self._me, "lease": float(self.lease), "horizon": float(self._horizon)}
-        return self._connection.run(statement, {**common, **values}, limit)
+        return self._connection.run(statement, {**self._common(), **values}, limit)
+
+    def _common(self) -> dict[str, Any]:
+        return {"me": self._me, "lease": float(self.lease), "horizon": float(self._horizon)}
 
     def _read(self, rows: Iterable[Sequence[Any]]) -> list[Row]:
         """Return the rows that can be read, by key, and put the others aside."""
@@ -308,6 +351,10 @@ def _step() -> int:
     Random, so that a table that was put back to an earlier state never has the same tokens again.
     """
     return 1 + 2 * secrets.randbits(_STEP_BITS)
+
+
+def _claiming(limit: int) -> dict[str, int]:
+    return {"limit": limit, "room": ROOM, "step": _step()}
 
 
 def _time_for(records: Iterable[Record]) -> float:
