@@ -91,8 +91,7 @@ def _hand_back(channel: BlockingChannel, count: int) -> None:
 
 
 def _take(channel: BlockingChannel, tags: list[int]) -> int:
-    method, _, _ = channel.basic_get(EMBED)
-    if method is not None:
+    while (method := channel.basic_get(EMBED)[0]) is not None:
         tags.append(method.delivery_tag)
     return len(tags)
 

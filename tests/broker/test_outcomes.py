@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import NoneType
 
@@ -117,9 +116,7 @@ def test_a_killed_broker(
     """
     producer = connect()
     assert producer.publish(message("before")).confirmed
-    # A node that is killed forgets quorum queues that it has just been told of: its register of
-    # them (ra's names.dets) is written half a second later. They come back, and confirm nothing.
-    time.sleep(1.0)
+    mortal_node.save_queues()  # they were declared a moment ago
     mortal_node.freeze()
     kept = [producer.submit(message(f"kept {n}")) for n in range(50)]
     back = [producer.submit(message(f"given back {n}"), retry=False) for n in range(50)]
