@@ -135,13 +135,13 @@ def stop_waiting(engine: Engine, delivery: Delivery) -> tuple[Receipt | PublishE
     error.possibly_sent = True
     if delivery.retry:
         successor = Fate()
-        if delivery.leave(successor):
+        if delivery.stop_waiting(successor):
             elapsed = time.monotonic() - delivery.started
             message_id = delivery.envelope.message_id
             return Receipt(message_id, delivery.attempts, elapsed, False, error, successor), True
     else:
         delivery.recall()
-        if delivery.leave(NO_WAITER):
+        if delivery.stop_waiting(NO_WAITER):
             return error, True
     return error, False
 

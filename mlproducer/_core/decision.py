@@ -26,9 +26,9 @@ UNBOUNDED = (CircuitOpenError, AuthenticationError)
 class Decision(enum.Enum):
     """What is to be done with a message whose attempt failed."""
 
-    KEEP = enum.auto()
-    GIVE_BACK = enum.auto()
-    BURY = enum.auto()
+    DEFER = enum.auto()
+    FAIL = enum.auto()
+    DEAD_LETTER = enum.auto()
 
 
 def decide(
@@ -37,19 +37,19 @@ def decide(
     """Judge one failure.
 
     :param retry: the library may keep the message; false where the publisher wants it back
-    :param owned: it has promised to: a message that is ours never goes back, it is dead-lettered
-        where no later attempt can succeed
+    :param owned: its publisher relies on it: a message that is ours never fails, it is
+        dead-lettered where no later attempt can succeed
     :param exhausted: the last retry was used up
     :param durable: the store survives the process; only such a one takes messages while the
         breaker is open or the credentials are wrong, since that may last
     """
     if not retry:
-        return Decision.GIVE_BACK
+        return Decision.FAIL
     if owned:
-        return Decision.BURY if exhausted or error.permanent else Decision.KEEP
+        return Decision.DEAD_LETTER if exhausted or error.permanent else Decision.DEFER
     if not error.deferrable or (isinstance(error, UNBOUNDED) and not durable):
-        return Decision.GIVE_BACK
-    return Decision.BURY if exhausted else Decision.KEEP
+        return Decision.FAIL
+    return Decision.DEAD_LETTER if exhausted else Decision.DEFER
 
 
 def accuses(reply_code: int) -> bool:

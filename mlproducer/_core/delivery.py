@@ -71,18 +71,18 @@ class NoWaiter:
     """Waits for the fate of a message whose publisher is in another process, or gone."""
 
     def set_running_or_notify_cancel(self) -> bool:
-        """Nobody withdraws it."""
+        """Return true: it cannot be withdrawn."""
         return True
 
     def cancel(self) -> bool:
-        """It is taken over."""
+        """Return false: it is taken over."""
         return False
 
     def set_result(self, result: Receipt, /) -> None:
-        """Tell nobody."""
+        """Do nothing: no one waits."""
 
     def set_exception(self, exception: PublishError, /) -> None:
-        """Tell nobody."""
+        """Do nothing: no one waits."""
 
 
 class Delivery:
@@ -195,7 +195,7 @@ class Delivery:
         first_failed: float = 0.0,
         fate: Waiter | None = None,
     ) -> Delivery:
-        """Return the delivery of a message that is a row of the store, whoever wrote it.
+        """Return the delivery of a message that is a row of the store, of this process or another.
 
         :param fate: what waits for its end; ``None``: nothing in this process
         """
@@ -351,23 +351,25 @@ class Delivery:
 
     # --- who speaks first ----------------------------------------------------------------------
 
-    def leave(self, successor: Waiter) -> bool:
+    def stop_waiting(self, successor: Waiter) -> bool:
         """End a publisher's wait although the I/O thread has not answered; on its own thread.
 
         :param successor: gets the answer if it comes
         :returns: false if the I/O thread is about to answer; then that is the answer
         """
-        self.successor = successor  # before the token goes, so that whoever misses it finds this
+        self.successor = (
+            successor  # before the token goes, so that the thread that misses it finds this
+        )
         return self._speak_first()
 
     @property
-    def promised(self) -> bool:
+    def relied_on(self) -> bool:
         """Whether its publisher has been told, or has told itself, that the message is ours."""
         told = self.fate or self.successor
         return told is not self.waiter and isinstance(told, Fate)
 
     def may_fail(self) -> bool:
-        """Take the right to say that it is the publisher's; false where it was promised."""
+        """Take the right to say that it is the publisher's; false where that relies on us."""
         listener = self._listener()
         return listener is self.waiter or not isinstance(listener, Fate)
 

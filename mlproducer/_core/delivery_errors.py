@@ -33,7 +33,7 @@ def failure(kind: type[E], delivery: Delivery, text: str, /, **facts: Any) -> E:
 
 
 def silent_store(delivery: Delivery, name: str) -> StoreError:
-    """Make the error of a message that a store has not taken, or not let go of, in time."""
+    """Make the error of a message that a store has not taken, or not deleted, in time."""
     return failure(StoreError, delivery, f"the store has not answered in time: {name}")
 
 

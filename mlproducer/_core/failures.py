@@ -1,8 +1,8 @@
-"""Where failures are judged: kept for a retry, given back, or buried. Each comes through here.
+"""Where failures are judged: deferred, failed, or dead-lettered. Each comes through here.
 
 What is said to a publisher waits until the store has done its part: a message is ours once it is
-stored, and the publisher's once its row is gone. What is *owed* to a publisher is said instead
-where the store has no answer in time.
+stored, and the publisher's once its row is gone. Where the store has no answer in time,
+it is said without one.
 
 Runs on: the I/O thread, its only owner.
 """
@@ -26,13 +26,13 @@ from mlproducer._core.delivery_states import (
     RowEvent,
     RowState,
 )
-from mlproducer._core.interfaces import DeadLetterMaker, Door, Events, RetryWorker
+from mlproducer._core.interfaces import DeadLetterMaker, Events, RetryWorker, Window
 from mlproducer.errors import NotConnectedError, PublishError, UnroutableError
 
 
 @frozen
 class FailureHandler:
-    """Carries out what `decide` says, so that nothing is lost and nobody is told twice.
+    """Carries out what `decide` says, so that nothing is lost and no answer is given twice.
 
     :ivar max_retries: attempts after the first, for messages without a policy of their own
     :ivar pending: those whose publisher's answer waits for the store's: their rows say which
@@ -43,14 +43,14 @@ class FailureHandler:
     breaker: Breaker
     retry_worker: RetryWorker
     dead_letter_maker: DeadLetterMaker
-    door: Door
+    window: Window
     events: Events
     pending: dict[Delivery, None] = field(factory=dict, init=False)
     routes: set[tuple[str, str]] = field(factory=set, init=False)
 
     # --- failures ------------------------------------------------------------------------------
 
-    def fail(self, delivery: Delivery, error: PublishError, now: float) -> None:
+    def judge(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Judge an attempt that failed, or a wait that was in vain."""
         if not (delivery.answer is AnswerState.WAITING or delivery.is_ours):
             self.retire(delivery)  # its publisher has withdrawn it
@@ -60,7 +60,7 @@ class FailureHandler:
             self.retire(delivery)
             return
         if delivery.dead:
-            self.keep(delivery, now)
+            self.defer(delivery, now)
             return
         delivery.reason = error
         delivery.first_failed = delivery.first_failed or now
@@ -71,24 +71,24 @@ class FailureHandler:
         waits = isinstance(error, UnroutableError) and self._route_comes_back(delivery)
         verdict = decide(
             error,
-            retry=delivery.retry or delivery.promised,
-            owned=delivery.row in ROW_KEEPS or delivery.promised,
+            retry=delivery.retry or delivery.relied_on,
+            owned=delivery.row in ROW_KEEPS or delivery.relied_on,
             exhausted=not waits and self._used_up(delivery),
             durable=self.retry_worker.durable,
         )
-        if verdict is Decision.GIVE_BACK:
-            self.give_back(delivery, error, now)
-        elif verdict is Decision.BURY:
-            self._bury(delivery, error, now)
+        if verdict is Decision.FAIL:
+            self.fail(delivery, error, now)
+        elif verdict is Decision.DEAD_LETTER:
+            self._dead_letter(delivery, error, now)
         else:
-            self.keep(delivery, now)
+            self.defer(delivery, now)
 
-    def _bury(self, delivery: Delivery, error: PublishError, now: float) -> None:
+    def _dead_letter(self, delivery: Delivery, error: PublishError, now: float) -> None:
         delivery.dead = True
         delivery.envelope = self.dead_letter_maker.dead_letter(delivery, error, now)
-        self.keep(delivery, now, fresh=True)
+        self.defer(delivery, now, fresh=True)
 
-    def keep(self, delivery: Delivery, now: float, *, fresh: bool = False) -> None:
+    def defer(self, delivery: Delivery, now: float, *, fresh: bool = False) -> None:
         """Have it stored, or have its row say what came of the last attempt.
 
         :param fresh: it has become a dead letter just now, and is due at once
@@ -102,17 +102,17 @@ class FailureHandler:
         sure = before in ROW_KEEPS or (known and delivery.leased_until >= now)
         # Before the order: the retry thread stores only what its row says is wanted.
         self._step(delivery, RowEvent.NOTE if sure else RowEvent.WRITE)
-        stored = self.retry_worker.keep(delivery, now, before=before, fresh=fresh)
+        stored = self.retry_worker.defer(delivery, now, before=before, fresh=fresh)
         if stored or (sure and before is RowState.AHEAD):
-            self.promise(delivery, now)  # it is stored already, maybe since before it was sent
+            self.stored(delivery, now)  # it is stored already, maybe since before it was sent
 
-    def give_back(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        """Let the publisher have it; what has its tag open stays there, and is not sent again."""
+    def fail(self, delivery: Delivery, error: PublishError, now: float) -> None:
+        """Fail it to its publisher; what has its tag open stays there, and is not sent again."""
         if not delivery.may_fail():  # its publisher has left a moment ago, and relies on us
             if not delivery.dead and (error.permanent or self._used_up(delivery)):
-                self._bury(delivery, error, now)
+                self._dead_letter(delivery, error, now)
             else:
-                self.keep(delivery, now)
+                self.defer(delivery, now)
             return
         self.retire(delivery)
         if delivery.row in ROW_KNOWN and self.retry_worker.durable:
@@ -123,13 +123,13 @@ class FailureHandler:
         self.delete(delivery)
         self._tell(delivery, error)
 
-    def part(self, delivery: Delivery, error: PublishError) -> None:
-        """Give a message back at the very end, when no answer of the store is heard any more."""
+    def fail_at_the_end(self, delivery: Delivery, error: PublishError) -> None:
+        """Fail a message when the producer ends, and no answer of the store is heard any more."""
         self.retire(delivery)
         self.delete(delivery)
         self._tell(delivery, error)
 
-    def learn(self, delivery: Delivery, now: float, *, dead: bool) -> None:
+    def end_elsewhere(self, delivery: Delivery, now: float, *, dead: bool) -> None:
         """Tell how a message ended in another process."""
         self.retire(delivery)
         if delivery.answer not in UNANSWERED:
@@ -148,7 +148,7 @@ class FailureHandler:
             self._tell(delivery, error)
 
     def drop(self, delivery: Delivery) -> None:
-        """Let go of what nobody waits for: it is the store's, or was withdrawn on its way there."""
+        """Retire what has been answered: it is the store's, or was withdrawn on its way there."""
         self.retire(delivery)
         if delivery.row is RowState.AHEAD:
             self.delete(delivery)
@@ -164,9 +164,9 @@ class FailureHandler:
         self.leave(delivery, AttemptEvent.RETIRED)
 
     def leave(self, delivery: Delivery, event: AttemptEvent) -> None:
-        """Let go of a delivery, unless its tag is open: then only its publisher's wait is over."""
+        """Retire or schedule a delivery and free its slot, unless its tag is open."""
         if delivery.attempt not in ON_THE_WIRE:
-            self.door.leave((delivery,))
+            self.window.leave((delivery,))
             delivery.step_attempt(event)
 
     def _step(self, delivery: Delivery, event: RowEvent) -> None:
@@ -178,7 +178,7 @@ class FailureHandler:
 
     # --- answers of the retry worker -------------------------------------------------------------
 
-    def promise(self, delivery: Delivery, now: float) -> None:
+    def stored(self, delivery: Delivery, now: float) -> None:
         """Tell that it is ours: it is stored."""
         if delivery.row is RowState.WITHDRAWING:
             return  # it was given back meanwhile, and that is told once its row is gone
@@ -186,12 +186,12 @@ class FailureHandler:
             self._step(delivery, RowEvent.COMMITTED)
         if delivery.answer not in UNANSWERED:
             self.delete(delivery)  # its publisher has got it back meanwhile
-        elif delivery.retry or delivery.promised:
+        elif delivery.retry or delivery.relied_on:
             self.events.deferred(delivery)
             delivery.defer(now, durable=self.retry_worker.durable)
         else:
             reason = delivery.reason or failure(PublishError, delivery, "taken back")
-            self.give_back(delivery, reason, now)  # its publisher was interrupted meanwhile
+            self.fail(delivery, reason, now)  # its publisher was interrupted meanwhile
 
     def refused(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """Give back what the store cannot take, or not in time; what is in flight stays there."""
@@ -202,9 +202,9 @@ class FailureHandler:
                 delivery.doubt is not Doubt.NONE or delivery.attempt in ON_THE_WIRE
             )
             error.attempts = delivery.attempts
-            self.give_back(delivery, error, now)
+            self.fail(delivery, error, now)
 
-    def may_pay(self, delivery: Delivery) -> bool:
+    def may_stop_waiting(self, delivery: Delivery) -> bool:
         """Whether its publisher is to be told what the store did not, which nothing else can then.
 
         It is not where the publisher has left meanwhile, and relies on the order to store its
@@ -214,8 +214,10 @@ class FailureHandler:
             return delivery.may_fail()
         return delivery.row in ROW_PENDING
 
-    def pay(self, delivery: Delivery, now: float, *, gone: bool) -> None:
-        """Tell what waits for the store's answer, which has had its time; `may_pay` has said so.
+    def stop_waiting(self, delivery: Delivery, now: float, *, gone: bool) -> None:
+        """Tell what waits for the store's answer, which has had its time.
+
+        `may_stop_waiting` has said so.
 
         :param gone: its row is gone. Else that row, if there is one, may become another process's,
             or is, and is sent: it has not been deleted, or its lease is over

@@ -78,7 +78,7 @@ class Carrier(Protocol):
 
 
 class RetryWorker(Protocol):
-    """Whoever looks after messages that wait for a retry."""
+    """The retry worker, as the core sees it; `tests/pure/fakes.py` has another."""
 
     name: str
     """The store's path or host, for people."""
@@ -86,13 +86,14 @@ class RetryWorker(Protocol):
     durable: bool
     """Whether what is kept survives this process."""
 
-    def keep(
+    def defer(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
     ) -> bool:
         """Store it, or note in its row what came of the last attempt.
 
-        The answer to the first comes back through `Sender.kept` or `Sender.not_kept`, unless it is
-        true: then it is stored already.
+        The answer to the first comes back through `Sender.stored` or `Sender.not_stored`.
+
+        :returns: whether it is stored already, and no answer comes
 
         :param before: where its row stood until now: whether there is one
         :param fresh: it has become a dead letter just now, and is due at once
@@ -120,10 +121,10 @@ class Owner(Protocol):
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """They are stored, and may be sent for the first time."""
 
-    def kept(self, deliveries: Sequence[Delivery]) -> None:
+    def stored(self, deliveries: Sequence[Delivery]) -> None:
         """They are stored, and wait for a retry."""
 
-    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+    def not_stored(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """They could not be stored."""
 
     def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
@@ -132,7 +133,7 @@ class Owner(Protocol):
     def taken_over(self, deliveries: Sequence[Delivery]) -> None:
         """Another process has claimed their rows, and sends them."""
 
-    def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+    def ended_elsewhere(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
         """Another process has delivered them, or dead-lettered them."""
 
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
@@ -146,21 +147,21 @@ class Owner(Protocol):
 
 
 class DeadLetterMaker(Protocol):
-    """Whoever makes dead letters."""
+    """Makes dead letters; `tests/pure/fakes.py` has another."""
 
     def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
         """Give a message the form in which it goes to the dead-letter exchange."""
 
 
-class Door(Protocol):
-    """Whoever counts how many messages may be inside."""
+class Window(Protocol):
+    """The in-flight window, as the core sees it; `tests/pure/fakes.py` has another."""
 
     def leave(self, deliveries: Iterable[Delivery]) -> None:
         """Let the next ones in."""
 
 
 class Events:
-    """Whoever wants to know, and overrides what it wants. Nothing there may block or raise."""
+    """What happens to messages, as methods to override. None may block or raise."""
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """The broker has them; one call for all that one frame has settled."""

@@ -1,8 +1,9 @@
 """Who closed the channel: finding the guilty message without punishing the others.
 
 A broker answers one bad message by closing the channel, under all that were in flight. They become
-suspects and are sent again one at a time. Whoever is alone on a channel when it closes is guilty;
-those behind it, which the broker has never read, are free. So nobody is sent more than once more.
+suspects and are sent again one at a time. The one that is alone on a channel when it closes is
+rejected; those behind it, which the broker has never read, are free. So each is sent once more at
+most.
 
 Runs on: the I/O thread, its only owner.
 """
@@ -26,17 +27,17 @@ class PoisonIsolation:
     def __len__(self) -> int:
         return len(self.suspects)
 
-    def summon(self, lost: list[Delivery]) -> None:
+    def isolate(self, lost: list[Delivery]) -> None:
         """Line suspects up in the order in which the broker has read them."""
         self.suspects.extendleft(reversed(lost))
 
-    def convict(self, guilty: Delivery, reply_code: int) -> list[Delivery]:
+    def reject(self, guilty: Delivery, reply_code: int) -> list[Delivery]:
         """Give the guilty one, and those for whose route the same answer is certain."""
         shared = [each for each in self.suspects if _same_answer(reply_code, guilty, each)]
         self.suspects = deque(each for each in self.suspects if each not in shared)
         return [guilty, *shared]
 
-    def discharge(self) -> list[Delivery]:
+    def release(self) -> list[Delivery]:
         """End the trial, and give those that are still suspects."""
         freed = list(self.suspects)
         self.suspects.clear()

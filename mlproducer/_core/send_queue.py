@@ -68,7 +68,7 @@ class SendQueue:
 
     def clear(self) -> list[Delivery]:
         """Take out all that waits."""
-        return [*self.poison.discharge(), *self.clear_backlog()]
+        return [*self.poison.release(), *self.clear_backlog()]
 
     def clear_backlog(self) -> list[Delivery]:
         """Take out what waits, but for the suspects."""

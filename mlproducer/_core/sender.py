@@ -38,7 +38,7 @@ from mlproducer._core.delivery_states import (
     RowState,
 )
 from mlproducer._core.failures import FailureHandler
-from mlproducer._core.interfaces import Carrier, DeadLetterMaker, Door, Events, Loss, RetryWorker
+from mlproducer._core.interfaces import Carrier, DeadLetterMaker, Events, Loss, RetryWorker, Window
 from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
 from mlproducer._core.send_queue import SendQueue
 from mlproducer._core.shutdown import CLOSED, Shutdown
@@ -81,15 +81,15 @@ class Sender:
         breaker: Breaker,
         retry_worker: RetryWorker,
         dead_letter_maker: DeadLetterMaker,
-        door: Door,
+        window: Window,
         events: Events,
     ) -> None:
         self.breaker = breaker
         self._retry_worker = retry_worker
-        self._door = door
+        self._window = window
         self._events = events
         self.failures = FailureHandler(
-            max_retries, breaker, retry_worker, dead_letter_maker, door, events
+            max_retries, breaker, retry_worker, dead_letter_maker, window, events
         )
         self._send_queue = SendQueue()
         self.shutdown = Shutdown(self._send_queue, self.failures)
@@ -165,9 +165,9 @@ class Sender:
         if not delivery.open:
             self.failures.drop(delivery)
         elif self.shutdown.begun:
-            self.shutdown.see_off(delivery, now)
+            self.shutdown.release(delivery, now)
         elif self._circuit_is_full():
-            self.failures.fail(delivery, self._circuit_open(delivery, now), now)
+            self.failures.judge(delivery, self._circuit_open(delivery, now), now)
         elif self._refusal is not None:
             self._refuse_one(delivery, self._refusal, now)
         else:
@@ -178,7 +178,7 @@ class Sender:
         if delivery.in_flight:
             return False  # another had its row for a while; its tag, which is open, decides
         if delivery.row is RowState.WRITING:
-            self.failures.promise(delivery, now)  # its row is there after all
+            self.failures.stored(delivery, now)  # its row is there after all
         if delivery.open and delivery.attempt is AttemptState.RETIRED:
             self.failures.retire(delivery)  # it goes back once its row is deleted
             return False
@@ -207,7 +207,7 @@ class Sender:
         elif delivery.in_flight:
             delivery.step_attempt(AttemptEvent.TIMED_OUT)
             self.timeouts += 1
-            self.failures.fail(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
+            self.failures.judge(delivery, failure(ConfirmTimeoutError, delivery, "no confirm"), now)
 
     def release(self, *, suspects: bool) -> list[Delivery]:
         """Give up, for another connection, what has not been written.
@@ -244,7 +244,7 @@ class Sender:
                 delivery.claim()
             if delivery.answer is AnswerState.WITHDRAWABLE or delivery.answer not in UNANSWERED:
                 self.failures.retire(delivery)  # withdrawn while it waited
-            elif delivery.leased_until < now or (delivery.recalled and not delivery.promised):
+            elif delivery.leased_until < now or (delivery.recalled and not delivery.relied_on):
                 self._hold_back(delivery, now)
             elif len(delivery.envelope.properties) <= carrier.longest_properties:
                 room = 0 if alone else room - delivery.size
@@ -258,7 +258,7 @@ class Sender:
                 batch.append((delivery.envelope, queue.confirms.register(delivery)))
             else:
                 text = "the headers exceed the frame size"
-                self.failures.fail(delivery, failure(MessageTooLargeError, delivery, text), now)
+                self.failures.judge(delivery, failure(MessageTooLargeError, delivery, text), now)
         if batch:
             apart = carrier.carry(batch)
             if apart:
@@ -271,15 +271,15 @@ class Sender:
         Its lease ended while this process, or the store, was frozen: what is right is known once
         the store has been asked.
         """
-        if delivery.recalled and not delivery.promised:
-            self.failures.fail(delivery, failure(PublishError, delivery, "taken back"), now)
+        if delivery.recalled and not delivery.relied_on:
+            self.failures.judge(delivery, failure(PublishError, delivery, "taken back"), now)
             return
         delivery.suspect(Doubt.POSSIBLE)
-        if delivery.retry or delivery.kept or delivery.promised:
-            self.failures.keep(delivery, now)
+        if delivery.retry or delivery.kept or delivery.relied_on:
+            self.failures.defer(delivery, now)
         else:
             text = f"the message may have been taken over from the store: {self._retry_worker.name}"
-            self.failures.fail(delivery, failure(StoreError, delivery, text), now)
+            self.failures.judge(delivery, failure(StoreError, delivery, text), now)
 
     def _begin_retry(self, delivery: Delivery) -> None:
         """Forget what came of the attempt before, and tell of this one."""
@@ -308,7 +308,7 @@ class Sender:
             if attempt is AttemptState.CONFIRMED:
                 taken.append(delivery)
             else:
-                self.failures.fail(delivery, unroutable(delivery), now)
+                self.failures.judge(delivery, unroutable(delivery), now)
         if settled:
             self.timeouts = 0
         breaker = self.breaker
@@ -328,7 +328,7 @@ class Sender:
             self._events.confirmed(delivered, now)
             for delivery in delivered:
                 delivery.confirm(now)
-        self._door.leave(taken)
+        self._window.leave(taken)
         return bool(self._send_queue.backlog or self._send_queue.poison.suspects)
 
     def _note_route(self, envelope: Envelope) -> None:
@@ -392,10 +392,10 @@ class Sender:
         if not accuses(loss.reply_code):
             self._fail_all(lost, ConnectionLostError, loss.text, now, **loss.facts)
         elif len(lost) == 1:
-            self._convict(lost[0], loss, now)
+            self._reject(lost[0], loss, now)
         else:
             linked = loss.reply_code in SOFT_ACCUSATIONS
-            self._send_queue.poison.summon(self._still_wanted(lost, linked=linked))
+            self._send_queue.poison.isolate(self._still_wanted(lost, linked=linked))
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""
@@ -413,7 +413,7 @@ class Sender:
             self._refuse_one(delivery, error, now)
 
     def _refuse_one(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        self.failures.fail(delivery, unreachable(delivery, error), now)
+        self.failures.judge(delivery, unreachable(delivery, error), now)
 
     def _fail_all(
         self,
@@ -427,10 +427,10 @@ class Sender:
         """Fail attempts whose message may be in a queue, but for those that were returned."""
         for delivery in deliveries:
             if delivery.attempt is AttemptState.UNROUTABLE:
-                self.failures.fail(delivery, unroutable(delivery), now)
+                self.failures.judge(delivery, unroutable(delivery), now)
             else:
                 delivery.doubt = Doubt.POSSIBLE
-                self.failures.fail(delivery, failure(kind, delivery, text, **facts), now)
+                self.failures.judge(delivery, failure(kind, delivery, text, **facts), now)
 
     def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:
         """Give those whose publishers do not get them back, to be sent again.
@@ -449,18 +449,18 @@ class Sender:
                 self.failures.retire(delivery)
         return wanted
 
-    def _convict(self, guilty: Delivery, loss: Loss, now: float) -> None:
+    def _reject(self, guilty: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""
         if loss.reply_code == INTERNAL_ERROR:
             guilty.suspect(Doubt.POSSIBLE)
-        convicted = self._send_queue.poison.convict(guilty, loss.reply_code)
+        refused = self._send_queue.poison.reject(guilty, loss.reply_code)
         if loss.reply_code in (NO_PERMISSION, NOT_FOUND):
-            self._doubt_what_was_there(convicted, loss.reply_code)
-        for delivery in convicted:
-            self.failures.fail(delivery, rejected(delivery, loss.reply_code, loss.text), now)
-        self._send_queue.add_first(self._send_queue.poison.discharge())
+            self._doubt_what_was_there(refused, loss.reply_code)
+        for delivery in refused:
+            self.failures.judge(delivery, rejected(delivery, loss.reply_code, loss.text), now)
+        self._send_queue.add_first(self._send_queue.poison.release())
 
-    def _doubt_what_was_there(self, convicted: list[Delivery], reply_code: int) -> None:
+    def _doubt_what_was_there(self, refused: list[Delivery], reply_code: int) -> None:
         """Suspect earlier attempts of having been routed, where the broker would have done so.
 
         It has confirmed messages to that exchange, or on that route. So that was taken away since,
@@ -468,7 +468,7 @@ class Sender:
         """
         routes = self.failures.routes
         exchanges = {exchange for exchange, _ in routes}
-        for delivery in convicted:
+        for delivery in refused:
             exchange, key = delivery.envelope.exchange, delivery.envelope.routing_key
             there = exchange in exchanges if reply_code == NOT_FOUND else (exchange, key) in routes
             if there and delivery.doubt is Doubt.SUSPECTED:
@@ -476,13 +476,13 @@ class Sender:
 
     # --- the retry worker ------------------------------------------------------------------------
 
-    def kept(self, deliveries: Iterable[Delivery], now: float) -> None:
+    def stored(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Messages are stored: now their publishers may be told so."""
         for delivery in deliveries:
             if delivery.row in ROW_PENDING or not delivery.open:
-                self.failures.promise(delivery, now)
+                self.failures.stored(delivery, now)
 
-    def not_kept(self, delivery: Delivery, error: PublishError, now: float) -> None:
+    def not_stored(self, delivery: Delivery, error: PublishError, now: float) -> None:
         """The store cannot take it. A publisher gets it back; what is in flight stays there."""
         if delivery.attempt is AttemptState.QUEUED:
             self._send_queue.withdraw(delivery)
@@ -494,18 +494,18 @@ class Sender:
         :param gone: their rows are deleted; else another process has them, and sends them
         """
         for delivery in deliveries:
-            self.pay(delivery, now, gone=gone)
+            self.store_is_late(delivery, now, gone=gone)
 
-    def pay(self, delivery: Delivery, now: float, *, gone: bool = False) -> None:
+    def store_is_late(self, delivery: Delivery, now: float, *, gone: bool = False) -> None:
         """Tell a publisher what it is owed, since the store has had its time.
 
         :param gone: its row is known to be gone; else another process may send the message
         """
-        if not self.failures.may_pay(delivery):
+        if not self.failures.may_stop_waiting(delivery):
             return
         if delivery.attempt is AttemptState.QUEUED:
             self._send_queue.withdraw(delivery)  # a suspect, of which nothing could be stored
-        self.failures.pay(delivery, now, gone=gone)
+        self.failures.stop_waiting(delivery, now, gone=gone)
 
     def taken_over(self, deliveries: Iterable[Delivery], now: float) -> None:
         """Another process has claimed their rows: it sends them, and they are not sent here.
@@ -518,14 +518,14 @@ class Sender:
                 self._send_queue.withdraw(delivery)
                 self._hold_back(delivery, now)
             if delivery.attempt is AttemptState.SCHEDULED and delivery.row in ROW_PENDING:
-                self.failures.promise(delivery, now)
+                self.failures.stored(delivery, now)
 
-    def ended(self, deliveries: Iterable[Delivery], now: float, *, dead: bool) -> None:
+    def ended_elsewhere(self, deliveries: Iterable[Delivery], now: float, *, dead: bool) -> None:
         """Another process has delivered or dead-lettered them, and counted that: tell it here."""
         for delivery in deliveries:
             if delivery.attempt is AttemptState.QUEUED:
                 self._send_queue.withdraw(delivery)
-            self.failures.learn(delivery, now, dead=dead)
+            self.failures.end_elsewhere(delivery, now, dead=dead)
 
     def vanished(self, deliveries: Iterable[Delivery]) -> None:
         """Their rows are gone, and no copy of them is here: they are their publishers' again."""
@@ -559,7 +559,7 @@ class Sender:
         error = self._unsent(delivery, now)
         if isinstance(error, NotConnectedError):
             self._count_attempt(error, now)
-        self.failures.fail(delivery, error, now)
+        self.failures.judge(delivery, error, now)
 
     def _count_attempt(self, error: PublishError, now: float) -> None:
         """Tell the breaker of an attempt to connect, once, however many messages it fails."""

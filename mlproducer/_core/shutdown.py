@@ -35,11 +35,11 @@ class Shutdown:
         self._durable = failures.retry_worker.durable
         self._heard = True  # the retry worker's answers still arrive
 
-    def shelve(self, now: float) -> None:
+    def store_rest(self, now: float) -> None:
         """Have a durable store take all that it may."""
         self.begun = True
         for delivery in [*self._send_queue.confirms, *self._send_queue.clear()]:
-            self.see_off(delivery, now)
+            self.release(delivery, now)
 
     def abandon(self, stored: list[Delivery], rowless: Collection[Delivery], now: float) -> None:
         """Tell everybody, also those whose message is in the store.
@@ -60,19 +60,19 @@ class Shutdown:
             else:
                 self._part(delivery, failure(ProducerClosedError, delivery, CLOSED))
 
-    def see_off(self, delivery: Delivery, now: float) -> None:
+    def release(self, delivery: Delivery, now: float) -> None:
         """Part with a message: have it stored, or give it back; what is in flight stays there."""
         error = failure(ProducerClosedError, delivery, CLOSED)
         if not (delivery.open and delivery.is_ours):
             self._failures.retire(delivery)
             return
-        ours = delivery.retry or delivery.promised
+        ours = delivery.retry or delivery.relied_on
         if ours and self._durable and (delivery.row in ROW_KNOWN or self._heard):
             delivery.reason = delivery.reason or error
-            self._failures.keep(delivery, now)
+            self._failures.defer(delivery, now)
         elif not delivery.in_flight:
             self._part(delivery, error)
 
     def _part(self, delivery: Delivery, error: ProducerClosedError) -> None:
         self.abandoned.append(delivery)
-        self._failures.part(delivery, error)
+        self._failures.fail_at_the_end(delivery, error)

@@ -84,7 +84,7 @@ class EventLoop(IOLoop):
         super().remove_handler(fd)
 
     def descriptors(self) -> Iterator[int]:
-        """Give every descriptor that this loop holds, for a forked child to let go of."""
+        """Give every descriptor that this loop holds, for a forked child to close."""
         yield from list(self._watched)
         for name in ("_poll", "_r_interrupt", "_w_interrupt"):
             holder = getattr(self._poller, name, None)
@@ -100,7 +100,7 @@ def _shut_down(descriptors: Iterable[int]) -> None:
     """Shut down what is connected; pika fails over a socket that is shut down before it is."""
     for descriptor in descriptors:
         with contextlib.suppress(OSError):
-            # Not a duplicate, for which there may be no descriptor left; so it is let go of again.
+            # Not a duplicate, for which there may be no descriptor left; so it is released again.
             twin = socket.socket(fileno=descriptor)
             try:
                 twin.getpeername()
@@ -451,11 +451,11 @@ class Connection:
             self.cut()
 
     def mute(self) -> None:
-        """Tell nobody anything any more."""
+        """Stop calling the owner."""
         self._owner = None
 
     def abort(self) -> None:
-        """End it at once, and tell nobody."""
+        """End it at once, without a call to the owner."""
         self._owner = None
         self._stop_timer()
         self._answer(good=True)
@@ -705,7 +705,7 @@ class Connection:
             self._soon(self._open_channel)
 
     def _soon(self, function: Callable[[], None]) -> None:
-        """Go on once pika has let go of the closed channel's number: there may be no other."""
+        """Go on once pika has released the closed channel's number: there may be no other."""
         self._loop.call_later(0, function)
 
     # --- questions beside publishing -----------------------------------------------------------
@@ -713,7 +713,7 @@ class Connection:
     def declaring_channel(
         self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
     ) -> None:
-        """Open a side channel for declarations: whoever declares sees to it what they cost."""
+        """Open a side channel for declarations: the caller sees to it what they cost."""
         self.side_channel(on_open, on_closed, self._declaring)
 
     def side_channel(
@@ -755,7 +755,7 @@ class Connection:
     def _open_letters(
         self, on_open: Callable[[Channel], None], on_closed: Callable[[Loss], None]
     ) -> None:
-        """Open the channel for dead letters, once pika has let go of one that was closed."""
+        """Open the channel for dead letters, once pika has released one that was closed."""
 
         def opened(channel: Channel) -> None:
             self._asking.discard(int(channel))  # it stays open: there was no harm in it

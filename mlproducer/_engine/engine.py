@@ -133,12 +133,12 @@ class Engine:
             write(logger, logging.CRITICAL, "the I/O thread died; starting another")
             self._spawn_io()
 
-    def shelve(self) -> Latch:
+    def store_rest(self) -> Latch:
         """Have a durable store take what is left; the latch is opened once it has."""
         self._closing = True
         done = Latch()
         ordered = self._threads and self._retry_worker.durable
-        if not (ordered and self._io.order(partial(self._io.shelve, done))):
+        if not (ordered and self._io.order(partial(self._io.store_rest, done))):
             done.open()
         return done
 
@@ -162,7 +162,7 @@ class Engine:
         threads.return_ordinal(self._ordinal, self)
 
     def descriptors(self) -> list[int]:
-        """Give every descriptor that is held here, for a forked child to let go of."""
+        """Give every descriptor that is held here, for a forked child to close."""
         return self._io.io_loop.descriptors()
 
     # --- messages ------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Gate:
         return list(self._inside)
 
     def check(self) -> None:
-        """Refuse a call that would wait for what only its own thread can let go.
+        """Refuse a call that would wait for what only its own thread can release.
 
         :raises WouldDeadlockError: it comes from a signal handler, or from a finaliser
         """
@@ -118,7 +118,7 @@ class Gate:
         return False
 
     def try_enter(self, delivery: Delivery) -> bool:
-        """Take a slot if one is free and nobody waits for it, or one that is left to retries."""
+        """Take a slot if one is free and no publisher waits, or one that is left to retries."""
         with self._lock:
             queued = self._queue and not self._reserved
             admitted = not queued and self._admit_locked(delivery, 0)

@@ -63,6 +63,6 @@ class Health:
 
 
 def settle(reply: Future[None]) -> None:
-    """Let whoever waits for it go on, unless somebody else has."""
+    """Resolve it, unless another thread has."""
     with contextlib.suppress(InvalidStateError):
         reply.set_result(None)

@@ -55,7 +55,7 @@ STORE_LIMIT = 0.1
 """Seconds beyond a publisher's deadline that the store may take to store, or delete, a message."""
 
 SLOW = 0.02
-"""Seconds after which publishers are let through whoever has not passed on."""
+"""Seconds after which publishers are let through although one has not passed on."""
 
 BREATH = 0.01
 """Seconds until the next write where pika's buffer was too full for all that waits."""
@@ -343,7 +343,7 @@ class IOThread:
         if delivery.in_flight:
             self._health.check_soon()
         if delivery.row in ROW_PENDING:
-            self.io_loop.call_later(STORE_LIMIT, partial(self._pay, delivery))
+            self.io_loop.call_later(STORE_LIMIT, partial(self._store_is_late, delivery))
 
     def _expire_overdue(self, deliveries: Sequence[Delivery]) -> None:
         """End the waits of publishers who have asked while another connection handed it over."""
@@ -352,8 +352,8 @@ class IOThread:
             if delivery.deadline <= now and delivery.waits_for_answer:
                 self.expire(delivery)
 
-    def _pay(self, delivery: Delivery) -> None:
-        self.sender.pay(delivery, time.monotonic())
+    def _store_is_late(self, delivery: Delivery) -> None:
+        self.sender.store_is_late(delivery, time.monotonic())
 
     def readmit(self, deliveries: Sequence[Delivery]) -> None:
         """Send messages that the retry worker held."""
@@ -388,16 +388,16 @@ class IOThread:
                 self.expire(delivery)  # its publisher has asked while it was being stored
         self._wake()
 
-    def kept(self, deliveries: Sequence[Delivery]) -> None:
+    def stored(self, deliveries: Sequence[Delivery]) -> None:
         """Tell publishers that their messages are stored."""
         self.io_loop.check_owner()
-        self.sender.kept(deliveries, time.monotonic())
+        self.sender.stored(deliveries, time.monotonic())
 
-    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+    def not_stored(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Tell publishers that the store cannot take their messages."""
         self.io_loop.check_owner()
         for delivery, error in refusals:
-            self.sender.not_kept(delivery, error, time.monotonic())
+            self.sender.not_stored(delivery, error, time.monotonic())
 
     def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
         """Tell publishers that their messages are their own again."""
@@ -409,10 +409,10 @@ class IOThread:
         self.io_loop.check_owner()
         self.sender.taken_over(deliveries, time.monotonic())
 
-    def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+    def ended_elsewhere(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
         """Tell what became of messages in another process."""
         self.io_loop.check_owner()
-        self.sender.ended(deliveries, time.monotonic(), dead=dead)
+        self.sender.ended_elsewhere(deliveries, time.monotonic(), dead=dead)
 
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
         """Give back what the store has lost."""
@@ -433,7 +433,7 @@ class IOThread:
         """Connect, now, unless the broker is there and merely blocks."""
         self.connector.dial()
 
-    def shelve(self, done: Latch) -> None:
+    def store_rest(self, done: Latch) -> None:
         """Have a durable store take what is left; the latch is opened once it has.
 
         A close() that was cut by an interrupt orders it again; it is done once.
@@ -441,7 +441,7 @@ class IOThread:
         self.io_loop.check_owner()
         if not self.sender.shutdown.begun:
             self._delayed.release()
-            self.sender.shutdown.shelve(time.monotonic())
+            self.sender.shutdown.store_rest(time.monotonic())
             self._retry_worker.verify()
         self._retry_worker.thread.order(done.open)
 
@@ -499,7 +499,7 @@ class IOThread:
     # --- what the connector tells -----------------------------------------------------------------
 
     def attempt_failed(self, loss: Loss) -> None:
-        """Let nobody wait for a connection that does not come."""
+        """Fail what waits for a connection that does not come."""
         self._events.connection_error(loss)
         if loss.kind is LossKind.AUTHENTICATION:
             error: PublishError = AuthenticationError(loss.text, **loss.facts)
@@ -513,7 +513,7 @@ class IOThread:
         self._events.gave_up(self.connector.failures, loss)
 
     def state_changed(self, state: ConnectionState) -> None:
-        """Tell whoever wants to know."""
+        """Pass it on as an event."""
         self._events.state_changed(state)
 
     def finished(self) -> None:

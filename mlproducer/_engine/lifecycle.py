@@ -47,7 +47,7 @@ CLAIM_LIMIT = 0.1
 CLOSE_TIMEOUT = 10.0
 """Seconds that a close may take to deliver what is inside, unless it is told otherwise."""
 
-SHELVE_LIMIT = 0.2
+REST_LIMIT = 0.2
 """Seconds of a close's grace that a durable store has for what could not be delivered."""
 
 CLOSE_MARGIN = 0.4
@@ -196,7 +196,7 @@ class Lifecycle:
         """Have connections and threads end, and every publisher told how it stands."""
         self.closed = True
         if self.runtime is not None and not self._reports:
-            self.runtime.end(deadline + SHELVE_LIMIT)
+            self.runtime.end(deadline + REST_LIMIT)
 
     def join(self, deadline: float) -> CloseReport:
         """Wait for the threads until a monotonic deadline."""
@@ -234,7 +234,7 @@ class Lifecycle:
         self._plan.forked()
 
     def disown(self) -> None:
-        """Let go, in a child, of the parent's descriptors."""
+        """Close, in a child, the parent's descriptors."""
         left, self._left = self._left, None
         if left is not None:
             left.disown()

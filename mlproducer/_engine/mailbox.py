@@ -1,7 +1,7 @@
 """What other threads hand to the I/O thread, and the bell that wakes it.
 
-The bell rings once per burst: whoever finds it rung need not ring. The I/O thread clears it before
-it empties the box, so that nothing put in meanwhile is overlooked.
+The bell rings once per burst: a thread that finds it rung need not ring. The I/O thread clears it
+before it empties the box, so that nothing put in meanwhile is overlooked.
 
 Runs on: any thread puts, the I/O thread drains.
 """
@@ -38,11 +38,11 @@ class Mailbox:
         return self._ear.fileno()
 
     def descriptors(self) -> list[int]:
-        """Give all descriptors, for a forked child to let go of."""
+        """Give all descriptors, for a forked child to close."""
         return [self._ear.fileno(), self._bell.fileno()]
 
     def put(self, item: Item) -> bool:
-        """Hand something over; false if nobody will look into the box any more."""
+        """Hand something over; false if the box is not drained any more."""
         self._items.append(item)
         if self._closed:
             return not self._take_back(item)

@@ -44,7 +44,7 @@ class Life(Protocol):
         """Begin afresh in a child."""
 
     def disown(self) -> None:
-        """Let go, in a child, of what is the parent's; after `forked` of all."""
+        """Release, in a child, what is the parent's; after `forked` of all."""
 
     def drain(self, deadline: float) -> None:
         """Deliver what is in flight, until a monotonic deadline."""
@@ -132,7 +132,7 @@ hold = _lives.hold
 """Hold one that is started."""
 
 release = _lives.release
-"""Let go of one that is closed."""
+"""Forget one that is closed."""
 
 
 def is_over() -> bool:

@@ -35,7 +35,7 @@ from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Claim, Depth, Entry, Store
 
 MIN_PAUSE = 0.5
-"""Seconds between two sweeps at least, where leases have to begin anew."""
+"""Seconds between two sweeps at least, where leases have to be renewed."""
 
 
 class RetryWorker:
@@ -72,7 +72,7 @@ class RetryWorker:
 
     @property
     def depth(self) -> Depth:
-        """Count the rows, whoever wrote them; anyone may ask."""
+        """Return how many rows there are, of all processes; any thread may ask."""
         return self._store_writer.depth
 
     @property
@@ -109,7 +109,7 @@ class RetryWorker:
         self._store_writer.order(put)
         return put
 
-    def keep(
+    def defer(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
     ) -> bool:
         """Store a message, or note in its row what came of the last attempt.
@@ -156,7 +156,7 @@ class RetryWorker:
         self.thread.order(partial(self.stored_rows.expect, delivery, claim))
 
     def stop(self) -> None:
-        """End the thread once all orders are carried out, and let go of the store."""
+        """End the thread once all orders are carried out, and close the store."""
         self.thread.order(self._close)
         self.thread.stop()
 
@@ -245,7 +245,7 @@ class RetryWorker:
         for row in rows:
             delivery = self.stored_rows.take(row, now, epoch)
             if not delivery.open:
-                # it was given back, and its row left to whoever held it
+                # it was given back, and its row left to the process that held it
                 self._store_writer.order(End(delivery, row.record.dead, kept=True))
             elif delivery.in_flight:
                 continue  # its row was another process's for a while; its tag decides
@@ -299,7 +299,7 @@ class RetryWorker:
                 home.order(partial(home.pass_on, batch, owner))
 
     def _renew(self, when: float) -> None:
-        """Let the leases of what is on its way begin anew, and see which have been lost."""
+        """Renew the leases of what is on its way, and see which have been lost."""
         if when >= self.stored_rows.renew_at:
             now = time.monotonic()
             claims = list(self.stored_rows.claims.values())

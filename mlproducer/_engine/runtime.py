@@ -6,7 +6,7 @@ that can send now; messages of one thread keep their order on one connection, an
 several.
 
 A runtime is made at the first publish, ends with `Runtime.close`, and is not used again. A forked
-child makes its own and only lets go of the descriptors of its parent's.
+child makes its own and only closes the descriptors of its parent's.
 
 Runs on: any thread.
 """
@@ -29,7 +29,7 @@ from mlproducer._engine.endpoints import Endpoints
 from mlproducer._engine.engine import Engine, Shared
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.io_thread import Standing
-from mlproducer._engine.lifecycle import CLOSE_MARGIN, SHELVE_LIMIT
+from mlproducer._engine.lifecycle import CLOSE_MARGIN, REST_LIMIT
 from mlproducer._engine.pika_logging import quieten_pika
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
@@ -107,7 +107,7 @@ class Runtime:
         # Noted by each who closes, before the next step; the first counts, the others come late.
         self._confirmed_before: list[int] = []
         self._abandoned: list[Delivery] = []
-        self._shelved: list[Latch] = []
+        self._stored_rest: list[Latch] = []
         self._ended = False
 
     def _events(self, inside: Callable[[], Sequence[Delivery]]) -> EventSink:
@@ -163,7 +163,7 @@ class Runtime:
         """Drain, then end connections and threads, all within ``timeout`` and a margin."""
         deadline = time.monotonic() + timeout
         self.drain(deadline, deadline)
-        self.end(deadline + SHELVE_LIMIT)
+        self.end(deadline + REST_LIMIT)
         return self.join(deadline + CLOSE_MARGIN)
 
     # The steps of a close. Each may be cut by an interrupt, taken again, and taken by several
@@ -180,7 +180,7 @@ class Runtime:
         self._wait_until_quiet(min(deadline, in_vain))
         if not self._is_away():
             self._wait_until_quiet(deadline)
-        self._shelve()
+        self._store_rest()
 
     def end(self, deadline: float) -> None:
         """Have connections and threads end, and everybody told how it stands.
@@ -188,18 +188,18 @@ class Runtime:
         :param deadline: monotonic time until which a durable store may take what is left
         """
         self._confirmed_before.append(self._confirmed())
-        for shelved in self._shelved or self._shelve():
-            if shelved.wait(deadline - time.monotonic()):
-                shelved.open()  # for another thread that closes at the same time
+        for stored in self._stored_rest or self._store_rest():
+            if stored.wait(deadline - time.monotonic()):
+                stored.open()  # for another thread that closes at the same time
         for engine in self.engines:
             engine.end()
         self._ended = True
         self.gate.emptied.changed()  # for those in flush() and wait_connected()
         self._connected.changed()
 
-    def _shelve(self) -> list[Latch]:
-        self._shelved = [engine.shelve() for engine in self.engines]
-        return self._shelved
+    def _store_rest(self) -> list[Latch]:
+        self._stored_rest = [engine.store_rest() for engine in self.engines]
+        return self._stored_rest
 
     def join(self, deadline: float) -> CloseReport:
         """Wait for the threads, until a monotonic deadline, and give what became of messages."""
@@ -223,7 +223,7 @@ class Runtime:
         return CloseReport(confirmed, stored, self._abandoned_ids(ended=all(ended)))
 
     def _abandoned_ids(self, *, ended: bool) -> tuple[str, ...]:
-        """Name what was given back, and what nobody has an answer for, since a thread hangs.
+        """Return the ids of what was given back, and of what has no answer, since a thread hangs.
 
         What is confirmed, or handed in, while the threads end makes a difference: so it is counted
         after they have.
@@ -254,7 +254,7 @@ class Runtime:
                 delivery.fail(error)
 
     def disown(self) -> None:
-        """Let go, in a forked child, of the parent's descriptors; touch nothing they lead to.
+        """Close, in a forked child, the parent's descriptors; touch nothing they lead to.
 
         Each number is pointed at ``/dev/null``, so that the objects that still hold it can do no
         harm whenever they are collected. What runs here are greenlets, if anything: gevent's go on
@@ -359,7 +359,7 @@ class Runtime:
         return not self.gate and self._retry_worker.asked and not left
 
     def _depth(self) -> Depth:
-        """Count the messages in the store, whoever wrote them there."""
+        """Return how many messages are in the store, of all processes."""
         return self._retry_worker.depth
 
     def _inside(self) -> int:

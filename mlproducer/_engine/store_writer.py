@@ -28,7 +28,7 @@ from mlproducer.observe.events import EventSink
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate, Store
 
 MIN_PATIENCE, MAX_PATIENCE = 0.05, 5.0
-"""Seconds for which messages wait for a store that somebody else is writing to."""
+"""Seconds for which messages wait for a store that another process is writing to."""
 
 
 @define(eq=False)
@@ -36,7 +36,8 @@ class Put:
     """Store a message.
 
     :ivar done: opened once it is stored, or refused
-    :ivar restores: its row is gone from the store, or could not be written although it was promised
+    :ivar restores: its row is gone from the store, or could not be written although its publisher
+        relies on it
     :ivar refusal: why it is not
     """
 
@@ -157,7 +158,7 @@ class StoreWriter:
 
     @property
     def depth(self) -> Depth:
-        """Count the rows, whoever wrote them, as they will be after all orders; anyone may ask.
+        """Return how many rows there will be after all orders, of all processes; on any thread.
 
         Of those stored ahead these are other processes' alone; this one's are inside the window.
         """
@@ -243,7 +244,7 @@ class StoreWriter:
         return True
 
     def put_again(self) -> None:
-        """Store what was promised, and what the store has lost, as far as it can be done now.
+        """Store what publishers rely on, and what the store has lost, as far as it can be done now.
 
         They are remembered until they are stored: a close finds them although the store is silent.
         """
@@ -297,13 +298,13 @@ class StoreWriter:
                 kept.append(delivery)
             elif put.restores:
                 continue
-            elif delivery.claim() or (delivery.open and delivery.promised):
+            elif delivery.claim() or (delivery.open and delivery.relied_on):
                 ahead.append(delivery)
             else:  # its publisher has given up while it was being stored
                 self.order(End(delivery, dead=False, kept=False))
         _open(puts)
         self._gate.leave([put.delivery for put in puts if put.entry.delay is not None])
-        for delivery in self._tell(kept, lambda owner, some: owner.kept(some)):
+        for delivery in self._tell(kept, lambda owner, some: owner.stored(some)):
             if not delivery.open:
                 self.order(End(delivery, delivery.dead, kept=True))
         self._part(self._tell(ahead, lambda owner, some: owner.stored_ahead(some)), now)
@@ -322,16 +323,16 @@ class StoreWriter:
                 self._abandon(delivery, ProducerClosedError(CLOSED, message_id=message_id))
 
     def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
-        """Tell that messages are not stored; but what was promised is put again at each sweep."""
+        """Tell that messages are not stored; but what its publisher relies on is put again at each sweep."""
         refusals: dict[Delivery, PublishError] = {}
         for put in puts:
-            if put.restores or put.delivery.promised:
+            if put.restores or put.delivery.relied_on:
                 self._stored_rows.rowless[put.delivery] = put
             else:
                 put.refusal = refusals[put.delivery] = _copy(error, put.delivery)
         for delivery in self._tell(
             list(refusals),
-            lambda owner, some: owner.not_kept([(each, refusals[each]) for each in some]),
+            lambda owner, some: owner.not_stored([(each, refusals[each]) for each in some]),
         ):
             if delivery.open and delivery.is_ours:
                 self._abandon(delivery, refusals[delivery])
@@ -369,7 +370,7 @@ class StoreWriter:
             if note.told and safe:
                 sure.append(delivery)
         self._done(notes)
-        self._tell(sure, lambda owner, some: owner.kept(some))
+        self._tell(sure, lambda owner, some: owner.stored(some))
 
     def _miss(self, note: Note) -> None:
         """Remember what is to be stored of a message, should its row turn out to be gone."""
@@ -379,7 +380,7 @@ class StoreWriter:
         if delivery in self._stored_rows.astray:
             self._stored_rows.astray[delivery].put = put
         elif delivery in self._stored_rows.rowless or (
-            delivery.promised and not self._stored_rows.claim_of(delivery)
+            delivery.relied_on and not self._stored_rows.claim_of(delivery)
         ):
             self._stored_rows.rowless[delivery] = put  # it could not be written so far
 
@@ -387,7 +388,7 @@ class StoreWriter:
         """Learn what became of rows that are not this process's any more, or may not be.
 
         These are rows whose claim was lost, and those that wait, and that another process may have
-        delivered, as far as somebody can be told.
+        delivered, as far as a publisher can be told.
         """
         asked = self._stored_rows.astray_and_waiting()
         for begin in range(0, len(asked), TRACED):
@@ -458,10 +459,10 @@ class StoreWriter:
 
     def _tell_end(self, deliveries: Sequence[Delivery], fate: RowFate) -> None:
         dead = fate is RowFate.DEAD_LETTERED
-        self._tell(deliveries, lambda owner, some: owner.learned(some, dead=dead))
+        self._tell(deliveries, lambda owner, some: owner.ended_elsewhere(some, dead=dead))
 
     def _done(self, orders: Sequence[Note] | Sequence[End]) -> None:
-        """Count anew, if it can be done, where the orders have made a difference."""
+        """Count again, if it can be done, where the orders have made a difference."""
         for order in orders:
             self._carried[order.dead] += order.change
         if any(isinstance(order, Note) or order.kept for order in orders):

@@ -1,8 +1,8 @@
 """Which delivery belongs to which row of the store.
 
 In a durable store a row may outlive its delivery, and may be another process's: then a delivery
-is made of the record, and nobody waits for it. While a row waits there, its delivery is remembered
-only as long as somebody holds the receipt or future that it is to resolve, and without its body; so
+is made of the record, and no one waits for it here. While a row waits there, its delivery is remembered
+only as long as a program holds the receipt or future that it is to resolve, and without its body; so
 a backlog takes no memory. In the memory store the delivery is all there is, and stays.
 
 Runs on: the retry thread; `StoredRows.deliveries` and `StoredRows.has_row` on any.
@@ -56,7 +56,7 @@ class StoredRows:
     :ivar ahead: those stored ahead of their first attempt, which is under way
     :ivar astray: those whose claim was lost, until their fate is known
     :ivar rowless: those that are ours and have no row, though they should
-    :ivar renew_at: monotonic time at which leases have to begin anew
+    :ivar renew_at: monotonic time at which leases have to be renewed
     """
 
     def __init__(self, lease: float, *, durable: bool) -> None:
@@ -108,7 +108,7 @@ class StoredRows:
         return delivery in self._expected
 
     def first_seen_taken(self, delivery: Delivery) -> bool:
-        """Note that another process has a row; false where that is no news, or harms nobody."""
+        """Note that another process has a row; false where that is no news, or does no harm."""
         row = self.astray.get(delivery)
         if row is None or row.told:
             return False
@@ -121,7 +121,7 @@ class StoredRows:
         self.claims[delivery] = claim
 
     def renewed(self, lost: Sequence[Claim], now: float) -> None:
-        """Let all leases begin anew, but for those that have been lost."""
+        """Renew all leases, but for those that have been lost."""
         self.renew_at = math.inf
         gone = set(lost)
         for delivery, claim in list(self.claims.items()):
@@ -148,7 +148,7 @@ class StoredRows:
         delivery.lease(now + self._lease * SAFETY)
 
     def park(self, delivery: Delivery, claim: Claim) -> None:
-        """Remember a delivery whose row waits, and is nobody's."""
+        """Remember a delivery whose row waits, claimed by no process."""
         self.claims.pop(delivery, None)
         if self._durable:
             delivery.unload()
@@ -156,7 +156,7 @@ class StoredRows:
         self._last[delivery] = claim
 
     def claim_of(self, delivery: Delivery) -> Claim | None:
-        """Give the last claim of its row, which still holds if nobody has claimed it since."""
+        """Give the last claim of its row, which still holds if no process has claimed it since."""
         astray = self.astray.get(delivery)
         claim = self.claims.get(delivery) or self._last.get(delivery)
         claim = claim or self._expected.get(delivery)

@@ -37,7 +37,7 @@ _Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 class TLSFiles:
-    """A client's context, made anew where one of its files has changed.
+    """A client's context, made again where one of its files has changed.
 
     Files that do not load leave the context as it was, which is told once: certificate and key are
     mostly renewed one after the other, and do not fit for a moment.

@@ -51,7 +51,7 @@ class FakeRetryWorker:
         self.settled: list[Delivery] = []
         self.withdrawn: list[Delivery] = []
 
-    def keep(
+    def defer(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
     ) -> bool:
         """Store it."""
@@ -79,7 +79,7 @@ class FakeDeadLetterMaker:
         return evolve(delivery.envelope, exchange="dead")
 
 
-class FakeDoor:
+class FakeWindow:
     """Counts who has left, and how often."""
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class World:
 
     def __init__(self, *, max_retries: int = 1000, threshold: int = 1000) -> None:
         self.now = 0.0
-        self.retry_worker, self.door, self.events = FakeRetryWorker(), FakeDoor(), Recorder()
+        self.retry_worker, self.window, self.events = FakeRetryWorker(), FakeWindow(), Recorder()
         self.wakes: list[float] = []
         breaker = Breaker(
             Consecutive(threshold),
@@ -145,7 +145,7 @@ class World:
             self.wakes.append,
         )
         self.sender = Sender(
-            max_retries, breaker, self.retry_worker, FakeDeadLetterMaker(), self.door, self.events
+            max_retries, breaker, self.retry_worker, FakeDeadLetterMaker(), self.window, self.events
         )
         self.carrier = FakeCarrier()
 
@@ -180,8 +180,8 @@ class World:
     def store(self, delivery: Delivery) -> None:
         """Have the retry worker report that it has stored the message, whose slot is free now."""
         if delivery.attempt is AttemptState.SCHEDULED and delivery.row in ROW_PENDING:
-            self.door.leave([delivery])
-        self.sender.kept([delivery], self.now)
+            self.window.leave([delivery])
+        self.sender.stored([delivery], self.now)
 
     def retry(self, delivery: Delivery) -> None:
         """Have the retry worker send a stored message again."""

@@ -126,14 +126,14 @@ class House:
             if delivery.deadline <= self.clock.now and self.record(delivery).asked:
                 self._expire(delivery)  # its publisher has asked while it was being stored
 
-    def kept(self, deliveries: Sequence[Delivery]) -> None:
+    def stored(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on."""
-        self.sender.kept(deliveries, self.clock.now)
+        self.sender.stored(deliveries, self.clock.now)
 
-    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+    def not_stored(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Pass it on."""
         for delivery, error in refusals:
-            self.sender.not_kept(delivery, error, self.clock.now)
+            self.sender.not_stored(delivery, error, self.clock.now)
 
     def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
         """Pass it on; what is another process's is sent there."""
@@ -147,14 +147,14 @@ class House:
             self.record(delivery).lapsed = self.record(delivery).hidden = True
         self.sender.taken_over(deliveries, self.clock.now)
 
-    def learned(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+    def ended_elsewhere(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
         """Pass it on; it is an end of which the other process has told."""
         for delivery in deliveries:
             record = self.record(delivery)
             assert record.elsewhere == ("buries" if dead else "delivers")
             if delivery.open:
                 record.ends.append("elsewhere")
-        self.sender.ended(deliveries, self.clock.now, dead=dead)
+        self.sender.ended_elsewhere(deliveries, self.clock.now, dead=dead)
 
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
         """Pass it on; it is only true of what was in the store alone."""
@@ -268,18 +268,18 @@ class House:
         for delivery in owing:
             if delivery.row in ROW_PENDING:
                 self.record(delivery).lapsed = True  # what it does not delete, others may send
-            self.sender.pay(delivery, self.clock.now)
+            self.sender.store_is_late(delivery, self.clock.now)
 
     def _turn_away(self, delivery: Delivery) -> None:
         self.sender.turn_away(delivery, self.clock.now)
 
     # --- the end ---
 
-    def shelve(self) -> None:
+    def store_rest(self) -> None:
         """Have a durable store take what is left, as a close does before anything else."""
         self.closing = True
         if self.store.durable and not self.sender.shutdown.begun:
-            self.sender.shutdown.shelve(self.clock.now)
+            self.sender.shutdown.store_rest(self.clock.now)
             self.retry_worker.verify()
 
     # --- the store, and another process that shares it ---

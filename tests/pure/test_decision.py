@@ -52,11 +52,11 @@ def decides(
     verdict = decide(kind(), retry=retry, owned=owned, exhausted=exhausted, durable=durable)
     ours = owned or (kind in DEFERRABLE and (durable or kind not in DURABLY))
     if not (retry and ours):
-        assert verdict is Decision.GIVE_BACK
+        assert verdict is Decision.FAIL
     elif exhausted or (owned and kind in HOPELESS):
-        assert verdict is Decision.BURY
+        assert verdict is Decision.DEAD_LETTER
     else:
-        assert verdict is Decision.KEEP
+        assert verdict is Decision.DEFER
 
 
 def test_accuses() -> None:

@@ -17,29 +17,29 @@ def ids(deliveries: list[Delivery]) -> list[str]:
 def test_suspects_keep_their_order() -> None:
     """They are tried in the order in which the broker has read them: the oldest first."""
     poison = PoisonIsolation()
-    poison.summon([make_delivery("a"), make_delivery("b"), make_delivery("c")])
+    poison.isolate([make_delivery("a"), make_delivery("b"), make_delivery("c")])
     assert len(poison) == 3
-    assert ids(poison.discharge()) == ["a", "b", "c"]
-    assert poison.discharge() == []
+    assert ids(poison.release()) == ["a", "b", "c"]
+    assert poison.release() == []
 
 
 def test_newly_lost_are_tried_before_the_others() -> None:
     """Whoever was in flight when the channel closed again stands before the rest."""
     poison = PoisonIsolation()
-    poison.summon([make_delivery("a"), make_delivery("b")])
-    poison.summon([make_delivery("c"), make_delivery("d")])
-    assert ids(poison.discharge()) == ["c", "d", "a", "b"]
+    poison.isolate([make_delivery("a"), make_delivery("b")])
+    poison.isolate([make_delivery("c"), make_delivery("d")])
+    assert ids(poison.release()) == ["c", "d", "a", "b"]
 
 
 @pytest.mark.parametrize(
-    ("code", "convicted", "free"),
+    ("code", "refused", "free"),
     [
         pytest.param(404, ["guilty", "same exchange", "same route"], ["other"], id="404"),
         pytest.param(403, ["guilty", "same route"], ["same exchange", "other"], id="403"),
         pytest.param(406, ["guilty"], ["same exchange", "same route", "other"], id="406"),
     ],
 )
-def test_shared_guilt(code: int, convicted: list[str], free: list[str]) -> None:
+def test_shared_guilt(code: int, refused: list[str], free: list[str]) -> None:
     """A missing exchange is missing for all, a permission for all of one route, a size for one."""
     poison = PoisonIsolation()
     guilty = make_delivery("guilty", exchange="gone", routing_key="r")
@@ -48,6 +48,6 @@ def test_shared_guilt(code: int, convicted: list[str], free: list[str]) -> None:
         make_delivery("same route", exchange="gone", routing_key="r"),
         make_delivery("other", exchange="x", routing_key="r"),
     ]
-    poison.summon(others)
-    assert ids(poison.convict(guilty, code)) == convicted
-    assert ids(poison.discharge()) == free
+    poison.isolate(others)
+    assert ids(poison.reject(guilty, code)) == refused
+    assert ids(poison.release()) == free

@@ -49,14 +49,14 @@ class Owner:
         """Note them."""
         self.readmitted += deliveries
 
-    def kept(self, deliveries: Sequence[Delivery]) -> None:
+    def stored(self, deliveries: Sequence[Delivery]) -> None:
         """They are stored."""
 
     def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
         """They are stored, and are sent."""
         self.readmit(deliveries)
 
-    def not_kept(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+    def not_stored(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
         """Note them."""
         self.refused += [delivery for delivery, _ in refusals]
 
@@ -100,7 +100,7 @@ class Bench:
         """Have it stored."""
         delivery.attempts = attempts
         before, delivery.row = delivery.row, RowState.HELD
-        self.retry_worker.keep(delivery, self.clock.now, before=before, fresh=fresh)
+        self.retry_worker.defer(delivery, self.clock.now, before=before, fresh=fresh)
         self.work()
 
     def work(self) -> None:
@@ -195,7 +195,7 @@ def test_taken_while_it_is_stored_ahead(bench: Bench, relied_on: bool) -> None:
     bench.retry_worker.write_ahead(delivery)
     assert delivery.claim()
     if relied_on:
-        delivery.leave(Fate())
+        delivery.stop_waiting(Fate())
     bench.work()
     assert bench.owner.readmitted == ([delivery] if relied_on else [])
     assert bench.store.depth() == Depth(ahead=int(relied_on))

@@ -40,7 +40,7 @@ def test_confirm(world: World) -> None:
     assert (receipt.attempts, receipt.elapsed, receipt.reason) == (1, 0.25, None)
     assert receipt.durable
     assert delivery.attempt is AttemptState.CONFIRMED
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]
     assert world.retry_worker.settled == []
     assert world.events.log == [("confirmed", "a")]
 
@@ -65,7 +65,7 @@ def test_nack_with_retry(world: World) -> None:
     assert isinstance(receipt.reason, NackError)
     assert receipt.reason.possibly_sent
     assert not receipt.durable
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]
 
 
 def test_nack_without_retry(world: World) -> None:
@@ -139,12 +139,12 @@ def test_expire_in_flight_then_late_ack(world: World) -> None:
     assert isinstance(receipt.reason, ConfirmTimeoutError)
     assert receipt.reason.possibly_sent
     assert delivery.attempt is AttemptState.LATE
-    assert world.door.left == []
+    assert world.window.left == []
     world.ack(1)
     assert receipt.confirmed
     assert receipt.result(0).confirmed
     assert world.retry_worker.settled == [delivery]
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]
     world.sender.expire(delivery, 6.0)
     world.ack(1)
     assert world.retry_worker.settled == [delivery]
@@ -170,10 +170,10 @@ def test_expire_in_flight_without_retry(world: World) -> None:
     assert isinstance(error, ConfirmTimeoutError)
     assert isinstance(error, TimeoutError)
     assert (error.attempts, error.possibly_sent) == (1, True)
-    assert world.door.left == []
+    assert world.window.left == []
     world.nack(1)
     assert error_of(delivery) is error
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]
     assert delivery.attempt is AttemptState.RETIRED
     assert world.retry_worker.rows == {}
 
@@ -213,7 +213,7 @@ def test_expire_while_waiting(kind: type[Exception]) -> None:
         assert type(error) is kind
         assert (error.attempts, error.possibly_sent) == (0, False)
     assert world.sender.waiting == 0
-    assert set(world.door.left) == {kept, given}
+    assert set(world.window.left) == {kept, given}
 
 
 def test_turned_away_by_a_full_window(world: World) -> None:
@@ -255,4 +255,4 @@ def test_not_sent_after_its_lease(world: World) -> None:
     world.sender.pump(5.1)
     assert world.carrier.written == []
     assert delivery.attempt is AttemptState.SCHEDULED
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]

@@ -265,7 +265,7 @@ def test_given_back_is_counted_all_the_same(late: str) -> None:
     world = World()
     world.up()
     [delivery] = world.send("a", retry=False)
-    world.sender.not_kept(delivery, PublishError("taken back", message_id="a"), 0.0)
+    world.sender.not_stored(delivery, PublishError("taken back", message_id="a"), 0.0)
     if late == "nack":
         world.nack(1)
     else:
@@ -344,7 +344,7 @@ def test_buried_after_the_last_retry() -> None:
     assert isinstance(caught.value.reason, NackError)
     assert world.events.log[-1] == ("dead-lettered", "a")
     assert world.retry_worker.settled == [delivery]
-    assert world.door.left.count(delivery) == 5  # stored four times, then delivered
+    assert world.window.left.count(delivery) == 5  # stored four times, then delivered
 
 
 @pytest.mark.parametrize("retries", [0, 1, 5])

@@ -214,7 +214,7 @@ def test_withdrawn_is_never_sent(world: World) -> None:
     world.sender.accept([delivery], 0.0)
     world.sender.pump(0.0)
     assert world.carrier.written == []
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]
     assert delivery.attempt is AttemptState.RETIRED
 
 
@@ -244,11 +244,11 @@ def test_store_fails(world: World, error: Exception) -> None:
     """What could not be stored is its publisher's again, and is not sent later."""
     [delivery] = world.send("a")
     world.nack(1)
-    world.sender.not_kept(delivery, error, 0.0)  # type: ignore[arg-type]
+    world.sender.not_stored(delivery, error, 0.0)  # type: ignore[arg-type]
     assert error_of(delivery) is error
     assert error_of(delivery).possibly_sent
     assert delivery.attempt is AttemptState.RETIRED
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]
 
 
 def test_given_back_while_it_is_being_stored(world: World) -> None:
@@ -259,7 +259,7 @@ def test_given_back_while_it_is_being_stored(world: World) -> None:
     delivery.retry = False  # its publisher was interrupted
     world.down(403, "refused")
     assert world.retry_worker.withdrawn == [delivery]
-    world.sender.kept([delivery], 5.0)
+    world.sender.stored([delivery], 5.0)
     assert not delivery.waiter.done()
     world.sender.withdrawn([delivery], 5.0, gone=True)
     assert isinstance(error_of(delivery), BrokerRejectedError)
@@ -269,12 +269,12 @@ def test_store_fails_for_what_is_in_flight(world: World) -> None:
     """The tag stays open, but the message is not ours any more."""
     [delivery] = world.send("a")
     world.sender.expire(delivery, 5.0)
-    world.sender.not_kept(delivery, StoreError("locked"), 5.0)
+    world.sender.not_stored(delivery, StoreError("locked"), 5.0)
     assert error_of(delivery).possibly_sent
     world.down()
     assert delivery.attempt is AttemptState.RETIRED
     assert world.up().written == []
-    assert world.door.left == [delivery]
+    assert world.window.left == [delivery]
 
 
 @pytest.mark.parametrize("buried", [False, True])
@@ -288,9 +288,9 @@ def test_the_store_refuses_what_its_publisher_relies_on(buried: bool) -> None:
     else:
         world.sender.expire(delivery, 5.0)
         world.down(403)  # both of them are suspects
-    delivery.leave(heir := Fate())
+    delivery.stop_waiting(heir := Fate())
     world.retry_worker.rows.clear()
-    world.sender.not_kept(delivery, StoreError("locked"), 5.0)
+    world.sender.not_stored(delivery, StoreError("locked"), 5.0)
     assert list(world.retry_worker.rows) == [delivery]
     exchange = "dead" if buried else "x"
     assert (delivery.envelope.exchange, delivery.attempt) == (exchange, AttemptState.SCHEDULED)
@@ -302,8 +302,8 @@ def test_the_store_is_silent_about_what_its_publisher_relies_on(world: World) ->
     """It is not stored twice, and its fate is told."""
     [delivery] = world.send("a")
     world.nack(1)
-    delivery.leave(heir := Fate())
-    world.sender.pay(delivery, 5.2)
+    delivery.stop_waiting(heir := Fate())
+    world.sender.store_is_late(delivery, 5.2)
     assert delivery.attempt is AttemptState.SCHEDULED
     world.store(delivery)
     world.retry(delivery)
@@ -319,8 +319,8 @@ class Leaving(Delivery):
 
     def may_fail(self) -> bool:
         """Have it leave first."""
-        if not self.promised:
-            self.leave(Fate())
+        if not self.relied_on:
+            self.stop_waiting(Fate())
         return super().may_fail()
 
 
@@ -334,7 +334,7 @@ def test_its_publisher_leaves_while_the_store_is_silent(world: World, suspect: b
     else:
         world.nack(1)
     delivery.__class__ = Leaving
-    world.sender.pay(delivery, 5.2)  # FakeRetryWorker would notice a second order
+    world.sender.store_is_late(delivery, 5.2)  # FakeRetryWorker would notice a second order
     heir = delivery.successor
     assert isinstance(heir, Fate)
     world.store(delivery)
@@ -353,7 +353,7 @@ def test_its_publisher_leaves_while_it_is_to_be_stored_ahead(world: World) -> No
     delivery = make_delivery("a")
     delivery.__class__ = Leaving
     world.sender.expire(delivery, 5.0)
-    assert (delivery.open, delivery.promised, delivery.attempt) == (
+    assert (delivery.open, delivery.relied_on, delivery.attempt) == (
         True,
         True,
         AttemptState.MAILBOX,
@@ -368,9 +368,9 @@ def test_the_store_is_silent_about_a_suspect(world: World) -> None:
         world.sender.expire(each, 5.0)
     world.down(403)
     world.up()
-    world.sender.pay(other, 5.2)
+    world.sender.store_is_late(other, 5.2)
     assert (error_of(other).attempts, world.sender.waiting) == (1, 0)
-    world.sender.pay(delivery, 5.2)
+    world.sender.store_is_late(delivery, 5.2)
     error = error_of(delivery)
     assert isinstance(error, StoreError)
     assert (error.attempts, error.possibly_sent) == (2, True)
@@ -395,7 +395,7 @@ def test_whose_row_it_is_has_to_be_known(world: World) -> None:
         world.now = 5.0
         world.nack(len(world.carrier.written))
         assert delivery.waiter.done() == (leased_until > world.now)
-        world.sender.kept([delivery], world.now)
+        world.sender.stored([delivery], world.now)
         assert not receipt_of(delivery).confirmed
         world.now = 0.0
 
@@ -426,9 +426,9 @@ def test_promised_and_interrupted_at_the_end(world: World) -> None:
     """What its publisher relies on goes into the store, whatever befell the call after that."""
     world.sender.shutdown._durable = True
     [delivery] = world.send("a")
-    delivery.leave(Fate())
+    delivery.stop_waiting(Fate())
     delivery.retry = False
-    world.sender.shutdown.shelve(1.0)
+    world.sender.shutdown.store_rest(1.0)
     assert list(world.retry_worker.rows) == [delivery]
 
 
@@ -445,7 +445,7 @@ def test_time_is_up_amid_a_close(world: World) -> None:
     world.retry_worker.durable = True
     world.sender.shutdown._durable = True
     [delivery] = world.send("a")
-    world.sender.shutdown.shelve(4.9)
+    world.sender.shutdown.store_rest(4.9)
     world.sender.expire(delivery, 5.0)
     assert (world.sender.timeouts, delivery.attempt) == (0, AttemptState.IN_FLIGHT)
     world.store(delivery)

@@ -347,7 +347,7 @@ class SenderMachine(RuleBasedStateMachine):
     def a_close_is_cut(self, really: bool) -> None:
         """A close has had the store take what is left, and is interrupted before the next step."""
         if really:
-            self.house.shelve()
+            self.house.store_rest()
 
     @precondition(lambda self: self.house.taken)
     @rule(what=st.sampled_from(["delivers", "buries", "dies"]))
@@ -486,7 +486,7 @@ class SenderMachine(RuleBasedStateMachine):
         self.hurried = self.hurried or house.closing  # rows are verified once, when a close begins
         if self.fair and not house.closing and not house.setup.puts:
             self._stop_the_faults()
-        house.shelve()
+        house.store_rest()
         house.channel = None
         while house.store.durable and house.ordered and not self.hurried:
             house.keep_house()

@@ -142,7 +142,7 @@ def test_what_was_raised_is_no_suspect(world: World) -> None:
     """Its publisher has left, and does not want it sent again."""
     [delivery, _] = world.send("a", "b", retry=False)
     delivery.recall()
-    delivery.leave(NO_WAITER)
+    delivery.stop_waiting(NO_WAITER)
     world.down(406)
     assert world.up().written == [("b", 1)]
     assert not delivery.open
@@ -234,7 +234,7 @@ def test_given_back_is_no_suspect(world: World) -> None:
     assert error_of(given).possibly_sent
     close_over(world)
     assert world.carrier.written == [("b", 1)]
-    assert world.door.left == [given]
+    assert world.window.left == [given]
     world.ack(1)
     assert receipt_of(other).confirmed
 
@@ -244,7 +244,7 @@ def test_not_kept_is_no_suspect(world: World) -> None:
     [given, other] = world.send("a", "b")
     world.sender.expire(given, 5.0)
     world.down(406)
-    world.sender.not_kept(given, BufferFullError("full"), 5.0)
+    world.sender.not_stored(given, BufferFullError("full"), 5.0)
     assert error_of(given).possibly_sent
     assert world.up().written == [("b", 1)]
     world.ack(1)
@@ -261,7 +261,7 @@ def test_going_back_is_no_suspect(world: World) -> None:
     assert not is_settled(late)
     close_over(world, 404)
     assert world.carrier.written == [("other", 1)]
-    assert world.door.left == [late]
+    assert world.window.left == [late]
     world.sender.withdrawn([late], world.now, gone=True)
     assert late.attempt is AttemptState.RETIRED
     assert isinstance(error_of(late), ConfirmTimeoutError)

@@ -445,7 +445,7 @@ class ModelRetryWorker(RetryWorker):
         super().__init__(house.store, house.gate, backoff, SWEEP, Sink(house))
         self._house = house
 
-    def keep(
+    def defer(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
     ) -> bool:
         """Store it, as soon as the thread gets to it."""
@@ -455,7 +455,7 @@ class ModelRetryWorker(RetryWorker):
         assert now == self._house.clock.now
         record.not_before = now + self._earliest(delivery)
         record.buried = record.buried or delivery.dead
-        return super().keep(delivery, now, before=before, fresh=fresh)
+        return super().defer(delivery, now, before=before, fresh=fresh)
 
     def _earliest(self, delivery: Delivery) -> float:
         if delivery.in_flight:
