@@ -31,6 +31,11 @@ class Notifier:
         self._loop = asyncio.get_running_loop()
         self._notified: asyncio.Future[None] = self._loop.create_future()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the loop has been closed, and wakes nothing any more."""
+        return self._loop.is_closed()
+
     def open(self) -> None:
         """Wake the coroutine; nothing happens if the loop has been closed."""
         with contextlib.suppress(RuntimeError):
@@ -75,14 +80,66 @@ async def in_thread(function: Callable[[], object]) -> None:
     await asyncio.to_thread(function)
 
 
-async def enter(engine: Engine, delivery: Delivery) -> bool:
-    """Enter the gate, as `Gate.enter` does; return false if it was full until the deadline."""
-    notifier = Notifier()
-    if engine.gate.ask(delivery, notifier):
+class AwaitedTurn:
+    """A place in line at the gate, whose message is handed over as soon as its turn comes.
+
+    By then the event loop may be stopped or closed, and a slot that waited for it would be lost to
+    all others. The thread that opens the gate and the coroutine, at its deadline, compete for the
+    token; the one that takes it hands the message over.
+
+    :ivar handed_over: by the thread that opened the gate
+    :ivar declined: the deadline has passed or the loop was closed, and the slot is free again
+    """
+
+    def __init__(self, engine: Engine, delivery: Delivery) -> None:
+        self.handed_over = self.declined = False
+        self._engine = engine
+        self._delivery = delivery
+        self._notifier = Notifier()
+        self._token = [None]
+
+    def open(self) -> bool:
+        """Hand the message over; return false if nothing waits for it any more."""
+        if not self.take():
+            return True
+        if self._notifier.is_over or time.monotonic() >= self._delivery.deadline:
+            self.declined = True
+        else:
+            self.handed_over = self._engine.try_post(self._delivery)
+        self._notifier.open()
+        return not self.declined
+
+    def take(self) -> bool:
+        """Take the token; return false if it was taken."""
+        try:
+            self._token.pop()
+        except IndexError:
+            return False
         return True
-    return await notifier.wait(delivery.deadline - time.monotonic()) or not engine.gate.give_up(
-        delivery
-    )
+
+    async def comes(self, timeout: float) -> bool:
+        """Wait for the turn; return false after ``timeout`` seconds."""
+        return await self._notifier.wait(timeout)
+
+
+async def hand_over(engine: Engine, delivery: Delivery) -> None:
+    """Enter the gate and hand the message over; turn it away if there is no room by the deadline.
+
+    :raises ProducerClosedError: the producer was closed meanwhile
+    """
+    turn = AwaitedTurn(engine, delivery)
+    if engine.gate.ask(delivery, turn):
+        engine.post(delivery)
+        return
+    await turn.comes(delivery.deadline - time.monotonic())
+    if turn.take():
+        turn.declined = engine.gate.give_up(delivery)
+    else:
+        await turn.comes(GRACE)  # the other thread is about to hand it over
+    if turn.declined:
+        engine.turn_away(delivery)
+    elif not turn.handed_over:
+        engine.post(delivery)
 
 
 async def finish(engine: Engine, delivery: Delivery, answer: AwaitedAnswer) -> Receipt:

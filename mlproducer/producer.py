@@ -153,10 +153,7 @@ class MLProducer:
         answer = awaiting.AwaitedAnswer(engine.relay)
         delivery = self._delivery(engine, task, answer, timeout, started, retry=retry)
         try:
-            if await awaiting.enter(engine, delivery):
-                engine.post(delivery)
-            else:
-                engine.turn_away(delivery)
+            await awaiting.hand_over(engine, delivery)
         except BaseException:
             if delivery.open:
                 engine.withdraw(delivery)

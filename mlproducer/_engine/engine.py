@@ -172,10 +172,15 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
+        if not self.try_post(delivery):
+            self._refuse_closed(delivery)
+
+    def try_post(self, delivery: Delivery) -> bool:
+        """Do what `post` does; false where the producer was closed meanwhile."""
         if self._retry_worker.writes_ahead and not self._closing:
             self._retry_worker.write_ahead(delivery)
-        elif not self._io.io_loop.mailbox.put(delivery):
-            self._refuse_closed(delivery)
+            return True
+        return self._io.io_loop.mailbox.put(delivery)
 
     def post_stored(self, delivery: Delivery) -> None:
         """Hand over a delivery; where messages are written ahead, once it is stored.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Protocol
 
@@ -30,8 +30,11 @@ MAX_BYTES = 64 * 1024 * 1024
 class Turn(Protocol):
     """What a publisher waits on for its slot."""
 
-    def open(self) -> None:
-        """Tell it that it is inside; from any thread, and never blocking."""
+    def open(self) -> bool | None:
+        """Tell it that it is inside; from any thread, and never blocking.
+
+        :returns: false where the slot is not wanted any more
+        """
 
 
 class Gate:
@@ -64,8 +67,7 @@ class Gate:
         with self._lock:
             self._reserved = max(1, self._limit // 4) if backlog else 0
             turns = self._next_locked() if self._queue else ()
-        for turn in turns:
-            turn.open()
+        self._open(turns)
 
     def welcomes(self) -> bool:
         """Whether it is worth while to look for messages that wait for a retry."""
@@ -140,8 +142,8 @@ class Gate:
             if not self._inside:
                 self._bytes = 0  # an interrupt between slot and bytes leaves them apart
             turns = self._next_locked() if self._queue else ()
-        for turn in turns:
-            turn.open()
+        if turns:
+            self._open(turns)
         if not self._inside and self.emptied.watched:
             self.emptied.changed()
 
@@ -152,9 +154,24 @@ class Gate:
                 return False
             self._forget_locked(delivery)
             turns = self._next_locked()
-        for turn in turns:
-            turn.open()
+        self._open(turns)
         return True
+
+    def _open(self, turns: Sequence[tuple[Delivery, Turn]]) -> None:
+        """Tell publishers that they are inside; a slot that is declined goes to the next in line.
+
+        That is a loop, since all in line may have gone.
+        """
+        while turns:
+            declined = [delivery for delivery, turn in turns if turn.open() is False]
+            if not declined:
+                return
+            with self._lock:
+                for delivery in declined:
+                    self._bytes -= self._inside.pop(delivery, 0)
+                turns = self._next_locked()
+            if not self._inside:
+                self.emptied.changed()
 
     def _admit_locked(self, delivery: Delivery, reserved: int) -> bool:
         """Let it in where there is room; one that is too large for the bytes goes in alone."""
@@ -167,10 +184,10 @@ class Gate:
         self._bytes += size
         return True
 
-    def _next_locked(self) -> list[Turn]:
+    def _next_locked(self) -> list[tuple[Delivery, Turn]]:
         turns = []
         while self._queue and self._admit_locked(self._queue[0][0], self._reserved):
-            turns.append(self._queue.popleft()[1])
+            turns.append(self._queue.popleft())
         return turns
 
     def _forget_locked(self, delivery: Delivery) -> None:

@@ -209,6 +209,54 @@ def test_the_loop_ends_first(connect: Connect, serve: Serve) -> None:
     assert producer.flush(LIMIT) == 0
 
 
+@pytest.mark.parametrize("ended", ["closed", "stopped", "stopped for too long"])
+def test_a_loop_that_ends_while_the_window_is_full(
+    connect: Connect, serve: Serve, ended: str
+) -> None:
+    """Its messages keep no slot, whatever holds their tasks, and others are published."""
+    broker = serve(Silent())
+    producer = connect(broker, max_in_flight=2)
+    first = [producer.submit(make_message(name)) for name in ("a", "b")]
+    broker.wait_for_messages(2, LIMIT)
+    loop = asyncio.new_event_loop()
+    timeout = 0.1 if ended == "stopped for too long" else LIMIT
+    calls = [
+        producer.apublish(make_message("waits"), timeout=timeout, retry=False) for _ in range(50)
+    ]
+    tasks = [loop.create_task(call) for call in calls]
+    loop.run_until_complete(asyncio.sleep(0.05))
+    if ended == "closed":
+        loop.close()
+    elif ended == "stopped for too long":
+        time.sleep(timeout)
+    ack(broker.messages[1], multiple=True)
+    for future in first:
+        assert future.result(LIMIT).confirmed
+    if ended == "stopped":
+        for n in range(2, 52, 2):
+            broker.wait_for_messages(n + 2, LIMIT)
+            ack(broker.messages[n + 1], multiple=True)
+        receipts = loop.run_until_complete(asyncio.gather(*tasks))
+        assert all(receipt.confirmed for receipt in receipts)
+    arrived = len(broker.messages)
+    assert arrived == (52 if ended == "stopped" else 2)
+    last = producer.submit(make_message("last"))
+    ack(broker.wait_for_messages(arrived + 1, LIMIT)[-1], multiple=True)
+    assert last.result(LIMIT).confirmed
+    assert producer.flush(LIMIT) == 0
+    if ended == "closed":
+        for task in tasks:
+            task.get_coro().close()  # else it complains when it is collected
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        return
+    if ended == "stopped for too long":
+        results = loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        assert all(isinstance(each, PublishError) for each in results)
+        assert not any(each.possibly_sent for each in results)  # type: ignore[union-attr]
+        assert len(broker.messages) == arrived + 1
+    loop.close()
+
+
 def test_submit_in_a_loop(connect: Connect, serve: Serve) -> None:
     """With a timeout of 0 it never waits, and its future can be awaited."""
     broker = serve(Silent())
