@@ -193,6 +193,7 @@ class Delivery:
         doubtful: bool = False,
         reason: PublishError | None = None,
         first_failed: float = 0.0,
+        unrouted: int = 0,
         fate: Waiter | None = None,
     ) -> Delivery:
         """Return the delivery of a message that is a row of the store, of this process or another.
@@ -206,6 +207,7 @@ class Delivery:
         delivery.attempts, delivery.dead = attempts, dead
         delivery.doubt = Doubt.POSSIBLE if doubtful else Doubt.NONE
         delivery.reason, delivery.first_failed = reason, first_failed
+        delivery.unrouted = unrouted
         return delivery
 
     # --- where it stands -----------------------------------------------------------------------
@@ -297,18 +299,25 @@ class Delivery:
         """Drop the body, which its row has: a backlog takes no memory."""
         self.envelope = evolve(self.envelope, properties=b"", body=b"")
 
-    def reload(self, envelope: Envelope, attempts: int, *, dead: bool, doubtful: bool) -> None:
+    def reload(
+        self, envelope: Envelope, attempts: int, *, dead: bool, doubtful: bool, waits: bool
+    ) -> None:
         """Take from its row, which was claimed again, what another process may have added.
 
         What is in flight stays as it is written, and its tag decides; but that another process may
         have sent it is true of it as well.
+
+        :param waits: the row says that it waits for a route that was there before
         """
         if doubtful and self.doubt is Doubt.NONE:
             self.doubt = Doubt.POSSIBLE
         if not self.in_flight:
             self.envelope = envelope
             # Of its attempts a row has those that count, as `record_of` writes them.
-            self.attempts = max(self.attempts, attempts + (0 if dead else self.innocent))
+            more = max(0, attempts + (0 if dead else self.innocent) - self.attempts)
+            self.attempts += more
+            if waits:  # those of another process were for want of the route
+                self.unrouted += more if self.unrouted else self.attempts - self.innocent
             self.dead = self.dead or dead
 
     def suspect(self, doubt: Doubt) -> None:

@@ -270,11 +270,11 @@ class FailureHandler:
     def _route_comes_back(self, delivery: Delivery) -> bool:
         """Whether a returned message waits for its route, which has been there before.
 
-        A classic queue whose node is down is answered like one that never was. What comes out of
-        the store with more attempts than it may have waited for its route in its former process.
+        A classic queue whose node is down is answered like one that never was. A row says whether
+        its message has waited for its route already, in this process or in another.
         """
         route = (delivery.envelope.exchange, delivery.envelope.routing_key)
-        if self._retries_over(delivery) > 0:
+        if delivery.unrouted:
             self.routes.add(route)
         if route not in self.routes:
             return False

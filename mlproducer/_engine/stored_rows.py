@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _REASON_MAX = 255
 
+ROUTE_WAS_THERE = " (its route was there before)"
+"""How the reason in a row ends whose message waits for its route, beyond its retries."""
+
 
 SAFETY = 0.9
 """The part of a lease in which its holder relies on it."""
@@ -178,7 +181,11 @@ class StoredRows:
             self.astray.pop(delivery, None)
             record = row.record
             delivery.reload(
-                record.envelope, record.attempts, dead=record.dead, doubtful=record.doubtful
+                record.envelope,
+                record.attempts,
+                dead=record.dead,
+                doubtful=record.doubtful,
+                waits=_waits_for_route(record),
             )
         self.hold(delivery, row.claim, now)
         return delivery
@@ -198,23 +205,33 @@ class StoredRows:
 def record_of(delivery: Delivery, now: float) -> Record:
     """Write down what is known of a delivery.
 
-    Of its attempts those that count: another process takes more than there may be for returns from
-    a route that comes back, and would never give up one that was not there. A wall clock that was
-    set while the message waited may put its times where no store takes them.
+    Of its attempts those by another message's fault are left out, so that another process does not
+    take them for retries. A wall clock that was set while the message waited may put its times
+    where no store takes them.
     """
     reason, failed = delivery.reason, delivery.first_failed
     attempts = delivery.attempts if delivery.dead else delivery.attempts - delivery.innocent
     epoch = datetime.now(timezone.utc).timestamp()
+    waits = delivery.unrouted > 0 and not delivery.dead
     return Record(
         delivery.envelope,
         attempts=min(attempts, MOST_ATTEMPTS),
         doubtful=delivery.doubt is not Doubt.NONE or delivery.in_flight,
         dead=delivery.dead,
-        reason="" if reason is None else f"{type(reason).__name__}: {reason}"[:_REASON_MAX],
+        reason="" if reason is None else _reason_text(reason, waits=waits),
         first_failed_at=min(max(0.0, epoch - (now - failed)), LATEST) if failed else 0.0,
         retry=delivery.policy,
         accepted_at=min(max(0.0, epoch - (now - delivery.started)), LATEST),
     )
+
+
+def _reason_text(reason: PublishError, *, waits: bool) -> str:
+    mark = ROUTE_WAS_THERE if waits else ""
+    return f"{type(reason).__name__}: {reason}"[: _REASON_MAX - len(mark)] + mark
+
+
+def _waits_for_route(record: Record) -> bool:
+    return not record.dead and record.reason.endswith(ROUTE_WAS_THERE)
 
 
 def _revived(record: Record, now: float, epoch: float) -> Delivery:
@@ -229,11 +246,12 @@ def _revived(record: Record, now: float, epoch: float) -> Delivery:
         doubtful=record.doubtful,
         reason=_error(record) if record.reason else None,
         first_failed=now - max(0.0, epoch - failed) if failed else 0.0,
+        unrouted=record.attempts if _waits_for_route(record) else 0,
     )
 
 
 def _error(record: Record) -> PublishError:
-    name, _, text = record.reason.partition(": ")
+    name, _, text = record.reason.removesuffix(ROUTE_WAS_THERE).partition(": ")
     return _kind(name)(text, message_id=record.envelope.message_id, attempts=record.attempts)
 
 

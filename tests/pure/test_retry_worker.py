@@ -241,7 +241,7 @@ def test_the_window_is_whole_again(bench: Bench) -> None:
 
 
 def test_a_row_counts_the_attempts_that_use_up_retries() -> None:
-    """Another process takes any beyond those for returns from a route that comes back."""
+    """Another process does not take those by another message's fault for retries."""
     delivery = make_delivery("m")
     delivery.attempts, delivery.innocent = 9, 8
     assert record_of(delivery, 0.0).attempts == 1

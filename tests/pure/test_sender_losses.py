@@ -157,15 +157,32 @@ def test_a_route_that_was_there_comes_back() -> None:
 
 
 def test_returned_in_another_life() -> None:
-    """What has more attempts than it may have was waiting for a route: it goes on waiting."""
+    """What was waiting for its route, as its row says, goes on waiting."""
     world = World(max_retries=1)
     world.up()
     [delivery] = world.send("a")
-    delivery.attempts, delivery.row = 7, RowState.HELD
+    delivery.attempts, delivery.unrouted, delivery.row = 7, 6, RowState.HELD
     world.retry_worker.rows[delivery] = 7
     return_(world, 1)
     assert not delivery.dead
     assert delivery.attempt is AttemptState.SCHEDULED
+
+
+def test_a_route_that_never_was_does_not_come_back() -> None:
+    """Too many attempts do not show that it was there; and others do not wait for it either.
+
+    There are too many where the last attempt was under way at the end of another process, or where
+    that one permitted more.
+    """
+    world = World(max_retries=1)
+    world.up()
+    [delivery, other] = world.send("a", "b")
+    for each, attempts in ((delivery, 7), (other, 2)):
+        each.attempts, each.row = attempts, RowState.HELD
+        world.retry_worker.rows[each] = attempts
+    return_(world, 1)
+    return_(world, 2)
+    assert (delivery.dead, other.dead) == (True, True)
 
 
 def test_interrupted_after_it_was_promised(world: World) -> None:

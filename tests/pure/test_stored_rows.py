@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from attrs import evolve
 
 from mlproducer._core.delivery import Doubt
 from mlproducer._engine import stored_rows as stored_rows_module
 from mlproducer._engine.stored_rows import StoredRows, record_of
+from mlproducer.errors import UnroutableError
 from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Record, Row
 from tests.helpers import make_delivery
 
@@ -32,6 +34,37 @@ def test_a_claim_that_was_lost_comes_back() -> None:
     assert (delivery.attempts, delivery.doubt) == (2, Doubt.POSSIBLE)
     assert (stored_rows.astray, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
     assert 40.0 < delivery.leased_until < 50.0
+
+
+def test_a_row_says_that_its_message_waits_for_a_route() -> None:
+    """In another process it has all its retries, and in this one those that are left."""
+    delivery = make_delivery()
+    delivery.attempts, delivery.unrouted = 6, 5
+    delivery.reason = UnroutableError("NO_ROUTE" * 100)
+    record = record_of(delivery, 0.0)
+    assert record.reason.endswith("(its route was there before)")
+    assert len(record.reason) <= 255
+    elsewhere = StoredRows(30.0, durable=True)
+    revived = elsewhere.take(Row(Claim(1, 2), record), 1.0, 0.0)
+    assert (revived.attempts, revived.unrouted) == (6, 6)
+    assert "before" not in str(revived.reason), "a receipt's reason is the broker's"
+    here = StoredRows(30.0, durable=True)
+    here.park(delivery, Claim(1, 1))
+    here.take(Row(Claim(1, 2), record), 1.0, 0.0)
+    assert (delivery.attempts, delivery.unrouted) == (6, 5)
+    here.park(delivery, Claim(1, 2))
+    here.take(Row(Claim(1, 4), evolve(record, attempts=9)), 2.0, 0.0)
+    assert (delivery.attempts, delivery.unrouted) == (9, 8), "another process sent it in between"
+
+
+@pytest.mark.parametrize("attempts", [4, 9])
+def test_attempts_alone_do_not_show_that_a_route_was_there(attempts: int) -> None:
+    """A last attempt may have been under way when its process ended."""
+    delivery = make_delivery()
+    delivery.attempts, delivery.reason = attempts, UnroutableError("NO_ROUTE")
+    record = record_of(delivery, 0.0)
+    revived = StoredRows(30.0, durable=True).take(Row(Claim(1, 2), record), 1.0, 0.0)
+    assert (revived.attempts, revived.unrouted) == (attempts, 0)
 
 
 @pytest.mark.parametrize("dead", [False, True])
