@@ -323,7 +323,7 @@ class StoreWriter:
                 self._abandon(delivery, ProducerClosedError(CLOSED, message_id=message_id))
 
     def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
-        """Tell that messages are not stored; but what its publisher relies on is put again at each sweep."""
+        """Tell that messages are not stored; those that publishers rely on are put again later."""
         refusals: dict[Delivery, PublishError] = {}
         for put in puts:
             if put.restores or put.delivery.relied_on:

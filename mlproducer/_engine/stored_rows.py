@@ -1,9 +1,9 @@
 """Which delivery belongs to which row of the store.
 
 In a durable store a row may outlive its delivery, and may be another process's: then a delivery
-is made of the record, and no one waits for it here. While a row waits there, its delivery is remembered
-only as long as a program holds the receipt or future that it is to resolve, and without its body; so
-a backlog takes no memory. In the memory store the delivery is all there is, and stays.
+is made of the record, and no one waits for it here. While a row waits there, its delivery is
+remembered only as long as a program holds the receipt or future that it is to resolve, and without
+its body; so a backlog takes no memory. In the memory store the delivery is all there is, and stays.
 
 Runs on: the retry thread; `StoredRows.deliveries` and `StoredRows.has_row` on any.
 """

@@ -130,6 +130,23 @@ def test_what_was_asked_for_is_not_what_is_committed() -> None:
     assert RowEvent.COMMITTED not in ROW_MOVES[RowState.WITHDRAWING]
 
 
+def test_a_row_that_goes_back_is_told_of() -> None:
+    """From wherever there is one, or may be; a row that was refused is not there."""
+    assert leaving(ROW_MOVES, RowEvent.WITHDRAW) == dict.fromkeys(
+        (RowState.AHEAD, RowState.WRITING, RowState.HELD), RowState.WITHDRAWING
+    )
+    assert leaving(ROW_MOVES, RowEvent.REFUSED) == dict.fromkeys(
+        (RowState.NONE, RowState.WRITING), RowState.NONE
+    )
+
+
+def test_a_suspect_is_sent_again() -> None:
+    """Whatever became of its attempt, and only then."""
+    assert leaving(ATTEMPT_MOVES, AttemptEvent.ISOLATED) == dict.fromkeys(
+        (AttemptState.FAILED, AttemptState.UNROUTABLE), AttemptState.QUEUED
+    )
+
+
 def test_an_answer_is_given_once() -> None:
     """Final states lead nowhere, and are reached from a message that was taken over."""
     assert {state for state, row in ANSWER_MOVES.items() if not row} == set(
