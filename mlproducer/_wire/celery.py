@@ -28,6 +28,9 @@ from mlproducer.tasks import RESERVED_HEADERS, CeleryTask, MLTask, PreferredBack
 _EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
 _REMEMBERED = 1024
 
+SENTRY = "sentry-trace"
+"""A header that Sentry's worker looks for among those under ``headers``, and nowhere else."""
+
 
 def encode(
     task: MLTask | CeleryTask,
@@ -41,7 +44,7 @@ def encode(
     """Encode a task as a message.
 
     :param exchange: the exchange, unless the task names one
-    :param trace: the headers of a W3C trace context, if there is one
+    :param trace: the headers of a trace context, if there is one
     :param now: when a countdown starts, with a time zone; ``None``: now
     :param delays: the delayed delivery, for a task that is due later; ``None``: its worker holds it
     :raises InvalidMessageError: AMQP or strict JSON cannot carry the task
@@ -82,6 +85,7 @@ def encode(
             exchange, routing_key = delays.address(exchange, routing_key, seconds)
         # A context among the task's own headers is the one that counts, not a mixture of both.
         trace = {} if "traceparent" in task.headers else trace
+        trace = {name: each for name, each in trace.items() if name not in task.headers}
     if trace:
         entries += amqp.table_entries("headers", trace)
     return Envelope(
@@ -140,14 +144,14 @@ def _optional_headers(
 ) -> bytes:
     """Encode the headers that the task asks for, except those with the protocol's defaults."""
     given: dict[str, Any] = {}
-    if not RESERVED_HEADERS.isdisjoint(
-        task.headers
-    ):  # added by a hook: the task itself refuses them
+    if not RESERVED_HEADERS.isdisjoint(task.headers):  # a hook's: the task itself refuses them
         raise InvalidMessageError("headers has names that Celery's workers use themselves")
     if eta is not None:
         given["eta"] = eta.isoformat()
     if expires is not None:
         given["expires"] = expires.isoformat()
+    if SENTRY in task.headers:
+        given["headers"] = dict(task.headers)
     if isinstance(task, CeleryTask) and (task.time_limit or task.soft_time_limit):
         given["timelimit"] = [task.time_limit, task.soft_time_limit]
     return amqp.table_entries("headers", {**given, **task.headers})

@@ -1,5 +1,8 @@
 """Spans of messages in OpenTelemetry, following its semantic conventions for RabbitMQ.
 
+What travels with a message is what the process's own propagators write (``OTEL_PROPAGATORS``:
+baggage, B3), and the W3C context in any case, to which the spans of later attempts link.
+
 Imported only where the process has imported OpenTelemetry. Without a tracer provider a span records
 nothing, and passes on the caller's context.
 
@@ -12,12 +15,13 @@ import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from opentelemetry import trace
+from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope
+from mlproducer.tasks import RESERVED_HEADERS
 
 OPERATION = "publish"
 
@@ -33,19 +37,16 @@ _CONSTANT = {
 class MessageSpan:
     """A span of kind PRODUCER.
 
-    :ivar headers: the W3C trace context for the message
-    :ivar recording: the span is recorded
+    :ivar headers: what the process's propagators, and the W3C's, write of its context
+    :ivar recording: the span is recorded, and the library's own
     """
 
     __slots__ = ("_span", "headers", "recording")
 
-    def __init__(self, span: trace.Span, context: trace.SpanContext) -> None:
+    def __init__(self, span: trace.Span, headers: Mapping[str, str], *, recording: bool) -> None:
         self._span = span
-        self.recording = span.is_recording()
-        ids = f"{context.trace_id:032x}-{context.span_id:016x}"
-        self.headers = {"traceparent": f"00-{ids}-{context.trace_flags:02x}"}
-        if context.trace_state:
-            self.headers["tracestate"] = context.trace_state.to_header()
+        self.headers = headers
+        self.recording = recording
 
     def describe(self, envelope: Envelope) -> None:
         """Set the attributes of a message: its route, id and size, nothing of its content."""
@@ -58,13 +59,14 @@ class MessageSpan:
         self._span.add_event(name, {} if reason is None else {"reason": type(reason).__name__})
 
     def end(self, error: str, at: int) -> None:
-        """End the span.
+        """End the span, if it is the library's own.
 
         :param error: the name of the error's class; empty where there was none
 
         :param at: nanoseconds since the epoch
         """
-        _end(self._span, error, at)
+        if self.recording:
+            _end(self._span, error, at)
 
 
 class LaterSpan:
@@ -138,16 +140,44 @@ def begin(given: Mapping[str, str]) -> MessageSpan | None:
 
     :param given: the headers of a trace context, the parent where no span is current
     """
+    current = trace.get_current_span()
+    if _is_of_an_instrumentation(current):
+        return _travelling(current, recording=False)
     parent = None
-    if given and not trace.get_current_span().get_span_context().is_valid:
+    if given and not current.get_span_context().is_valid:
         parent = _propagator.extract(given)
     begun = _tracer.start_span(OPERATION, parent, trace.SpanKind.PRODUCER, _CONSTANT)
     try:
         span = begun
         if span is trace.INVALID_SPAN:  # no provider; older versions then lose the parent
             span = trace.get_current_span(parent)
-        context = span.get_span_context()
-        return MessageSpan(span, context) if context.is_valid else None
+        return _travelling(span, recording=span.is_recording())
     except BaseException:  # an interrupt
         begun.end()
         raise
+
+
+def _is_of_an_instrumentation(span: trace.Span) -> bool:
+    """Whether an instrumentation, such as Celery's, has begun a span for this message already."""
+    scope = getattr(span, "instrumentation_scope", None)
+    name = getattr(scope, "name", "")
+    is_producer = getattr(span, "kind", None) is trace.SpanKind.PRODUCER
+    return is_producer and name.startswith("opentelemetry.instrumentation.")
+
+
+def _travelling(span: trace.Span, *, recording: bool) -> MessageSpan | None:
+    """Return a span with the headers of its context; ``None`` where there are none."""
+    written: dict[str, str] = {}
+    propagate.inject(written, trace.set_span_in_context(span))
+    headers = {
+        name: value
+        for name, value in written.items()
+        if isinstance(value, str) and name not in RESERVED_HEADERS
+    }
+    context = span.get_span_context()
+    if context.is_valid:
+        ids = f"{context.trace_id:032x}-{context.span_id:016x}"
+        headers["traceparent"] = f"00-{ids}-{context.trace_flags:02x}"
+        if context.trace_state:
+            headers["tracestate"] = context.trace_state.to_header()
+    return MessageSpan(span, headers, recording=recording) if headers else None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -135,6 +136,14 @@ WITH_REDIS = {
 }
 
 
+@functools.cache
+def celery_version() -> tuple[int, int]:
+    """Return the version of the Celery that is tried, as major and minor."""
+    script = "import celery; print(celery.VERSION.major, celery.VERSION.minor)"
+    major, minor = map(int, subprocess.check_output([PYTHON, "-c", script], text=True).split())
+    return major, minor
+
+
 @pytest.fixture(scope="module")
 def results_server() -> Iterator[RedisServer]:
     """A Redis for results."""
@@ -151,6 +160,8 @@ def shop(
 ) -> Shop:
     """The application, with results by what is asked for."""
     backend, quorum = getattr(request, "param", ("redis", False))
+    if quorum and celery_version() < (5, 5):
+        pytest.skip("workers before Celery 5.5 cannot consume from quorum queues")
     redis.Redis.from_url(results_server.url).flushall()
     url = results_server.url if backend == "redis" else "rpc://"
     return Shop(rabbitmq_vhost.url, url, tmp_path, quorum)

@@ -167,6 +167,15 @@ def test_properties_hold_no_user_text(task: Any) -> None:
     assert CANARY not in repr(encode(task))
 
 
+def test_sentry_finds_its_headers() -> None:
+    """Its worker reads what is under ``headers``; others find each header where it was given."""
+    given = {"sentry-trace": "1-2-1", "baggage": "a=b", "tenant": "t"}
+    sent = properties(encode(simple(headers=given))).headers
+    assert sent["headers"] == given
+    assert {name: sent[name] for name in given} == given
+    assert "headers" not in properties(encode(simple(headers={"tenant": "t"}))).headers
+
+
 def _add(*args: Any, **kwargs: Any) -> None:
     """Stand for a worker's task, which does not run here."""
 

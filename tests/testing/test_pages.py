@@ -102,7 +102,7 @@ def test_monitoring(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None
     """Callbacks, the page over HTTP, gunicorn's hook, and a trace's context."""
     page = PACKAGE / "observe/README.rst"
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    callbacks, served, flask, django, gunicorn, tracing = snippets(page.read_text())
+    callbacks, served, flask, django, gunicorn, tracing, sentry = snippets(page.read_text())
     with MLProducer(Settings(url=broker.url)) as producer:
         module: dict[str, Any] = {"mlproducer": mlproducer, "producer": producer, "task": task()}
         module |= {"notify": lambda *words: told.put(words), "make_app": mlproducer.wsgi.make_app}
@@ -112,6 +112,12 @@ def test_monitoring(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None
         run(tracing, page, module)
         [message] = broker.messages
         assert message.properties.headers["traceparent"].split("-")[1] == TRACEPARENT.split("-")[1]
+        module["sentry_sdk"] = types.SimpleNamespace(
+            get_traceparent=lambda: "1-2-1", get_baggage=lambda: "a=b"
+        )
+        run(sentry, page, module)
+        producer.publish(task())
+        assert broker.messages[1].properties.headers["headers"]["sentry-trace"] == "1-2-1"
         run(served.replace("9187", "0"), page, module)
         assert module["server"].port
         module["server"].close()

@@ -32,7 +32,11 @@ from tests.threaded.moods import Moody
 
 pytest.importorskip("opentelemetry.sdk")
 
-from opentelemetry import trace
+from opentelemetry import baggage, propagate, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
+from opentelemetry.context import attach, detach
+from opentelemetry.propagators.composite import CompositePropagator
+from opentelemetry.propagators.textmap import Setter, TextMapPropagator, default_setter
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import (
     SimpleSpanProcessor,
@@ -206,6 +210,74 @@ def test_context_of_the_task_itself(connect: Connect, serve: Serve, exporter: Ex
     connect(broker).publish(task)
     exporter.wait_for_one()
     assert headers(broker.messages[0])["traceparent"] == TRACEPARENT
+
+
+class OneHeader(TextMapPropagator):
+    """Writes a span's context in one header, as B3 does."""
+
+    def extract(self, carrier: Any, context: Any = None, getter: Any = None) -> Any:
+        """Read nothing."""
+
+    def inject(
+        self, carrier: Any, context: Any = None, setter: Setter[Any] = default_setter
+    ) -> None:
+        """Write the ids; and a name that a worker uses itself."""
+        ids = trace.get_current_span(context).get_span_context()
+        setter.set(carrier, "b3", f"{ids.trace_id:032x}-{ids.span_id:016x}-1")
+        setter.set(carrier, "id", "of another")
+
+    @property
+    def fields(self) -> set[str]:
+        """Return what it writes."""
+        return {"b3", "id"}
+
+
+@pytest.fixture
+def own_propagators() -> Iterator[None]:
+    """Have the process propagate baggage, and contexts in a form of its own."""
+    before = propagate.get_global_textmap()
+    propagate.set_global_textmap(CompositePropagator([W3CBaggagePropagator(), OneHeader()]))
+    yield
+    propagate.set_global_textmap(before)
+
+
+@pytest.mark.usefixtures("own_propagators")
+def test_propagators_of_the_process(connect: Connect, serve: Serve, exporter: Exporter) -> None:
+    """What they write travels, and the W3C context too; a header of the task's own counts more."""
+    broker = serve()
+    producer = connect(broker)
+    token = attach(baggage.set_baggage("tenant", "acme"))
+    try:
+        producer.publish(TASK)
+        producer.publish(CeleryTask("n", [], {}, "k", headers={"baggage": "own"}))
+    finally:
+        detach(token)
+    for span, sent in zip(exporter.wait_for(2), map(headers, broker.messages), strict=True):
+        assert sent["traceparent"] == traceparent(span)
+        assert sent["b3"] == f"{traceparent(span)[3:52]}-1"
+        assert sent["id"] != "of another"
+    assert [headers(each)["baggage"] for each in broker.messages] == ["tenant=acme", "own"]
+
+
+def test_a_task_that_an_instrumentation_traces(
+    connect: Connect, serve: Serve, provider: TracerProvider, exporter: Exporter
+) -> None:
+    """It has one span; a PRODUCER span of the user's own does not count as one."""
+    broker = serve()
+    producer = connect(broker)
+    for scope in ("opentelemetry.instrumentation.celery", "shop"):
+        tracer = provider.get_tracer(scope)
+        with tracer.start_as_current_span("outer", kind=SpanKind.PRODUCER) as span:
+            producer.publish(TASK)
+            producer.flush(LIMIT)
+        parent = headers(broker.messages[-1])["traceparent"].split("-")[2]
+        its_own = f"{span.get_span_context().span_id:016x}"
+        assert (parent == its_own) == (scope != "shop")
+    assert sorted(each.name for each in exporter.wait_for(3)) == [
+        "outer",
+        "outer",
+        "publish bookmarkai.ml:ml.summarize",
+    ]
 
 
 def test_each_message_has_its_own(connect: Connect, serve: Serve, exporter: Exporter) -> None:
