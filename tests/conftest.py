@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 _MEASURE = "COVERAGE_PROCESS_START"
 """Where this variable names a configuration, each worker measures by it from here on."""
@@ -23,6 +24,10 @@ if _MEASURE in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
     _coverage.start()
 
 pytest_plugins = ["mlproducer.testing.plugin"]
+
+# How fast examples come says how busy the machine is.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.hookimpl(trylast=True)

@@ -439,6 +439,7 @@ class Bytes(StoreTests):
         suppress_health_check=[
             HealthCheck.function_scoped_fixture,
             HealthCheck.differing_executors,
+            HealthCheck.too_slow,
         ],
     )
     @given(st.lists(records, min_size=1, max_size=5))

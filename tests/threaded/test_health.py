@@ -196,6 +196,7 @@ def test_not_confirming_and_lost(connect: Connect, serve: Serve, retry: bool) ->
     """A new connection alone is no confirm, unless nothing is left to be confirmed on it."""
     broker = serve(Patient("silent"))
     producer = connect(broker, health_check_interval=NEVER)
+    assert producer.wait_connected(LIMIT)
     for _ in range(3):
         with contextlib.suppress(ConfirmTimeoutError):
             producer.publish(make_message(), timeout=0.05, retry=retry)
