@@ -15,6 +15,7 @@ NAMES = (
     "single",
     "scaling",
     "stores",
+    "outbox",
     "connections",
     "idle",
 )

@@ -88,21 +88,26 @@ def _backlog(lab: Lab, folder: Path) -> list[Figure]:
     nobody = f"amqp://guest:guest@127.0.0.1:{free_port()}/"
     left = _process("leave", count, nobody, store)
     lab.broker.purge()
-    drained = _process("drain", count, lab.broker.url, store)
+    emptied = drained(count, lab.broker.url, store)
     contestant = lab.contestant(OURS)
     if contestant is None:
         raise RuntimeError("the library itself is not installed")
     with contestant:
         lab.broker.purge()
         normal = Player(OURS, contestant, PIPELINED).play(count).rate
-    rate = count / drained["seconds"]
+    rate = count / emptied["seconds"]
     return [
         Figure(f"draining {count:,} / publish_many", [rate / normal], target=at_least(0.5)),
         Figure("draining", [rate], "messages/s"),
         Figure("leaving them, no broker", [count / left["seconds"]], "messages/s"),
-        Figure("memory grown while draining", [drained["grown"] / 1e6], "MB", at_most(GROWTH)),
+        Figure("memory grown while draining", [emptied["grown"] / 1e6], "MB", at_most(GROWTH)),
         Figure("memory grown while leaving", [left["grown"] / 1e6], "MB", at_most(GROWTH)),
     ]
+
+
+def drained(count: int, broker: str, store: str) -> dict[str, Any]:
+    """Have a process of its own deliver a backlog, and give its figures."""
+    return _process("drain", count, broker, store)
 
 
 def _process(mode: str, count: int, broker: str, store: str) -> dict[str, Any]:

@@ -114,6 +114,10 @@ _DUE = (
 )
 """Rows later than any delay, and any lease of their owner, are due too: the clock was set back."""
 _CLAIMS = "unnest(%(keys)b::bigint[], %(tokens)b::bigint[]) AS c(key, token)"
+# A table that was vacuumed while it was empty is expected to be empty, however many rows have come
+# since, and would be read as a whole: once for each statement, or worse, for each row. So keys are
+# also given as one list, which has an index, and rows that a statement has locked by their place.
+_CLAIMED = "t.key = ANY(%(keys)b::bigint[]) AND t.key = c.key AND t.token = c.token"
 
 ROW = (
     "t.key, t.token, t.state, t.attempts, t.doubtful, t.reason, t.retry, t.first_failed_at,"
@@ -149,10 +153,11 @@ _ROWS = (
 _STORED = ", ".join(each for each in GIVEN if each != "delay")
 
 
-_SIZED = "key, octet_length(body) + octet_length(properties) AS size"
+_SIZED = "key, ctid AS place, octet_length(body) + octet_length(properties) AS size"
 
 _FITTING = """
-    SELECT key FROM (SELECT key, size, sum(size) OVER (ORDER BY key) AS total FROM picked) AS sizes
+    SELECT place FROM (
+        SELECT key, place, size, sum(size) OVER (ORDER BY key) AS total FROM picked) AS sizes
     WHERE total - size < %(room)s"""
 """The first of the picked rows, as many as ``room`` has bytes for, and one at least."""
 
@@ -169,7 +174,7 @@ _MESSAGE = ", ".join(
 )
 """A dead letter takes its message's place."""
 
-_MINE = "t.key = c.key AND t.token = c.token AND t.owner = %(me)s"
+_MINE = f"{_CLAIMED} AND t.owner = %(me)s"
 _ENTERED = """entered AS MATERIALIZED (
             SELECT pg_try_advisory_xact_lock_shared(%(me)s)
                 AND clock_timestamp() <= to_timestamp(%(latest)s) AS may)"""
@@ -203,16 +208,16 @@ _TEMPLATES = {
             AS c(key, token, delay)
         WHERE {_MINE}""",
     "ripen": f"""
-        UPDATE $table SET ready = true WHERE key IN (
-            SELECT key FROM $table WHERE NOT ready AND state < {ASIDE} AND {_DUE}
-            ORDER BY due LIMIT 5000 FOR UPDATE SKIP LOCKED)""",
+        UPDATE $table SET ready = true WHERE ctid = ANY(ARRAY(
+            SELECT ctid FROM $table WHERE NOT ready AND state < {ASIDE} AND {_DUE}
+            ORDER BY due LIMIT 5000 FOR UPDATE SKIP LOCKED))""",
     "claim": f"""
         WITH {_ENTERED}, picked AS MATERIALIZED (
             SELECT {_SIZED} FROM $table WHERE ready
             ORDER BY key LIMIT %(limit)s FOR UPDATE SKIP LOCKED
         ), fitting AS ({_FITTING})
-        UPDATE $table AS t SET {_TAKEN} FROM fitting, entered
-        WHERE t.key = fitting.key AND may RETURNING {ROW}""",
+        UPDATE $table AS t SET {_TAKEN} FROM entered
+        WHERE t.ctid = ANY(ARRAY(SELECT place FROM fitting)) AND may RETURNING {ROW}""",
     "undo_claim": """
         UPDATE $table SET owner = 0, ready = true
         WHERE NOT ready AND owner = %(me)s AND call = %(call)s""",
@@ -236,13 +241,13 @@ _TEMPLATES = {
         WHERE {_MINE} AND may RETURNING t.key""",
     "undo_release": f"""
         UPDATE $table AS t SET owner = %(me)s, ready = false, due = {_AFTER} FROM {_CLAIMS}
-        WHERE t.key = c.key AND t.token = c.token AND t.owner = 0""",
+        WHERE {_CLAIMED} AND t.owner = 0""",
     "renew": f"""
         UPDATE $table AS t SET ready = false, due = {_AFTER} FROM {_CLAIMS}
         WHERE {_MINE} RETURNING t.key""",
     "done": f"""
         WITH gone AS (
-            DELETE FROM $table AS t USING {_CLAIMS} WHERE t.key = c.key AND t.token = c.token
+            DELETE FROM $table AS t USING {_CLAIMS} WHERE {_CLAIMED}
             RETURNING t.key, t.token, t.state)
         INSERT INTO ${{table}}_fates SELECT key, state = {DEAD}, {_NOW} FROM gone
         WHERE token & 1 = 1
@@ -261,7 +266,7 @@ _TEMPLATES = {
             SELECT {_SIZED} FROM $table WHERE state = {DEAD} AND key > %(after)s
             ORDER BY key LIMIT %(limit)s
         ), fitting AS ({_FITTING})
-        SELECT {ROW} FROM $table AS t JOIN fitting USING (key)""",
+        SELECT {ROW} FROM $table AS t WHERE t.ctid = ANY(ARRAY(SELECT place FROM fitting))""",
     "depth": f"""
         SELECT (SELECT count(*) FROM $table WHERE ready)
                 + (SELECT count(*) FROM $table WHERE NOT ready AND state < {ASIDE}),
@@ -273,7 +278,7 @@ _TEMPLATES = {
                 WHERE ready AND accepted_at > 0 ORDER BY key LIMIT 1)""",
     "put_aside": f"""
         UPDATE $table AS t SET state = {ASIDE}, ready = false, due = 'infinity', owner = 0
-        FROM {_CLAIMS} WHERE t.key = c.key AND t.token = c.token""",
+        FROM {_CLAIMS} WHERE {_CLAIMED}""",
     "close": """
         UPDATE $table SET owner = 0, ready = true, doubtful = true
         WHERE NOT ready AND owner = %(me)s""",
