@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any
@@ -194,7 +194,9 @@ _SQLITE_QUARANTINE = (
 )
 _SQLITE_ONE = f"SELECT * FROM {SQLITE_TABLE} WHERE key = ?"  # noqa: S608
 BUSY = 5.0
-"""Seconds to wait for another writer of the application's file."""
+"""Seconds to wait for other users of the application's file."""
+PATIENCE = 1.0
+"""Seconds to wait for the store, while the application cannot write."""
 
 
 class Mover:
@@ -224,26 +226,38 @@ class Mover:
             known = "SELECT count(*) FROM sqlite_master WHERE name = ?"
             if not undisturbed or not connection.execute(known, (SQLITE_TABLE,)).fetchone()[0]:
                 return 0
+            if not connection.execute(_SQLITE_SELECT).fetchall():
+                return 0
+            # Once rows are stored, nothing may keep them from being deleted, such as a transaction
+            # of the application that lasts longer than `BUSY`: they would be stored again.
+            connection.execute("BEGIN EXCLUSIVE")
             found = connection.execute(_SQLITE_SELECT).fetchall()
-            entries = []
-            for each in found:
-                try:
-                    entries.append(Entry(rows.read_row(each).record, 0.0))
-                except rows.UnreadableRowError as error:
-                    self._put_aside(connection, error.claim.key)
-            if entries:
-                self._store.put(entries, BUSY)
-                connection.execute(_SQLITE_DELETE, (found[-1][0],))
+            damaged = self._store_readable(found)
+            self._put_aside(connection, damaged)
+            connection.execute(_SQLITE_DELETE, (found[-1][0] if found else 0,))
+            connection.execute("COMMIT")
+        for key in damaged:
+            text = "row %d of the outbox in %s is damaged; it is now in the table %s"
+            write(logger, logging.ERROR, text, key, self._path, QUARANTINE)
         return len(found)
 
-    def _put_aside(self, connection: Any, key: int) -> None:
-        connection.execute(_SQLITE_QUARANTINE)
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute(f"INSERT INTO {QUARANTINE} {_SQLITE_ONE}", (key,))
-        connection.execute(f"DELETE {_SQLITE_ONE.removeprefix('SELECT * ')}", (key,))
-        connection.execute("COMMIT")
-        text = "row %d of the outbox in %s is damaged; it is now in the table %s"
-        write(logger, logging.ERROR, text, key, self._path, QUARANTINE)
+    def _store_readable(self, found: Sequence[Sequence[Any]]) -> list[int]:
+        """Store the rows that can be read, and return the keys of the others."""
+        entries, damaged = [], []
+        for each in found:
+            try:
+                entries.append(Entry(rows.read_row(each).record, 0.0))
+            except rows.UnreadableRowError as error:
+                damaged.append(error.claim.key)
+        if entries:
+            self._store.put(entries, PATIENCE)
+        return damaged
+
+    def _put_aside(self, connection: Any, keys: Sequence[int]) -> None:
+        if keys:
+            connection.execute(_SQLITE_QUARANTINE)
+        for key in keys:
+            connection.execute(f"INSERT INTO {QUARANTINE} {_SQLITE_ONE}", (key,))
 
 
 # --- connections ---------------------------------------------------------------------------------

@@ -391,6 +391,28 @@ def test_rows_are_moved_by_one_process_at_a_time(application: str, tmp_path: Pat
         assert store.depth().waiting == 250
 
 
+@pytest.mark.parametrize("hold", ["BEGIN IMMEDIATE", "BEGIN; SELECT * FROM mlproducer_outbox"])
+def test_rows_that_cannot_be_deleted_are_not_stored(
+    application: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hold: str
+) -> None:
+    """A transaction of the application that lasts long, even one that reads, doubles no message."""
+    monkeypatch.setattr(outbox, "BUSY", 0.05)
+    with (
+        closing(SQLiteStore(tmp_path / "store.db")) as store,
+        closing(sqlite3.connect(application, isolation_level=None)) as connection,
+    ):
+        mover = outbox.Mover(application, store)
+        for statement in hold.split("; "):
+            connection.execute(statement).fetchone()
+        for _ in range(2):
+            with pytest.raises(StoreError, match="cannot be used"):
+                mover.move()
+        connection.execute("ROLLBACK")
+        while mover.move():
+            pass
+        assert store.depth().waiting == 250
+
+
 @pytest.mark.parametrize(
     "damage", ["body = 'text'", "accepted_at = 'soon'", "retry = 5", "routing_key = x'00'"]
 )
