@@ -103,6 +103,39 @@ def test_a_store_that_has_filled_its_disk_delivers(disk: Disk, size: str, batch:
         assert finish(store) == ["after"]
 
 
+def test_without_a_directory_for_temporary_files(disk: Disk) -> None:
+    """In a container whose root is read-only, large batches are stored and delivered too."""
+    folder = disk("64m")
+    places = ("/tmp", "/var/tmp", "/usr/tmp")
+    hide = "".join(
+        f"! test -d {each} || (mount --rbind {each} {each} && mount -o remount,ro,bind {each})\n"
+        for each in places
+    )
+    program = (
+        "import sys\n"
+        "from mlproducer.stores.sqlite import SQLiteStore\n"
+        "from tests.faults.test_sqlite_disk import entry, finish\n"
+        "store = SQLiteStore(sys.argv[1])\n"
+        "for _ in range(2):\n"
+        "    store.put([entry('m', 20_000) for _ in range(500)], 10.0)\n"
+        "assert len(finish(store)) == 1000\n"
+        "store.close()\n"
+    )
+    arguments = [sys.executable, "-c", program, str(folder / "store.db")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in ("TMPDIR", "SQLITE_TMPDIR"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", f'{hide} cd /tmp && exec "$@"', "sh", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("size", ["1m", "16m"])
 def test_a_disk_that_others_have_filled(disk: Disk, size: str) -> None:
     """With no byte left on the disk, what is stored is delivered; nothing new is taken (93)."""

@@ -286,7 +286,7 @@ def _sync_directory(path: str) -> None:
 
 
 def _raw(path: str, query: str) -> sqlite3.Connection:
-    return sqlite3.connect(
+    connection = sqlite3.connect(
         f"{Path(path).as_uri()}?{query}",
         uri=True,
         timeout=BUSY_WAIT,
@@ -294,6 +294,10 @@ def _raw(path: str, query: str) -> sqlite3.Connection:
         check_same_thread=False,  # the thread that forks closes it
         cached_statements=64,
     )
+    # What SQLite would put into temporary files: in a container with a read-only root there may be
+    # no directory for them, and parts of messages do not belong into /tmp.
+    connection.execute("PRAGMA temp_store = MEMORY")
+    return connection
 
 
 def _connect(path: str, synchronous: str) -> sqlite3.Connection:
