@@ -27,7 +27,11 @@ SCHEMES = (
     "rediss",
     "redis+sentinel",
     "unix",
+    "valkey",
+    "valkeys",
 )
+
+_ALIASES = {"valkey": "redis", "valkeys": "rediss"}
 
 NAME = "store_url (ML_STORE_URL)"
 
@@ -226,6 +230,7 @@ def _read(url: object, name: str) -> LocalAddress | RedisAddress | PostgreSQLAdd
     if not separator or scheme not in SCHEMES:
         accepted = ", ".join(f"{each}://" for each in SCHEMES)
         raise ConfigurationError(f"{name} must be a URL that starts with {accepted}")
+    scheme = _ALIASES.get(scheme, scheme)
     if _CONTROL.search(rest):
         raise ConfigurationError(f"{name} must not contain control characters")
     if not _can_be_encoded(rest, "surrogateescape" if scheme == "sqlite" else "strict"):

@@ -64,6 +64,11 @@ CONNECTING = 30.0
 PAUSE = 0.5
 """Seconds before a message that was given back is published again."""
 
+GIVEN_BACK = (
+    "  given back: publish() raised, so the task was the caller's again. Here that is the demo,\n"
+    f"  which published it once more after {PAUSE:g} s."
+)
+
 TICK = 0.05
 STOPPING = 3.0
 """Seconds in which the worker must stop."""
@@ -144,6 +149,8 @@ class Demo:
         result = self._progress.figures()
         self._console.say()
         self._console.table(result.rows())
+        if result.given_back:
+            self._console.say(GIVEN_BACK)
         self._console.emit(
             {
                 "ok": result.well,
@@ -244,7 +251,7 @@ class Demo:
             self._stop.wait(TICK)
 
     def _show(self, published: int, confirmed: int, run: int) -> None:
-        text = f"published {published}  confirmed {confirmed}  run by the worker {run}"
+        text = f"published {published}  confirmed {confirmed}  run {run}"
         self._console.progress(run / self._messages, text)
 
     def _inject_faults(self, node: RabbitMQNode) -> Iterator[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from celery.exceptions import Reject
 
 from mlproducer.contrib.celery import deduplicate, deduplication, notes
 from mlproducer.errors import ConfigurationError
-from mlproducer.testing import Proxy, RedisServer
+from mlproducer.testing import PostgreSQLServer, Proxy, RedisServer
+from tests.helpers import LIMIT, Background
 
 
 class Worker:
@@ -168,8 +171,51 @@ def test_redis(redis_server: RedisServer) -> None:
             made.has("a")
 
 
+def test_postgresql(
+    worker: Worker, postgresql_server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers make the table together; old notes are deleted; an ended connection is made again."""
+    monkeypatch.setattr(notes, "SWEEP", 3)
+    url = f"{postgresql_server.url}?table=t{secrets.token_hex(4)}"
+    background = Background()
+    for name in "abcdefgh":
+        background.call(notes.notes_at(url).add, name, 60.0)
+    background.gather()
+    made = notes.notes_at(url)
+    assert all(map(made.has, "abcdefgh"))
+    assert not made.has("x")
+    made.add("x", 0.01)
+    threading.Event().wait(0.05)
+    assert not made.has("x")
+    made.add("x", 60.0)
+    assert made.has("x")
+    postgresql_server.call(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'"
+    )
+    made.add("y", 60.0)
+    assert made.has("y")
+    table = f"{url.rpartition('=')[2]}_completed"
+    assert postgresql_server.call(f"SELECT count(*) FROM {table}") == [(10,)]
+    deduplicate(worker._app, url)
+    assert worker.run("shop.work", "1", "x") == "SUCCESS"
+    assert worker.run("shop.work", "1", "x") == "IGNORED"
+
+
+def test_a_postgresql_that_is_silent(worker: Worker, postgresql_server: PostgreSQLServer) -> None:
+    """The task runs, after a moment; those that follow do not wait."""
+    with Proxy((postgresql_server.host, postgresql_server.port)) as proxy:
+        url = postgresql_server.url.replace(str(postgresql_server.port), str(proxy.port))
+        deduplicate(worker._app, f"{url}?table=t{secrets.token_hex(4)}")
+        assert worker.run("shop.work", "1", "x") == "SUCCESS"
+        proxy.hole("both")
+        started = time.monotonic()
+        for _ in range(3):
+            assert worker.run("shop.work", "1", "x") == "SUCCESS"
+        assert time.monotonic() - started < LIMIT
+
+
 @pytest.mark.parametrize(
-    "url", ["memory://", "postgresql://u:secret@h/d", "amqp://h", "redis://u:secret@/x y", 1]
+    "url", ["memory://", "postgresql://u:secret@h/a/b", "amqp://h", "redis://u:secret@/x y", 1]
 )
 def test_urls(url: Any) -> None:
     """What cannot hold notes is refused, and nothing of it shown."""

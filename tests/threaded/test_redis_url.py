@@ -25,6 +25,12 @@ from mlproducer.stores.redis.address import parse
 CANARY = "canary-Zq7"
 
 
+def test_valkey() -> None:
+    """Its URLs are Redis's under another name."""
+    assert parse("valkey://u:p@h:7000/3") == parse("redis://u:p@h:7000/3")
+    assert parse("valkeys://h") == parse("rediss://h")
+
+
 def test_everything_in_the_url_is_read() -> None:
     """Host, port, database, user, password and the options, each percent-decoded."""
     url = f"rediss://so%40me:{CANARY}%2F@redis.example:7000/3?write_ahead=1&prefix=a:b:"

@@ -42,7 +42,8 @@ def deduplicate(app: Celery, url: str, ttl: float = 86400) -> None:
     sent.
 
     :param url: where completed tasks are noted: ``redis://host:port/db`` (``rediss://``,
-        ``redis+sentinel://``, ``unix://``), or ``sqlite:///file.db`` for workers of one machine
+        ``redis+sentinel://``, ``unix://``), ``postgresql://host/database``, or
+        ``sqlite:///file.db`` for workers of one machine
     :param ttl: seconds for which a task is known; as long as a duplicate may be late
     :raises ConfigurationError: the URL or the number cannot be used
     """

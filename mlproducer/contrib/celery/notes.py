@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlproducer import _clock as time
 from mlproducer import _store_url as store_url
-from mlproducer._store_url import RedisAddress
+from mlproducer._store_url import PostgreSQLAddress, RedisAddress
 from mlproducer.errors import ConfigurationError
 
 NAME = "deduplicate()'s url"
@@ -53,8 +54,10 @@ def notes_at(url: str) -> Notes:
     scheme = url.partition("://")[0]
     if scheme == "sqlite":
         return SQLiteNotes(store_url.read_local(url).path)
-    if scheme in ("memory", "postgresql"):
-        raise ConfigurationError(f"{NAME} must be redis:// (rediss://, unix://) or sqlite:///")
+    if scheme == "postgresql":
+        return PostgreSQLNotes(store_url.read_postgresql(url))
+    if scheme == "memory":
+        raise ConfigurationError(f"{NAME} must be redis://, postgresql:// or sqlite:///")
     return RedisNotes(store_url.read_redis(url))
 
 
@@ -65,7 +68,31 @@ class _Own(threading.local):
     connection: Any = None
 
 
-class RedisNotes:
+class _OnServer:
+    """A connection of each thread to a server, which is made again where it has ended."""
+
+    errors: tuple[type[Exception], ...]
+
+    def __init__(self) -> None:
+        self._own = _Own()
+
+    def _ask(self, *command: Any) -> Any:
+        own = self._own
+        if own.pid != os.getpid():
+            own.pid, own.connection = os.getpid(), None
+        reused = own.connection is not None
+        try:
+            return self._exchange(own, command)
+        except self.errors:
+            if not reused:
+                raise
+        return self._exchange(own, command)  # the idle connection had been closed
+
+    def _exchange(self, own: _Own, command: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
+
+
+class RedisNotes(_OnServer):
     """Notes in Redis, one key each, which Redis forgets by itself."""
 
     def __init__(self, address: RedisAddress) -> None:
@@ -73,7 +100,7 @@ class RedisNotes:
 
         self._dial = dial
         self._address = address
-        self._own = _Own()
+        super().__init__()
         self._prefix = PREFIX if address.prefix is None else f"{address.prefix}:completed:"
         self.name = address.name
         self.errors: tuple[type[Exception], ...] = (dial.exceptions.RedisError, OSError)
@@ -86,19 +113,7 @@ class RedisNotes:
         """Note it for so many seconds."""
         self._ask("SET", self._prefix + key, "1", "PX", str(max(1, round(ttl * 1000))))
 
-    def _ask(self, *command: str) -> Any:
-        own = self._own
-        if own.pid != os.getpid():
-            own.pid, own.connection = os.getpid(), None
-        reused = own.connection is not None
-        try:
-            return self._exchange(own, command)
-        except self.errors:
-            if not reused:
-                raise
-        return self._exchange(own, command)  # the idle connection had been closed
-
-    def _exchange(self, own: _Own, command: tuple[str, ...]) -> Any:
+    def _exchange(self, own: _Own, command: tuple[Any, ...]) -> Any:
         if own.connection is None:
             own.connection = self._dial.connect(self._address, None)
         try:
@@ -109,6 +124,78 @@ class RedisNotes:
             with suppress(Exception):
                 connection.disconnect()
             raise
+
+
+class _Closing:
+    """Closes a connection with the end of its thread; not in a forked child, where it is shared."""
+
+    def __init__(self, it: Any) -> None:
+        self.it = it
+        self._pid = os.getpid()
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():
+            self.it.close()
+
+
+class PostgreSQLNotes(_OnServer):
+    """Notes in a table, which is made with the first one."""
+
+    def __init__(self, address: PostgreSQLAddress) -> None:
+        from mlproducer.stores.postgres import session  # noqa: PLC0415 - it needs psycopg
+
+        super().__init__()
+        self._dial = session.dial
+        self._address = address
+        self._table = f"{address.table}_completed"
+        self._since_sweep = 0
+        self.name = address.name
+        self.errors: tuple[type[Exception], ...] = session.FOREIGN
+
+    def has(self, key: str) -> bool:
+        """Whether it is noted."""
+        text = f"SELECT 1 FROM {self._table} WHERE key = %s AND until > clock_timestamp()"  # noqa: S608 - its name was checked
+        return bool(self._ask(text, (key,)))
+
+    def add(self, key: str, ttl: float) -> None:
+        """Note it for so many seconds."""
+        text = (
+            f"INSERT INTO {self._table} VALUES (%s, clock_timestamp() + %s * interval '1 second')"  # noqa: S608
+            " ON CONFLICT (key) DO UPDATE SET until = EXCLUDED.until"
+        )
+        self._ask(text, (key, ttl))
+        self._since_sweep += 1
+        if self._since_sweep >= SWEEP:
+            self._since_sweep = 0
+            self._ask(f"DELETE FROM {self._table} WHERE until <= clock_timestamp()", ())  # noqa: S608
+
+    def _exchange(self, own: _Own, command: tuple[Any, ...]) -> Any:
+        try:
+            if own.connection is None:
+                own.connection = _Closing(self._dial(self._address, name="mlproducer"))
+                self._make_table(own.connection.it)
+            return self._execute(own.connection.it, *command)
+        except BaseException:
+            own.connection = None
+            raise
+
+    def _make_table(self, connection: Any) -> None:
+        """Create the table if it is not there; a role that may not create one can use it."""
+        if self._execute(connection, "SELECT to_regclass(%s)", (self._table,)) != [(None,)]:
+            return
+        lock = f"SELECT pg_advisory_xact_lock(hashtext('{self._table}'));"
+        create = (
+            f"CREATE TABLE IF NOT EXISTS {self._table}"
+            " (key text PRIMARY KEY, until timestamptz NOT NULL)"
+        )
+        self._execute(connection, lock + create, None)  # without values, it is one transaction
+
+    @staticmethod
+    def _execute(connection: Any, text: str, values: tuple[Any, ...] | None) -> list[Any]:
+        connection.deadline = time.monotonic() + PATIENCE
+        with connection.cursor() as cursor:
+            cursor.execute(text, values)
+            return cursor.fetchall() if cursor.description else []
 
 
 class SQLiteNotes:
