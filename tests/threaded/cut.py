@@ -24,6 +24,7 @@ from typing import Any
 
 import mlproducer
 from mlproducer import Message, MLProducer, Settings
+from mlproducer._engine import lifecycle
 from mlproducer.errors import NackError, ProducerClosedError
 from mlproducer.testing.fake_broker import FakeBroker
 from tests.helpers import LIMIT, make_message, wait_until
@@ -163,6 +164,7 @@ def cut_start() -> dict[str, Any]:
 def cut_close() -> dict[str, Any]:
     """Cut the close() at each step; the next one reports, and ends everything."""
     steps, wrong = 0, []
+    lifecycle.CLOSE_MARGIN = LIMIT  # who is told, and not how soon, is what is looked at
     with FakeBroker(Silent()) as broker:
         while True:
             producer = MLProducer(Settings(url=broker.url, **QUICK))
