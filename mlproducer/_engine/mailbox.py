@@ -47,9 +47,13 @@ class Mailbox:
         if self._closed:
             return not self._take_back(item)
         if not self._rung:
+            # As `ring` does, without a call. No call stands between the two steps, a context
+            # manager's neither: an interrupt there would leave a box that is never rung again.
             self._rung = True
-            with contextlib.suppress(OSError):  # as `ring` does, without a call
+            try:
                 self._bell.send(b"\0")
+            except OSError:
+                return True
         return True
 
     def ring(self) -> None:
