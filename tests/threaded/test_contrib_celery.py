@@ -90,7 +90,7 @@ def test_a_task_is_handed_over(app: Celery, producer: Noting) -> None:
     """As Celery has made it, under its id, persistent, and refused where no queue gets it."""
     result = app.tasks["shop.add"].delay(1, 2)
     [task] = producer.tasks
-    assert (task.name, task.args, task.kwargs) == ("shop.add", (1, 2), {})
+    assert (task.name, task.args, task.kwargs) == ("shop.add", [1, 2], {})
     assert task.message_id == task.correlation_id == result.id
     assert (task.exchange, task.routing_key) == ("", "celery")
     assert (task.persistent, task.mandatory) == (True, True)
@@ -99,6 +99,18 @@ def test_a_task_is_handed_over(app: Celery, producer: Noting) -> None:
     assert (task.headers["task"], task.headers["id"]) == ("shop.add", result.id)
     assert task.task_type == "shop.add"
     assert "1" not in repr(task).partition("args")[2]
+
+
+def test_a_closed_producer_is_not_kept(app: Celery, producer: Noting) -> None:
+    """A test's fixture closes it; what is installed next goes by the app's settings again."""
+    install(app)
+    assert producer_of(app) is producer
+    producer.close()
+    with pytest.raises(PublishFailedError, match="closed"):
+        app.tasks["shop.add"].delay(1, 2)
+    install(app)
+    assert producer_of(app) is not producer
+    assert "192.0.2.1" in producer_of(app).settings.url
 
 
 def test_options_reach_the_message(app: Celery, producer: Noting) -> None:
@@ -282,7 +294,7 @@ def test_protocol_1(app: Celery, producer: Noting) -> None:
     app.conf.task_protocol = 1
     result = app.tasks["shop.add"].delay(1, 2)
     [task] = producer.tasks
-    assert (task.message_id, task.args) == (result.id, (1, 2))
+    assert (task.message_id, task.args) == (result.id, [1, 2])
     assert json.loads(task.payload())["task"] == "shop.add"
 
 
@@ -291,7 +303,7 @@ def test_canvas(app: Celery, producer: Noting) -> None:
     add = app.tasks["shop.add"]
     group([add.s(i, i) for i in range(3)], app=app).apply_async()
     chain(add.s(1, 2), add.s(3), app=app).apply_async()
-    assert [task.args for task in producer.tasks] == [(0, 0), (1, 1), (2, 2), (1, 2)]
+    assert [task.args for task in producer.tasks] == [[0, 0], [1, 1], [2, 2], [1, 2]]
 
 
 def test_eager_tasks_are_left_alone(app: Celery, producer: Noting) -> None:

@@ -31,7 +31,7 @@ from kombu.compression import compress
 from kombu.exceptions import OperationalError
 from kombu.serialization import dumps
 
-from mlproducer import Message, MLProducer, Receipt
+from mlproducer import ConnectionState, Message, MLProducer, Receipt
 from mlproducer import _clock as time
 from mlproducer._guard import guarded
 from mlproducer.contrib.celery import brokers
@@ -77,7 +77,7 @@ class TaskMessage(Message):
     """A task as Celery has encoded it; a `RecordingProducer` records these.
 
     :ivar name: the task's name
-    :ivar args: its positional arguments
+    :ivar args: its positional arguments, as a list, which is what the worker gets
     :ivar kwargs: its keyword arguments
     """
 
@@ -98,7 +98,8 @@ def install(
 
     :param producer: ``None`` makes one with the first task, from the app's own broker settings
         (``broker_write_url`` or ``broker_url``, ``broker_use_ssl``) and, for everything else, from
-        the environment; see `producer_of`
+        the environment; see `producer_of`. A producer that was passed before stays, unless it has
+        been closed
     :param rollout: the share of tasks that goes through the producer, from 0.0 to 1.0, chosen by
         task id; or a callable that takes the task's name. The rest is sent by Celery's own way.
         ``None`` is the producer's ``settings.rollout`` (``ML_ROLLOUT``)
@@ -117,6 +118,8 @@ def install(
         _all.add(installed)
     if producer is not None:
         installed.use(producer)
+    elif installed.given is not None and _is_closed(installed.given):
+        installed.use(None)
     installed.rollout = rollout
 
 
@@ -138,6 +141,10 @@ def producer_of(app: Celery) -> MLProducer:
     if installed is None:
         raise ConfigurationError("no producer is installed for this app: install(app)")
     return installed.producer()
+
+
+def _is_closed(producer: MLProducer) -> bool:
+    return producer.status().connection_state is ConnectionState.CLOSED
 
 
 def _installed(app: Celery) -> Installed | None:
@@ -197,8 +204,11 @@ class Installed:
                 self._made = self._made or made
             return self._made
 
-    def use(self, producer: MLProducer) -> None:
-        """Use this producer; one that was made here delivers what it has and is closed."""
+    def use(self, producer: MLProducer | None) -> None:
+        """Use this producer, or with ``None`` one made from the app's settings.
+
+        One that was made here before delivers what it has and is closed.
+        """
         self.given = producer
         self._declared = set()
         with self._lock:
@@ -547,7 +557,7 @@ class TaskProducer:
         args, kwargs = (body["args"], body["kwargs"]) if isinstance(body, dict) else body[:2]
         return TaskMessage(
             name=self._name,
-            args=args,
+            args=list(args),
             kwargs=kwargs,
             body=encoded,
             exchange=exchange,
