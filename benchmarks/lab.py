@@ -36,6 +36,8 @@ MODULES = {
     "pika select": ("pika_select", "pika"),
     "kombu": ("kombu_producer", "kombu"),
     "Celery": ("celery_app", "celery"),
+    "Celery, installed": ("celery_installed", "celery"),
+    "Celery, unconfirmed": ("celery_unconfirmed", "celery"),
     "aio-pika": ("aio_pika_client", "aio_pika"),
     "AMQPStorm": ("amqpstorm_client", "amqpstorm"),
 }

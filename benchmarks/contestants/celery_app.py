@@ -18,8 +18,8 @@ class Client(ThreadedClient):
     """A Celery application."""
 
     def __init__(self, url: str, workers: int = 1) -> None:
-        self._app = Celery("benchmark", broker=url)
-        self._app.conf.update(
+        self.app = Celery("benchmark", broker=url)
+        self.app.conf.update(
             broker_transport_options={"confirm_publish": True},
             broker_pool_limit=workers,
             broker_heartbeat=0,
@@ -29,7 +29,7 @@ class Client(ThreadedClient):
 
     def publish(self, worker: int, number: int) -> None:
         """Send one."""
-        self._app.send_task(
+        self.app.send_task(
             TASK_NAME,
             kwargs=arguments(number),
             exchange=EXCHANGE,
@@ -43,4 +43,4 @@ class Client(ThreadedClient):
 
     def close(self) -> None:
         """Close the pool."""
-        self._app.close()
+        self.app.close()

@@ -13,6 +13,7 @@ NAMES = (
     "pipelined",
     "threads",
     "single",
+    "celery_app",
     "scaling",
     "stores",
     "outbox",
