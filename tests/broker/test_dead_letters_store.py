@@ -268,12 +268,12 @@ def test_a_letter_in_another_process(
         assert _places(rabbitmq_vhost, store_url) == dict.fromkeys("abc", "store")
         result = _run(rabbitmq_vhost, store_url, "replay", "a", "b")
         assert result.returncode == 1
-        assert "a stays a dead letter: StoreError: another process is busy" in result.stderr
+        assert "a stays a dead letter: StoreError: another process has claimed it" in result.stderr
         assert "1 replayed, 1 stayed" in result.stderr
         result = _run(rabbitmq_vhost, store_url, "purge", "--yes")
         assert result.returncode == 1
         assert [each["message_id"] for each in documents(result.stdout)] == ["c"]
-        assert "a stays a dead letter: StoreError: another process is busy" in result.stderr
+        assert "a stays a dead letter: StoreError: another process has claimed it" in result.stderr
         assert "1 deleted, 1 stayed" in result.stderr
         assert store.renew([row.claim]) == []
     _fine(rabbitmq_vhost, store_url, "replay")
@@ -389,13 +389,18 @@ MOMENTS = [n * DELAY / 2 for n in range(3)]
 @contextmanager
 def _in_the_middle_of_a_replay(
     url: str, store_url: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
+) -> Iterator[tuple[subprocess.Popen[bytes], bytes]]:
+    environ = {
+        "RABBITMQ_PREFETCH": str(PREFETCH),
+        "ML_STORE_URL": store_url,
+        "PYTHONUNBUFFERED": "1",  # the first line comes with the first letters
+    }
     with subprocess.Popen(
         [*COMMAND, "dead-letters", "replay", "--json"],
-        env=environ_of(url, {"RABBITMQ_PREFETCH": str(PREFETCH), "ML_STORE_URL": store_url}),
+        env=environ_of(url, environ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        bufsize=0,  # communicate() would leave out what readline() has buffered
     ) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
@@ -439,12 +444,13 @@ def test_a_store_that_goes_away_in_a_replay(
         url = proxy.url(rabbitmq_vhost.url)
         with _in_the_middle_of_a_replay(url, server.url) as (process, first):
             server.kill()
-            stdout, stderr = process.communicate(timeout=LIMIT)
+            stdout, stderr = map(bytes.decode, process.communicate(timeout=LIMIT))
+        stdout = first.decode() + stdout
         assert process.returncode == 1
         assert f"mlproducer: the store at {server.host}:{server.port} " in stderr
         assert "Traceback" not in stderr
         assert SECRET not in stdout + stderr
-        told = {each["message_id"] for each in documents(first + stdout) if each.get("replayed")}
+        told = {each["message_id"] for each in documents(stdout) if each.get("replayed")}
         server.restart()
         left = _run(rabbitmq_vhost, server.url, "list")
     kept = {each["message_id"] for each in documents(left.stdout)}
