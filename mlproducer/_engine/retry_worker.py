@@ -316,6 +316,7 @@ class RetryWorker:
             self._store_writer.put_again()
 
     def _close(self) -> None:
+        self.thread.due = None  # a sweep would open the store again
         with self._lock:
             self._store_writer.put_again()
             self._store_writer.carry_out()

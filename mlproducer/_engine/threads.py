@@ -85,7 +85,9 @@ def spawn(role: str, ordinal: int, target: Callable[[], None], owner: object) ->
 class TimerThread:
     """A thread that carries out orders, and its own errand whenever that is due.
 
-    Both are run one at a time; one that raises is logged, and the thread goes on.
+    Both are run one at a time; one that raises is logged, and the thread goes on. The errand waits
+    for one order at the most once it is due, and so do orders for the errand: neither keeps the
+    other from its turn, however slow and many they are.
 
     :param errand: what to do when it is due; it says itself when it is due next
     """
@@ -115,17 +117,25 @@ class TimerThread:
 
     def run(self) -> None:
         """Work until `stop`."""
+        ordered = False
         while self._running:
-            try:
-                task = self._orders.get(timeout=self._patience())
-            except queue.Empty:
-                task = self._errand if self.due is not None else _nothing
+            task, ordered = self._next(after_order=ordered)
             if self._left:
                 continue
             try:
                 task()
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
                 write(logger, logging.ERROR, "a timer thread's step failed; going on", error=error)
+
+    def _next(self, *, after_order: bool) -> tuple[Callable[[], object], bool]:
+        """Wait for what is to be done next, and return it and whether it was ordered."""
+        patience = self._patience()
+        if after_order and patience == 0.0:
+            return self._errand, False
+        try:
+            return self._orders.get(timeout=patience), True
+        except queue.Empty:
+            return (_nothing if self.due is None else self._errand), False
 
     def _patience(self) -> float:
         return IDLE if self.due is None else max(0.0, self.due - time.monotonic())

@@ -213,6 +213,17 @@ def test_a_row_that_is_not_there_counts_for_none(bench: Bench) -> None:
     assert bench.retry_worker.depth == Depth(1)
 
 
+def test_no_sweep_after_the_store_is_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is due while the thread is told to end would open the store again."""
+    done: list[str] = []
+    monkeypatch.setattr(bench.store, "close", lambda: done.append("close"))
+    monkeypatch.setattr(bench.store, "depth", lambda: done.append("depth") or Depth())
+    bench.retry_worker.thread.due = 0.0
+    bench.retry_worker.stop()
+    bench.retry_worker.thread.run()
+    assert done == ["close"]
+
+
 def test_a_store_that_fails_before_it_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """All are told whose messages it was given, also where it has not taken one."""
 
