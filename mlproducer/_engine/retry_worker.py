@@ -167,10 +167,10 @@ class RetryWorker:
             return False
         try:
             stored = self._store_writer.put_now(delivery, entry, now)
+            if stored and entry.delay is not None:
+                self._gate.leave((delivery,))  # before a sweep may claim it, and let it in again
         finally:
             self._lock.release()
-        if stored and entry.delay is not None:
-            self._gate.leave((delivery,))
         return stored
 
     def _ring(self) -> None:

@@ -9,6 +9,7 @@ Runs on: the retry thread; `StoreWriter.order` and `StoreWriter.depth` on any.
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -149,8 +150,9 @@ class StoreWriter:
         self._ring = ring
         self._orders: deque[Put | Note | End] = deque()
         self._rung = False
-        # By how much rows become more or fewer, by whether they are dead.
-        self._ordered = Counter[bool]()
+        # By how much rows become more or fewer, by whether they are dead. I/O threads order at the
+        # same time, and to add is more than one step; so each thread has a sum of its own.
+        self._ordered: dict[int, Counter[bool]] = {}
         self._carried = Counter[bool]()
         self._counted = _Count(Depth())
         self.known = not store.durable
@@ -164,9 +166,13 @@ class StoreWriter:
         """
         count = self._counted
         new = list(count.new.values())
+        waiting = dead = 0
+        for ordered in list(self._ordered.values()):
+            waiting += ordered[False]
+            dead += ordered[True]
         return Depth(
-            max(0, count.depth.waiting + new.count(False) + self._ordered[False] - count.waiting),
-            max(0, count.depth.dead + new.count(True) + self._ordered[True] - count.dead),
+            max(0, count.depth.waiting + new.count(False) + waiting - count.waiting),
+            max(0, count.depth.dead + new.count(True) + dead - count.dead),
             count.depth.ahead,
         )
 
@@ -176,7 +182,9 @@ class StoreWriter:
             # A row that is not there yet is not counted, and must not be subtracted from others.
             order.counted = order.kept and self._stored_rows.claim_of(order.delivery) is not None
         if not isinstance(order, Put):
-            self._ordered[order.dead] += order.change
+            thread = threading.get_ident()
+            ordered = self._ordered.get(thread) or self._ordered.setdefault(thread, Counter())
+            ordered[order.dead] += order.change
         self._orders.append(order)
         if not self._rung:
             self._rung = True

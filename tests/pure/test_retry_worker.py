@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.retry_worker import RetryWorker
+from mlproducer._engine.store_writer import End
 from mlproducer._engine.stored_rows import SAFETY, record_of
 from mlproducer._fate import Fate
 from mlproducer.errors import PublishError, StoreError
@@ -222,6 +224,59 @@ def test_no_sweep_after_the_store_is_closed(bench: Bench, monkeypatch: pytest.Mo
     bench.retry_worker.stop()
     bench.retry_worker.thread.run()
     assert done == ["close"]
+
+
+class Divided(End):
+    """An end whose count is read while another thread orders the end of another message."""
+
+    meanwhile: Callable[[], None]
+
+    @property
+    def change(self) -> int:
+        """Say by how much it changes the number, after the other thread has said so."""
+        if not hasattr(self, "read"):
+            self.read = True
+            run_thread(self.meanwhile)
+        return -1
+
+
+def run_thread(target: Callable[[], None]) -> None:
+    """Have something done on a thread of its own."""
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+
+
+def test_orders_that_two_connections_give_at_once(bench: Bench) -> None:
+    """Both count: a sum that both add to would keep one, and never be right again."""
+    deliveries = one, other = make_delivery(), make_delivery()
+    for delivery in deliveries:
+        delivery.attempt = AttemptState.QUEUED
+        bench.keep(delivery)
+    assert bench.retry_worker.depth == Depth(2)
+    end = Divided(one, dead=False, kept=True)
+    end.meanwhile = partial(bench.retry_worker.settle, other)
+    bench.retry_worker._store_writer.order(end)
+    assert bench.retry_worker.depth == Depth()
+    bench.work()
+    assert bench.retry_worker.depth == bench.store.depth() == Depth()
+
+
+def test_a_slot_is_free_before_a_sweep_may_take_it_again(bench: Bench) -> None:
+    """What is due at once may be claimed as soon as the store is: it must not lose its new slot."""
+    gate, seen = bench.retry_worker._gate, []
+
+    class Watching(Gate):
+        def leave(self, deliveries: Iterable[Delivery]) -> None:
+            seen.append(bench.retry_worker._lock.locked())
+            super().leave(deliveries)
+
+    gate.__class__ = Watching
+    delivery = make_delivery()
+    assert gate.enter(delivery, 0.0)
+    delivery.attempt = AttemptState.QUEUED
+    bench.keep(delivery, 0)
+    assert (seen, len(gate)) == ([True], 0)
 
 
 def test_a_store_that_fails_before_it_looks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
