@@ -286,6 +286,9 @@ class StoreWriter:
         for put in puts:
             if put.wanted:
                 taken.append(put)
+                if put.entry.delay is not None and self._store.durable:
+                    # From its COMMIT on another process may claim it, before this one hears of it.
+                    put.delivery.lease(-math.inf)
                 yield put.entry
 
     def _stored(self, puts: Sequence[Put], claims: Sequence[Claim], now: float) -> None:
@@ -334,6 +337,7 @@ class StoreWriter:
         """Tell that messages are not stored; those that publishers rely on are put again later."""
         refusals: dict[Delivery, PublishError] = {}
         for put in puts:
+            put.delivery.lease(math.inf)  # there is nothing that another could have
             if put.restores or put.delivery.relied_on:
                 self._stored_rows.rowless[put.delivery] = put
             else:
