@@ -73,7 +73,9 @@ class FailureHandler:
             error,
             retry=delivery.retry or delivery.relied_on,
             owned=delivery.row in ROW_KEEPS or delivery.relied_on,
-            exhausted=not waits and self._used_up(delivery),
+            exhausted=not waits
+            and delivery.attempt not in ON_THE_WIRE
+            and self._retries_over(delivery) >= 0,
             durable=self.retry_worker.durable,
         )
         if verdict is Decision.FAIL:
