@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import pickle
 import ssl
 import threading
@@ -26,6 +28,7 @@ from mlproducer import MLProducer, Settings
 from mlproducer.contrib.celery import (
     PublishFailedError,
     TaskMessage,
+    brokers,
     install,
     producer_of,
     uninstall,
@@ -38,6 +41,7 @@ from mlproducer.errors import (
 )
 from mlproducer.testing import RecordingProducer
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection, ReceivedMessage
+from tests.helpers import LIMIT
 
 NOWHERE = "amqp://u:p@192.0.2.1:1//"
 """No test here connects: what would be sent is only noted."""
@@ -567,6 +571,48 @@ def test_the_callers_error_is_small(app: Celery, producer: Noting) -> None:
     assert str(copy) == "task shop.add was not sent: away"
     assert copy.possibly_sent is False
     assert "secret" not in repr(caught.value.__cause__)
+
+
+def test_the_current_app(producer: Noting) -> None:
+    """Celery's proxy stands for the app that was the current one then."""
+    with Celery("first", broker=NOWHERE) as first, Celery("second", broker=NOWHERE) as second:
+        first.set_current()
+        install(celery.current_app, producer)
+        second.set_current()
+        first.send_task("shop.add")
+        assert [task.name for task in producer.tasks] == ["shop.add"]
+        assert type(first.__dict__["_mlproducer"]._app) is Celery
+        first.set_current()
+        uninstall(celery.current_app)
+        assert "_mlproducer" not in first.__dict__
+
+
+def test_a_fork_while_another_thread_makes_the_producer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child does not wait for that thread, which it has not."""
+    app = Celery("shop", broker=NOWHERE, set_as_current=False)
+    install(app)
+    begun, go_on = threading.Event(), threading.Event()
+    make, parent = brokers.producer_of_settings, os.getpid()
+
+    def slow(app: Celery) -> MLProducer:
+        if os.getpid() == parent:
+            begun.set()
+            go_on.wait(LIMIT)
+        return make(app)
+
+    monkeypatch.setattr(brokers, "producer_of_settings", slow)
+    thread = threading.Thread(target=producer_of, args=(app,))
+    thread.start()
+    assert begun.wait(LIMIT)
+    child = multiprocessing.get_context("fork").Process(target=producer_of, args=(app,))
+    child.start()
+    child.join(LIMIT)
+    ended = child.exitcode
+    child.kill()
+    go_on.set()
+    thread.join(LIMIT)
+    uninstall(app)
+    assert ended == 0
 
 
 def test_threads_that_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from attrs import field, frozen
 from celery import Celery
+from celery.local import Proxy
 from celery.signals import worker_process_shutdown
 from kombu.common import Broadcast
 from kombu.compression import compress
@@ -33,6 +34,7 @@ from kombu.serialization import dumps
 
 from mlproducer import ConnectionState, Message, MLProducer, Receipt
 from mlproducer import _clock as time
+from mlproducer import _forks as forks
 from mlproducer._guard import guarded
 from mlproducer.contrib.celery import brokers
 from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
@@ -107,6 +109,7 @@ def install(
         if the app's settings are not loaded yet, the first task raises that
     """
     _check_rollout(rollout)
+    app = _itself(app)
     if producer is None:
         # Of settings that are not loaded, only what is known without loading them.
         known = app.conf if app.configured else app._preconf  # noqa: SLF001 - there is no other way
@@ -125,6 +128,7 @@ def install(
 
 def uninstall(app: Celery) -> None:
     """Let Celery send the app's tasks itself again, and close a producer that was made here."""
+    app = _itself(app)
     installed = _installed(app)
     if installed is not None:
         _all.discard(installed)
@@ -148,8 +152,15 @@ def _is_closed(producer: MLProducer) -> bool:
 
 
 def _installed(app: Celery) -> Installed | None:
-    installed: Installed | None = app.__dict__.get(KEY)
+    installed: Installed | None = _itself(app).__dict__.get(KEY)
     return installed
+
+
+def _itself(app: Celery) -> Celery:
+    """Return the app for which a proxy stands: ``celery.current_app``, which may change."""
+    if isinstance(app, Proxy):
+        app = app._get_current_object()  # noqa: SLF001 - Celery's own way
+    return app
 
 
 def _check_rollout(rollout: object) -> None:
@@ -182,14 +193,18 @@ class Installed:
         self.rollout: Rollout | None = None
         self._made: MLProducer | None = None
         self._replaced: weakref.WeakSet[MLProducer] = weakref.WeakSet()
-        # guards: _made, _hooked; never held while anything is sent. A signal handler may send a
-        # task while its thread holds it.
-        self._lock = threading.RLock()
+        self.unlock()
         self._hooked: Any = None
         self._stock: Callable[..., Any] | None = None
         self._pid = os.getpid()
         self._declared: set[Any] = set()
         self._places: frozenset[brokers.Place] | None = None
+
+    def unlock(self) -> None:
+        """Start with a free lock, in a child too, where the thread that may hold it is missing."""
+        # guards: _made, _hooked; never held while anything is sent. A signal handler may send a
+        # task while its thread holds it.
+        self._lock = threading.RLock()
 
     # --- the producer --------------------------------------------------------------------------
 
@@ -233,6 +248,7 @@ class Installed:
         Stock Celery holds a slot of the pool (``broker_pool_limit``) while it sends, which would
         leave the eleventh thread waiting for the confirms of ten others.
         """
+        forks.notice()
         amqp = self._app.amqp
         if self._hooked is not amqp:
             self._hook(amqp)
@@ -386,6 +402,14 @@ class Installed:
 
 
 _all: weakref.WeakSet[Installed] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for installed in list(_all):
+        installed.unlock()
+
+
+forks.in_child(_in_child)
 
 
 def _real(producer: Any) -> Any:
