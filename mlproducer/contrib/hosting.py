@@ -77,12 +77,17 @@ def make(given: Mapping[str, Any], name: str, *, testing: bool) -> MLProducer:
     return made
 
 
+_PYTEST = {"PYTEST_CURRENT_TEST", "PYTEST_VERSION"}
+
+
 def in_test_run() -> bool:
     """Whether pytest, or ``python -m unittest``, runs tests in this process.
 
-    It is false in a process that such a test has started.
+    It is false in a process that such a test has started. Between two tests it is true: a thread
+    that the first one left may publish then.
     """
-    if "pytest" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ:
+    # pytest 8.2 and later set the second for as long as they run, which starts before any test.
+    if "pytest" in sys.modules and not _PYTEST.isdisjoint(os.environ):
         return True
     program = getattr(sys.modules.get("__main__"), "__spec__", None)
     return program is not None and program.name == "unittest.__main__"

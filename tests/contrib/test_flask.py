@@ -105,6 +105,12 @@ def test_unittest_records_too(tmp_path: Path) -> None:
         assert broker.accepted == 0
 
 
+def test_between_two_tests_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that a test has left publishes nothing either; the first variable is a test's."""
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    assert isinstance(producer_of(create_app(TESTING=False)), RecordingProducer)
+
+
 def test_producer_of_ones_own(recording_producer: RecordingProducer) -> None:
     """It may be handed in."""
     app = create_app(MLPRODUCER_PRODUCER=recording_producer)
