@@ -258,6 +258,38 @@ def test_outbox(
         assert texts_of(broker.wait_for_messages(1, LIMIT)) == ["kept"]
 
 
+FIRST_IN_A_PROCESS = """
+from django.db import transaction
+from mlproducer import SummarizationTask
+from mlproducer.contrib.django import publish_in_transaction
+with transaction.atomic():
+    receipt = publish_in_transaction(SummarizationTask(1, {"text": "a"}))
+print(receipt.result(30).outcome.value if WAIT else "")
+"""
+
+
+def test_the_first_receipt(on_postgresql: Project, postgresql_server: PostgreSQLServer) -> None:
+    """It learns its message's fate like all later ones."""
+    assert on_postgresql.manage("migrate", "-v", "0").returncode == 0
+    program = FIRST_IN_A_PROCESS.replace("WAIT", "True")
+    ran = on_postgresql.manage("shell", "-c", program, ML_STORE_URL=postgresql_server.url)
+    assert ran.stdout.split()[-1:] == ["confirmed"], ran.stderr
+    assert "STORE_URL" not in ran.stderr
+
+
+def test_a_row_where_no_producer_looks(
+    on_postgresql: Project, postgresql_server: PostgreSQLServer
+) -> None:
+    """It is told that the store is in another database than the transaction."""
+    assert on_postgresql.manage("migrate", "-v", "0").returncode == 0
+    program = FIRST_IN_A_PROCESS.replace("WAIT", "False")
+    url = postgresql_server.url.rpartition("/")[0] + "/postgres"
+    ran = on_postgresql.manage("shell", "-c", program, ML_STORE_URL=url, RABBITMQ_URL="")
+    assert ran.returncode == 0, ran.stderr
+    postgresql_server.call("TRUNCATE mlproducer_messages")  # the server is that of other tests too
+    assert "wrote a row to the database 'app', but STORE_URL names 'postgres'" in ran.stderr
+
+
 def test_relay(
     on_postgresql: Project, broker: FakeBroker, postgresql_server: PostgreSQLServer
 ) -> None:

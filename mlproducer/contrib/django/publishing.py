@@ -10,7 +10,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 
 from attrs import define
 from django.db import transaction
@@ -18,6 +18,7 @@ from django.db import transaction
 from mlproducer import MLProducer, Receipt, outbox
 from mlproducer import _clock as time
 from mlproducer._guard import write
+from mlproducer._store_url import read_postgresql
 from mlproducer._wire.encode import Task
 from mlproducer.contrib.django.process import one, producer
 from mlproducer.errors import ConfigurationError, PublishError, RetriesExhaustedError
@@ -76,11 +77,28 @@ def publish_in_transaction(task: Task, *, using: str | None = None) -> Receipt:
     made = one.current()
     if _records(made):
         return _recorded(made, task, using)
-    receipt = outbox.add(connection, task, producer=made)
-    if not made.running:
+    if not made.running:  # before, since only a producer that runs follows the row's fate
         with suppress(ConfigurationError):  # without a broker here, another process delivers
             made.start()
+    receipt = outbox.add(connection, task, producer=made)
+    if connection.vendor == outbox.POSTGRESQL and connection.settings_dict["NAME"]:
+        _look_at_names(connection.settings_dict["NAME"], made.settings.store_url)
     return receipt
+
+
+@lru_cache(maxsize=64)
+def _look_at_names(written: str, store_url: str) -> None:
+    """Warn once if a row was written to a database in which no producer looks for it.
+
+    By names alone that is not certain: a pooler may have a name of its own for a database.
+    """
+    read = read_postgresql(store_url).options.get("dbname", written)
+    if read != written:
+        text = (
+            "publish_in_transaction wrote a row to the database %r, but STORE_URL names %r: unless "
+            "both lead to the same database, that row is not delivered"
+        )
+        write(logger, logging.WARNING, text, written, read)
 
 
 def _records(made: MLProducer) -> bool:
