@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any, cast
 
 from django.conf import settings
@@ -43,12 +44,24 @@ class ProcessProducer:
         raise TypeError("the class is that of the producer, and cannot be set")
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_made", "_additions"):  # a copy that is not complete yet
-            raise AttributeError(name)
         return getattr(self.current(), name)
 
     def __repr__(self) -> str:
         return repr(self.current())
+
+    def __reduce__(self) -> str:
+        return "one"  # there is one in a process, also for copies and pickles
+
+    def __enter__(self) -> MLProducer:
+        return self.current()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.current().close()
 
     def current(self) -> MLProducer:
         """Return the current producer; make it if there is none.

@@ -1,8 +1,10 @@
 """The project's own tests, run by ``manage.py test`` with a broker's URL in the environment."""
 
 import asyncio
+import copy
 import logging
 import os
+import pickle
 import threading
 import unittest
 from datetime import timedelta
@@ -237,6 +239,19 @@ class Page(TransactionTestCase):
 
 class TheProducer(SimpleTestCase):
     """One for the process, and a recording one in tests."""
+
+    def test_there_is_one(self) -> None:
+        """Copies, and pickles from other processes, are the producer of this one."""
+        assert copy.copy(producer) is producer
+        assert copy.deepcopy({"producer": producer})["producer"] is producer
+        assert pickle.loads(pickle.dumps(producer)) is producer
+
+    @override_settings(MLPRODUCER={"HEARTBEAT": 30})
+    def test_a_context_manager(self) -> None:
+        """It is closed at the end, as any producer."""
+        with producer as entered:
+            entered.publish(SummarizationTask(1, {"text": "a"}))
+        assert producer.closed
 
     def test_it_records(self) -> None:
         """Although the environment names a broker, a test run does not know it."""
