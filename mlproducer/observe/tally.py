@@ -3,20 +3,32 @@
 Publishers, the I/O thread and scrapes would share such a lock, and a forked child, or a signal
 handler that publishes, could find it held for ever. So each thread adds to cells of its own, and a
 reader adds them up. A thread's cells outlive it, and are used by the next thread with its id.
+Greenlets share those of their thread: gevent's have so many ids that cells would pile up, and none
+gives way to another amid a count.
 
 Runs on: any thread.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from threading import get_ident
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlproducer.observe.metric_families import FAMILIES, Family, Kind
 
 Labels = tuple[str, ...]
+
+
+def _of_threads() -> Any:
+    """Return the function that gives a thread's id, also where gevent has patched it."""
+    monkey = sys.modules.get("gevent.monkey")
+    return threading.get_ident if monkey is None else monkey.get_original("_thread", "get_ident")
+
+
+get_ident = _of_threads()
 
 
 class Series(Protocol):

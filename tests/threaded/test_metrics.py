@@ -654,3 +654,23 @@ for child in children:
     environ = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "files")}
     code = code.replace("sys.argv[1]", repr(store))
     assert run(code, tmp_path, **environ) == [f"{rows}.0"]
+
+
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import gevent
+from mlproducer.observe.metric_families import CELERY_TASKS
+from mlproducer.observe.tally import Cells
+cells = Cells(CELERY_TASKS)
+gevent.joinall([gevent.spawn(cells.inc) for _ in range(500)])
+print(int(cells.total()[0]), len(cells._of))
+"""
+
+
+def test_greenlets_share_their_threads_cells() -> None:
+    """Each request of gevent's servers is another one, and none may leave something behind."""
+    pytest.importorskip("gevent")
+    argv = [sys.executable, "-c", GREENLETS]
+    ran = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.split() == ["500", "1"]
