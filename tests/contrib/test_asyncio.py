@@ -6,6 +6,10 @@ Runs on: pytest's main thread, and the event loop's own.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -203,3 +207,67 @@ def test_a_cancelled_publish_that_waits_for_room_is_never_sent() -> None:
         assert producer.flush(10) == 0
         assert len(broker.messages) == 1
         producer.close()
+
+
+class Nacking(Behaviour):
+    """Nacks everything until it is told otherwise."""
+
+    takes = False
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Take it, or not."""
+        if self.takes:
+            connection.ack(channel, tag)
+        else:
+            connection.nack(channel, tag)
+
+
+MAIN = """
+import asyncio, os
+from contextlib import asynccontextmanager
+from fastapi import FastAPI
+from mlproducer import MLProducer, Settings, SummarizationTask
+
+producer = MLProducer(Settings(url=os.environ["URL"]))
+application = None
+get_asgi_application = FastAPI
+{snippet}
+web = app if application is None else django
+
+@web.post("/{{number}}")
+async def submit(number: int):
+    return producer.submit(SummarizationTask(number, {{"text": "a"}}), timeout=0).message_id
+
+application = application or app
+"""
+
+
+@pytest.mark.parametrize("number", [2, 3], ids=["lifespan", "asgi.py"])
+def test_what_is_in_flight_when_uvicorn_ends(tmp_path: Path, number: int) -> None:
+    """With what the page shows it is delivered, although uvicorn runs no exit functions."""
+    page = Path(contrib.__file__).with_name("asyncio.rst")
+    snippet = snippets(page.read_text())[number]
+    (tmp_path / "main.py").write_text(MAIN.format(snippet=snippet))
+    behaviour = Nacking()
+    with FakeBroker(behaviour) as broker, socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        listener.close()
+        argv = [sys.executable, "-m", "uvicorn", "main:application", "--port", str(port)]
+        environ = {**os.environ, "URL": broker.url}
+        server = subprocess.Popen(argv, cwd=tmp_path, env=environ)
+        try:
+            transport = httpx.HTTPTransport(retries=12)  # while it starts
+            with httpx.Client(transport=transport, timeout=60) as client:
+                for each in range(5):
+                    client.post(f"http://127.0.0.1:{port}/{each}").raise_for_status()
+            broker.wait_for_messages(5, 10)
+            behaviour.takes = True
+            server.terminate()
+            server.wait(30)
+        finally:
+            server.kill()
+            server.wait(30)
+        taken = {message.properties.message_id for message in broker.messages[5:]}
+    assert len(taken) == 5
