@@ -440,6 +440,12 @@ class MLProducer:
         if runtime is not None and self.running:
             runtime.expect(delivery, claim)
 
+    def rest(self) -> None:
+        """Leave the rows of the store to other processes, but for those that are in flight."""
+        runtime = self._life.runtime
+        if runtime is not None:
+            runtime.rest()
+
     @property
     def running(self) -> bool:
         """Whether the producer has been started and not closed."""

@@ -43,6 +43,7 @@ class RetryWorker:
 
     :param interval: seconds between sweeps
     :ivar asked: the store has been asked how much it holds, or could not be
+    :ivar rests: nothing is claimed any more
     :ivar hurries: the last sweep left some that are due, and the next need not wait
     """
 
@@ -55,6 +56,7 @@ class RetryWorker:
         self.thread = TimerThread(self.sweep)
         self.stored_rows = StoredRows(store.lease, durable=store.durable)
         self.hurries = False
+        self.rests = False
         self.asked = not store.durable
         self._store = store
         self._gate = gate
@@ -140,6 +142,11 @@ class RetryWorker:
         """See soon that the rows are still there, and store what has none although it should."""
         self.thread.order(self._verify)
 
+    def rest(self) -> None:
+        """Claim nothing any more; what was claimed ahead is due again with the next sweep."""
+        self.rests = True
+        self.wake()
+
     def sweep_soon(self) -> None:
         """Send out what is due without waiting for the next sweep."""
         self.hurries = False
@@ -210,8 +217,12 @@ class RetryWorker:
                 self._store_writer.put_again()
                 if self._store_writer.carry_out():
                     self._store_writer.trace()
-                    self._store_writer.count()
-                    self._send_out()
+                    if self.known or not self.asked:
+                        self._store_writer.count()
+                        self._send_out()
+                    else:  # a store that can be claimed from, but not counted, delivers
+                        self._send_out()
+                        self._store_writer.count()
             except StoreError as error:
                 self._store_writer.failed(error)
         if not self.asked:
@@ -219,12 +230,12 @@ class RetryWorker:
             self._gate.emptied.changed()
 
     def _send_out(self) -> None:
-        if not self.depth.stored:
+        if self.known and not self.depth.stored:
             self._gate.share(backlog=False)
             return
         ready = {owner: owner.ready() for owner in self._store_writer.owners}
         able = sum(ready.values())
-        if able == 0:
+        if able == 0 or self.rests:
             self._give_back()
             return
         now, epoch = time.monotonic(), wall_clock()

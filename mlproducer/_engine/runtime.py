@@ -350,7 +350,8 @@ class Runtime:
 
     def _quiet_here(self) -> bool:
         """Whether there is nothing to close for: no wait for other processes, or a broken store."""
-        return not self.gate and self._retry_worker.asked and not self._depth().stored
+        waits = self._depth().stored and not self._retry_worker.rests
+        return not self.gate and self._retry_worker.asked and not waits
 
     def is_idle(self) -> bool:
         """Whether nothing is in flight, and nothing waits that is lost with this process."""
@@ -382,6 +383,10 @@ class Runtime:
         held = dict.fromkeys([*self.gate.inside(), *stored_rows.rowless])
         stored = stored_rows.has_row, stored_rows.astray.__contains__
         return [each for each in held if each.open and not any(has(each) for has in stored)]
+
+    def rest(self) -> None:
+        """Take no more rows from the store; a close does not wait for those that are in it."""
+        self._retry_worker.rest()
 
     def expect(self, delivery: Delivery, claim: Claim) -> None:
         """Follow a row of an outbox, whose transaction is not over."""

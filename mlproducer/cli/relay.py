@@ -126,6 +126,7 @@ def _relay(
         except KeyboardInterrupt:
             pass
         finally:
+            producer.rest()
             report = producer.close(DRAIN)
     return {"confirmed": report.confirmed, "stored": report.stored}
 

@@ -11,14 +11,21 @@ import signal
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import IO
 
 import psycopg
 import pytest
 
 from mlproducer import CeleryTask, MLProducer, Settings, outbox
+from mlproducer.cli.relay import DRAIN
+from mlproducer.stores.protocol import Depth, Entry, Record
+from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing import FakeBroker, PostgreSQLServer
 from tests.broker.commands import COMMAND, environ_of, run
+from tests.helpers import make_envelope
+from tests.stopwatch import in_time
 
 LIMIT = 30.0
 
@@ -112,3 +119,20 @@ def test_relays_share_the_work_and_drain(
         assert relay.wait(LIMIT) == 0
     assert len(broker.messages) == 1000
     producer.close(0)
+
+
+def test_rows_that_wait_do_not_delay_the_end(broker: FakeBroker, tmp_path: Path) -> None:
+    """At SIGTERM nothing is claimed any more, and what is not in flight is left to others."""
+    path = tmp_path / "store.db"
+    with closing(SQLiteStore(path, horizon=60.0)) as store:
+        store.put([Entry(Record(make_envelope("later")), 20.0)], LIMIT)
+        environ = environ_of(broker.url, {"ML_STORE_URL": f"sqlite:///{path}"})
+        environ["ML_MESSAGE_RETRY_MAX_DELAY"] = "60000"
+        with subprocess.Popen(
+            [*COMMAND, "relay"], env=environ, stdout=subprocess.PIPE, text=True
+        ) as relay:
+            read_until(relay.stdout, "relaying")
+            relay.send_signal(signal.SIGTERM)
+            with in_time(DRAIN / 2):
+                assert relay.wait(LIMIT) == 0
+        assert store.depth() == Depth(waiting=1)

@@ -20,9 +20,9 @@ import pytest
 
 from mlproducer import Message, MLProducer, Settings, outbox
 from mlproducer.errors import StoreError
-from mlproducer.stores.postgres import PostgreSQLStore
+from mlproducer.stores.postgres import PostgreSQLStore, sql
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
-from mlproducer.testing import FakeBroker, PostgreSQLServer
+from mlproducer.testing import FakeBroker, PostgreSQLServer, Proxy
 from mlproducer.testing.erlang import free_port
 from mlproducer.testing.postgresql_server import as_user
 from mlproducer.testing.workspace import Workspace
@@ -517,3 +517,48 @@ def test_pgbouncer_in_transaction_mode(
             found = broker.wait_for_messages(1, LIMIT)
             until(lambda: "outbox" in [each.properties.message_id for each in broker.messages])
             assert found
+
+
+@pytest.fixture
+def large(store: PostgreSQLStore, url: str, mortal: PostgreSQLServer) -> Iterator[Proxy]:
+    """Yield a proxy to a server with 12 MB of messages."""
+    big = make_envelope(body=secrets.token_bytes(500_000))
+    for _ in range(4):
+        store.put([Entry(Record(big), 0.0) for _ in range(6)], PATIENCE)
+    with Proxy((mortal.host, mortal.port)) as proxy:
+        yield proxy
+
+
+def test_large_messages_over_a_slow_link(large: Proxy, url: str, mortal: PostgreSQLServer) -> None:
+    """An answer that goes on arriving is waited for."""
+    large.rate(6e6, "s2c")
+    behind = url.replace(f":{mortal.port}", f":{large.port}")
+    with closing(PostgreSQLStore(behind)) as store:
+        assert len(store.claim(100)) == 24
+
+
+def test_large_messages_over_a_slower_link(
+    large: Proxy, url: str, mortal: PostgreSQLServer
+) -> None:
+    """Where an answer takes too long nevertheless, the next call asks for fewer rows."""
+    large.rate(1.5e6, "s2c")
+    behind = url.replace(f":{mortal.port}", f":{large.port}")
+    with closing(PostgreSQLStore(behind)) as store:
+        with pytest.raises(StoreError, match="in time"):
+            store.claim(100)
+        assert 0 < len(store.claim(100)) < 24
+
+
+def test_more_rows_than_are_counted(store: PostgreSQLStore, mortal: PostgreSQLServer) -> None:
+    """Counting takes no longer the more there are: the statistics say how many."""
+    store.put([entry("first", 0.0)], PATIENCE)
+    columns = ", ".join(("token", *sql.COLUMNS))
+    mortal.call(
+        f"INSERT INTO {store.table} ({columns}) SELECT {columns} FROM {store.table}, "
+        f"generate_series(1, {sql.COUNTED})"
+    )
+    deadline, never = time.monotonic() + 3 * LIMIT, threading.Event()
+    while store.depth() != Depth(waiting=sql.COUNTED + 1):
+        assert time.monotonic() < deadline, store.depth()
+        never.wait(0.1)
+    assert store.backlog[0] == sql.COUNTED + 1

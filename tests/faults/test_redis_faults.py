@@ -91,6 +91,18 @@ def until(come_about: Callable[[], object]) -> None:
         never.wait(0.01)
 
 
+def test_dead_letters_over_a_slow_link(store: RedisStore, other: RedisStore, proxy: Proxy) -> None:
+    """A call that writes many bytes has the time that they take."""
+    big = make_envelope(body=b"x" * 500_000)
+    other.put([Entry(Record(big), 0.0) for _ in range(20)], PATIENCE)
+    rows = store.claim(20)
+    assert len(rows) == 20
+    proxy.rate(8e6, "c2s")
+    dead = [Change(row.claim, Record(big, attempts=4, dead=True), 0.0) for row in rows]
+    assert store.release(dead) == []
+    assert other.depth() == Depth(dead=20)
+
+
 # --- away --------------------------------------------------------------------------------------
 
 

@@ -380,3 +380,36 @@ def test_nothing_is_claimed_ahead_for_a_few(backlog: Bench) -> None:
     backlog.retry_worker.sweep()
     assert len(backlog.owner.readmitted) == 2
     assert backlog.store.ahead == ()
+
+
+class Uncountable(MemoryStore):
+    """A store with too many rows to be counted in time."""
+
+    def depth(self) -> Depth:
+        """Give up."""
+        raise StoreError("it did not answer in time")
+
+
+def test_a_store_that_cannot_be_counted_delivers() -> None:
+    """A backlog that is too large to be counted would else be there for ever."""
+    bench = Bench(kind=Uncountable)
+    bench.retry_worker.asked = False
+    delivery = make_delivery()
+    delivery.attempt = AttemptState.QUEUED
+    bench.keep(delivery, 0)
+    bench.retry_worker.sweep()
+    assert not bench.retry_worker.known
+    bench.retry_worker.sweep()
+    assert bench.owner.readmitted == [delivery]
+
+
+def test_one_that_rests_claims_nothing() -> None:
+    """What is due stays due, for another process."""
+    bench = Bench()
+    delivery = make_delivery()
+    delivery.attempt = AttemptState.QUEUED
+    bench.keep(delivery, 0)
+    bench.retry_worker.rest()
+    bench.work()
+    assert bench.owner.readmitted == []
+    assert len(bench.store.claim(10)) == 1

@@ -35,6 +35,9 @@ except ImportError:
 TIMEOUT = 1.0
 """Seconds that a statement may take; more for large messages."""
 
+ARRIVAL = 4.0
+"""Seconds more for an answer whose parts go on arriving: 16 MiB over a link of 40 Mbit/s."""
+
 CONNECT_TIMEOUT = 2.0
 CANCEL_TIMEOUT = 0.25
 TRUST = 1.0
@@ -106,7 +109,7 @@ class _Connection(psycopg.Connection[Any]):
     def wait(self, gen: Any, *_arguments: Any, **_options: Any) -> Any:
         """Run one of psycopg's generators."""
         if not self.only_sends:
-            return _drive(gen, self.pgconn.socket, self.deadline)
+            return _drive(gen, self.pgconn.socket, self.deadline, arrival=ARRIVAL)
         wanted = _drive(gen, self.pgconn.socket, self.deadline, until_sent=True)
         self._asked = None if wanted is None else (gen, wanted)
         return None
@@ -115,17 +118,25 @@ class _Connection(psycopg.Connection[Any]):
         """Run the rest of what was sent."""
         if self._asked is not None:
             (gen, wanted), self._asked = self._asked, None
-            _drive(gen, self.pgconn.socket, self.deadline, wanted)
+            _drive(gen, self.pgconn.socket, self.deadline, wanted, arrival=ARRIVAL)
 
 
 def _drive(
-    gen: Any, descriptor: int, deadline: float, wanted: Any = None, *, until_sent: bool = False
+    gen: Any,
+    descriptor: int,
+    deadline: float,
+    wanted: Any = None,
+    *,
+    until_sent: bool = False,
+    arrival: float = 0.0,
 ) -> Any:
     """Poll for what a generator waits for, and tell it, until it returns.
 
     :param wanted: what it waits for already; ``None``: it has not begun
     :param until_sent: or until it waits only for an answer; then this returns what it waits for
+    :param arrival: seconds more while parts of the answer arrive, one at least in each `TIMEOUT`
     """
+    longest = deadline + arrival
     try:
         if wanted is None:
             wanted = next(gen)
@@ -146,6 +157,8 @@ def _drive(
                 raise SilentError
             events = ready[0][1]
             readable = events & ~select.POLLOUT
+            if readable:
+                deadline = max(deadline, min(time.monotonic() + TIMEOUT, longest))
             wanted = gen.send(
                 (waiting.READY_R if readable else 0)
                 | (waiting.READY_W if events & ~select.POLLIN else 0)

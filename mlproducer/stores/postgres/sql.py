@@ -181,6 +181,14 @@ _ENTERED = """entered AS MATERIALIZED (
 """Whether a call may take effect: asked once, so that it does as a whole or not at all. The lock is
 held until the call has ended, and `barrier` waits for it."""
 
+COUNTED = 100_000
+"""Rows of one kind that are counted; the statistics, which lag a little, say if there are more."""
+
+
+def _counted(which: str) -> str:
+    return f"SELECT count(*) FROM (SELECT FROM $table WHERE {which} LIMIT {COUNTED}) AS few"
+
+
 _SEQUENCE = "pg_get_serial_sequence('$table', 'key')"
 _CLOCK = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
@@ -268,14 +276,22 @@ _TEMPLATES = {
         ), fitting AS ({_FITTING})
         SELECT {ROW} FROM $table AS t WHERE t.ctid = ANY(ARRAY(SELECT place FROM fitting))""",
     "depth": f"""
-        SELECT (SELECT count(*) FROM $table WHERE ready)
-                + (SELECT count(*) FROM $table WHERE NOT ready AND state < {ASIDE}),
-            (SELECT count(*) FROM $table WHERE state = {DEAD}),
-            (SELECT count(*) FROM $table
-                WHERE NOT ready AND state = {AHEAD} AND owner <> 0 AND NOT {_DUE}),
-            (SELECT count(*) FROM $table WHERE ready),
+        WITH found AS (
+            SELECT ({_counted("ready")}) AS ready,
+                ({_counted(f"NOT ready AND state < {ASIDE}")}) AS waiting,
+                ({_counted(f"state = {DEAD}")}) AS dead,
+                pg_stat_get_live_tuples('$table'::regclass) AS all_rows)
+        SELECT CASE WHEN greatest(ready, waiting) < {COUNTED} THEN ready + waiting
+                ELSE greatest(ready + waiting, all_rows) END,
+            dead,
+            (SELECT count(*) FROM (
+                SELECT state, owner, due FROM $table WHERE NOT ready AND due > {_NOW}
+                ORDER BY due DESC LIMIT {COUNTED}) AS claimed
+                WHERE state = {AHEAD} AND owner <> 0 AND NOT {_DUE}),
+            CASE WHEN ready < {COUNTED} THEN ready ELSE greatest(ready, all_rows - waiting) END,
             (SELECT extract(epoch FROM {_NOW})::float8 - accepted_at / 1e6 FROM $table
-                WHERE ready AND accepted_at > 0 ORDER BY key LIMIT 1)""",
+                WHERE ready AND accepted_at > 0 ORDER BY key LIMIT 1)
+        FROM found""",
     "put_aside": f"""
         UPDATE $table AS t SET state = {ASIDE}, ready = false, due = 'infinity', owner = 0
         FROM {_CLAIMS} WHERE {_CLAIMED}""",

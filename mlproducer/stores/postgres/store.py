@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mlproducer import _clock as time
@@ -38,6 +39,9 @@ COUNTING = 0.02
 
 MANY = 2_000
 """Up to this number rows are counted at each call of `depth`."""
+
+LEAST_ROOM = ROOM // 256
+"""Bytes of messages that a claim reads at least, after others have failed."""
 
 _STEP_BITS = 40
 
@@ -105,6 +109,7 @@ class PostgreSQLStore(StoreOnServer):
         self._counted = Depth()
         self._claiming = False
         self._claimed: list[Row] = []
+        self._room = ROOM
         self.backlog = (0, 0.0)
 
     def __repr__(self) -> str:
@@ -176,6 +181,8 @@ class PostgreSQLStore(StoreOnServer):
     def claim(self, limit: int) -> list[Row]:
         """Claim due rows, at most 16 MiB of them; fewer than ``limit`` may be only a part.
 
+        Fewer bytes after a call that failed, since the link may be too slow for so many.
+
         What `claim_ahead` has claimed is returned first, and alone.
         """
         if limit <= 0:
@@ -185,7 +192,9 @@ class PostgreSQLStore(StoreOnServer):
             claimed, self._claimed = self._claimed[:limit], self._claimed[limit:]
             return claimed
         self._run(self._sql.ripen, {})
-        return self._read(self._change(self._sql.claim, self._sql.undo_claim, _claiming(limit)))
+        with self._fitting():
+            found = self._change(self._sql.claim, self._sql.undo_claim, self._claim_values(limit))
+        return self._read(found)
 
     def claim_ahead(self, limit: int) -> bool:
         """Begin to claim rows that `claim` returns next; PostgreSQL works on it meanwhile.
@@ -199,7 +208,8 @@ class PostgreSQLStore(StoreOnServer):
             return False
         number = self._next_call(self._sql.undo_claim)
         latest = self._connection.server_time(time.monotonic() + TIMEOUT)
-        values = {**self._common(), **_claiming(limit), "call": number, "latest": latest}
+        claim = self._claim_values(limit)
+        values = {**self._common(), **claim, "call": number, "latest": latest}
         self._connection.begin(self._sql.claim, values)
         self._claiming = True
         return True
@@ -212,9 +222,9 @@ class PostgreSQLStore(StoreOnServer):
             self._claimed = []
 
     def letters(self, limit: int, after: int = 0) -> list[Row]:
-        """Return dead letters, at most 16 MiB of them; only an empty list is the end."""
+        """Return dead letters, at most 4 MiB of them; only an empty list is the end."""
         self._get_ready()
-        values = {"after": after, "limit": limit, "room": ROOM}
+        values = {"after": after, "limit": limit, "room": ROOM // 4}
         found = self._run(self._sql.letters, values)
         rows = self._read(found)
         return rows if rows or not found else self.letters(limit, max(row[0] for row in found))
@@ -227,7 +237,11 @@ class PostgreSQLStore(StoreOnServer):
         return next(iter(self._read(found)), None)
 
     def depth(self) -> Depth:
-        """Count the rows; where there are many, return what was counted a moment ago."""
+        """Count the rows; where there are many, return what was counted a moment ago.
+
+        Beyond `sql.COUNTED` of a kind, PostgreSQL's own statistics are asked, so that it takes no
+        longer the more there are.
+        """
         self._get_ready()
         started = time.monotonic()
         if self._counted.total >= MANY and started < self._count_at:
@@ -269,10 +283,24 @@ class PostgreSQLStore(StoreOnServer):
         if self._claiming:
             # Once only: a claim without an answer is undone, as any other call is.
             self._claiming = False
-            found = self._connection.finish()
+            with self._fitting():
+                found = self._connection.finish()
             self._answered()
             self._claimed = self._read(found)
         super()._get_ready()
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Have the next claim read less where this one fails, and else more again."""
+        try:
+            yield
+        except StoreError:
+            self._room = max(LEAST_ROOM, self._room // 4)
+            raise
+        self._room = min(ROOM, self._room * 2)
+
+    def _claim_values(self, limit: int) -> dict[str, int]:
+        return {"limit": limit, "room": self._room, "step": _step()}
 
     def _undo(self, call: Call) -> None:
         # The server may still be running the call. It holds a shared lock until it has ended.
@@ -351,10 +379,6 @@ def _step() -> int:
     Random, so that a table that was put back to an earlier state never has the same tokens again.
     """
     return 1 + 2 * secrets.randbits(_STEP_BITS)
-
-
-def _claiming(limit: int) -> dict[str, int]:
-    return {"limit": limit, "room": ROOM, "step": _step()}
 
 
 def _time_for(records: Iterable[Record]) -> float:

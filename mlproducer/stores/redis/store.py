@@ -33,7 +33,7 @@ from mlproducer.stores.redis.scripts import TAG
 
 logger = logging.getLogger(__name__)
 
-RATE = 10_000_000
+RATE = 5_000_000
 """Bytes per second that are sent at least; more time is allowed for large messages."""
 
 
@@ -100,7 +100,7 @@ class RedisStore(StoreOnServer):
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
         """Store messages.
 
-        Redis has half a second to answer (``socket_timeout``), and a tenth more for each megabyte.
+        Redis has half a second to answer (``socket_timeout``), and a fifth more for each megabyte.
 
         :raises StoreError: they are not stored; there is no `BufferFullError`, since Redis runs out
             of memory for all its clients at once
@@ -127,7 +127,11 @@ class RedisStore(StoreOnServer):
         self._get_ready()
         fields = [each for change in changes for each in change_fields(change)]
         claims = [change.claim for change in changes]
-        (lost,) = self._call("release", scripts.RELEASE, self._lease, *fields, claims=claims)
+        size = sum(each.record.envelope.size for each in changes if each.record.dead)
+        limit = time.monotonic() + self._connection.timeout + size / RATE
+        (lost,) = self._call(
+            "release", scripts.RELEASE, self._lease, *fields, claims=claims, deadline=limit
+        )
         return [claims[place] for place in lost]
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
