@@ -24,7 +24,7 @@ import pytest
 from mlproducer import stores
 from mlproducer.errors import StoreError
 from mlproducer.stores.protocol import Change, Depth, Entry, Record
-from mlproducer.stores.sqlite import SQLiteStore, path_checks
+from mlproducer.stores.sqlite import SQLiteStore, file, owners, path_checks
 from mlproducer.stores.sqlite.owners import Owner, boot_id
 from tests.helpers import LIMIT, make_envelope
 
@@ -353,11 +353,26 @@ def test_a_boot_makes_everything_due(path: Path) -> None:
         assert len(claimed) == ROWS
         store.put([entry("delayed", 50.0), entry("ahead", None)], LIMIT)
         query("UPDATE clock SET boot = 'another'")(path)
+        store._database.owner.leave()  # its lock did not outlive the boot
         with closing(SQLiteStore(path, clock=lambda: 0.001)) as rebooted:
             rows = rebooted.claim(ROWS + 2)
     assert len(rows) == ROWS + 2
     doubtful = {row.record.envelope.message_id for row in rows if row.record.doubtful}
     assert doubtful == {f"m{number}" for number in range(ROWS)} | {"ahead"}
+
+
+def test_containers_with_boot_ids_of_their_own_share_a_clock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that opens the file takes nothing from one that is at it, and the other way round."""
+    with closing(SQLiteStore(path)) as store:
+        assert len(store.claim(ROWS)) == ROWS
+        for module in (file, owners):
+            monkeypatch.setattr(module, "boot_id", lambda: "of a container")
+        with closing(SQLiteStore(path)) as other:
+            assert other.claim(ROWS) == []
+            other.put([entry("ahead", None)], LIMIT)
+            assert store.claim(ROWS) == []
 
 
 def test_a_clock_far_ahead_delays_nobody(path: Path) -> None:

@@ -410,3 +410,22 @@ def test_a_file_that_is_made_between_two_looks(path: Path, monkeypatch: pytest.M
         store.put([entry("mine")], LIMIT)
     others[0].close()
     assert names(path) == {"other", "mine"}
+
+
+def test_a_process_that_ends_with_an_open_store_says_nothing(path: Path) -> None:
+    """The interpreter lets go of the store when the modules that it uses are gone already."""
+    program = (
+        "import sys\n"
+        "from mlproducer.stores.sqlite import SQLiteStore, owners\n"
+        "store = SQLiteStore(sys.argv[1])\n"
+        "store.claim(1)\n"
+        "owners.used = lambda: store\n"  # it goes with a module, as that of a module does
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -9,6 +9,7 @@ Runs on: the retry thread.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
@@ -22,7 +23,7 @@ from mlproducer.errors import StoreError
 from mlproducer.stores.sqlite import path_checks as place
 from mlproducer.stores.sqlite.owners import Owner, boot_id
 from mlproducer.stores.sqlite.reserve import PAGE, size_on
-from mlproducer.stores.sqlite.rows import MIGRATION, SCHEMA
+from mlproducer.stores.sqlite.rows import MIGRATION, OWNERS, SCHEMA
 
 APPLICATION_ID = 0x6D6C7072
 VERSION = 2
@@ -101,7 +102,7 @@ def open_file(path: str, horizon: float, owner: Owner, *, check: bool) -> Connec
     with ExitStack() as undo:
         safe, quick = (undo.enter_context(closing(_connect(path, each))) for each in _LEVELS)
         place.check_companions(path)  # the log and index in use, before a message is in them
-        connections = Connections(safe, quick, _clock(safe, horizon), inode)
+        connections = Connections(safe, quick, _clock(safe, horizon, owner), inode)
         undo.pop_all()
     return connections
 
@@ -314,13 +315,20 @@ def _connect(path: str, synchronous: str) -> sqlite3.Connection:
     return connection
 
 
-def _clock(connection: sqlite3.Connection, horizon: float) -> float:
-    """Record this boot and this horizon in the file, and return its shift."""
+def _clock(connection: sqlite3.Connection, horizon: float, owner: Owner) -> float:
+    """Record this boot and this horizon in the file, and return its shift.
+
+    Containers of one machine may have boot ids of their own (LXC, systemd-nspawn), but their clock
+    is the machine's: while another owner lives, there was no boot.
+    """
     boot = boot_id()
     known, most, shift = connection.execute("SELECT boot, horizon, shift FROM clock").fetchone()
     if known == boot and most >= horizon:
         return float(shift)
     connection.execute("BEGIN IMMEDIATE")
+    (owners,) = connection.execute(OWNERS).fetchone()
+    if any(owner.knows_alive(number, place) for number, place in json.loads(owners)):
+        boot = connection.execute("SELECT boot FROM clock").fetchone()[0]
     connection.execute(
         "UPDATE clock SET boot = ?, shift = shift + ?, horizon = 0 WHERE boot <> ?",
         (boot, BOOT_SECONDS, boot),

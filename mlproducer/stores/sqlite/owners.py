@@ -16,6 +16,7 @@ import os
 import secrets
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from attrs import define
@@ -77,23 +78,34 @@ class Owner:
         else:
             self.place = os.fstat(self._descriptor).st_ino
 
-    def leave(self) -> None:
-        """Release the lock; in a forked child only close the file: the parent keeps the lock."""
+    def leave(self, close: Callable[[int], None] = os.close) -> None:
+        """Release the lock; in a forked child only close the file: the parent keeps the lock.
+
+        :param close: bound here, since `__del__` may run when the modules are gone
+        """
         descriptor, self._descriptor, self.place = self._descriptor, -1, 0
         if descriptor >= 0:
-            os.close(descriptor)
+            close(descriptor)
 
     def __del__(self) -> None:
         self.leave()
 
     def knows_dead(self, number: int, place: int) -> bool:
         """Return whether another user is known to have ended; false where nothing is known."""
-        if not self.place or place != self.place or number >> _OWN_BITS != _machine():
+        if number >> _OWN_BITS != _machine() or not self._can_ask(number, place):
             return False
-        if number == self.number:
-            return False
+        return not self._is_locked(number)
+
+    def knows_alive(self, number: int, place: int) -> bool:
+        """Return whether another user is known to be alive, and so is of this machine."""
+        return self._can_ask(number, place) and self._is_locked(number)
+
+    def _can_ask(self, number: int, place: int) -> bool:
+        return bool(self.place) and place == self.place and number != self.number
+
+    def _is_locked(self, number: int) -> bool:
         asked = fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, number))
-        return bool(struct.unpack(_FLOCK, asked)[0] == fcntl.F_UNLCK)
+        return bool(struct.unpack(_FLOCK, asked)[0] != fcntl.F_UNLCK)
 
     def _is_there(self) -> bool:
         try:
