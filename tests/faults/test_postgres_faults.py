@@ -331,7 +331,7 @@ def _empty(url: str, done: list[str]) -> None:
                     return
                 store.done([row.claim for row in rows])
             except StoreError as error:
-                if "conflicting" not in str(error):
+                if "conflict" not in str(error):
                     raise
                 continue
             done.extend(ids(rows))
