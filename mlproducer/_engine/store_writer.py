@@ -523,5 +523,6 @@ def _patience(puts: Sequence[Put]) -> float:
 
 
 def _copy(error: BufferFullError | StoreError, delivery: Delivery) -> BufferFullError | StoreError:
-    message_id = delivery.envelope.message_id
-    return type(error)(str(error), message_id=message_id, attempts=delivery.attempts)
+    # Not of a store's own subclass, which may take other arguments, and is not among our errors.
+    kind = BufferFullError if isinstance(error, BufferFullError) else StoreError
+    return kind(str(error), message_id=delivery.envelope.message_id, attempts=delivery.attempts)

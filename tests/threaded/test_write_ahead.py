@@ -113,6 +113,28 @@ def test_the_store_refuses(serve: Serve) -> None:
     assert [each.properties.message_id for each in broker.messages] == ["after"]
 
 
+class OwnError(StoreError):
+    """A store's own error, which takes other arguments than ours."""
+
+    def __init__(self, row: int = 7) -> None:
+        super().__init__(f"row {row} is damaged")
+
+
+def test_a_store_with_errors_of_its_own(serve: Serve) -> None:
+    """Publishers are told at once, and in our words: it is none of the documented errors."""
+
+    class Damaged(Lasting):
+        def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+            list(entries)
+            raise OwnError
+
+    with produce(serve(Behaviour()), Damaged()) as producer:
+        for publish in (producer.publish, producer.submit):
+            with pytest.raises(StoreError, match="row 7 is damaged") as caught:
+                publish(make_message("m"))
+            assert (type(caught.value), caught.value.message_id) == (StoreError, "m")
+
+
 def test_a_store_that_hangs(serve: Serve) -> None:
     """The deadline holds; what the store does late leaves no row, and sends nothing."""
     broker, store = serve(Behaviour()), Lasting()
