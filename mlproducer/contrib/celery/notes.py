@@ -198,6 +198,14 @@ class PostgreSQLNotes(_OnServer):
             return cursor.fetchall() if cursor.description else []
 
 
+class _Connection(sqlite3.Connection):
+    """Closes itself where it is dropped: from 3.13 on Python warns of one that was left open."""
+
+    def __del__(self) -> None:
+        with suppress(sqlite3.Error):  # it was never opened
+            self.close()
+
+
 class SQLiteNotes:
     """Notes in an SQLite file, which the workers of one machine share."""
 
@@ -234,7 +242,13 @@ class SQLiteNotes:
         return opened
 
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
+        connection = sqlite3.connect(
+            self._path,
+            timeout=PATIENCE,
+            isolation_level=None,
+            check_same_thread=False,  # the thread that drops it closes it
+            factory=_Connection,
+        )
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")

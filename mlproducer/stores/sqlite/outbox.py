@@ -24,7 +24,8 @@ def opened(path: str, busy: float) -> Iterator[sqlite3.Connection]:
     """
     try:
         uri = f"{Path(path).absolute().as_uri()}?mode=rw"
-        with closing(sqlite3.connect(uri, busy, uri=True, isolation_level=None)) as connection:
+        made = sqlite3.connect(uri, timeout=busy, uri=True, isolation_level=None)
+        with closing(made) as connection:
             yield connection
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorname", type(error).__name__)
