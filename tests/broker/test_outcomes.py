@@ -248,7 +248,7 @@ def test_a_publish_waits_for_the_end_of_an_alarm(
 def test_a_full_window(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
     """Who finds no room in the window in time is told so, unsent; what is inside arrives once."""
     producer = connect(max_in_flight=2, publish_timeout=0.3)
-    assert producer.publish(message("before")).confirmed
+    assert producer.publish(message("before"), timeout=HEALED).confirmed  # it connects first
     with rabbitmq_vhost.node.frozen():
         inside = [producer.submit(message(f"inside {n}")) for n in range(2)]
         with in_time(0.55, 0.3), pytest.raises(BufferFullError) as caught:

@@ -248,7 +248,7 @@ def test_ctl_and_eval_return_what_the_broker_says(rabbitmq_node: RabbitMQNode) -
     with pytest.raises(RabbitMQError, match="undef"):
         rabbitmq_node.eval("nobody:knows()")
     with pytest.raises(RabbitMQError, match="nobody"):
-        rabbitmq_node.ctl("delete_user", "nobody")
+        rabbitmq_node.ctl("set_user_tags", "nobody", "monitoring")
 
 
 @pytest.mark.broker

@@ -457,8 +457,9 @@ def test_duration_counts_from_the_call(
 
 def run(code: str, directory: Path, **environ: str) -> list[str]:
     """Run a program beside files of multiprocess mode, and return the lines that it prints."""
+    about_fork = "ignore:This process:DeprecationWarning"  # of Python 3.12
     ended = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", HEAD + code],
+        [sys.executable, "-W", "error::ResourceWarning", "-W", about_fork, "-c", HEAD + code],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environ},
         cwd=directory,
         capture_output=True,
