@@ -137,6 +137,24 @@ class PostgreSQLServer(Server):
             with suppress(ProcessLookupError):
                 os.kill(each, signal.SIGCONT)
 
+    # -- a standby -------------------------------------------------------------------------------
+
+    def standby(self) -> PostgreSQLServer:
+        """Copy this server, and return the copy, which follows it once it is started.
+
+        It refuses writes until `promote`.
+        """
+        made = PostgreSQLServer(config=self.config)
+        if made._programs is None:
+            raise PostgreSQLNotInstalled
+        made.password, made._made_database = self.password, True
+        made._workspace = made._followed(made._programs, self.port)
+        return made
+
+    def promote(self) -> None:
+        """Have a standby take writes; this returns once it does."""
+        self.call("SELECT pg_promote(wait => true)")
+
     # -- addresses and statements ----------------------------------------------------------------
 
     @property
@@ -196,20 +214,16 @@ class PostgreSQLServer(Server):
         return True
 
     def _made(self, programs: Path) -> Workspace:
-        """Make the server's directory, which has to be its user's."""
-        workspace = Workspace("mlproducer-postgresql-")
+        """Make the server's directory."""
+        workspace, data = _directory()
         secret = workspace.path / "password"
         secret.write_text(self.password)
-        data = workspace.path / "data"
-        data.mkdir(0o700)
         if os.geteuid() == 0:
             owner = _user()
-            workspace.path.chmod(0o711)
-            for path in (data, secret):
-                os.chown(path, owner.pw_uid, owner.pw_gid)
-        done = subprocess.run(
+            os.chown(secret, owner.pw_uid, owner.pw_gid)
+        _fill(
+            workspace,
             [
-                *as_user(),
                 str(programs / "initdb"),
                 f"--pgdata={data}",
                 "--no-sync",
@@ -219,18 +233,57 @@ class PostgreSQLServer(Server):
                 "--encoding=UTF8",
                 "--locale=C",
             ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=workspace.path,
-            timeout=60.0,
-            check=False,
         )
-        if done.returncode:
-            workspace.close()
-            said = done.stdout.decode(errors="replace")
-            raise PostgreSQLError(f"initdb failed: {said}")
         return workspace
+
+    def _followed(self, programs: Path, port: int) -> Workspace:
+        """Make the directory of a standby of the server on that port."""
+        workspace, data = _directory()
+        _fill(
+            workspace,
+            [
+                str(programs / "pg_basebackup"),
+                f"--pgdata={data}",
+                f"--host={self.host}",
+                f"--port={port}",
+                "--username=postgres",
+                "--checkpoint=fast",
+                "--no-sync",
+                "--write-recovery-conf",
+            ],
+            PGPASSWORD=self.password,
+        )
+        return workspace
+
+
+def _directory() -> tuple[Workspace, Path]:
+    """Make a directory for a server's data, which has to be its user's."""
+    workspace = Workspace("mlproducer-postgresql-")
+    data = workspace.path / "data"
+    data.mkdir(0o700)
+    if os.geteuid() == 0:
+        owner = _user()
+        workspace.path.chmod(0o711)
+        os.chown(data, owner.pw_uid, owner.pw_gid)
+    return workspace, data
+
+
+def _fill(workspace: Workspace, command: list[str], **environ: str) -> None:
+    """Run what fills a directory, as the server's user."""
+    done = subprocess.run(
+        [*as_user(), *command],
+        env={**os.environ, **environ},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=workspace.path,
+        timeout=60.0,
+        check=False,
+    )
+    if done.returncode:
+        workspace.close()
+        said = done.stdout.decode(errors="replace")
+        raise PostgreSQLError(f"{Path(command[0]).name} failed: {said}")
 
 
 def _programs() -> Path | None:
