@@ -246,6 +246,15 @@ def test_its_own_suite_on_postgresql(on_postgresql: Project, broker: FakeBroker)
     assert broker.accepted == 0
 
 
+def test_admin(on_postgresql: Project) -> None:
+    """The pages of the outbox list and filter rows, and send some again; the model is migrated."""
+    on_postgresql.environ["DJANGO_SETTINGS_MODULE"] = "mysite.admin_settings"
+    ran = on_postgresql.manage("test", "shares.admin_tests")
+    assert ran.returncode == 0, ran.stderr
+    checked = on_postgresql.manage("makemigrations", "--check", "--dry-run", "mlproducer")
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_outbox(
     on_postgresql: Project, broker: FakeBroker, postgresql_server: PostgreSQLServer
 ) -> None:
