@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -69,6 +70,7 @@ class RetryWorker:
         self._lock = threading.Lock()
         self._watch: Callable[[], None] | None = None
         self._woken = False
+        self._expected: deque[tuple[Delivery, Claim]] = deque()
         self._claims_ahead = hasattr(store, "claim_ahead")
         self._ahead_since: tuple[float, float] | None = None
 
@@ -160,7 +162,8 @@ class RetryWorker:
 
     def expect(self, delivery: Delivery, claim: Claim) -> None:
         """Follow a row that becomes visible with another's COMMIT, if it does; from any thread."""
-        self.thread.order(partial(self.stored_rows.expect, delivery, claim))
+        self._expected.append((delivery, claim))
+        self.thread.order(self._note_expected)
 
     def stop(self) -> None:
         """End the thread once all orders are carried out, and close the store."""
@@ -248,6 +251,8 @@ class RetryWorker:
         # one that is due, a part of the window is left to such.
         limit = max(1, min(able, self._gate.room()))
         rows = self._store.claim(limit)
+        # After the claim, not before it: one that was committed meanwhile may be among these.
+        self._note_expected()
         if len(rows) < limit:
             self._ahead_since = None  # nothing is left of it
         self.hurries = bool(rows)
@@ -267,6 +272,10 @@ class RetryWorker:
                 self._store_writer.order(Note(delivery, row.record, 0.0, first=False))
         self._hand_out(taken, ready)
         self._claim_ahead(len(rows), able - len(taken))
+
+    def _note_expected(self) -> None:
+        while self._expected:
+            self.stored_rows.expect(*self._expected.popleft())
 
     def _claim_ahead(self, found: int, able: int) -> None:
         """Have the store claim, while these are sent, what is sent next, if there is a backlog.

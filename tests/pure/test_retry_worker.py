@@ -413,3 +413,34 @@ def test_one_that_rests_claims_nothing() -> None:
     bench.work()
     assert bench.owner.readmitted == []
     assert len(bench.store.claim(10)) == 1
+
+
+class CommitsMeanwhile(MemoryStore):
+    """A store in which a row of an outbox is committed while another call claims rows."""
+
+    durable = True
+
+    def meanwhile(self, claim: Claim) -> None:
+        """Tell whose row that is; a test replaces it."""
+
+    def claim(self, limit: int) -> list[Row]:
+        """Claim, and tell."""
+        (claim,) = self.put([Entry(record_of(make_delivery(), 0.0), 0.0)], 1.0)
+        self.meanwhile(claim)
+        return super().claim(limit)
+
+
+def test_a_row_that_is_committed_during_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is its receipt's, though the row is claimed before the order to expect it is carried out.
+
+    Otherwise the receipt would learn its fate from the store, a sweep later.
+    """
+    bench = Bench(10, CommitsMeanwhile)
+    monkeypatch.setattr(module, "time", bench.clock)
+    bench.store.put([Entry(record_of(make_delivery(), 0.0), 0.0)], 1.0)
+    expected = make_delivery()
+    follow = partial(bench.retry_worker.expect, expected)
+    monkeypatch.setattr(bench.store, "meanwhile", follow)
+    bench.retry_worker.sweep()
+    assert expected in bench.owner.readmitted
+    assert len(bench.owner.readmitted) == 2
