@@ -191,7 +191,10 @@ class StoreWriter:
             self._ring()
 
     def put_now(self, delivery: Delivery, entry: Entry, now: float) -> bool:
-        """Store a message in memory; false where that fails: an order tells why."""
+        """Store a message in memory; false where that fails, or it is there: an order tells."""
+        rows = self._stored_rows
+        if delivery.successor is not None and (delivery in rows.rowless or rows.claim_of(delivery)):
+            return False  # as `_put` says
         try:
             [claim] = self._store.put([entry], 0.0)
         except (BufferFullError, StoreError):
@@ -263,7 +266,18 @@ class StoreWriter:
                 self._stored_rows.rowless.pop(put.delivery, None)
 
     def _put(self, puts: Sequence[Put]) -> None:
-        """Store messages, but for those whose publishers have given up waiting for it."""
+        """Store messages, but for those whose publishers have given up waiting for it.
+
+        One may have a row by now: it was refused, its publisher left before the I/O thread heard of
+        that, and what came of its attempt was then noted, in a row of its own. A second row would
+        make a second message.
+        """
+        rows = self._stored_rows
+        there = [put for put in puts if rows.claim_of(put.delivery) is not None]
+        if there:
+            puts = [put for put in puts if put not in there]
+            sure = [put.delivery for put in there if put.delivery not in rows.astray]
+            self._tell(sure, lambda owner, some: owner.stored(some))
         taken: list[Put] = []
         entries = self._wanted(puts, taken)
         now = time.monotonic()

@@ -129,6 +129,20 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     return bench
 
 
+def test_memory_takes_a_message_once() -> None:
+    """One whose publisher has left may be ordered although it has a row, or is to get one."""
+    bench, delivery = Bench(), make_delivery()
+    delivery.stop_waiting(Fate())
+    delivery.row = RowState.WRITING
+    bench.keep(delivery)  # of a row that was refused, so this one makes its own
+    assert delivery in bench.retry_worker.stored_rows.rowless
+    for _ in range(2):
+        delivery.row = RowState.NONE
+        bench.keep(delivery)
+        bench.retry_worker.sweep()
+        assert bench.retry_worker.depth == Depth(1)
+
+
 @pytest.mark.parametrize(
     ("attempts", "due"), [(0, 0.0), (1, 1.0), (2, 2.0), (3, 4.0), (4, 8.0), (5, 10.0), (9, 10.0)]
 )

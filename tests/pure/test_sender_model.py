@@ -657,6 +657,33 @@ def test_a_store_that_is_silent_until_the_end(ahead: bool) -> None:
     assert not machine.house.store.slots()
 
 
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_refusal_that_is_heard_late(durable: bool) -> None:
+    """Its publisher has left by then, and the message has got a row: it gets no second one."""
+    machine = SenderMachine()
+    machine.begin(fair=True, connected=True, durable=durable)
+    message = {"count": 1, "exchange": "x", "properties": NO_PROPERTIES, "cut": ""}
+    machine.publish(retry=True, seen=True, waits=True, **message)
+    machine.the_store(broken=True)
+    machine.everyone_expires()
+    machine.the_io_thread_looks(1000)
+    machine.the_retry_thread_works(1)  # the store refuses it
+    machine.the_io_thread_is_silent()
+    machine.channel_closed(403)
+    machine.the_store(broken=False)
+    for _ in range(2):
+        machine.the_retry_thread_works(1000)
+        clock.now += SWEEP
+    assert len(machine.house.store.slots()) == 1
+    machine.the_io_thread_looks(1000)
+    machine.the_retry_thread_works(1000)
+    machine.check()
+    assert len(machine.house.store.slots()) == 1
+    machine.teardown()
+    [record] = machine.house.records.values()
+    assert record.ends == ["dead-lettered"]
+
+
 def test_a_row_that_cannot_be_deleted_is_left() -> None:
     """Although the broker has its message, `flush` does not give 0 before the row is gone."""
     machine = stored_and_sent_again()

@@ -81,7 +81,6 @@ class Record:
     retry: bool = True
     sends: int = 0
     letters: int = 0
-    buried: bool = False  # its letter has been handed to the retry worker before
     hits: int = 0
     acked: bool = False
     hidden: bool = False  # written, or taken over, its fate unknown: a queue may hold it
@@ -454,14 +453,13 @@ class ModelRetryWorker(RetryWorker):
         assert record.retry, "I2: retry=False, and kept for a retry"
         assert now == self._house.clock.now
         record.not_before = now + self._earliest(delivery)
-        record.buried = record.buried or delivery.dead
         return super().defer(delivery, now, before=before, fresh=fresh)
 
     def _earliest(self, delivery: Delivery) -> float:
         if delivery.in_flight:
             return math.inf
-        if delivery.dead:
-            return MAX_DELAY if self._house.record(delivery).buried else 0.0
+        if delivery.dead:  # the first letter waits for nothing, however often it is stored
+            return MAX_DELAY if self._house.record(delivery).letters else 0.0
         if delivery.attempts == 0:
             return 0.0
         return float(min(BASE_DELAY * 2.0 ** (delivery.attempts - 1), MAX_DELAY))
