@@ -81,6 +81,10 @@ class Gate:
         """Give the deliveries that are inside now; without the lock, for signal handlers."""
         return list(self._inside)
 
+    def holds(self, delivery: Delivery) -> bool:
+        """Whether a delivery has a slot."""
+        return delivery in self._inside
+
     def check(self) -> None:
         """Refuse a call that would wait for what only its own thread can release.
 

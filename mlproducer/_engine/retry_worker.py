@@ -87,8 +87,11 @@ class RetryWorker:
 
     @property
     def known(self) -> bool:
-        """Whether the store has said how much it holds, and has not failed since."""
-        return self._store_writer.known
+        """Whether the store holds all that it should, has said how much, and has not failed since.
+
+        What it should hold and does not may have left the window: see `_send_out`.
+        """
+        return self._store_writer.known and not self.stored_rows.rowless
 
     @property
     def abandoned(self) -> list[Delivery]:
@@ -265,7 +268,9 @@ class RetryWorker:
                 self._store_writer.order(End(delivery, row.record.dead, kept=True))
             elif delivery.in_flight:
                 continue  # its row was another process's for a while; its tag decides
-            elif self._gate.try_enter(delivery):
+            elif self._gate.try_enter(delivery) or (
+                self._make_room() and self._gate.try_enter(delivery)
+            ):
                 taken.append(delivery)
             else:
                 self.hurries = True
@@ -276,6 +281,18 @@ class RetryWorker:
     def _note_expected(self) -> None:
         while self._expected:
             self.stored_rows.expect(*self._expected.popleft())
+
+    def _make_room(self) -> bool:
+        """Free the slot of one that is to be stored and has no row, unless its tag is open.
+
+        Else a full window of such would wait for a full store, and its rows for the window. It is
+        remembered without a slot, and stored as soon as the row that takes its place is gone.
+        """
+        for delivery, put in list(self.stored_rows.rowless.items()):
+            if put.entry.delay is not None and self._gate.holds(delivery):
+                self._gate.leave((delivery,))
+                return True
+        return False
 
     def _claim_ahead(self, found: int, able: int) -> None:
         """Have the store claim, while these are sent, what is sent next, if there is a backlog.

@@ -264,6 +264,8 @@ class StoreWriter:
         for put in puts:
             if not put.wanted:
                 self._stored_rows.rowless.pop(put.delivery, None)
+        if puts and not self._stored_rows.rowless:
+            self._gate.emptied.changed()  # a flush() may have waited for these alone
 
     def _put(self, puts: Sequence[Put]) -> None:
         """Store messages, but for those whose publishers have given up waiting for it.

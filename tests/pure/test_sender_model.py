@@ -466,6 +466,7 @@ class SenderMachine(RuleBasedStateMachine):
         left = house.gate.inside() or house.retry_worker.depth.total or not house.retry_worker.known
         if not (left or house.ordered or house.mailbox or house.stuck):
             assert all(record.shared for record in house.left_rows()), "a row is left"
+            assert not house.retry_worker.stored_rows.rowless, "one that should be stored is left"
 
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""
@@ -682,6 +683,28 @@ def test_a_refusal_that_is_heard_late(durable: bool) -> None:
     machine.teardown()
     [record] = machine.house.records.values()
     assert record.ends == ["dead-lettered"]
+
+
+def test_a_full_window_does_not_wait_for_a_full_store() -> None:
+    """Its messages, whose publishers rely on them, wait for room there; its rows go out."""
+    machine = SenderMachine()
+    machine.begin(fair=True, connected=True, rows=2, threshold=1000)
+    message = {"retry": True, "exchange": "x", "properties": NO_PROPERTIES, "cut": ""}
+    machine.publish(count=2, seen=True, waits=True, **message)
+    machine.settle(pick=2, multiple=True, good=False)
+    machine.the_retry_thread_works(1000)
+    machine.flow(blocked=True)
+    machine.publish(count=6, seen=True, waits=True, **message)
+    machine.everyone_expires()
+    machine.the_io_thread_looks(1000)
+    machine.the_io_thread_is_silent()
+    machine.the_retry_thread_works(1000)
+    house = machine.house
+    assert (len(house.gate), len(house.retry_worker.stored_rows.rowless)) == (6, 6)
+    assert not house.retry_worker.known  # so that flush() says that something is left
+    assert len(house.store.slots()) == 2
+    machine.teardown()
+    assert [record.ends for record in house.records.values()] == [["confirmed"]] * 8
 
 
 def test_a_row_that_cannot_be_deleted_is_left() -> None:
