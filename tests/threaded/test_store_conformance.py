@@ -103,7 +103,8 @@ class TestRedis(StoreConformance):
 
     @pytest.fixture(autouse=True)
     def _begin(self, redis_server: RedisServer) -> None:
-        self.server, self.url = redis_server, redis_server.url
+        # Half a second, as is usual, is short for thousands of rows on a machine with other work.
+        self.server, self.url = redis_server, f"{redis_server.url}?socket_timeout=5"
         self.prefix = f"test-{secrets.token_hex(4)}:"
 
     def make_store(self, lease: float) -> Store:
