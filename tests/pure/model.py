@@ -311,8 +311,14 @@ class House:
     def elsewhere(self, what: str) -> None:
         """Let the other process deliver or bury all that it holds, or die."""
         for key, record in self.taken.items():
-            if what == "dies":
+            if what == "dies" and not record.ends:
                 self.store.give_up(key)
+                continue
+            if what == "dies":
+                # It has ended here after its lease: its row is not this process's to delete, and is
+                # sent once more by whichever claims it. Here that were a second life, of which the
+                # witnesses know nothing; so it is a third process that claims it.
+                self.store.end(key, "delivers")
                 continue
             record.elsewhere = what
             record.acked = True
