@@ -161,7 +161,7 @@ class Breaker:
         return self.state is CircuitState.OPEN or self._probe is not None
 
     def retry_after(self, now: float) -> float:
-        """Give the seconds after which it is worth while to try again; never 0."""
+        """Return the seconds after which it is worth while to try again; never 0."""
         ends = self.reopens_at if self.state is CircuitState.OPEN else self._probe_ends
         return max(SHORTEST, ends - now)
 

@@ -31,7 +31,7 @@ class Confirms:
         return iter(list(self.open.values()))
 
     def register(self, delivery: Delivery) -> int:
-        """Give the next tag; before the write, since the confirm can be there first."""
+        """Return the next tag; before the write, since the confirm can be there first."""
         self._last += 1
         self.open[self._last] = delivery
         return self._last
@@ -41,7 +41,7 @@ class Confirms:
         self._apart.update(tags)
 
     def find(self, tag: int) -> Delivery | None:
-        """Give the delivery whose tag is open."""
+        """Return the delivery whose tag is open."""
         return self.open.get(tag)
 
     def settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
@@ -75,5 +75,5 @@ class Confirms:
         return lost
 
     def oldest(self) -> Delivery | None:
-        """Give the delivery that has waited longest."""
+        """Return the delivery that has waited longest."""
         return next(iter(self.open.values()), None)

@@ -32,7 +32,7 @@ class PoisonIsolation:
         self.suspects.extendleft(reversed(lost))
 
     def reject(self, guilty: Delivery, reply_code: int) -> list[Delivery]:
-        """Give the guilty one, and those for whose route the same answer is certain."""
+        """Return the guilty one, and those for whose route the same answer is certain."""
         shared = [each for each in self.suspects if _same_answer(reply_code, guilty, each)]
         self.suspects = deque(each for each in self.suspects if each not in shared)
         return [guilty, *shared]

@@ -433,7 +433,7 @@ class Sender:
                 self.failures.judge(delivery, failure(kind, delivery, text, **facts), now)
 
     def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:
-        """Give those whose publishers do not get them back, to be sent again.
+        """Return those whose publishers do not get them back, to be sent again.
 
         :param linked: the connection is still there: the guilty one was not routed by it either
         """

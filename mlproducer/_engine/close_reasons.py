@@ -124,7 +124,7 @@ def closed_by_broker(reason: Any, prefix: str = "") -> Loss:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Give a broker's words cut short, with control characters escaped."""
+    """Return a broker's words cut short, with control characters escaped."""
     shown = text[:limit]
     return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
 

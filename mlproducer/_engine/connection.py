@@ -84,7 +84,7 @@ class EventLoop(IOLoop):
         super().remove_handler(fd)
 
     def descriptors(self) -> Iterator[int]:
-        """Give every descriptor that this loop holds, for a forked child to close."""
+        """Return every descriptor that this loop holds, for a forked child to close."""
         yield from list(self._watched)
         for name in ("_poll", "_r_interrupt", "_w_interrupt"):
             holder = getattr(self._poller, name, None)

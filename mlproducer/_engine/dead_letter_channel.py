@@ -37,7 +37,7 @@ class Tags:
         self.skipped.append(tag - len(self.skipped))
 
     def sender(self, tag: int) -> int:
-        """Give the sender's tag for one of the channel's."""
+        """Return the sender's tag for one of the channel's."""
         return tag + bisect_right(self.skipped, tag) if self.skipped else tag
 
 

@@ -83,7 +83,7 @@ class Letter:
     tag: int = field(default=0, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Give what the commands print."""
+        """Return what the commands print."""
         return {
             "message_id": self.message_id,
             "reason": self.reason,
@@ -265,7 +265,7 @@ def _history(headers: Collection[Any] | dict[str, Any]) -> dict[str, Any]:
 
 
 def _moment(since: Any) -> str | None:
-    """Give the broker's time, of which older pikas do not say that it is UTC."""
+    """Return the broker's time, of which older pikas do not say that it is UTC."""
     if not isinstance(since, datetime):
         return None
     return (since if since.tzinfo else since.replace(tzinfo=timezone.utc)).isoformat()

@@ -100,7 +100,7 @@ class DelayedDelivery:
             take([delivery])
 
     def carrier(self, channel: Carrier) -> Carrier:
-        """Give a carrier that sends each delayed task with what is left of its delay."""
+        """Return a carrier that sends each delayed task with what is left of its delay."""
         self.passes = True
         return _DelayCarrier(self, channel)
 

@@ -83,7 +83,7 @@ class Route:
         )
 
     def addresses(self) -> tuple[Address, ...]:
-        """Give the records of all addresses that the host's name leads to.
+        """Return the records of all addresses that the host's name leads to.
 
         :raises UnreachableError: there is none
         """
@@ -101,7 +101,7 @@ class Route:
         raise UnreachableError(Loss(f"{broker.address}: {why}", kind=LossKind.UNRESOLVED))
 
     def identity(self) -> Identity:
-        """Give the identity that holds now.
+        """Return the identity that holds now.
 
         :raises UnreachableError: the user's callable gives none
         """
@@ -189,7 +189,7 @@ class Endpoints:
         )
 
     def _files(self, broker: Broker) -> TLSFiles | None:
-        """Give the TLS files of a broker; those that are the same are looked after once."""
+        """Return the TLS files of a broker; those that are the same are looked after once."""
         if not broker.tls:
             return None
         settings = broker.tls_settings or TLSSettings()

@@ -162,7 +162,7 @@ class Engine:
         threads.return_ordinal(self._ordinal, self)
 
     def descriptors(self) -> list[int]:
-        """Give every descriptor that is held here, for a forked child to close."""
+        """Return every descriptor that is held here, for a forked child to close."""
         return self._io.io_loop.descriptors()
 
     # --- messages ------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Engine:
             raise put.refusal  # it came at this very moment, as its row would have
 
     def refuse(self, delivery: Delivery) -> CircuitOpenError | None:
-        """Give the error with which an open breaker fails a message on the spot.
+        """Return the error with which an open breaker fails a message on the spot.
 
         None is given where the message can be stored instead, which the sender decides.
         """

@@ -78,7 +78,7 @@ class Gate:
         return 0 if self._queue else self._limit // 2
 
     def inside(self) -> list[Delivery]:
-        """Give the deliveries that are inside now; without the lock, for signal handlers."""
+        """Return the deliveries that are inside now; without the lock, for signal handlers."""
         return list(self._inside)
 
     def holds(self, delivery: Delivery) -> bool:

@@ -78,7 +78,7 @@ class HealthProbe:
         self._events.health_fault(target, loss)
 
     def _due(self) -> Iterable[str]:
-        """Give what is asked for this time; without its exchange, nothing of the topology is."""
+        """Return what is asked for this time; without its exchange, nothing of the topology is."""
         exchange = self._topology.exchange
         for target in (exchange, *(queue.name for queue in self._topology.queues)):
             left = self._left_out.get(target, 0)

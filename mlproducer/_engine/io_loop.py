@@ -72,7 +72,7 @@ class IOLoop:
             raise AssertionError("a delivery is touched by a thread that does not own it")
 
     def descriptors(self) -> list[int]:
-        """Give every descriptor that is held here, for a forked child to close."""
+        """Return every descriptor that is held here, for a forked child to close."""
         return [*self._loop.descriptors(), *self.mailbox.descriptors()] if self._open else []
 
     def call_later(self, delay: float, function: Callable[[], None]) -> bool:

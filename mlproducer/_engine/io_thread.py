@@ -156,7 +156,7 @@ class IOThread:
         return len(self.io_loop.mailbox) + sender.waiting + sender.in_flight
 
     def peer(self, mine: Standing | None = None) -> IOThread | None:
-        """Give another connection for what this one cannot carry, unless none is better off.
+        """Return another connection for what this one cannot carry, unless none is better off.
 
         :param mine: this one's standing, where it is about to change
         """
@@ -175,7 +175,7 @@ class IOThread:
         return self.standing(), self.burden()
 
     def timers(self) -> dict[str, TimerThread]:
-        """Give the timer threads by their roles."""
+        """Return the timer threads by their roles."""
         return {
             "health": self._health.thread,
             "breaker": self._cooldown.thread,
@@ -243,7 +243,7 @@ class IOThread:
         return self._delayed.hold(deliveries, take, self._channels())
 
     def _channels(self) -> OpenChannel | None:
-        """Give what opens a channel for declarations on a connection that carries messages."""
+        """Return what opens a channel for declarations on a connection that carries messages."""
         connection = self.connector.connection
         return None if connection is None or not self.is_connected else connection.declaring_channel
 

@@ -102,7 +102,7 @@ class Lifecycle:
     # --- start ---------------------------------------------------------------------------------
 
     def started(self, *, blocking: bool = True) -> Runtime:
-        """Give the running part, started.
+        """Return the running part, started.
 
         :param blocking: the caller is going to wait, which it must not on one of our threads
         :raises ProducerClosedError: it is closed

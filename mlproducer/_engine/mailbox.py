@@ -34,11 +34,11 @@ class Mailbox:
         return len(self._items)
 
     def fileno(self) -> int:
-        """Give the descriptor to watch."""
+        """Return the descriptor to watch."""
         return self._ear.fileno()
 
     def descriptors(self) -> list[int]:
-        """Give all descriptors, for a forked child to close."""
+        """Return all descriptors, for a forked child to close."""
         return [self._ear.fileno(), self._bell.fileno()]
 
     def put(self, item: Item) -> bool:
@@ -65,7 +65,7 @@ class Mailbox:
             return  # full of rings, so it will be heard; or closed
 
     def drain(self) -> Iterator[Item]:
-        """Give what is in the box now; what comes meanwhile rings again."""
+        """Return what is in the box now; what comes meanwhile rings again."""
         with contextlib.suppress(BlockingIOError):
             self._ear.recv(4096)
         self._rung = False

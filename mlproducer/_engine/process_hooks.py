@@ -38,7 +38,7 @@ class Life(Protocol):
 
     @property
     def exit_timeout(self) -> float:
-        """Give the limit."""
+        """Return the limit."""
 
     def forked(self) -> None:
         """Begin afresh in a child."""

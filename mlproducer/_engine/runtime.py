@@ -126,7 +126,7 @@ class Runtime:
         )
 
     def choose(self) -> Engine:
-        """Give the connection for the next message.
+        """Return the connection for the next message.
 
         One whose breaker is half-open is chosen by one thread only, for the message that probes it.
         """
@@ -371,12 +371,12 @@ class Runtime:
         return sum(each in ahead or not (each.kept and has_row(each)) for each in inside)
 
     def _still_open(self) -> list[Delivery]:
-        """Give those whose publishers have not been told their fate, or may still learn it."""
+        """Return those whose publishers have not been told their fate, or may still learn it."""
         held = dict.fromkeys([*self.gate.inside(), *self._retry_worker.stored_rows.deliveries()])
         return [each for each in held if each.open]
 
     def _unsettled(self) -> list[Delivery]:
-        """Give those that would be lost with this process."""
+        """Return those that would be lost with this process."""
         if not self.durable:
             return self._still_open()
         stored_rows = self._retry_worker.stored_rows

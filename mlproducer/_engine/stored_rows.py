@@ -76,7 +76,7 @@ class StoredRows:
 
     @property
     def waits(self) -> bool:
-        """Whether a receipt or future of this process waits for a row that nobody has."""
+        """Whether a receipt or future of this process waits for an unclaimed row."""
         return bool(self._last)
 
     def has_row(self, delivery: Delivery) -> bool:
@@ -84,7 +84,7 @@ class StoredRows:
         return delivery in self.claims
 
     def deliveries(self) -> list[Delivery]:
-        """Give all that are remembered."""
+        """Return all that are remembered."""
         if not isinstance(self._parked, WeakValueDictionary):
             kept = [*self.claims, *self.astray, *self.rowless, *self._parked.values()]
             return list(dict.fromkeys(kept))
@@ -93,7 +93,7 @@ class StoredRows:
         return list(dict.fromkeys([*self.claims, *self.astray, *self.rowless, *waiting]))
 
     def astray_and_waiting(self) -> list[tuple[Delivery, Claim]]:
-        """Give the last claims of rows that another process may have, or have ended."""
+        """Return the last claims of rows that another process may have, or have ended."""
         astray = [(delivery, row.claim) for delivery, row in self.astray.items()]
         if not self._durable:
             return astray
@@ -159,14 +159,14 @@ class StoredRows:
         self._last[delivery] = claim
 
     def claim_of(self, delivery: Delivery) -> Claim | None:
-        """Give the last claim of its row, which still holds if no process has claimed it since."""
+        """Return the last claim of its row, which holds if no process has claimed it since."""
         astray = self.astray.get(delivery)
         claim = self.claims.get(delivery) or self._last.get(delivery)
         claim = claim or self._expected.get(delivery)
         return claim or (None if astray is None else astray.claim)
 
     def take(self, row: Row, now: float, epoch: float) -> Delivery:
-        """Give the delivery of a row that was claimed; it is not open where it was given back.
+        """Return the delivery of a row that was claimed; it is not open where it was given back.
 
         :param epoch: what `wall_clock` says at ``now``
         """
@@ -262,5 +262,5 @@ def _kind(name: str) -> type[PublishError]:
 
 
 def wall_clock() -> float:
-    """Give the seconds since the epoch."""
+    """Return the seconds since the epoch."""
     return datetime.now(timezone.utc).timestamp()

@@ -59,7 +59,7 @@ forks.in_child(here.forked)
 
 
 def take_ordinal(owner: object) -> int:
-    """Give the lowest number that no open producer of this process has; 1 is the first."""
+    """Return the lowest number that no open producer of this process has; 1 is the first."""
     free = (n for n in itertools.count(1) if _ordinals.setdefault(n, owner) is owner)
     return next(free)
 

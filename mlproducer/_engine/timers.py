@@ -58,7 +58,7 @@ class Timers:
             self._cancelled = 0
 
     def get_remaining_interval(self) -> float | None:
-        """Give the seconds until the next call; ``None``: there is none."""
+        """Return the seconds until the next call; ``None``: there is none."""
         return max(0.0, self._heap[0].due - time.monotonic()) if self._heap else None
 
     def process_timeouts(self) -> None:

@@ -59,7 +59,7 @@ class TLSFiles:
             )
 
     def context(self) -> ssl.SSLContext:
-        """Give the context for the next connection."""
+        """Return the context for the next connection."""
         stamp = self._look()
         if stamp != self._stamp:
             self._reload(stamp)
@@ -94,7 +94,7 @@ class TLSFiles:
 
 
 def _stamp(path: str | None) -> tuple[int, int, int] | None:
-    """Give what changes with a file, followed through connections as Kubernetes lays them."""
+    """Return what changes with a file, followed through connections as Kubernetes lays them."""
     try:
         found = Path(path).stat() if path is not None else None
     except OSError:
@@ -167,7 +167,7 @@ class _KeyPassword:
         self.asked = False
 
     def __call__(self) -> str:
-        """Give the key's password.
+        """Return the key's password.
 
         :raises ConfigurationError: there is none, or its file cannot be read
         """

@@ -81,7 +81,7 @@ def producer_of_settings(app: Celery) -> MLProducer:
 
 
 def dead_letters(settings: Settings) -> list[Declaration]:
-    """Give what is to be declared for dead letters, of such a producer's settings."""
+    """Return what is to be declared for dead letters, of such a producer's settings."""
     declarations = Topology.of(settings).declarations("active")
     return [each for each in declarations if each.target != ALWAYS_THERE]
 
