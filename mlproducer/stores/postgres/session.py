@@ -12,8 +12,10 @@ Runs on: the retry thread; the listener has a connection of its own.
 from __future__ import annotations
 
 import math
+import random
 import select
 from collections.abc import Mapping
+from time import sleep
 from typing import Any
 
 from mlproducer import _clock as time
@@ -43,8 +45,9 @@ CANCEL_TIMEOUT = 0.25
 TRUST = 1.0
 """Seconds for which the server's clock is taken to run like this machine's monotonic one. It may be
 set, and over days any two clocks drift apart."""
-TRIES = 3
-"""How often a statement that conflicts with another transaction is tried."""
+PAUSE = (0.001, 0.05)
+"""Seconds before a statement that conflicts with another transaction is tried again: the first
+time, and at most. A random part of it is waited, so that two that conflict do not meet again."""
 
 _TROUBLES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (sqlstates.QueryCanceled, "has cancelled a statement (statement_timeout?)"),
@@ -275,13 +278,17 @@ class Session:
         :raises StoreError: the statement failed, or there was no answer in time
         """
         deadline = time.monotonic() + limit
-        for left in reversed(range(TRIES)):
+        pause, longest = PAUSE
+        while True:
             try:
                 return self._execute(statement, values, deadline)
             except (sqlstates.SerializationFailure, sqlstates.DeadlockDetected) as error:
                 failure = self.failure(error)
-                if not left or time.monotonic() > deadline:
+                # The half of the limit is left to the last try, which waits for its answer.
+                if time.monotonic() > deadline - limit / 2:
                     break
+                sleep(random.uniform(0.0, pause))
+                pause = min(2 * pause, longest)
             except FOREIGN as error:
                 if isinstance(error, SilentError):
                     self._cancel()
