@@ -19,7 +19,7 @@ from mlproducer._core.breaker import Breaker, Consecutive
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.sender import Sender
 from mlproducer._engine.gate import Gate
-from mlproducer._engine.mailbox import Mailbox
+from mlproducer._engine.io_loop import Mailbox
 from mlproducer._latch import Relay
 from mlproducer._waiting import Answer, finish
 from mlproducer._wire.amqp import FRAME_MAX

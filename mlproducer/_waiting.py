@@ -16,10 +16,9 @@ from mlproducer import _clock as time
 from mlproducer._core.delivery import NO_WAITER, Delivery
 from mlproducer._core.delivery_errors import failure
 from mlproducer._core.delivery_states import AnswerState
-from mlproducer._fate import Fate
 from mlproducer._latch import Latch, Relay
 from mlproducer.errors import ConfirmTimeoutError, PublishError
-from mlproducer.message import Receipt
+from mlproducer.message import Fate, Receipt
 
 if TYPE_CHECKING:
     from mlproducer._engine.engine import Engine

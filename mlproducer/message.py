@@ -2,14 +2,16 @@
 
 A user publishes a `Message` where no task class fits. An `Envelope` is any message in its encoded
 form, in which it is queued, sent and stored: route, properties, body. A `Receipt` is the answer to
-the publisher.
+the publisher; what is still open then comes as its `Fate`.
 
-Runs on: any thread; none of these is changed once it is made.
+Runs on: any thread; a `Fate` is resolved on the I/O thread, and nothing else is changed once it is
+made.
 """
 
 from __future__ import annotations
 
 import enum
+import threading
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -20,11 +22,14 @@ from attrs import define, field, frozen
 
 from mlproducer import _clock as time
 from mlproducer import _schema as shapes
-from mlproducer._latch import seconds
+from mlproducer._latch import Watch, seconds
 from mlproducer._schema import Check
 from mlproducer.errors import PublishError, frameless_init
 
 RAW_TASK_TYPE = "raw"
+
+ORPHANED = 0.05
+"""Seconds after which a future's lock, usually held for microseconds, counts as lost."""
 
 
 class Outcome(enum.Enum):
@@ -219,6 +224,84 @@ class Receipt:
             f"Receipt({self.outcome.name}, message_id={self.message_id!r}, "
             f"attempts={self.attempts}, elapsed={self.elapsed:.3f}{reason})"
         )
+
+
+class Fate(Future[Receipt]):
+    """The fate of a message, to which receipts and futures refer: waiters may be interrupted.
+
+    The standard library's wait is Python code that holds a lock: a Ctrl-C in it can turn into a
+    RuntimeError, or leave the lock held for ever. Here waiters use latches. ``done()`` and
+    callbacks still need the lock; if an interrupt left it held, it is replaced after a moment.
+
+    :ivar delivery: kept alive as long as this is referenced and not resolved
+    """
+
+    delivery: object = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resolved = Watch()
+
+    def result(self, timeout: float | None = None) -> Receipt:
+        """Wait for the receipt, or raise the error.
+
+        :param timeout: seconds; ``None`` waits without a limit
+        """
+        self._wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the error; return ``None`` if there is a receipt."""
+        self._wait(timeout)
+        return super().exception(0)
+
+    def cancel(self) -> bool:
+        """Withdraw the message; return false if the sender has taken it."""
+        cancelled = super().cancel()
+        if cancelled:
+            self._conclude()
+        return cancelled
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Take the message, for the sender; return false if it was withdrawn."""
+        self._replace_lost_lock()
+        return super().set_running_or_notify_cancel()
+
+    def set_result(self, result: Receipt) -> None:
+        """Resolve it: the message was delivered."""
+        self._replace_lost_lock()
+        super().set_result(result)
+        self._conclude()
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Resolve it: the message was not delivered."""
+        self._replace_lost_lock()
+        super().set_exception(exception)
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Drop the delivery, which refers to this, and wake the waiters."""
+        self.delivery = None
+        self._resolved.changed()
+
+    def _wait(self, timeout: float | None) -> None:
+        if timeout is not None:
+            timeout = seconds(0.0 if timeout < 0 else timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._resolved.wait_for(self.done, deadline)
+
+    def _replace_lost_lock(self) -> None:
+        """Replace the lock if an interrupt has left it held.
+
+        ``_condition`` is not part of the documented API of `Future`. If a thread still holds the
+        old lock after all, in a long signal handler, it releases that one later: it then guards
+        nothing, and no wait of this class uses it.
+        """
+        if self._condition.acquire(timeout=ORPHANED):
+            self._condition.release()
+        else:
+            # guards: the state of this future in the base class
+            self._condition = threading.Condition()
 
 
 def _thawed(

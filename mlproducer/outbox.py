@@ -25,12 +25,11 @@ from attrs import evolve
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
-from mlproducer._fate import Fate
 from mlproducer._guard import write
 from mlproducer._store_url import NAME, TABLE, check_table, read_postgresql
 from mlproducer._wire.encode import Task
 from mlproducer.errors import ConfigurationError, frameless
-from mlproducer.message import Envelope, Receipt
+from mlproducer.message import Envelope, Fate, Receipt
 from mlproducer.producer import MLProducer, Retry, made
 from mlproducer.settings import RetryPolicy, Settings
 from mlproducer.stores.postgres import rows, sql

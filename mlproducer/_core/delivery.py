@@ -34,9 +34,8 @@ from mlproducer._core.delivery_states import (
     RowState,
 )
 from mlproducer._core.states import illegal
-from mlproducer._fate import Fate
 from mlproducer.errors import PublishError
-from mlproducer.message import Envelope, Receipt
+from mlproducer.message import Envelope, Fate, Receipt
 from mlproducer.settings import RetryPolicy
 
 if TYPE_CHECKING:

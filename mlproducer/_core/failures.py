@@ -1,4 +1,6 @@
-"""Where failures are judged: deferred, failed, or dead-lettered. Each comes through here.
+"""What a failure means for a message: every nack, return, loss and timeout comes through here.
+
+`decide` judges: deferred, failed or dead-lettered. The `FailureHandler` carries that out.
 
 What is said to a publisher waits until the store has done its part: a message is ours once it is
 stored, and the publisher's once its row is gone. Where the store has no answer in time,
@@ -9,10 +11,11 @@ Runs on: the I/O thread, its only owner.
 
 from __future__ import annotations
 
+import enum
+
 from attrs import field, frozen
 
 from mlproducer._core.breaker import Breaker
-from mlproducer._core.decision import Decision, decide
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import exhausted, failure, silent_store
 from mlproducer._core.delivery_states import (
@@ -27,7 +30,59 @@ from mlproducer._core.delivery_states import (
     RowState,
 )
 from mlproducer._core.interfaces import DeadLetterMaker, Events, RetryWorker, Window
-from mlproducer.errors import NotConnectedError, PublishError, UnroutableError
+from mlproducer.errors import (
+    AuthenticationError,
+    CircuitOpenError,
+    NotConnectedError,
+    PublishError,
+    UnroutableError,
+)
+
+SOFT_ACCUSATIONS = frozenset({403, 404, 406})
+"""Channel errors (AMQP 0-9-1, section 1.5.2.5) by which a broker answers one bad message."""
+
+INTERNAL_ERROR = 541
+"""The broker has failed over a message, maybe when some queue had it already."""
+
+HARD_ACCUSATIONS = frozenset({501, 502, 503, 505, 540, INTERNAL_ERROR})
+"""Connection errors that a message may have caused; CONNECTION_FORCED and the like are not."""
+
+UNBOUNDED = (CircuitOpenError, AuthenticationError)
+"""States that may last so long that the memory should not fill with what waits for their end."""
+
+
+class Decision(enum.Enum):
+    """What is to be done with a message whose attempt failed."""
+
+    DEFER = enum.auto()
+    FAIL = enum.auto()
+    DEAD_LETTER = enum.auto()
+
+
+def decide(
+    error: PublishError, *, retry: bool, owned: bool, exhausted: bool, durable: bool
+) -> Decision:
+    """Judge one failure.
+
+    :param retry: the library may keep the message; false where the publisher wants it back
+    :param owned: its publisher relies on it: a message that is ours never fails, it is
+        dead-lettered where no later attempt can succeed
+    :param exhausted: the last retry was used up
+    :param durable: the store survives the process; only such a one takes messages while the
+        breaker is open or the credentials are wrong, since that may last
+    """
+    if not retry:
+        return Decision.FAIL
+    if owned:
+        return Decision.DEAD_LETTER if exhausted or error.permanent else Decision.DEFER
+    if not error.deferrable or (isinstance(error, UNBOUNDED) and not durable):
+        return Decision.FAIL
+    return Decision.DEAD_LETTER if exhausted else Decision.DEFER
+
+
+def accuses(reply_code: int) -> bool:
+    """Whether a loss with this code may be the fault of one of the messages in flight."""
+    return reply_code in SOFT_ACCUSATIONS or reply_code in HARD_ACCUSATIONS
 
 
 @frozen

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlproducer._core.breaker import Breaker
-from mlproducer._core.decision import INTERNAL_ERROR, SOFT_ACCUSATIONS, accuses
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import (
     exhausted,
@@ -37,7 +36,7 @@ from mlproducer._core.delivery_states import (
     RowEvent,
     RowState,
 )
-from mlproducer._core.failures import FailureHandler
+from mlproducer._core.failures import INTERNAL_ERROR, SOFT_ACCUSATIONS, FailureHandler, accuses
 from mlproducer._core.interfaces import Carrier, DeadLetterMaker, Events, Loss, RetryWorker, Window
 from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
 from mlproducer._core.send_queue import SendQueue

@@ -11,20 +11,18 @@ Runs on: the I/O thread.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pika
 from pika import exceptions, spec
-from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.channel import Channel
@@ -45,8 +43,8 @@ from mlproducer._engine.close_reasons import (
 from mlproducer._engine.dead_letter_channel import Batch, DeadLetterChannel, Tags
 from mlproducer._engine.declarer import TopologyDeclarer
 from mlproducer._engine.endpoints import Address, Identity, Route, UnreachableError, Way
+from mlproducer._engine.io_loop import EventLoop, shut_down
 from mlproducer._engine.roles import ConnectionOwner
-from mlproducer._engine.timers import Timers
 from mlproducer._wire.amqp import NOT_MANDATORY
 from mlproducer._wire.frames import FrameWriter
 from mlproducer.errors import NotConnectedError
@@ -63,50 +61,6 @@ Answer = Callable[..., None]
 """Takes ``good=``: whether something was done that was asked for."""
 
 _FRAME_HEADER = struct.Struct(">BHL")
-
-
-class EventLoop(IOLoop):
-    """pika's loop, which knows its descriptors, and has timers that no test library can stop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._timer = Timers()
-        self._watched: dict[int, None] = {}
-
-    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
-        """Watch a descriptor."""
-        super().add_handler(fd, handler, events)
-        self._watched[fd] = None
-
-    def remove_handler(self, fd: int) -> None:
-        """Watch it no longer."""
-        self._watched.pop(fd, None)
-        super().remove_handler(fd)
-
-    def descriptors(self) -> Iterator[int]:
-        """Return every descriptor that this loop holds, for a forked child to close."""
-        yield from list(self._watched)
-        for name in ("_poll", "_r_interrupt", "_w_interrupt"):
-            holder = getattr(self._poller, name, None)
-            if holder is not None and hasattr(holder, "fileno"):  # gevent's poll() has none
-                yield holder.fileno()
-
-    def sever(self, spared: int) -> None:
-        """Shut down every socket but one, so that pika sees their end at once."""
-        _shut_down(fd for fd in list(self._watched) if fd != spared)
-
-
-def _shut_down(descriptors: Iterable[int]) -> None:
-    """Shut down what is connected; pika fails over a socket that is shut down before it is."""
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            # Not a duplicate, for which there may be no descriptor left; so it is released again.
-            twin = socket.socket(fileno=descriptor)
-            try:
-                twin.getpeername()
-                twin.shutdown(socket.SHUT_RDWR)
-            finally:
-                twin.detach()
 
 
 class IOServices(SelectorIOServicesAdapter):
@@ -151,7 +105,7 @@ class IOServices(SelectorIOServicesAdapter):
 
     def sever(self) -> None:
         """Shut down this connection's socket, so that pika sees its end at once."""
-        _shut_down(list(getattr(self, "_watchers", ())))
+        shut_down(list(getattr(self, "_watchers", ())))
 
     def getaddrinfo(
         self,

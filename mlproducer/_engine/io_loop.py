@@ -1,23 +1,35 @@
-"""A loop that may fail, on a thread that may not.
+"""The loop of an I/O thread, its timers, and the mailbox by which other threads reach it.
 
 pika's loop ends with whatever a callback raises, and would go on accepting callbacks that never
 run. Here its end is told, what it had in hand goes back into the mailbox, and a new loop takes
 over.
 
-Runs on: the I/O thread, except `IOLoop.order` and `IOLoop.descriptors`.
+The mailbox's bell rings once per burst: a thread that finds it rung need not ring. The I/O thread
+clears it before it empties the box, so that nothing put in meanwhile is overlooked.
+
+pika's own timers read ``time.monotonic``, which libraries for tests stop or move: then no heartbeat
+would be sent, and no connection be opened again. These read the library's clock.
+
+Runs on: the I/O thread, except `Mailbox.put`, `IOLoop.order` and `IOLoop.descriptors`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import heapq
+import itertools
 import logging
+import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
+from pika.adapters.select_connection import IOLoop as PikaLoop
+
+from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AttemptState
-from mlproducer._engine.connection import EventLoop
-from mlproducer._engine.mailbox import Item, Mailbox, Order
 from mlproducer._engine.threads import IDLE
 from mlproducer._guard import write
 
@@ -25,6 +37,187 @@ logger = logging.getLogger(__name__)
 
 BREAK = 0.5
 """Seconds between tries to make a loop in a process that has no descriptor left."""
+
+MANY_CANCELLED = 1000
+"""Cancelled timers that may be kept until they would have been due."""
+
+Order = Callable[[], None]
+Item = Delivery | Order
+
+
+class Timer:
+    """One call that is due; its ``callback`` is ``None`` once it was made or cancelled."""
+
+    __slots__ = ("callback", "due", "number")
+
+    def __init__(self, due: float, number: int, callback: Callable[[], None]) -> None:
+        self.due = due
+        self.number = number
+        self.callback: Callable[[], None] | None = callback
+
+    def __lt__(self, other: Timer) -> bool:
+        return (self.due, self.number) < (other.due, other.number)
+
+
+class Timers:
+    """Stands in for what pika's loop calls its timer, with the same methods."""
+
+    def __init__(self) -> None:
+        self._heap: list[Timer] = []
+        self._numbers = itertools.count()
+        self._cancelled = 0
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
+        """Have something called after so many seconds."""
+        timer = Timer(time.monotonic() + max(0.0, delay), next(self._numbers), callback)
+        heapq.heappush(self._heap, timer)
+        return timer
+
+    def remove_timeout(self, timer: Timer) -> None:
+        """Have it called no more; one that was called or cancelled is left as it is."""
+        if timer.callback is None:
+            return
+        timer.callback = None
+        self._cancelled += 1
+        if self._cancelled > MANY_CANCELLED:
+            self._heap = [each for each in self._heap if each.callback is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
+    def get_remaining_interval(self) -> float | None:
+        """Return the seconds until the next call; ``None``: there is none."""
+        return max(0.0, self._heap[0].due - time.monotonic()) if self._heap else None
+
+    def process_timeouts(self) -> None:
+        """Make the calls that are due now; what they add is for the next time."""
+        now, ready = time.monotonic(), []
+        while self._heap and self._heap[0].due <= now:
+            ready.append(heapq.heappop(self._heap))
+        for timer in ready:
+            callback, timer.callback = timer.callback, None
+            if callback is not None:  # a call before it may have cancelled it
+                callback()
+
+    def close(self) -> None:
+        """Forget all that is due."""
+        self._heap.clear()
+
+
+class EventLoop(PikaLoop):
+    """pika's loop, which knows its descriptors, and has timers that no test library can stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._timer = Timers()
+        self._watched: dict[int, None] = {}
+
+    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
+        """Watch a descriptor."""
+        super().add_handler(fd, handler, events)
+        self._watched[fd] = None
+
+    def remove_handler(self, fd: int) -> None:
+        """Watch it no longer."""
+        self._watched.pop(fd, None)
+        super().remove_handler(fd)
+
+    def descriptors(self) -> Iterator[int]:
+        """Return every descriptor that this loop holds, for a forked child to close."""
+        yield from list(self._watched)
+        for name in ("_poll", "_r_interrupt", "_w_interrupt"):
+            holder = getattr(self._poller, name, None)
+            if holder is not None and hasattr(holder, "fileno"):  # gevent's poll() has none
+                yield holder.fileno()
+
+    def sever(self, spared: int) -> None:
+        """Shut down every socket but one, so that pika sees their end at once."""
+        shut_down(fd for fd in list(self._watched) if fd != spared)
+
+
+def shut_down(descriptors: Iterable[int]) -> None:
+    """Shut down what is connected; pika fails over a socket that is shut down before it is."""
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            # Not a duplicate, for which there may be no descriptor left; so it is released again.
+            twin = socket.socket(fileno=descriptor)
+            try:
+                twin.getpeername()
+                twin.shutdown(socket.SHUT_RDWR)
+            finally:
+                twin.detach()
+
+
+class Mailbox:
+    """A queue of deliveries and of orders, with a descriptor that becomes readable."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._rung = False
+        self._closed = False
+        self._ear, self._bell = socket.socketpair()
+        self._ear.setblocking(False)
+        self._bell.setblocking(False)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def fileno(self) -> int:
+        """Return the descriptor to watch."""
+        return self._ear.fileno()
+
+    def descriptors(self) -> list[int]:
+        """Return all descriptors, for a forked child to close."""
+        return [self._ear.fileno(), self._bell.fileno()]
+
+    def put(self, item: Item) -> bool:
+        """Hand something over; false if the box is not drained any more."""
+        self._items.append(item)
+        if self._closed:
+            return not self._take_back(item)
+        if not self._rung:
+            # As `ring` does, without a call. No call stands between the two steps, a context
+            # manager's neither: an interrupt there would leave a box that is never rung again.
+            self._rung = True
+            try:
+                self._bell.send(b"\0")
+            except OSError:
+                return True
+        return True
+
+    def ring(self) -> None:
+        """Ring even if it was rung: a put may have been interrupted between its steps."""
+        self._rung = True
+        try:
+            self._bell.send(b"\0")
+        except OSError:
+            return  # full of rings, so it will be heard; or closed
+
+    def drain(self) -> Iterator[Item]:
+        """Return what is in the box now; what comes meanwhile rings again."""
+        with contextlib.suppress(BlockingIOError):
+            self._ear.recv(4096)
+        self._rung = False
+        for _ in range(len(self._items)):
+            yield self._items.popleft()
+
+    def close(self) -> list[Item]:
+        """Release the descriptors, take nothing more, and give what is left."""
+        self._closed = True
+        self._ear.close()
+        self._bell.close()
+        left = []
+        while self._items:
+            with contextlib.suppress(IndexError):
+                left.append(self._items.popleft())
+        return left
+
+    def _take_back(self, item: Item) -> bool:
+        """Take out what came too late; false if `close` has given it, which is decided here."""
+        try:
+            self._items.remove(item)
+        except ValueError:
+            return False
+        return True
 
 
 class IOLoopOwner(Protocol):

@@ -27,14 +27,14 @@ from mlproducer._core.poison import NOT_FOUND
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer._engine.breaker_timer import BreakerTimer
-from mlproducer._engine.connection import Answer, EventLoop
+from mlproducer._engine.connection import Answer
 from mlproducer._engine.connector import Connector, Patience
 from mlproducer._engine.dead_letter_maker import DeadLetterMaker
 from mlproducer._engine.delayed_delivery import DelayedDelivery, OpenChannel
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.health import Health, settle
 from mlproducer._engine.health_probe import HealthProbe
-from mlproducer._engine.io_loop import IOLoop
+from mlproducer._engine.io_loop import EventLoop, IOLoop
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.threads import TimerThread

@@ -25,10 +25,9 @@ from attrs import frozen
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.interfaces import Loss
 from mlproducer._core.states import CircuitState
-from mlproducer._fate import Fate
 from mlproducer._guard import guarded
 from mlproducer.errors import PublishError
-from mlproducer.message import Receipt
+from mlproducer.message import Fate, Receipt
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.events import EventSink
 from mlproducer.observe.lines import Lines

@@ -21,7 +21,6 @@ LAYERS = [
         "topology",
         "tracing",
         "_broker_url",
-        "_fate",
         "_schema",
         "_store_url",
     },

@@ -15,10 +15,10 @@ from functools import partial
 from attrs import evolve
 
 from mlproducer import _waiting as waiting
-from mlproducer._core.decision import SOFT_ACCUSATIONS, accuses
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_errors import silent_store
 from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState
+from mlproducer._core.failures import SOFT_ACCUSATIONS, accuses
 from mlproducer._core.interfaces import Loss
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState

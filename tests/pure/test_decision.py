@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from mlproducer import errors
-from mlproducer._core.decision import Decision, accuses, decide
+from mlproducer._core.failures import Decision, accuses, decide
 from tests.pure.tables import each_row
 
 DEFERRABLE = {

@@ -16,8 +16,8 @@ from mlproducer._engine.gate import Gate
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.store_writer import End
 from mlproducer._engine.stored_rows import SAFETY, record_of
-from mlproducer._fate import Fate
 from mlproducer.errors import PublishError, StoreError
+from mlproducer.message import Fate
 from mlproducer.observe.events import EventSink
 from mlproducer.settings import RetryPolicy
 from mlproducer.stores.memory import MemoryStore

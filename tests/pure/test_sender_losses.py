@@ -6,7 +6,6 @@ import pytest
 
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AttemptState, RowState
-from mlproducer._fate import Fate
 from mlproducer.errors import (
     AuthenticationError,
     BrokerRejectedError,
@@ -18,6 +17,7 @@ from mlproducer.errors import (
     StoreError,
     UnroutableError,
 )
+from mlproducer.message import Fate
 from tests.helpers import make_delivery
 from tests.pure.fakes import FakeCarrier, World, error_of, receipt_of
 

@@ -35,12 +35,12 @@ def test_a_confirmed_message() -> None:
     figures = count("confirmed")
     assert figures["threads"] == ["MainThread", "mlproducer-io"]
     assert figures["calls"] <= 60
-    assert len(figures["files"]) <= 25
+    assert len(figures["files"]) <= 23
 
 
 def test_a_deferred_message() -> None:
     """Nacked, and put into the memory store, which needs no other thread."""
     figures = count("nacked")
     assert figures["threads"] == ["MainThread", "mlproducer-io"]
-    assert figures["calls"] <= 101
-    assert len(figures["files"]) <= 36
+    assert figures["calls"] <= 100
+    assert len(figures["files"]) <= 32

@@ -16,11 +16,10 @@ from typing import NoReturn
 import pytest
 
 from mlproducer._engine.io_thread import SLOW
-from mlproducer._fate import Fate
 from mlproducer._latch import Latch, Relay, Token
 from mlproducer._waiting import Answer
 from mlproducer.errors import StoreError
-from mlproducer.message import Receipt
+from mlproducer.message import Fate, Receipt
 from mlproducer.stores.sqlite.database import Database, _forks
 from tests.helpers import LIMIT, Background
 from tests.stopwatch import in_time

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlproducer._engine.mailbox import Mailbox
+from mlproducer._engine.io_loop import Mailbox
 from tests.helpers import LIMIT, Background, make_delivery
 from tests.threaded.conftest import Connect, Serve
 
