@@ -304,20 +304,21 @@ class Delivery:
         """Take from its row, which was claimed again, what another process may have added.
 
         What is in flight stays as it is written, and its tag decides; but that another process may
-        have sent it is true of it as well.
+        have sent it is true of it as well. A dead letter stays one where its row could not be told
+        of it, since another process had that.
 
         :param waits: the row says that it waits for a route that was there before
         """
         if doubtful and self.doubt is Doubt.NONE:
             self.doubt = Doubt.POSSIBLE
         if not self.in_flight:
-            self.envelope = envelope
+            if dead or not self.envelope.properties:  # see `unload`
+                self.envelope, self.dead = envelope, dead
             # Of its attempts a row has those that count, as `record_of` writes them.
             more = max(0, attempts + (0 if dead else self.innocent) - self.attempts)
             self.attempts += more
             if waits:  # those of another process were for want of the route
                 self.unrouted += more if self.unrouted else self.attempts - self.innocent
-            self.dead = self.dead or dead
 
     def suspect(self, doubt: Doubt) -> None:
         """Note that a queue may have it."""

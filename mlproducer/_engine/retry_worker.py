@@ -262,6 +262,8 @@ class RetryWorker:
         self._gate.share(backlog=self.hurries)
         taken = []
         for row in rows:
+            if self.stored_rows.regain(row, now):
+                continue
             delivery = self.stored_rows.take(row, now, epoch)
             if not delivery.open:
                 # it was given back, and its row left to the process that held it

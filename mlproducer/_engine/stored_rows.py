@@ -50,6 +50,11 @@ class Astray:
     put: Put | None = None
     told: bool = False
 
+    @property
+    def decided_by_connection(self) -> bool:
+        """Whether an order about it is still to come, or to be carried out."""
+        return self.put is None or self.put.entry.delay is None
+
 
 class StoredRows:
     """Deliveries whose message is in the store.
@@ -164,6 +169,27 @@ class StoredRows:
         claim = self.claims.get(delivery) or self._last.get(delivery)
         claim = claim or self._expected.get(delivery)
         return claim or (None if astray is None else astray.claim)
+
+    def regain(self, row: Row, now: float) -> bool:
+        """Hold a row again whose delivery has been with its connection all the time.
+
+        The delivery is queued there, in flight, or has just failed, so that it must not be handed
+        out: what comes of it is noted under the new claim.
+
+        :returns: false for any other row, which is to be taken
+        """
+        delivery = self._parked.get(row.claim.key)
+        if delivery is None or not delivery.open:
+            return False
+        astray = self.astray.get(delivery)
+        if astray is None or not astray.decided_by_connection:
+            return False
+        del self.astray[delivery]
+        self._parked.pop(row.claim.key)
+        if row.record.doubtful:
+            delivery.suspect(Doubt.POSSIBLE)
+        self.hold(delivery, row.claim, now)
+        return True
 
     def take(self, row: Row, now: float, epoch: float) -> Delivery:
         """Return the delivery of a row that was claimed; it is not open where it was given back.

@@ -15,9 +15,9 @@ from functools import partial
 from attrs import evolve
 
 from mlproducer import _waiting as waiting
-from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import silent_store
-from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState
+from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState, RowState
 from mlproducer._core.failures import SOFT_ACCUSATIONS, accuses
 from mlproducer._core.interfaces import Loss
 from mlproducer._core.sender import Sender
@@ -64,6 +64,7 @@ class House:
         self.owing: list[Delivery] = []
         self.submits: dict[Delivery, tuple[Put, Latch]] = {}
         self.taken: dict[int, Record] = {}  # rows that another process has claimed
+        self.revived: list[Delivery] = []  # second lives that the test has not seen yet
         self.mailbox: deque[Delivery | Callable[[], None]] = deque()
         self.gate = Gate(setup.window, WINDOW_BYTES)
         self.store = ModelStore(setup, clock)
@@ -75,8 +76,27 @@ class House:
         self.retry_worker.serve([self], lambda: None)  # type: ignore[list-item]
 
     def record(self, delivery: Delivery) -> Record:
-        """Return what is known of a message."""
-        return self.by_id[delivery.envelope.message_id]
+        """Return what is known of a message, in this life of it."""
+        return self.records[delivery]
+
+    def note_life(self, delivery: Delivery) -> None:
+        """Begin a record for a message that comes from a row, and that is not followed any more.
+
+        It has ended here, which its row was not told of: by then another process had that, which
+        died. So it is sent once more, as any process would that claims the row.
+        """
+        if delivery in self.records:
+            return
+        before = self.by_id[delivery.envelope.message_id]
+        going = before.delivery.row is RowState.WITHDRAWING  # its publisher is about to be told
+        assert before.ends or going, "a second life beside the first"
+        assert before.lapsed, "a second life within its lease"
+        record = Record(delivery, before.serial, retry=True)
+        record.sends = record.hits = delivery.attempts
+        record.hidden = delivery.doubt is not Doubt.NONE
+        record.lapsed = True
+        self.records[delivery] = self.by_id[delivery.envelope.message_id] = record
+        self.revived.append(delivery)
 
     # --- the dead-letter maker ---
 
@@ -311,14 +331,8 @@ class House:
     def elsewhere(self, what: str) -> None:
         """Let the other process deliver or bury all that it holds, or die."""
         for key, record in self.taken.items():
-            if what == "dies" and not record.ends:
-                self.store.give_up(key)
-                continue
             if what == "dies":
-                # It has ended here after its lease: its row is not this process's to delete, and is
-                # sent once more by whichever claims it. Here that were a second life, of which the
-                # witnesses know nothing; so it is a third process that claims it.
-                self.store.end(key, "delivers")
+                self.store.give_up(key)
                 continue
             record.elsewhere = what
             record.acked = True
@@ -327,7 +341,7 @@ class House:
 
     def note_lapsed(self) -> None:
         """Remember whose lease is over, whether another process takes it or not."""
-        for record in self.by_id.values():
+        for record in self.records.values():
             record.lapsed = record.lapsed or record.delivery.leased_until < self.clock.now
 
     def posted(self) -> set[Delivery]:

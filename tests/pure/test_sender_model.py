@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from mlproducer import _waiting as waiting
-from mlproducer._core.delivery import Delivery, NoWaiter
+from mlproducer._core.delivery import Delivery, Doubt, NoWaiter
 from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState
 from mlproducer._core.states import CircuitState
 from mlproducer._engine import retry_worker, store_writer
@@ -149,7 +149,7 @@ class SenderMachine(RuleBasedStateMachine):
     def _waits(self, delivery: Delivery) -> bool:
         """Whether a call of `publish` waits for its answer."""
         record = self.house.record(delivery)
-        told = delivery.answer is AnswerState.DEFERRED or delivery.waiter.done()
+        told = delivery.answer is AnswerState.DEFERRED or self._answered(delivery)
         waits = delivery.answers_deferral and not told and record.told is None
         return waits and record.ends != ["withdrawn"]
 
@@ -385,6 +385,9 @@ class SenderMachine(RuleBasedStateMachine):
     def check(self) -> None:
         """Count a step, look at everything, and at what has ended for the last time."""
         SenderMachine.steps += 1
+        while self.house.revived:
+            delivery = self.house.revived.pop()
+            self.live[delivery] = self.house.record(delivery)
         self.one_place()
         self.answers_stand()
         self.circuit()
@@ -420,7 +423,7 @@ class SenderMachine(RuleBasedStateMachine):
     def answers_stand(self) -> None:
         """I4: an answer never changes; what was confirmed or given back was answered so."""
         for delivery, record in self.live.items():
-            if delivery.waiter.done() and not delivery.waiter.cancelled():
+            if self._answered(delivery) and not delivery.waiter.cancelled():
                 answer = delivery.waiter.exception(0) or delivery.waiter.result(0)
                 record.answer = record.answer or answer
                 assert record.answer is answer
@@ -438,6 +441,10 @@ class SenderMachine(RuleBasedStateMachine):
             assert record.retry or not deferral, "I2: retry=False, and deferred"
             assert delivery.attempts == record.sends, "I14: an attempt is a write"
             assert record.writes <= 1 + record.hits, "I12: no write without a reason"
+
+    def _answered(self, delivery: Delivery) -> bool:
+        """Whether its publisher has been told something; in a second life there is none."""
+        return not isinstance(delivery.waiter, NoWaiter) and delivery.waiter.done()
 
     def _goes_back(self, delivery: Delivery) -> bool:
         """Whether its publisher was interrupted, and a failure ends it once its row is gone."""
@@ -550,9 +557,9 @@ class SenderMachine(RuleBasedStateMachine):
             assert len(record.ends) == 1, f"I4: told {record.ends}"
             assert delivery.attempt in ENDED or record.ends == ["withdrawn"]
             told = delivery.fate or delivery.waiter
-            nobody = record.ends == ["withdrawn"] or isinstance(told, NoWaiter)
-            assert nobody or told.done()
-            if record.ends == ["dead-lettered"]:
+            untold = record.ends == ["withdrawn"] or isinstance(told, NoWaiter)
+            assert untold or told.done()
+            if record.ends == ["dead-lettered"] and not untold:
                 error = told.exception(0)
                 assert isinstance(error, RetriesExhaustedError)
                 assert error.attempts == record.sends
@@ -719,6 +726,61 @@ def test_a_row_that_cannot_be_deleted_is_left() -> None:
     machine.the_retry_thread_works(1)
     assert [*known, machine.house.retry_worker.known] == [False, True]
     assert not machine.house.store.slots()
+
+
+def in_flight_past_its_lease(*, waits: bool = True) -> SenderMachine:
+    """Return a producer whose one message is in flight, and its row another process's that died."""
+    machine = SenderMachine()
+    machine.begin(fair=True, connected=True, durable=True, ahead=True)
+    message = {"count": 1, "exchange": "x", "properties": NO_PROPERTIES, "cut": ""}
+    machine.publish(retry=True, seen=True, waits=waits, **message)
+    machine.the_retry_thread_works(1000)
+    machine.the_io_thread_looks(1000)
+    machine.everyone_expires()
+    machine.the_io_thread_is_silent()
+    clock.now += LEASE
+    machine.rows_are_taken_over(due=False)
+    return machine
+
+
+def test_a_letter_that_its_row_was_not_told_of() -> None:
+    """Another process had the row by then; when that has died the letter is sent, as a letter."""
+    machine = in_flight_past_its_lease()
+    machine.channel_closed(403)
+    machine.the_other_process("dies")
+    machine.the_retry_thread_works(1000)
+    machine.the_io_thread_looks(1000)
+    [record] = machine.house.records.values()
+    assert (record.sends, record.letters) == (1, 1)
+    machine.teardown()
+    assert record.ends == ["dead-lettered"]
+
+
+def test_a_row_that_comes_back_while_its_message_fails() -> None:
+    """It is not handed out beside the order that notes the failure, and goes out whole."""
+    machine = in_flight_past_its_lease(waits=False)
+    machine.the_other_process("dies")
+    machine.the_store_is_slow(before=[], after=[], claimed=["the_connection_is_lost"])
+    machine.the_retry_thread_works(1000)
+    machine.up(room=PLENTY, narrow=False)
+    machine.the_io_thread_looks(1000)
+    machine.check()
+    [record] = machine.house.records.values()
+    assert record.sends == 1, "its retry is due in a second"
+    machine.teardown()
+    assert (record.sends, record.ends) == (2, ["confirmed"])
+
+
+def test_a_second_life() -> None:
+    """What has ended past its lease is sent once more by the process that claims its row."""
+    machine = in_flight_past_its_lease(waits=False)
+    machine.settle(pick=1, multiple=False, good=True)
+    machine.the_retry_thread_works(1)  # it deletes nothing: the row is another process's
+    machine.the_other_process("dies")
+    machine.teardown()
+    first, second = machine.house.records.values()
+    assert [first.ends, second.ends] == [["confirmed"]] * 2
+    assert second.delivery.doubt is Doubt.POSSIBLE, "it is told as a possible duplicate"
 
 
 BATCH = 25_000

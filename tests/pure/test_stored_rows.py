@@ -9,9 +9,10 @@ from attrs import evolve
 
 from mlproducer._core.delivery import Doubt
 from mlproducer._engine import stored_rows as stored_rows_module
+from mlproducer._engine.store_writer import Put
 from mlproducer._engine.stored_rows import StoredRows, record_of
 from mlproducer.errors import UnroutableError
-from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Record, Row
+from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Entry, Record, Row
 from tests.helpers import make_delivery
 
 
@@ -34,6 +35,63 @@ def test_a_claim_that_was_lost_comes_back() -> None:
     assert (delivery.attempts, delivery.doubt) == (2, Doubt.POSSIBLE)
     assert (stored_rows.astray, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
     assert 40.0 < delivery.leased_until < 50.0
+
+
+def test_a_row_comes_back_whose_delivery_is_with_its_connection() -> None:
+    """It is held again, and its delivery stays as it is: what comes of it is still to be noted."""
+    stored_rows = StoredRows(30.0, durable=True)
+    delivery = make_delivery()
+    envelope = delivery.envelope
+    stored_rows.hold(delivery, Claim(1, 1), 0.0)
+    stored_rows.lose(delivery)
+    put = Put(delivery, Entry(record_of(delivery, 0.0), None), restores=True)
+    row = Row(Claim(1, 3), Record(make_delivery().envelope, attempts=9, dead=True))
+    for noted in (None, put):  # the second one has its tag open
+        stored_rows.astray[delivery].put = noted
+        assert stored_rows.regain(row, 20.0)
+        assert (delivery.envelope, delivery.attempts, delivery.dead) == (envelope, 0, False)
+        assert delivery.doubt is Doubt.NONE
+        assert (stored_rows.astray, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
+        assert delivery.leased_until == 20.0 + 27.0
+        assert not stored_rows.regain(row, 30.0), "its key is known no more"
+        stored_rows.lose(delivery)
+    assert stored_rows.regain(Row(Claim(1, 5), Record(envelope, doubtful=True)), 30.0)
+    assert delivery.doubt is Doubt.POSSIBLE
+    stored_rows.lose(delivery)
+    assert delivery.withdraw()
+    assert not stored_rows.regain(row, 40.0), "it has ended: its row is to be taken, and deleted"
+
+
+def test_a_row_comes_back_whose_delivery_waits() -> None:
+    """It is to be taken: nothing about it is still to come from its connection."""
+    stored_rows = StoredRows(30.0, durable=True)
+    delivery = make_delivery()
+    row = Row(Claim(1, 3), Record(delivery.envelope))
+    assert not stored_rows.regain(row, 20.0), "of another process"
+    stored_rows.hold(delivery, Claim(1, 1), 0.0)
+    stored_rows.lose(delivery)
+    put = Put(delivery, Entry(record_of(delivery, 0.0), 1.0), restores=True)
+    stored_rows.astray[delivery].put = put
+    assert not stored_rows.regain(row, 20.0)
+    assert stored_rows.take(row, 20.0, 0.0) is delivery
+    stored_rows.park(delivery, Claim(1, 3))
+    assert not stored_rows.regain(Row(Claim(1, 4), row.record), 21.0)
+
+
+def test_a_letter_that_could_not_be_noted_stays_one() -> None:
+    """The row still says what it was before; only a delivery without its body takes that over."""
+    stored_rows = StoredRows(30.0, durable=True)
+    delivery = make_delivery()
+    row = Row(Claim(1, 3), Record(delivery.envelope, attempts=1))
+    letter = evolve(delivery.envelope, exchange="dead")
+    delivery.envelope, delivery.dead = letter, True
+    stored_rows.hold(delivery, Claim(1, 1), 0.0)
+    stored_rows.lose(delivery)
+    stored_rows.take(row, 20.0, 0.0)
+    assert (delivery.envelope, delivery.dead) == (letter, True)
+    stored_rows.park(delivery, Claim(1, 3))  # and the store is put back to an earlier state
+    stored_rows.take(evolve(row, claim=Claim(1, 4)), 30.0, 0.0)
+    assert (delivery.envelope, delivery.dead) == (row.record.envelope, False)
 
 
 def test_a_row_says_that_its_message_waits_for_a_route() -> None:

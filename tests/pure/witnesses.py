@@ -79,6 +79,7 @@ class Record:
     delivery: Delivery
     serial: int
     retry: bool = True
+    content: tuple[bytes, bytes] = field()
     sends: int = 0
     letters: int = 0
     hits: int = 0
@@ -98,6 +99,10 @@ class Record:
     stolen: bool = False  # the store has lost its row
     robbed: bool = False  # the same, and this process has no copy
     unsaid: bool = False  # the store has a row of it of which it will never tell
+
+    @content.default
+    def _content(self) -> tuple[bytes, bytes]:
+        return self.delivery.envelope.properties, self.delivery.envelope.body
 
     @property
     def writes(self) -> int:
@@ -169,6 +174,8 @@ class Channel:
             self._house.last_first = record.serial
         self.open[tag] = record
         assert (envelope.exchange == "dead") == delivery.dead, "I22: a letter, or a message"
+        content = envelope.properties, envelope.body
+        assert content == record.content, "I31: it is written as it was published"
         if delivery.dead:
             record.letters += 1
         else:
@@ -443,6 +450,13 @@ class ModelRetryWorker(RetryWorker):
         backoff = Backoff(BASE_DELAY, MAX_DELAY)
         super().__init__(house.store, house.gate, backoff, SWEEP, Sink(house))
         self._house = house
+        self._take = self.stored_rows.take
+        self.stored_rows.take = self._take_and_note  # type: ignore[method-assign]
+
+    def _take_and_note(self, row: Row, now: float, epoch: float) -> Delivery:
+        delivery = self._take(row, now, epoch)
+        self._house.note_life(delivery)
+        return delivery
 
     def defer(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
