@@ -75,7 +75,7 @@ def add(
     envelope, policy = chosen.prepare(task, retry=retry)
     token, values = _row(envelope, policy, followed=chosen.running)
     if table:
-        key = execute(_insert(table), {**values, "token": token, "channel": sql.channel(table)})
+        key = execute(_insert(table), {**values, "token": token})
         claim = Claim(key, token)
     else:
         execute(_SQLITE_TABLE, {})
@@ -131,11 +131,10 @@ _VALUES = ("token", "origin", "accepted_at", "retry", *sql.COLUMNS)
 
 @lru_cache
 def _insert(table: str) -> str:
-    """Return the statement that writes a row, and sends a NOTIFY at COMMIT."""
+    """Return the statement that writes a row; the table's trigger sends a NOTIFY at COMMIT."""
     return (
-        f"WITH added AS (INSERT INTO {table} ({', '.join(_VALUES)})"  # noqa: S608 - checked names
-        f" VALUES ({', '.join(f':{each}' for each in _VALUES)}) RETURNING key)"
-        " SELECT key, pg_notify(:channel, '') FROM added"
+        f"INSERT INTO {table} ({', '.join(_VALUES)})"  # noqa: S608 - checked names
+        f" VALUES ({', '.join(f':{each}' for each in _VALUES)}) RETURNING key"
     )
 
 
@@ -364,7 +363,7 @@ def _known(kind: str) -> str:
 @lru_cache
 def _pyformat(statement: str) -> str:
     """Return a statement with its parameters in psycopg's format."""
-    for each in (*_VALUES, "channel"):
+    for each in _VALUES:
         statement = statement.replace(f":{each},", f"%({each})s,").replace(
             f":{each})", f"%({each})s)"
         )

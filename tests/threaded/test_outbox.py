@@ -21,6 +21,7 @@ import sqlalchemy
 from sqlalchemy.orm import Session
 
 from mlproducer import CeleryTask, Message, MLProducer, Outcome, RetryPolicy, outbox
+from mlproducer._store_url import read_postgresql
 from mlproducer.errors import (
     ConfigurationError,
     InvalidMessageError,
@@ -28,7 +29,8 @@ from mlproducer.errors import (
     RetriesExhaustedError,
     StoreError,
 )
-from mlproducer.stores.postgres import PostgreSQLStore
+from mlproducer.stores.postgres import PostgreSQLStore, sql
+from mlproducer.stores.postgres.listener import Listener
 from mlproducer.stores.protocol import Claim, Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
@@ -141,6 +143,46 @@ def test_a_commit_is_told_at_once(
         broker.wait_for_messages(n + 1, LIMIT)
         took.append(time.monotonic() - started)
     assert min(took) < 0.05
+
+
+def test_commits_beside_each_other_have_one_notification(
+    connection: Any, url: str, postgresql_server: PostgreSQLServer, connect: Connect, serve: Serve
+) -> None:
+    """COMMITs with NOTIFY queue, so one at a time has it; a COMMIT by itself always has it."""
+    channel = sql.channel(url.rpartition("=")[2])
+    idle = connect(serve(), store_url=url)
+    with (
+        psycopg.connect(postgresql_server.url) as other,
+        psycopg.connect(postgresql_server.url, autocommit=True) as listening,
+    ):
+        listening.execute(f"LISTEN {channel}")
+        outbox.add(connection, message("a"), producer=idle)
+        connection.execute("SET CONSTRAINTS ALL IMMEDIATE")  # what COMMIT does first
+        outbox.add(other, message("b"), producer=idle)
+        other.commit()
+        postgresql_server.call(f"NOTIFY {channel}, 'b is committed'", user="app")
+        connection.commit()
+        postgresql_server.call(f"NOTIFY {channel}, 'a is committed'", user="app")
+        outbox.add(other, message("c"), producer=idle)
+        other.commit()
+        heard = [each.payload for each in listening.notifies(timeout=LIMIT, stop_after=4)]
+    assert heard == ["b is committed", "", "a is committed", ""]
+
+
+def test_a_listener_looks_twice(url: str, postgresql_server: PostgreSQLServer) -> None:
+    """Each notification wakes it at once, and again for a COMMIT beside the one that sent it."""
+    wakes = threading.Semaphore(0)
+    listener = Listener(read_postgresql(url), wakes.release)
+    thread = threading.Thread(target=listener.run)
+    thread.start()
+    try:
+        for _ in range(3):  # the first two are of its LISTEN
+            assert wakes.acquire(timeout=LIMIT)
+            assert wakes.acquire(timeout=LIMIT)
+            postgresql_server.call(f"NOTIFY {sql.channel(url.rpartition('=')[2])}", user="app")
+    finally:
+        listener.stop()
+        thread.join(LIMIT)
 
 
 def test_order_within_a_transaction(

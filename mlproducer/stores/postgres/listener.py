@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 CHECK = 60.0
 """Seconds without a notification after which the connection is tested."""
 
+AGAIN = 0.02
+"""Seconds after a notification when rows are looked for again: a COMMIT beside the one that sent it
+sends none, and may have ended a moment later."""
+
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 POOLED_PAUSE = 600.0
 """Seconds after which it is tried again behind a pooler."""
@@ -83,9 +87,12 @@ class Listener:
                 return True
             connection.execute(f'LISTEN "{sql.channel(self._address.table)}"'.encode())
             self._wake()  # for rows that came before LISTEN
+            came = True
             while not self._stopped:
-                if self._wait_readable(connection.pgconn.socket, CHECK):
+                if self._wait_readable(connection.pgconn.socket, AGAIN if came else CHECK):
                     connection.pgconn.consume_input()
+                elif came:
+                    self._wake()
                 else:
                     connection.deadline = time.monotonic() + CONNECT_TIMEOUT
                     connection.execute("SELECT 1")

@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 def schema(table: str) -> str:
-    """Return the statements that create the table, its indexes, and the table of fates."""
+    """Return the statements that create the table, its indexes, trigger and table of fates."""
     name = table.rpartition(".")[2]
     return f"""\
 CREATE TABLE IF NOT EXISTS {table} (
@@ -79,6 +79,24 @@ CREATE TABLE IF NOT EXISTS {table}_fates (  -- of rows that another than their o
     dead boolean NOT NULL,
     since timestamptz NOT NULL
 );
+CREATE OR REPLACE FUNCTION {table}_notify() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    -- COMMITs with NOTIFY wait for each other. So one at a time has it, and those beside it do not:
+    -- a listener looks for their rows a moment later.
+    IF pg_try_advisory_xact_lock(hashtext('{channel(table)}'), 0) THEN
+        PERFORM pg_notify('{channel(table)}', '');
+    END IF;
+    RETURN NULL;
+END $$;
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_trigger
+            WHERE tgrelid = '{table}'::regclass AND tgname = '{name}_notify') THEN
+        CREATE CONSTRAINT TRIGGER {name}_notify  -- a row of an outbox; it is run by COMMIT
+            AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW WHEN (NEW.ready) EXECUTE FUNCTION {table}_notify();
+    END IF;
+END $$;
 COMMENT ON TABLE {table} IS '{MARK}{VERSION}';
 """
 
