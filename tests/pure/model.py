@@ -38,8 +38,8 @@ from tests.pure.witnesses import (
     ModelStore,
     NoAnswerError,
     Record,
+    Setup,
     Sink,
-    TopologyDeclarer,
 )
 
 MANY = 1000
@@ -48,10 +48,10 @@ WINDOW_BYTES = 40
 """Bytes inside at once: six messages of the tests' size, fewer of the larger ones."""
 
 
-class House:
-    """One producer, its broker and its publishers."""
+class ModelProducer:
+    """One producer without its threads, its broker and its publishers."""
 
-    def __init__(self, setup: TopologyDeclarer, clock: Clock) -> None:
+    def __init__(self, setup: Setup, clock: Clock) -> None:
         self.setup = setup
         self.clock = clock
         self.records: dict[Delivery, Record] = {}
@@ -373,7 +373,7 @@ class House:
         self.note_lapsed()
         self.sender.pump(self.clock.now)
 
-    def keep_house(self) -> None:
+    def run_retry_thread(self) -> None:
         """Let the retry thread carry out one order, or sweep where that is due."""
         orders, due = self.retry_worker.thread._orders, self.retry_worker.thread.due
         try:
@@ -402,9 +402,9 @@ class House:
         self.pay()
         yield
         while self.ordered:
-            self.keep_house()
+            self.run_retry_thread()
             yield
-        self.keep_house()
+        self.run_retry_thread()
         yield
         self.drain(PLENTY)
         yield

@@ -68,7 +68,7 @@ class ConfirmsMachine(RuleBasedStateMachine):
 
     @rule()
     def abandon(self) -> None:
-        """The channel is gone: everything comes back in order, and tags begin anew."""
+        """The channel is gone: everything comes back in order, and tags begin at 1 again."""
         assert self.confirms.abandon() == list(self.open.values())
         assert self.confirms.abandon() == []
         self.open.clear()

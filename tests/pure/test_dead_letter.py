@@ -89,7 +89,7 @@ def test_the_largest_message_has_a_letter_with_all_its_headers() -> None:
 
 
 def test_a_letter_asks_for_a_return() -> None:
-    """A message that nobody needs to get is, as a letter, one that somebody must."""
+    """A message that need not be routed is, as a dead letter, one that must."""
     message = Message(body=b"", routing_key="k", mandatory=False)
     envelope = raw.encode(message, exchange="x")
     assert envelope.properties[1] & amqp.NOT_MANDATORY

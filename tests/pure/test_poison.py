@@ -24,7 +24,7 @@ def test_suspects_keep_their_order() -> None:
 
 
 def test_newly_lost_are_tried_before_the_others() -> None:
-    """Whoever was in flight when the channel closed again stands before the rest."""
+    """What was in flight when the channel closed again stands before the rest."""
     poison = PoisonIsolation()
     poison.isolate([make_delivery("a"), make_delivery("b")])
     poison.isolate([make_delivery("c"), make_delivery("d")])

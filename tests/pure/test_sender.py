@@ -163,7 +163,7 @@ def test_late_ack_before_the_row_is_written(world: World) -> None:
 
 
 def test_expire_in_flight_without_retry(world: World) -> None:
-    """The message is its publisher's again; its late fate changes nothing for anybody."""
+    """The message is its publisher's again, and a late confirm changes no answer."""
     [delivery] = world.send("a", retry=False)
     world.sender.expire(delivery, 5.0)
     error = error_of(delivery)

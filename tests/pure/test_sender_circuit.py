@@ -114,7 +114,7 @@ def test_what_waits_stays_when_it_opens() -> None:
 
 
 def test_one_probe(world: World) -> None:
-    """One message goes out, whoever comes meanwhile is refused; its confirm lets all through."""
+    """One message goes out, others are refused meanwhile; its confirm lets all through."""
     half_open(world)
     [probe, *refused] = world.send("probe", "a", "b", retry=False)
     assert written(world) == ["probe"]
@@ -166,7 +166,7 @@ def test_a_probe_that_says_nothing(world: World, end: str) -> None:
 
 
 def test_a_probe_among_suspects() -> None:
-    """A probe whose channel is closed over somebody is sent again, and decides then."""
+    """A probe whose channel is closed over another message is sent again, and decides then."""
     world = World(threshold=1)
     world.up()
     world.send("old")
@@ -261,7 +261,7 @@ def test_each_attempt_counts() -> None:
 
 @pytest.mark.parametrize("late", ["nack", "loss"])
 def test_given_back_is_counted_all_the_same(late: str) -> None:
-    """The failure of an attempt says as much where nobody waits for the message any more."""
+    """The failure of an attempt says as much where no publisher waits any more."""
     world = World()
     world.up()
     [delivery] = world.send("a", retry=False)

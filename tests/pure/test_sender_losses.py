@@ -71,7 +71,7 @@ def test_returned_then_lost(world: World) -> None:
 
 @pytest.mark.parametrize("retry", [True, False])
 def test_no_connection(retry: bool) -> None:
-    """Once an attempt has failed nobody waits: neither who is there nor who comes."""
+    """Once an attempt has failed no message waits: neither one that is there nor one that comes."""
     world = World()
     [early] = world.send("a", retry=retry)
     world.sender.refuse(NotConnectedError("not connected: refused"), 0.1)
@@ -495,7 +495,7 @@ def test_what_is_entrusted_keeps_its_row(world: World) -> None:
 
 
 def test_abandon_at_close(world: World) -> None:
-    """Whoever still waits is told that the producer was closed, and what may have been sent."""
+    """Publishers that wait are told that the producer was closed, and what may have been sent."""
     world.carrier.room_left = 1
     [in_flight, waiting] = world.send("a", "b")
     world.carrier.room_left = 0

@@ -37,7 +37,7 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Receipt
 from tests.helpers import NO_PROPERTIES
-from tests.pure.model import TIMEOUT, WINDOW_BYTES, House
+from tests.pure.model import TIMEOUT, WINDOW_BYTES, ModelProducer
 from tests.pure.witnesses import (
     COOLDOWN,
     LEASE,
@@ -46,7 +46,7 @@ from tests.pure.witnesses import (
     WIDE,
     Clock,
     Record,
-    TopologyDeclarer,
+    Setup,
 )
 
 ENDED = {AttemptState.CONFIRMED, AttemptState.RETIRED}
@@ -76,7 +76,7 @@ class SenderMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.house = House(TopologyDeclarer(), clock)
+        self.producer = ModelProducer(Setup(), clock)
         self.live: dict[Delivery, Record] = {}
         self.fair = False
         self.hurried = False
@@ -95,11 +95,11 @@ class SenderMachine(RuleBasedStateMachine):
     )
     def begin(self, *, fair: bool, connected: bool, hurried: bool = False, **fields: int) -> None:
         """Make a producer."""
-        self.house = House(TopologyDeclarer(**fields), clock)  # type: ignore[arg-type]
+        self.producer = ModelProducer(Setup(**fields), clock)  # type: ignore[arg-type]
         self.fair = fair
         self.hurried = hurried
         if connected:
-            self.house.up()
+            self.producer.up()
 
     # --- publishers ---
 
@@ -117,13 +117,13 @@ class SenderMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.publish_one(**message)
         if seen:
-            self.house.drain(PLENTY)
+            self.producer.drain(PLENTY)
 
     def publish_one(self, **message: Any) -> None:
         """Hand one in."""
-        delivery = self.house.publish(**message)
+        delivery = self.producer.publish(**message)
         if delivery is not None:
-            self.live[delivery] = self.house.record(delivery)
+            self.live[delivery] = self.producer.record(delivery)
 
     @precondition(lambda self: self.live)
     @rule(pick=PICK, hit=st.sampled_from([False, False, True]))
@@ -131,30 +131,30 @@ class SenderMachine(RuleBasedStateMachine):
         """A publisher is interrupted, and takes its message back if it still can."""
         delivery = self._one_of_the_live(pick)
         if hit and self._waits(delivery):
-            self.house.withdraw(delivery)
+            self.producer.withdraw(delivery)
 
     @precondition(lambda self: self.live)
     @rule(pick=PICK)
     def expire(self, pick: int) -> None:
-        """Somebody's time is up."""
+        """The time of one publisher is up."""
         delivery = self._one_of_the_live(pick)
         clock.now = max(clock.now, delivery.deadline)
         self._expire(delivery)
 
     def _expire(self, delivery: Delivery) -> None:
-        record = self.house.record(delivery)
+        record = self.producer.record(delivery)
         if self._waits(delivery) and clock.now >= delivery.deadline and not record.asked:
-            self.house.expire(delivery)
+            self.producer.expire(delivery)
 
     def _waits(self, delivery: Delivery) -> bool:
         """Whether a call of `publish` waits for its answer."""
-        record = self.house.record(delivery)
+        record = self.producer.record(delivery)
         told = delivery.answer is AnswerState.DEFERRED or self._answered(delivery)
         waits = delivery.answers_deferral and not told and record.told is None
         return waits and record.ends != ["withdrawn"]
 
     def everyone_expires(self) -> None:
-        """Everybody's time is up, whoever waits."""
+        """The time of all publishers is up."""
         clock.now += TIMEOUT
         for delivery in self.live:
             self._expire(delivery)
@@ -164,14 +164,14 @@ class SenderMachine(RuleBasedStateMachine):
     def the_io_thread_is_silent(self) -> None:
         """Publishers whose time is up have asked it, and wait no longer."""
         for delivery in list(self.live):
-            if self._waits(delivery) and self.house.record(delivery).asked:
-                self.house.give_up(delivery)
+            if self._waits(delivery) and self.producer.record(delivery).asked:
+                self.producer.give_up(delivery)
 
     @rule()
     def the_store_is_late(self) -> None:
         """What it has not answered by now is owed; those who submit look at it themselves."""
-        self.house.pay()
-        self.house.look()
+        self.producer.pay()
+        self.producer.look()
 
     def _one_of_the_live(self, pick: int) -> Delivery:
         deliveries = list(self.live)
@@ -179,18 +179,18 @@ class SenderMachine(RuleBasedStateMachine):
 
     # --- the threads ---
 
-    @precondition(lambda self: self.house.mailbox)
+    @precondition(lambda self: self.producer.mailbox)
     @rule(limit=st.sampled_from([1, 2, 1000, 1000]))
     def the_io_thread_looks(self, limit: int) -> None:
         """It takes from its mailbox what is there, or a part of it."""
-        self.house.drain(limit)
+        self.producer.drain(limit)
 
     @rule(count=st.sampled_from([1, 1, 2, 1000]))
     def the_retry_thread_works(self, count: int) -> None:
         """It carries out orders and sweeps."""
         for _ in range(count):
-            self.house.keep_house()
-            if not self.house.ordered:
+            self.producer.run_retry_thread()
+            if not self.producer.ordered:
                 break
 
     @rule(seconds=st.sampled_from([0.3, 1.0, 2.5, 11.0, 31.0]))
@@ -201,45 +201,45 @@ class SenderMachine(RuleBasedStateMachine):
     @rule()
     def the_breaker_thread_looks(self) -> None:
         """It may be too early."""
-        self.house.cool()
+        self.producer.cool()
 
     # --- the broker ---
 
-    @precondition(lambda self: self.house.channel)
+    @precondition(lambda self: self.producer.channel)
     @rule(pick=PICK, multiple=st.booleans(), good=st.sampled_from([True, False, False]))
     def settle(self, pick: int, multiple: bool, good: bool) -> None:
         """An ack or nack for any tag: open, settled before, or never given out."""
-        assert self.house.channel is not None
-        tag = pick % (self.house.channel.last + 2)
-        self.house.settle(tag, multiple=multiple, good=good)
+        assert self.producer.channel is not None
+        tag = pick % (self.producer.channel.last + 2)
+        self.producer.settle(tag, multiple=multiple, good=good)
 
-    @precondition(lambda self: self.house.channel and self.house.channel.open)
+    @precondition(lambda self: self.producer.channel and self.producer.channel.open)
     @rule(pick=PICK, multiple=st.booleans(), good=st.booleans())
     def settle_open(self, pick: int, multiple: bool, good: bool) -> None:
         """An ack or nack for a tag that is open."""
-        assert self.house.channel is not None
-        tags = list(self.house.channel.open)
-        self.house.settle(tags[pick % len(tags)], multiple=multiple, good=good)
+        assert self.producer.channel is not None
+        tags = list(self.producer.channel.open)
+        self.producer.settle(tags[pick % len(tags)], multiple=multiple, good=good)
 
-    @precondition(lambda self: self.house.channel and self.house.channel.open)
+    @precondition(lambda self: self.producer.channel and self.producer.channel.open)
     @rule(pick=PICK)
     def return_(self, pick: int) -> None:
         """A message has no queue; its ack or nack comes later."""
-        assert self.house.channel is not None
-        tags = list(self.house.channel.open)
+        assert self.producer.channel is not None
+        tags = list(self.producer.channel.open)
         self.return_tag(tags[pick % len(tags)])
 
     def return_tag(self, tag: int) -> None:
         """Send a message back."""
-        assert self.house.channel is not None
-        self.house.channel.returned.add(tag)
-        self.house.sender.returned(tag, 312, "NO_ROUTE")
+        assert self.producer.channel is not None
+        self.producer.channel.returned.add(tag)
+        self.producer.sender.returned(tag, 312, "NO_ROUTE")
 
-    @precondition(lambda self: self.house.channel)
+    @precondition(lambda self: self.producer.channel)
     @rule(blocked=st.sampled_from([False, False, True]))
     def flow(self, blocked: bool) -> None:
         """The alarm comes or goes."""
-        self.house.block(blocked=blocked)
+        self.producer.block(blocked=blocked)
 
     @rule(
         seconds=st.sampled_from([1.0, 11.0, 31.0]),
@@ -247,62 +247,62 @@ class SenderMachine(RuleBasedStateMachine):
         waits=st.booleans(),
     )
     def a_while(self, seconds: float, rounds: list[str], waits: bool) -> None:
-        """Somebody publishes, every thread does all that it has to do, the broker answers."""
+        """A message is published, every thread does all that it has to do, the broker answers."""
         for answer in rounds:
             self.publish_one(exchange="x", retry=True, waits=waits, properties=NO_PROPERTIES)
-            for _ in self.house.work(seconds):
+            for _ in self.producer.work(seconds):
                 self.check()
             self._answer_all(answer)
             self.check()
 
     def _answer_all(self, answer: str) -> None:
-        channel = self.house.channel
+        channel = self.producer.channel
         if answer == "silence":
             self.everyone_expires()
-            self.house.drain(PLENTY)
+            self.producer.drain(PLENTY)
         elif channel is not None:
             if answer == "return":
                 for tag in list(channel.open):
                     self.return_tag(tag)
-            self.house.settle(channel.last, multiple=True, good=answer != "nack")
+            self.producer.settle(channel.last, multiple=True, good=answer != "nack")
 
     # --- the connection ---
 
-    @precondition(lambda self: not self.house.channel)
+    @precondition(lambda self: not self.producer.channel)
     @rule(room=st.sampled_from([1, 10, PLENTY, PLENTY]), narrow=st.booleans())
     def up(self, room: int, narrow: bool) -> None:
         """A connection is made."""
-        self.house.up(room, narrow=narrow)
+        self.producer.up(room, narrow=narrow)
 
-    @precondition(lambda self: self.house.channel)
+    @precondition(lambda self: self.producer.channel)
     @rule(code=st.sampled_from([403, 404, 406]))
     def channel_closed(self, code: int) -> None:
         """The broker closes the channel over a message, and opens the next."""
-        self.house.down(code)
-        self.house.up(first=False)
+        self.producer.down(code)
+        self.producer.up(first=False)
 
-    @precondition(lambda self: self.house.channel)
+    @precondition(lambda self: self.producer.channel)
     @rule(code=st.sampled_from([0, 320, 501, 541]))
     def connection_lost(self, code: int) -> None:
         """The connection is gone."""
-        self.house.lose_connection(code)
+        self.producer.lose_connection(code)
 
-    @precondition(lambda self: not self.house.channel)
+    @precondition(lambda self: not self.producer.channel)
     @rule(kind=st.sampled_from([NotConnectedError, AuthenticationError]))
     def refuse(self, kind: type[PublishError]) -> None:
         """An attempt to connect failed."""
-        self.house.sender.refuse(kind("no"), clock.now)
-        assert self.house.sender.waiting == 0
+        self.producer.sender.refuse(kind("no"), clock.now)
+        assert self.producer.sender.waiting == 0
 
     @rule(broken=st.sampled_from([True] + [False] * 5))
     def the_store(self, broken: bool) -> None:
         """The store fails, or works again."""
-        self.house.store.broken = broken
+        self.producer.store.broken = broken
 
     @rule(call=st.sampled_from(CALLS))
     def the_store_stumbles(self, call: str) -> None:
         """One call to it will fail; a put may have stored everything by then."""
-        self.house.store.stumbles.add(call)
+        self.producer.store.stumbles.add(call)
 
     @rule(
         before=st.lists(st.sampled_from(MOMENTS), max_size=4),
@@ -311,55 +311,55 @@ class SenderMachine(RuleBasedStateMachine):
     )
     def the_store_is_slow(self, **steps: list[str]) -> None:
         """While the next put or claim is under way, time passes and others go on."""
-        self.house.store.meanwhile = {
+        self.producer.store.meanwhile = {
             when: [getattr(self, name) for name in names] for when, names in steps.items()
         }
 
-    @precondition(lambda self: self.house.store.durable and self.house.store._slots)
+    @precondition(lambda self: self.producer.store.durable and self.producer.store._slots)
     @rule(pick=PICK, everything=st.booleans())
     def rows_are_gone(self, pick: int, everything: bool) -> None:
         """The store has lost a row, or starts over empty."""
-        keys = list(self.house.store._slots)
+        keys = list(self.producer.store._slots)
         for key in keys if everything else [keys[pick % len(keys)]]:
-            self.house.rob(key)
+            self.producer.rob(key)
 
-    @precondition(lambda self: self.house.store.durable)
+    @precondition(lambda self: self.producer.store.durable)
     @rule(due=st.booleans())
     def rows_are_taken_over(self, due: bool) -> None:
         """Another process claims what this one has not renewed in time, or what is due."""
-        store = self.house.store
+        store = self.producer.store
         for key in store.lapsed() + (store.due() if due else []):
-            self.house.take_over(key)
+            self.producer.take_over(key)
 
-    @precondition(lambda self: self.house.store.durable and self.house.channel)
+    @precondition(lambda self: self.producer.store.durable and self.producer.channel)
     @rule(retry=st.booleans(), waits=st.booleans())
     def a_lease_runs_out(self, retry: bool, waits: bool) -> None:
         """While the broker blocks, this process, or the store, is frozen for longer than that."""
-        self.house.block(blocked=True)
+        self.producer.block(blocked=True)
         self.publish_one(exchange="x", retry=retry, waits=waits, properties=NO_PROPERTIES)
         self.the_retry_thread_works(1000)
-        self.house.drain(PLENTY)
+        self.producer.drain(PLENTY)
         clock.now += LEASE
-        self.house.block(blocked=False)
+        self.producer.block(blocked=False)
 
-    @precondition(lambda self: not self.house.closing)
+    @precondition(lambda self: not self.producer.closing)
     @rule(really=st.sampled_from([False] * 5 + [True]))
     def a_close_is_cut(self, really: bool) -> None:
         """A close has had the store take what is left, and is interrupted before the next step."""
         if really:
-            self.house.store_rest()
+            self.producer.store_rest()
 
-    @precondition(lambda self: self.house.taken)
+    @precondition(lambda self: self.producer.taken)
     @rule(what=st.sampled_from(["delivers", "buries", "dies"]))
     def the_other_process(self, what: str) -> None:
         """It brings the message to its end, or comes to its own."""
-        self.house.elsewhere(what)
+        self.producer.elsewhere(what)
 
     # What may happen while a put or claim is under way.
 
     def many_submit(self) -> None:
         """The window is filled."""
-        for _ in range(self.house.setup.window):
+        for _ in range(self.producer.setup.window):
             self.publish_one(exchange="x", retry=True, waits=False, properties=NO_PROPERTIES)
 
     def a_second_passes(self) -> None:
@@ -368,16 +368,16 @@ class SenderMachine(RuleBasedStateMachine):
 
     def the_io_thread_reads(self) -> None:
         """It takes everything out of its mailbox."""
-        self.house.drain(PLENTY)
+        self.producer.drain(PLENTY)
 
     def the_broker_confirms(self) -> None:
         """All that is in flight."""
-        if self.house.channel is not None:
-            self.house.settle(self.house.channel.last, multiple=True, good=True)
+        if self.producer.channel is not None:
+            self.producer.settle(self.producer.channel.last, multiple=True, good=True)
 
     def the_connection_is_lost(self) -> None:
         """With all that is in flight."""
-        self.house.lose_connection(0)
+        self.producer.lose_connection(0)
 
     # --- what holds at every step ---
 
@@ -385,9 +385,9 @@ class SenderMachine(RuleBasedStateMachine):
     def check(self) -> None:
         """Count a step, look at everything, and at what has ended for the last time."""
         SenderMachine.steps += 1
-        while self.house.revived:
-            delivery = self.house.revived.pop()
-            self.live[delivery] = self.house.record(delivery)
+        while self.producer.revived:
+            delivery = self.producer.revived.pop()
+            self.live[delivery] = self.producer.record(delivery)
         self.one_place()
         self.answers_stand()
         self.circuit()
@@ -397,28 +397,28 @@ class SenderMachine(RuleBasedStateMachine):
 
     def one_place(self) -> None:
         """I1, I6, I25: each message is in exactly one place, and within every limit."""
-        house, send_queue = self.house, self.house.sender._send_queue
-        posted = house.posted()
+        producer, send_queue = self.producer, self.producer.sender._send_queue
+        posted = producer.posted()
         waiting = Counter([*send_queue.backlog, *send_queue.poison.suspects])
-        flying = Counter(house.channel.open.values()) if house.channel else Counter()
+        flying = Counter(producer.channel.open.values()) if producer.channel else Counter()
         for delivery, record in self.live.items():
             place = delivery.attempt
             assert waiting[delivery] == (place is AttemptState.QUEUED)
             assert flying[record] == delivery.in_flight
             withdrawn = place is AttemptState.QUEUED and not delivery.open
             if (place is AttemptState.QUEUED or delivery.in_flight) and not withdrawn:
-                assert delivery in house.gate._inside, "I6: inside without a slot"
+                assert delivery in producer.gate._inside, "I6: inside without a slot"
             elif place is AttemptState.SCHEDULED:
                 owed = delivery.row in ROW_PENDING
                 owed = owed or delivery in posted
-                assert owed or delivery in house.retry_worker.stored_rows.deliveries()
-                assert owed or delivery not in house.gate._inside
-        assert house.sender.in_flight == flying.total()
-        assert house.sender.waiting == waiting.total()
-        assert len(house.gate) <= house.setup.window
-        assert house.gate._bytes == sum(each.envelope.size for each in house.gate.inside())
-        assert house.gate._bytes <= WINDOW_BYTES or len(house.gate) == 1
-        assert len(house.store._slots) <= house.setup.rows
+                assert owed or delivery in producer.retry_worker.stored_rows.deliveries()
+                assert owed or delivery not in producer.gate._inside
+        assert producer.sender.in_flight == flying.total()
+        assert producer.sender.waiting == waiting.total()
+        assert len(producer.gate) <= producer.setup.window
+        assert producer.gate._bytes == sum(each.envelope.size for each in producer.gate.inside())
+        assert producer.gate._bytes <= WINDOW_BYTES or len(producer.gate) == 1
+        assert len(producer.store._slots) <= producer.setup.rows
 
     def answers_stand(self) -> None:
         """I4: an answer never changes; what was confirmed or given back was answered so."""
@@ -430,7 +430,7 @@ class SenderMachine(RuleBasedStateMachine):
             assert delivery.open == (not record.ends)
             deferred = delivery.fate not in (None, delivery.waiter) and not record.ends
             if deferred and not self._goes_back(delivery) and not record.stolen:
-                stored_rows = self.house.retry_worker.stored_rows
+                stored_rows = self.producer.retry_worker.stored_rows
                 owed = delivery in stored_rows.rowless or delivery.row in ROW_PENDING
                 stored = (
                     stored_rows.claim_of(delivery) or (record.told and owed) or record.elsewhere
@@ -452,107 +452,118 @@ class SenderMachine(RuleBasedStateMachine):
 
     def circuit(self) -> None:
         """I17: closed below the threshold; counted is what was told."""
-        breaker = self.house.breaker
+        breaker = self.producer.breaker
         assert breaker.failures == breaker.in_row
-        threshold = self.house.setup.threshold
+        threshold = self.producer.setup.threshold
         assert breaker.state is not CircuitState.CLOSED or breaker.failures < threshold
 
     def nothing_is_left_behind(self) -> None:
         """I2: what has found its end has no row, or one that is about to be deleted."""
-        house = self.house
+        producer = self.producer
         ordered = {
-            order.delivery for order in house.retry_worker._store_writer._orders
-        } | house.posted()
-        for record in house.left_rows():
-            ends = record.delivery in ordered or house.stuck
+            order.delivery for order in producer.retry_worker._store_writer._orders
+        } | producer.posted()
+        for record in producer.left_rows():
+            ends = record.delivery in ordered or producer.stuck
             assert not record.ends or ends, "I2: it leaves a row"
 
     def flushed(self) -> None:
         """`flush` gives 0 only where no row is left, but for those that are about to be deleted."""
-        house = self.house
-        left = house.gate.inside() or house.retry_worker.depth.total or not house.retry_worker.known
-        if not (left or house.ordered or house.mailbox or house.stuck):
-            assert all(record.shared for record in house.left_rows()), "a row is left"
-            assert not house.retry_worker.stored_rows.rowless, "one that should be stored is left"
+        producer = self.producer
+        left = (
+            producer.gate.inside()
+            or producer.retry_worker.depth.total
+            or not producer.retry_worker.known
+        )
+        if not (left or producer.ordered or producer.mailbox or producer.stuck):
+            assert all(record.shared for record in producer.left_rows()), "a row is left"
+            assert not producer.retry_worker.stored_rows.rowless, (
+                "one that should be stored is left"
+            )
 
     def forget_the_retired(self) -> None:
         """Look at each message once more after its end, and no longer."""
         for delivery, record in list(self.live.items()):
             if delivery.attempt in ENDED and delivery.row not in ROW_PENDING:
-                assert record.ends, "I4: it has retired, and nobody has been told"
-                assert delivery not in self.house.gate._inside, "I6: a slot leaks"
+                assert record.ends, "I4: it has retired, and its end was not told"
+                assert delivery not in self.producer.gate._inside, "I6: a slot leaks"
                 del self.live[delivery]
 
     # --- how it ends ---
 
     def teardown(self) -> None:
         """Close, now or after a time without faults: everyone has been told, nothing is left."""
-        house = self.house
-        house.store.stumbles.clear()
-        house.store.meanwhile.clear()
+        producer = self.producer
+        producer.store.stumbles.clear()
+        producer.store.meanwhile.clear()
         self._everyone_is_told()
-        self.hurried = self.hurried or house.closing  # rows are verified once, when a close begins
-        if self.fair and not house.closing and not house.setup.puts:
+        self.hurried = (
+            self.hurried or producer.closing
+        )  # rows are verified once, when a close begins
+        if self.fair and not producer.closing and not producer.setup.puts:
             self._stop_the_faults()
-        house.store_rest()
-        house.channel = None
-        while house.store.durable and house.ordered and not self.hurried:
-            house.keep_house()
+        producer.store_rest()
+        producer.channel = None
+        while producer.store.durable and producer.ordered and not self.hurried:
+            producer.run_retry_thread()
         if not self.hurried:
-            house.drain(PLENTY)
-        stored_rows = house.retry_worker.stored_rows
-        house.sender.shutdown.abandon(
+            producer.drain(PLENTY)
+        stored_rows = producer.retry_worker.stored_rows
+        producer.sender.shutdown.abandon(
             stored_rows.deliveries(), frozenset(stored_rows.rowless), clock.now
         )
-        house.drain(PLENTY)
-        house.closed = True
-        house.store.broken = False
-        while house.ordered:
-            house.keep_house()
+        producer.drain(PLENTY)
+        producer.closed = True
+        producer.store.broken = False
+        while producer.ordered:
+            producer.run_retry_thread()
         self._check_the_end()
 
     def _everyone_is_told(self) -> None:
         """I5: no call of `publish` waits beyond its time, whatever the store or connection does."""
         self.everyone_expires()
-        self.house.drain(PLENTY)
+        self.producer.drain(PLENTY)
         self.the_store_is_late()
         assert not any(self._waits(delivery) for delivery in self.live), "I5: it still waits"
         self.check()
 
     def _stop_the_faults(self) -> None:
         """I28: with a broker that takes everything, all is confirmed or dead in bounded time."""
-        house = self.house
-        house.store.broken = False
-        house.lose_connection(0)
-        house.up()
+        producer = self.producer
+        producer.store.broken = False
+        producer.lose_connection(0)
+        producer.up()
         for _ in range(ROUNDS):
-            house.drain(PLENTY)
-            house.look()
-            house.elsewhere("delivers")
-            if house.channel is not None and house.channel.open:
-                house.settle(house.channel.last, multiple=True, good=True)
-            for _ in house.work(SWEEP):
+            producer.drain(PLENTY)
+            producer.look()
+            producer.elsewhere("delivers")
+            if producer.channel is not None and producer.channel.open:
+                producer.settle(producer.channel.last, multiple=True, good=True)
+            for _ in producer.work(SWEEP):
                 self.check()
-            if house.breaker.state is CircuitState.OPEN:
+            if producer.breaker.state is CircuitState.OPEN:
                 clock.now += COOLDOWN
-                house.cool()
+                producer.cool()
             # A row that is ordered to be deleted does not count any more, and is still there.
             if not (
-                house.gate or house.retry_worker.depth.stored or house.mailbox or house.ordered
+                producer.gate
+                or producer.retry_worker.depth.stored
+                or producer.mailbox
+                or producer.ordered
             ):
                 break
-        assert not house.gate.inside()
-        assert not house.retry_worker.depth.stored
-        assert not house.store.slots(), f"a row outlives its message {house.store.slots()}"
+        assert not producer.gate.inside()
+        assert not producer.retry_worker.depth.stored
+        assert not producer.store.slots(), f"a row outlives its message {producer.store.slots()}"
 
     def _check_the_end(self) -> None:
-        house = self.house
-        for delivery, record in house.records.items():
+        producer = self.producer
+        for delivery, record in producer.records.items():
             if delivery.attempt is AttemptState.MAILBOX and not record.ends:
-                assert delivery in house.submits or self._waits(delivery), "nothing waits for it"
-                house.withdraw(delivery)  # its publisher's own wait ends
+                assert delivery in producer.submits or self._waits(delivery), "nothing waits for it"
+                producer.withdraw(delivery)  # its publisher's own wait ends
             if not record.ends and not delivery.open:
-                assert house.store.durable, "I20: entrusted to a store that does not last"
+                assert producer.store.durable, "I20: entrusted to a store that does not last"
                 continue
             assert len(record.ends) == 1, f"I4: told {record.ends}"
             assert delivery.attempt in ENDED or record.ends == ["withdrawn"]
@@ -564,12 +575,12 @@ class SenderMachine(RuleBasedStateMachine):
                 assert isinstance(error, RetriesExhaustedError)
                 assert error.attempts == record.sends
                 assert error.reason is not None
-        assert not any(delivery.open for delivery in house.gate.inside())
-        for record in house.left_rows():
-            assert not record.ends or house.stuck, "a row outlives its message"
-        rows = {slot.record.envelope.message_id for slot in house.store.slots().values()}
-        for delivery, record in house.records.items():
-            unseen = record.stolen and (self.hurried or house.stuck)
+        assert not any(delivery.open for delivery in producer.gate.inside())
+        for record in producer.left_rows():
+            assert not record.ends or producer.stuck, "a row outlives its message"
+        rows = {slot.record.envelope.message_id for slot in producer.store.slots().values()}
+        for delivery, record in producer.records.items():
+            unseen = record.stolen and (self.hurried or producer.stuck)
             if not (record.ends or record.robbed or record.elsewhere or unseen):
                 assert delivery.envelope.message_id in rows, "entrusted, and lost"
 
@@ -604,7 +615,7 @@ def test_an_interrupt_before_the_row_is_there() -> None:
     machine.publish(waits=True, properties=WIDE, seen=True, **message)  # the window has no room
     machine.interrupt(pick=1, hit=True)
     machine.teardown()
-    assert [record.ends for record in machine.house.records.values()] == [["given back"]] * 2
+    assert [record.ends for record in machine.producer.records.values()] == [["given back"]] * 2
 
 
 def stored_and_sent_again(**fields: int) -> SenderMachine:
@@ -630,9 +641,9 @@ def test_a_put_that_never_answers() -> None:
         clock.now += SWEEP
         machine.the_retry_thread_works(1000)
         machine.check()
-    assert machine.house.stuck
+    assert machine.producer.stuck
     machine.teardown()
-    [record] = machine.house.records.values()
+    [record] = machine.producer.records.values()
     assert record.ends == ["given back"]
 
 
@@ -645,7 +656,7 @@ def test_a_lease_that_runs_out_without_a_retry(waits: bool) -> None:
     machine.check()
     machine.the_retry_thread_works(1000)
     machine.the_io_thread_looks(1000)
-    [record] = machine.house.records.values()
+    [record] = machine.producer.records.values()
     assert record.ends == ["given back"]
     machine.teardown()
 
@@ -660,9 +671,9 @@ def test_a_store_that_is_silent_until_the_end(ahead: bool) -> None:
         machine.settle(pick=1, multiple=False, good=False)
     machine.the_store_is_late()
     machine.teardown()
-    [record] = machine.house.records.values()
+    [record] = machine.producer.records.values()
     assert record.ends == ["given back"]
-    assert not machine.house.store.slots()
+    assert not machine.producer.store.slots()
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -682,13 +693,13 @@ def test_a_refusal_that_is_heard_late(durable: bool) -> None:
     for _ in range(2):
         machine.the_retry_thread_works(1000)
         clock.now += SWEEP
-    assert len(machine.house.store.slots()) == 1
+    assert len(machine.producer.store.slots()) == 1
     machine.the_io_thread_looks(1000)
     machine.the_retry_thread_works(1000)
     machine.check()
-    assert len(machine.house.store.slots()) == 1
+    assert len(machine.producer.store.slots()) == 1
     machine.teardown()
-    [record] = machine.house.records.values()
+    [record] = machine.producer.records.values()
     assert record.ends == ["dead-lettered"]
 
 
@@ -706,12 +717,12 @@ def test_a_full_window_does_not_wait_for_a_full_store() -> None:
     machine.the_io_thread_looks(1000)
     machine.the_io_thread_is_silent()
     machine.the_retry_thread_works(1000)
-    house = machine.house
-    assert (len(house.gate), len(house.retry_worker.stored_rows.rowless)) == (6, 6)
-    assert not house.retry_worker.known  # so that flush() says that something is left
-    assert len(house.store.slots()) == 2
+    producer = machine.producer
+    assert (len(producer.gate), len(producer.retry_worker.stored_rows.rowless)) == (6, 6)
+    assert not producer.retry_worker.known  # so that flush() says that something is left
+    assert len(producer.store.slots()) == 2
     machine.teardown()
-    assert [record.ends for record in house.records.values()] == [["confirmed"]] * 8
+    assert [record.ends for record in producer.records.values()] == [["confirmed"]] * 8
 
 
 def test_a_row_that_cannot_be_deleted_is_left() -> None:
@@ -721,11 +732,11 @@ def test_a_row_that_cannot_be_deleted_is_left() -> None:
     machine.settle(pick=2, multiple=False, good=True)
     machine.the_retry_thread_works(1000)
     machine.check()
-    known = [machine.house.retry_worker.known]
+    known = [machine.producer.retry_worker.known]
     clock.now += SWEEP
     machine.the_retry_thread_works(1)
-    assert [*known, machine.house.retry_worker.known] == [False, True]
-    assert not machine.house.store.slots()
+    assert [*known, machine.producer.retry_worker.known] == [False, True]
+    assert not machine.producer.store.slots()
 
 
 def in_flight_past_its_lease(*, waits: bool = True) -> SenderMachine:
@@ -750,7 +761,7 @@ def test_a_letter_that_its_row_was_not_told_of() -> None:
     machine.the_other_process("dies")
     machine.the_retry_thread_works(1000)
     machine.the_io_thread_looks(1000)
-    [record] = machine.house.records.values()
+    [record] = machine.producer.records.values()
     assert (record.sends, record.letters) == (1, 1)
     machine.teardown()
     assert record.ends == ["dead-lettered"]
@@ -765,7 +776,7 @@ def test_a_row_that_comes_back_while_its_message_fails() -> None:
     machine.up(room=PLENTY, narrow=False)
     machine.the_io_thread_looks(1000)
     machine.check()
-    [record] = machine.house.records.values()
+    [record] = machine.producer.records.values()
     assert record.sends == 1, "its retry is due in a second"
     machine.teardown()
     assert (record.sends, record.ends) == (2, ["confirmed"])
@@ -778,7 +789,7 @@ def test_a_second_life() -> None:
     machine.the_retry_thread_works(1)  # it deletes nothing: the row is another process's
     machine.the_other_process("dies")
     machine.teardown()
-    first, second = machine.house.records.values()
+    first, second = machine.producer.records.values()
     assert [first.ends, second.ends] == [["confirmed"]] * 2
     assert second.delivery.doubt is Doubt.POSSIBLE, "it is told as a possible duplicate"
 

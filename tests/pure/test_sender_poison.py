@@ -40,7 +40,7 @@ def world() -> World:
 
 @pytest.mark.parametrize("retry", [True, False])
 def test_alone_is_guilty(world: World, retry: bool) -> None:
-    """Whoever is alone on the channel when it closes is rejected, at once, whatever its retry."""
+    """A message that is alone on the channel when it closes is rejected at once."""
     [delivery] = world.send("bad", retry=retry)
     close_over(world, 404, "NOT_FOUND - no exchange 'x' in vhost '/'")
     error = error_of(delivery)
@@ -149,7 +149,7 @@ def test_what_was_raised_is_no_suspect(world: World) -> None:
 
 
 def test_later_messages_wait_for_the_poison(world: World) -> None:
-    """While suspects are tried nobody else is written, or they would be suspects too."""
+    """While suspects are tried no other message is written, or it would be a suspect too."""
     world.send("a", "b")
     close_over(world)
     [late] = world.send("late")
@@ -205,7 +205,7 @@ def test_time_runs_out_during_the_poison(world: World) -> None:
 
 
 def test_connection_lost_during_the_poison(world: World) -> None:
-    """A loss of the other kind accuses nobody: the rest of the trial goes on afterwards."""
+    """A loss of the other kind accuses no message: the rest of the trial goes on afterwards."""
     [first, second] = world.send("a", "b")
     close_over(world)
     world.down()

@@ -29,7 +29,7 @@ from mlproducer.stores.memory import MemoryStore, _Slot
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 
 if TYPE_CHECKING:
-    from tests.pure.model import House
+    from tests.pure.model import ModelProducer
 
 BASE_DELAY, MAX_DELAY, COOLDOWN, PATIENCE, SWEEP, LEASE = 1.0, 10.0, 30.0, 5.0, 1.0, 20.0
 PLENTY = 1 << 20
@@ -38,7 +38,7 @@ WIDE = b"properties that do not fit a narrow frame"
 
 
 @frozen
-class TopologyDeclarer:
+class Setup:
     """The settings of one run."""
 
     max_retries: int = 3
@@ -137,8 +137,8 @@ class Handed(Answer):
 class Channel:
     """The broker's side of one channel."""
 
-    def __init__(self, house: House, room: int, *, narrow: bool) -> None:
-        self._house = house
+    def __init__(self, producer: ModelProducer, room: int, *, narrow: bool) -> None:
+        self._producer = producer
         self._room = room
         self.longest_properties = len(WIDE) - 1 if narrow else PLENTY
         self.last = 0
@@ -152,15 +152,15 @@ class Channel:
 
     def carry(self, batch: list[tuple[Envelope, int]]) -> None:
         """Check each message on the wire."""
-        state = self._house.breaker.state
-        assert not self._house.blocked, "I19: written while the broker blocks"
+        state = self._producer.breaker.state
+        assert not self._producer.blocked, "I19: written while the broker blocks"
         assert state is not CircuitState.OPEN, "I17: written while the breaker is open"
         if state is CircuitState.HALF_OPEN:
             assert len(batch) == 1, "I17: one probe"
             assert not self.probes & self.open.keys(), "I17: one probe at a time"
             self.probes.add(batch[0][1])
         for envelope, tag in batch:
-            self._write(self._house.by_id[envelope.message_id], envelope, tag)
+            self._write(self._producer.by_id[envelope.message_id], envelope, tag)
 
     def _write(self, record: Record, envelope: Envelope, tag: int) -> None:
         delivery = record.delivery
@@ -170,8 +170,8 @@ class Channel:
         assert not record.ends, f"I2, I4: sent after its end {record.ends}"
         assert not isinstance(record.told, PublishError), "I2: sent after the call has raised"
         if not (record.sends or delivery.kept):
-            assert record.serial > self._house.last_first, "I24: first attempts in order"
-            self._house.last_first = record.serial
+            assert record.serial > self._producer.last_first, "I24: first attempts in order"
+            self._producer.last_first = record.serial
         self.open[tag] = record
         assert (envelope.exchange == "dead") == delivery.dead, "I22: a letter, or a message"
         content = envelope.properties, envelope.body
@@ -181,7 +181,7 @@ class Channel:
         else:
             record.sends += 1
             more = delivery.unrouted + record.summoned
-            allowed = 1 + self._house.setup.max_retries + more
+            allowed = 1 + self._producer.setup.max_retries + more
             assert record.sends <= allowed, "I14: one attempt too many"
 
     def settle(self, tag: int, *, multiple: bool) -> list[tuple[Record, bool]]:
@@ -195,18 +195,20 @@ class Channel:
 class Sink(EventSink):
     """Hears what the sender says of each message's end."""
 
-    def __init__(self, house: House) -> None:
-        self._house = house
+    def __init__(self, producer: ModelProducer) -> None:
+        self._producer = producer
 
     def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
         """The broker has said so, and nothing else was said before."""
         for delivery in deliveries:
-            assert self._house.record(delivery).acked, "I3: confirmed without an ack, or returned"
+            assert self._producer.record(delivery).acked, (
+                "I3: confirmed without an ack, or returned"
+            )
             self._end(delivery, "confirmed")
 
     def dead_lettered(self, delivery: Delivery) -> None:
         """Only a letter that is ours, and that the broker has."""
-        record = self._house.record(delivery)
+        record = self._producer.record(delivery)
         assert delivery.row in (RowState.HELD, RowState.DELETING), "only what is ours is buried"
         assert record.letters, "I22: dead-lettered without a letter"
         assert record.acked, "I22: dead-lettered without an ack, or returned"
@@ -214,18 +216,18 @@ class Sink(EventSink):
 
     def deferred(self, delivery: Delivery) -> None:
         """Only what the store holds, and what its publisher did not want back."""
-        record = self._house.record(delivery)
-        stored = self._house.retry_worker.stored_rows.claim_of(delivery) or record.stolen
+        record = self._producer.record(delivery)
+        stored = self._producer.retry_worker.stored_rows.claim_of(delivery) or record.stolen
         assert stored, "I20: deferred before it was stored"
-        astray = self._house.retry_worker.stored_rows.astray.get(delivery)
+        astray = self._producer.retry_worker.stored_rows.astray.get(delivery)
         known = astray is None or astray.told or record.elsewhere
-        assert known, "I20: deferred while nobody knows where its row is"
+        assert known, "I20: deferred while it is not known where its row is"
         assert record.retry, "I2: retry=False, and deferred"
         assert not isinstance(record.told, PublishError), "I4: deferred after the call has raised"
 
     def given_back(self, delivery: Delivery, error: PublishError) -> None:
         """What is said of it is true."""
-        record = self._house.record(delivery)
+        record = self._producer.record(delivery)
         assert error.message_id == delivery.envelope.message_id
         assert error.attempts == record.sends, "I14: attempts are writes"
         rejected = isinstance(error, BrokerRejectedError)
@@ -235,16 +237,16 @@ class Sink(EventSink):
         assert written or not error.possibly_sent, "I13: it was never written"
         said = record.told or record.answer
         if isinstance(said, Receipt) and not record.robbed:
-            assert self._house.closing, "I2: the call has returned, and it is dropped"
+            assert self._producer.closing, "I2: the call has returned, and it is dropped"
             assert record.stolen or not said.durable, "I20: durable, and given back"
-        astray = self._house.retry_worker.stored_rows.astray.get(delivery)
+        astray = self._producer.retry_worker.stored_rows.astray.get(delivery)
         if isinstance(error, StoreError) and astray is not None and astray.told:
-            wanted = record.retry and delivery.retry and not self._house.closing
+            wanted = record.retry and delivery.retry and not self._producer.closing
             assert not wanted, "I2: given back, and another process has it"
         self._end(delivery, "given back")
 
     def _end(self, delivery: Delivery, end: str) -> None:
-        ends = self._house.record(delivery).ends
+        ends = self._producer.record(delivery).ends
         assert not ends, f"I4: {end} after {ends}"
         ends.append(end)
 
@@ -252,11 +254,15 @@ class Sink(EventSink):
 class ModelBreaker(Breaker):
     """Checks that each attempt is counted once, and that it moves along its edges (I17)."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, producer: ModelProducer) -> None:
         super().__init__(
-            Consecutive(house.setup.threshold), COOLDOWN, PATIENCE, self._moved, lambda _when: None
+            Consecutive(producer.setup.threshold),
+            COOLDOWN,
+            PATIENCE,
+            self._moved,
+            lambda _when: None,
         )
-        self._house = house
+        self._producer = producer
         self._before = CircuitState.CLOSED
         self._since = -math.inf
         self.in_row = 0
@@ -264,7 +270,7 @@ class ModelBreaker(Breaker):
     def failed(self, delivery: Delivery | None, now: float) -> None:
         """Count it, too."""
         if delivery is not None:
-            record = self._house.record(delivery)
+            record = self._producer.record(delivery)
             assert record.counted != record.writes, "an attempt is counted once"
             record.counted = record.writes
         self.in_row += 1
@@ -279,16 +285,18 @@ class ModelBreaker(Breaker):
     def _moved(self, state: CircuitState) -> None:
         before, self._before = self._before, state
         if before is CircuitState.CLOSED:
-            assert (state, self.in_row) == (CircuitState.OPEN, self._house.setup.threshold)
+            assert (state, self.in_row) == (CircuitState.OPEN, self._producer.setup.threshold)
         elif before is CircuitState.OPEN:
             if state is CircuitState.CLOSED:
                 assert not self.in_row, "I17: closed without a confirm"
                 return
-            assert self._house.new_connection or self._house.clock.now >= self._since + COOLDOWN
-            if self._house.channel is not None:
-                self._house.channel.probes.clear()
+            assert (
+                self._producer.new_connection or self._producer.clock.now >= self._since + COOLDOWN
+            )
+            if self._producer.channel is not None:
+                self._producer.channel.probes.clear()
         if state is CircuitState.OPEN:
-            self._since = self._house.clock.now
+            self._since = self._producer.clock.now
 
 
 class ModelStore(MemoryStore):
@@ -301,7 +309,7 @@ class ModelStore(MemoryStore):
     :ivar puts_left: after so many puts it never answers again
     """
 
-    def __init__(self, setup: TopologyDeclarer, clock: Clock) -> None:
+    def __init__(self, setup: Setup, clock: Clock) -> None:
         super().__init__(setup.rows, clock=clock.monotonic)
         self.durable = setup.durable
         self.write_ahead = setup.durable and setup.ahead
@@ -344,7 +352,7 @@ class ModelStore(MemoryStore):
         return super().release(changes)
 
     def renew(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Let leases begin anew, or fail."""
+        """Renew leases, or fail."""
         self._undo()
         self._may_stumble("renew")
         lost = super().renew(claims)
@@ -446,26 +454,26 @@ class ModelStore(MemoryStore):
 class ModelRetryWorker(RetryWorker):
     """Notes when a message may be sent again at the earliest, as documented (I15)."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, producer: ModelProducer) -> None:
         backoff = Backoff(BASE_DELAY, MAX_DELAY)
-        super().__init__(house.store, house.gate, backoff, SWEEP, Sink(house))
-        self._house = house
+        super().__init__(producer.store, producer.gate, backoff, SWEEP, Sink(producer))
+        self._producer = producer
         self._take = self.stored_rows.take
         self.stored_rows.take = self._take_and_note  # type: ignore[method-assign]
 
     def _take_and_note(self, row: Row, now: float, epoch: float) -> Delivery:
         delivery = self._take(row, now, epoch)
-        self._house.note_life(delivery)
+        self._producer.note_life(delivery)
         return delivery
 
     def defer(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
     ) -> bool:
         """Store it, as soon as the thread gets to it."""
-        record = self._house.record(delivery)
+        record = self._producer.record(delivery)
         assert not record.ends, "kept after its end"
         assert record.retry, "I2: retry=False, and kept for a retry"
-        assert now == self._house.clock.now
+        assert now == self._producer.clock.now
         record.not_before = now + self._earliest(delivery)
         return super().defer(delivery, now, before=before, fresh=fresh)
 
@@ -473,7 +481,7 @@ class ModelRetryWorker(RetryWorker):
         if delivery.in_flight:
             return math.inf
         if delivery.dead:  # the first letter waits for nothing, however often it is stored
-            return MAX_DELAY if self._house.record(delivery).letters else 0.0
+            return MAX_DELAY if self._producer.record(delivery).letters else 0.0
         if delivery.attempts == 0:
             return 0.0
         return float(min(BASE_DELAY * 2.0 ** (delivery.attempts - 1), MAX_DELAY))
