@@ -83,7 +83,8 @@ def text(name: str, value: Any) -> Any:
         refuse(name, value, "a non-empty str")
     if not value:
         refuse(name, value, "a non-empty str", " but empty")
-    _check_unicode(name, value)
+    if not value.isascii():
+        _check_unicode(name, value)
     return value
 
 
@@ -115,8 +116,7 @@ def task_id(name: str, value: Any) -> Any:
 def share(name: str, value: Any) -> str:
     """Accept a non-empty str, an int or a UUID, and return its text."""
     if type(value) is str:
-        text(name, value)
-        return value
+        return value if value and value.isascii() else str(text(name, value))
     if isinstance(value, (int, UUID)) and not isinstance(value, bool):
         number = int(value)
         if not -(1 << 128) < number < 1 << 128:
@@ -482,7 +482,9 @@ class Schema:
         ]
         self._spellings = {spelling: key.wire for key in keys for spelling in key.spellings}
         self._accepted = ", ".join(key.name for key in keys)
-        self._may_be_empty = not any(key.required or key.default is not None for key in keys)
+        needed = [row for row in self._rows if row[4] or row[3] is not None]
+        self._may_be_empty = not needed
+        self._needed = needed[0] if len(needed) == 1 else None
 
     def read(self, name: str, given: Any) -> dict[str, Any]:
         """Check a mapping, and return it as on the wire: in the table's order, with defaults.
@@ -493,6 +495,11 @@ class Schema:
             refuse(name, given, f"a mapping with {self._accepted}")
         if not given and self._may_be_empty:
             return {}
+        if self._needed is not None and len(given) == 1:  # most have only what they must have
+            wire, label, check, _, _ = self._needed
+            value = given.get(wire)
+            if value is not None:
+                return {wire: check(name + label, value)}
         found = self._by_wire(name, given)
         result = {}
         for wire, label, check, default, required in self._rows:

@@ -178,19 +178,21 @@ class _ShareTask(MLTask):
     options: Mapping[str, Any] = field(repr=False)
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
-        """Return the route, and as arguments the share, its content, and options with the backend.
-
-        The backend is that of the options, else ``local`` for a local provider, else the setting.
-        """
-        backend = self.options.get("backend")
-        if backend is None:
-            is_local = self.options.get("provider") == LOCAL
-            backend = LOCAL if is_local else getattr(preferred, self.preference)
+        """Return the route; and as arguments share, content, and options with the backend."""
+        backend = self.backend(preferred)
         return self.routes[backend], {
             "share_id": self.share_id,
             "content": self.wire_content(),
             "options": {**self.options, "backend": backend},
         }
+
+    def backend(self, preferred: PreferredBackends) -> str:
+        """Return that of the options, else ``local`` for a local provider, else the setting."""
+        backend: str | None = self.options.get("backend")
+        if backend is None:
+            is_local = self.options.get("provider") == LOCAL
+            backend = LOCAL if is_local else getattr(preferred, self.preference)
+        return backend
 
     def wire_content(self) -> Mapping[str, Any]:
         """Return the content as it is on the wire."""

@@ -23,9 +23,21 @@ from mlproducer._wire.delay import Delays
 from mlproducer._wire.ids import new_id
 from mlproducer.errors import InvalidMessageError
 from mlproducer.message import Envelope
-from mlproducer.tasks import RESERVED_HEADERS, CeleryTask, MLTask, PreferredBackends
+from mlproducer.tasks import (
+    API,
+    LOCAL,
+    RESERVED_HEADERS,
+    CeleryTask,
+    MLTask,
+    PreferredBackends,
+    Route,
+    SummarizationTask,
+)
 
 _EMBED = b',{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
+_BACKENDS = {
+    backend: b'},"options":{"backend":"%b"}}' % backend.encode() for backend in (API, LOCAL)
+}
 _REMEMBERED = 1024
 
 SENTRY = "sentry-trace"
@@ -59,8 +71,7 @@ def encode(
         name, routing_key = task.name, task.routing_key
         exchange = exchange if task.exchange is None else task.exchange
     else:
-        route, kwargs = task.call(preferred)
-        body = b"".join((b"[[],", strict_json.dumps("kwargs", kwargs), _EMBED))
+        route, body = _share_call(task, preferred) or _call(task, preferred)
         name, routing_key = route.name, route.routing_key
     check_route(exchange, routing_key)
     if task.task_id is None:
@@ -96,6 +107,32 @@ def encode(
         properties=_properties(task, name, task_id, short, entries, expiration),
         body=body,
     )
+
+
+def _call(task: MLTask, preferred: PreferredBackends) -> tuple[Route, bytes]:
+    """Return a task's route and its body."""
+    route, kwargs = task.call(preferred)
+    return route, b"".join((b"[[],", strict_json.dumps("kwargs", kwargs), _EMBED))
+
+
+def _share_call(task: MLTask, preferred: PreferredBackends) -> tuple[Route, bytes] | None:
+    """Do what `_call` does, piece by piece, where that is faster: for one text and no options."""
+    if not isinstance(task, SummarizationTask) or task.options or strict_json.fast() is not None:
+        return None
+    content = task.content
+    if len(content) > 1:
+        return None
+    backend = task.backend(preferred)
+    quoted = strict_json.quoted
+    pieces = (
+        b'[[],{"share_id":',
+        quoted("share_id", task.share_id),
+        b',"content":{"text":',
+        quoted("content.text", content["text"]),
+        _BACKENDS[backend],
+        _EMBED,
+    )
+    return task.routes[backend], b"".join(pieces)
 
 
 @lru_cache(_REMEMBERED)

@@ -22,6 +22,7 @@ from uuid import UUID
 
 from mlproducer.errors import InvalidMessageError
 
+_SURROGATE = "holds a lone surrogate, which UTF-8 cannot encode"
 _ACCEPTED = "accepted are str, bool, None, int, finite float, list, tuple and dict"
 
 
@@ -55,7 +56,7 @@ _stock = json.JSONEncoder(
 
 
 @lru_cache(1)
-def _fast() -> Callable[[object], bytes] | None:
+def fast() -> Callable[[object], bytes] | None:
     """Return orjson's encoder (the extra ``fast``), if installed: it takes a third of the time."""
     try:
         import orjson  # noqa: PLC0415 - an extra, not needed before the first message
@@ -90,19 +91,44 @@ def dumps(field: str, value: object, *, plain: bool = True) -> bytes:
     :param plain: the value has only JSON's own types; orjson encodes others in its own way
     :raises InvalidMessageError: a type, a number or a text that strict JSON cannot carry
     """
-    fast = _fast() if plain else None
-    if fast is not None:
+    orjson = fast() if plain else None
+    if orjson is not None:
         with contextlib.suppress(
             TypeError
         ):  # it accepts less, such as smaller ints; the stock encoder decides
-            encoded = fast(value)
+            encoded = orjson(value)
             if b"null" not in encoded:  # orjson writes null for a float that is not finite
                 return encoded
     try:
         return "".join(_pieces(value, 0)).encode()
     except UnicodeEncodeError:
-        reason = "holds a lone surrogate, which UTF-8 cannot encode"
+        reason = _SURROGATE
     except (TypeError, ValueError, RecursionError):
         reason = f"of type {type(value).__name__}, cannot be written as JSON; {_ACCEPTED}"
     # Raised outside of the handlers: the encoder's error, which may quote content, is not chained.
     raise InvalidMessageError(f"{field} {reason}")
+
+
+_LONG = 100
+"""Characters from which on a text is escaped faster by a few searches than one by one."""
+
+_RARE = frozenset(range(32)) - frozenset(b"\n") | frozenset(b"\\")
+_MARKED = bytes(255 if each in _RARE else each for each in range(256))
+"""A translation that changes a text with characters that are to be escaped and are rare."""
+
+
+def quoted(field: str, text: str) -> bytes:
+    """Encode a text; a long one faster than `dumps`, which looks at each character.
+
+    :raises InvalidMessageError: it has a lone surrogate
+    """
+    try:
+        if len(text) >= _LONG:
+            encoded = text.encode()
+            if encoded.translate(_MARKED) is encoded:
+                escaped = encoded.replace(b'"', b'\\"').replace(b"\n", b"\\n")
+                return b"".join((b'"', escaped, b'"'))
+        return json.encoder.encode_basestring(text).encode()
+    except UnicodeEncodeError:
+        pass
+    raise InvalidMessageError(f"{field} {_SURROGATE}")

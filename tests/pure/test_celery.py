@@ -152,6 +152,33 @@ def test_ml_message(app: Celery, task: Any, task_type: str, routing_key: str) ->
     assert json.loads(envelope.body) == json.loads(json.dumps(reference.body))
 
 
+TEXTS = [
+    {"text": 'He said: "no".\n\ttwice\\ ' * 40},
+    {"text": "gr\u00fc\u00dfe " * 40, "title": "t"},
+]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("content", TEXTS)
+@pytest.mark.parametrize(
+    "options", [{}, {"backend": "local"}, {"provider": "local"}, {"model": "m"}]
+)
+def test_the_body_is_that_of_the_arguments(
+    content: dict[str, str], options: dict[str, str], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a body is put together, it is what one JSON encoder makes of the whole."""
+    if not fast:
+        monkeypatch.setattr(strict_json, "fast", lambda: None)
+    task = SummarizationTask("s", content, options)
+    for preferred in (PreferredBackends(), PreferredBackends(llm="local")):
+        envelope = encode(task, preferred=preferred)
+        route, kwargs = task.call(preferred)
+        embed = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
+        whole = json.dumps([[], kwargs, embed], ensure_ascii=False, separators=(",", ":"))
+        assert envelope.body == whole.encode()
+        assert envelope.routing_key == route.routing_key
+
+
 def test_ml_message_for_the_preferred_backend() -> None:
     """The settings' backend decides the route, the Celery task's name and the option."""
     envelope = encode(TranscriptionTask("s", "u"), preferred=PreferredBackends(stt="local"))
@@ -317,7 +344,7 @@ RICH: dict[str, Any] = {
 def test_rich_values_are_as_kombu_writes_them(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What JSON has no type for arrives as it was sent, through kombu's own JSON."""
     if not fast:
-        monkeypatch.setattr(strict_json, "_fast", lambda: None)
+        monkeypatch.setattr(strict_json, "fast", lambda: None)
     task = simple(args=[RICH], kwargs=RICH)
     body = encode(task).body
     args, kwargs, _ = kombu_json.loads(body)

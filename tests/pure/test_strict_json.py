@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlproducer import _schema as shapes
-from mlproducer._wire.strict_json import dumps
+from mlproducer._wire.strict_json import dumps, quoted
 from mlproducer.errors import InvalidMessageError, InvalidTaskError
 
 from .refusals import CANARY, refused
@@ -90,6 +90,21 @@ def test_reads_back_the_same(value: Any) -> None:
 def test_is_compact_utf8(value: Any, expected: bytes) -> None:
     """No spaces, no ASCII escapes that UTF-8 does not need; tuples are arrays."""
     assert encode(value) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts, st.sampled_from(["", "a" * 120, 'a "b"\n' * 20, "\u00e9" * 120, "\\\t" * 60]))
+def test_a_text_is_quoted_as_by_the_stock_encoder(text: str, more: str) -> None:
+    """A long text, which is escaped in another way, is encoded to the same bytes."""
+    stock = json.JSONEncoder(ensure_ascii=False).encode
+    for each in (text, more + text, text + more):
+        assert quoted("text", each) == stock(each).encode()
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a" * 120 + "\udfff"])
+def test_a_lone_surrogate_is_not_quoted(text: str) -> None:
+    """UTF-8 cannot encode it."""
+    refused(lambda: quoted("text", text), InvalidMessageError, "text", "surrogate", inside=True)
 
 
 @pytest.mark.parametrize("kind", [list, dict])
