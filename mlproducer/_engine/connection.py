@@ -60,7 +60,11 @@ VAIN_CHANNELS = 2
 Answer = Callable[..., None]
 """Takes ``good=``: whether something was done that was asked for."""
 
+LONGEST = 512 * 1024 * 1024
+"""Bytes of a message that comes in, all of which pika collects; RabbitMQ takes no longer ones."""
+
 _FRAME_HEADER = struct.Struct(">BHL")
+_BODY_SIZE = slice(11, 19)  # in the frame of a content header
 
 
 class IOServices(SelectorIOServicesAdapter):
@@ -164,8 +168,11 @@ class BrokerConnection(pika.SelectConnection):
         buffer: bytes = self._frame_buffer
         # A protocol header is no frame; a frame of any kind is judged by its announced length.
         if len(buffer) >= _FRAME_HEADER.size and not buffer.startswith(b"AMQP"):
-            length = _FRAME_HEADER.unpack_from(buffer)[2] + spec.FRAME_HEADER_SIZE
-            if length + spec.FRAME_END_SIZE > (self.params.frame_max or spec.FRAME_MAX_SIZE):
+            kind, _, payload = _FRAME_HEADER.unpack_from(buffer)
+            length = payload + spec.FRAME_HEADER_SIZE + spec.FRAME_END_SIZE
+            if length > (self.params.frame_max or spec.FRAME_MAX_SIZE) or (
+                kind == spec.FRAME_HEADER and int.from_bytes(buffer[_BODY_SIZE], "big") > LONGEST
+            ):
                 self._terminate_stream(self._nonsense())
                 return 0, None
         return super()._read_frame()

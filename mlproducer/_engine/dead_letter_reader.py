@@ -192,7 +192,9 @@ def read(own_key: str, properties: Any, body: bytes, where: str) -> Letter:
         task=_text(headers.get("task")),
         body=body,
         headers=tuple(sorted(map(str, headers))),
-        content=", ".join(filter(None, (properties.content_type, properties.content_encoding))),
+        content=", ".join(
+            filter(None, map(_text, (properties.content_type, properties.content_encoding)))
+        ),
         type=_text(properties.type),
     )
     if isinstance(properties, Unreadable):
@@ -234,6 +236,8 @@ def _seconds(milliseconds: Any) -> float | None:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bytes):  # pika gives so what is not UTF-8
+        return value.decode(errors="backslashreplace")
     return "" if value is None else str(value)
 
 

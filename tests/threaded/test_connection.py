@@ -372,6 +372,19 @@ def test_a_frame_over_the_limit(connect: Connect, serve: Serve, size: int) -> No
         assert future.result(LIMIT).attempts == 2
 
 
+def test_a_message_over_every_limit(connect: Connect, serve: Serve) -> None:
+    """A return that announces a terabyte ends the connection before any of it is kept (56)."""
+    broker = serve(FirstIsLost())
+    producer = connect(broker)
+    future = producer.submit(make_message())
+    [message] = broker.wait_for_messages(1, LIMIT)
+    with in_time(LIMIT / 2):
+        message.connection.send_method(1, spec.Basic.Return(312, "NO_ROUTE", "", "k"))
+        header = frame.Header(1, 2**40, spec.BasicProperties(cluster_id="1"))
+        message.connection.send_raw(header.marshal())
+        assert future.result(LIMIT).attempts == 2
+
+
 def test_a_frame_of_the_greatest_length(connect: Connect, serve: Serve) -> None:
     """A frame that just fits is taken."""
     broker = serve(Silent())

@@ -11,17 +11,27 @@ Runs on: the retry thread; `message_values` on the thread that adds to an outbox
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 from mlproducer.message import Envelope
 from mlproducer.stores.postgres.sql import DEAD, GIVEN, WAITING
-from mlproducer.stores.protocol import Claim, Record, Row, policy_text, read_policy
+from mlproducer.stores.protocol import (
+    MOST_ATTEMPTS,
+    Claim,
+    Record,
+    Row,
+    policy_text,
+    read_policy,
+)
 
 MICROSECONDS = 1_000_000
 LATEST = 2**53
 """The latest time that is accepted, in microseconds since the epoch: in the year 2255."""
+
+_ESCAPED = re.compile(r"(?:[^\\]|\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8}))*", re.DOTALL)
 
 
 class UnreadableRowError(Exception):
@@ -44,7 +54,11 @@ def read_text(stored: str) -> str:
 
     :raises ValueError: it cannot be a result of `text`
     """
-    return stored.encode("ascii").decode("unicode_escape") if "\\" in stored else stored
+    if "\\" not in stored:
+        return stored
+    if _ESCAPED.fullmatch(stored) is None:  # Python only warns of escapes that it does not know
+        raise ValueError("it has other escapes than Python's")
+    return stored.encode("ascii").decode("unicode_escape")
 
 
 def message_values(envelope: Envelope) -> tuple[Any, ...]:
@@ -100,7 +114,8 @@ def read_row(fields: Sequence[Any]) -> Row:
     *route, checksum, properties, body = message
     claim = Claim(key, token)
     try:
-        if not 0 <= since <= LATEST or not 0 <= accepted <= LATEST or attempts < 0:
+        times = 0 <= since <= LATEST and 0 <= accepted <= LATEST
+        if not times or not 0 <= attempts <= MOST_ATTEMPTS:
             raise UnreadableRowError(claim)
         if checksum != _checksum(route, properties, body):
             raise UnreadableRowError(claim)
