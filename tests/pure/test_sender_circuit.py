@@ -289,6 +289,18 @@ def test_an_attempt_to_connect_counts_once() -> None:
     assert world.sender.breaker.failures == 2
 
 
+def test_an_attempt_after_a_connection_is_another_one() -> None:
+    """It counts as such, also where the one before it had been counted and then succeeded."""
+    world = World()
+    [first] = world.send("a")
+    world.sender.expire(first, 5.0)
+    world.up()
+    world.down()
+    [second] = world.send("b")
+    world.sender.expire(second, 9.0)
+    assert world.sender.breaker.failures == 2
+
+
 def test_refused_credentials_do_not_count() -> None:
     """They say nothing of the broker's health."""
     world = World()

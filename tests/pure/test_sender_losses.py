@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlproducer._core import sender
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer.errors import (
@@ -12,6 +13,7 @@ from mlproducer.errors import (
     BufferFullError,
     ConnectionLostError,
     MessageTooLargeError,
+    NackError,
     NotConnectedError,
     ProducerClosedError,
     StoreError,
@@ -185,6 +187,17 @@ def test_a_route_that_never_was_does_not_come_back() -> None:
     assert (delivery.dead, other.dead) == (True, True)
 
 
+def test_routes_that_are_remembered_have_a_limit(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many, and no more (I25)."""
+    monkeypatch.setattr(sender, "MAX_ROUTES", 2)
+    for exchange in "xyz":
+        world.send("a", exchange=exchange)
+        world.ack(len(world.carrier.written))
+    assert world.sender.failures.routes == {("x", "k"), ("y", "k")}
+
+
 def test_interrupted_after_it_was_promised(world: World) -> None:
     """An interrupt of publish_many comes too late for what has its answer: that is delivered."""
     [delivery] = world.send("a")
@@ -268,8 +281,12 @@ def test_store_fails(world: World, error: Exception) -> None:
     assert world.window.left == [delivery]
 
 
-def test_given_back_while_it_is_being_stored(world: World) -> None:
-    """Its row comes too late for a promise; the error is told once the row is gone again."""
+@pytest.mark.parametrize("gone", [True, False])
+def test_given_back_while_it_is_being_stored(world: World, gone: bool) -> None:
+    """Its row comes too late for a promise; the error is told once the row is gone again.
+
+    If it is another process's by then, that one may send it.
+    """
     world.retry_worker.durable = True
     [delivery] = world.send("a")
     world.sender.expire(delivery, 5.0)
@@ -278,8 +295,21 @@ def test_given_back_while_it_is_being_stored(world: World) -> None:
     assert world.retry_worker.withdrawn == [delivery]
     world.sender.stored([delivery], 5.0)
     assert not delivery.waiter.done()
-    world.sender.withdrawn([delivery], 5.0, gone=True)
+    world.sender.withdrawn([delivery], 5.0, gone=gone)
     assert isinstance(error_of(delivery), BrokerRejectedError)
+    assert error_of(delivery).possibly_sent != gone
+    assert delivery.row is (RowState.GONE if gone else RowState.DELETING)
+
+
+def test_interrupted_while_it_is_being_stored(world: World) -> None:
+    """Its row comes too late, and is deleted; a store in memory is not waited for."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    delivery.recall()
+    world.store(delivery)
+    assert world.retry_worker.settled == [delivery]
+    assert isinstance(error_of(delivery), NackError)
+    assert delivery.row is RowState.DELETING
 
 
 def test_store_fails_for_what_is_in_flight(world: World) -> None:
@@ -492,6 +522,26 @@ def test_what_is_entrusted_keeps_its_row(world: World) -> None:
     world.sender.readmit(delivery, 1.0)
     assert list(world.retry_worker.rows) == [delivery]
     assert world.retry_worker.settled == []
+
+
+@pytest.mark.parametrize("answers_deferral", [False, True])
+def test_what_is_entrusted_is_told(world: World, answers_deferral: bool) -> None:
+    """It is in the store, and what becomes of it is not to be learned here any more."""
+    world.retry_worker.durable = True
+    delivery = make_delivery("a", answers_deferral=answers_deferral)
+    world.sender.accept([delivery], 0.0)
+    world.sender.pump(0.0)
+    world.nack(1)
+    world.store(delivery)
+    assert delivery.waiter.done() == answers_deferral
+    world.sender.shutdown._durable = True
+    world.sender.shutdown.abandon([delivery], (), 3.0)
+    receipt = receipt_of(delivery)
+    assert (receipt.confirmed, receipt.durable, receipt.attempts) == (False, True, 1)
+    assert isinstance(receipt.reason, NackError)
+    assert receipt.elapsed == (0.0 if answers_deferral else 3.0)
+    with pytest.raises(TimeoutError):
+        receipt.result(60)  # at once
 
 
 def test_abandon_at_close(world: World) -> None:

@@ -564,6 +564,8 @@ class SenderMachine(RuleBasedStateMachine):
                 producer.withdraw(delivery)  # its publisher's own wait ends
             if not record.ends and not delivery.open:
                 assert producer.store.durable, "I20: entrusted to a store that does not last"
+                told = delivery.fate or delivery.waiter
+                assert isinstance(told, NoWaiter) or told.done(), "I4: entrusted, and not told"
                 continue
             assert len(record.ends) == 1, f"I4: told {record.ends}"
             assert delivery.attempt in ENDED or record.ends == ["withdrawn"]
