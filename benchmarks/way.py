@@ -26,7 +26,7 @@ from mlproducer._wire.amqp import FRAME_MAX
 from mlproducer._wire.encode import Encoder
 from mlproducer._wire.frames import FrameWriter
 from mlproducer.message import Envelope
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Fanout
 
 BURST = 32
 """Messages that one wake-up of the I/O thread finds in the mailbox."""
@@ -57,7 +57,7 @@ class Way:
         self._batch: list[tuple[Envelope, int]] = []
         self._tag = 0
         breaker = Breaker(Consecutive(10), 30.0, 5.0, lambda _state: None, lambda _when: None)
-        self._sender = Sender(3, breaker, _IDLE, _IDLE, self._gate, EventSink())
+        self._sender = Sender(3, breaker, _IDLE, _IDLE, self._gate.leave, Fanout([]).emit)
         self._sender.up(self)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from uuid import UUID
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery, Waiter
 from mlproducer._core.states import CircuitState
-from mlproducer._engine.lifecycle import Lifecycle
+from mlproducer._engine.lifecycle import Lifecycle, Plan
 from mlproducer._guard import guarded
 from mlproducer._latch import seconds
 from mlproducer._waiting import Answer, Line, finish
@@ -39,7 +39,7 @@ from mlproducer.errors import (
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, Event, EventName
 from mlproducer.observe.lines import Lines
-from mlproducer.observe.recent import Recent, Recorder
+from mlproducer.observe.recent import Recent
 from mlproducer.settings import RetryPolicy, Settings, redact
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import anchored
@@ -48,7 +48,6 @@ from mlproducer.topology import Declaration
 
 if TYPE_CHECKING:
     from mlproducer._engine.engine import Engine
-    from mlproducer._engine.runtime import Runtime
     from mlproducer.observe.meter import Meter
     from mlproducer.stores.protocol import Claim, Store
 
@@ -88,7 +87,7 @@ class MLProducer:
         self._callbacks = Callbacks()
         self._hooks: list[Hook] = []
         self._lines = Lines(logger)
-        self._plan = _Plan(self.settings, store, registry, self._callbacks)
+        self._plan = Plan(self.settings, store, registry, self._callbacks)
         holder = weakref.ref(self)
         self._life = Lifecycle(self._plan, lambda: holder() is not None)
         self._plan.watched = weakref.ref(self._life)
@@ -566,71 +565,3 @@ def _awaiting() -> ModuleType:
     from mlproducer import _awaiting as awaiting  # noqa: PLC0415 - asyncio is slow to import
 
     return awaiting
-
-
-@lru_cache(1)
-def _assemble() -> Callable[..., Runtime]:
-    """Import the runtime, once: after a re-import of the package the name means another copy."""
-    from mlproducer._engine.runtime import assemble  # noqa: PLC0415 - pika is slow to import
-
-    return assemble
-
-
-class _Plan:
-    """What is needed to make a producer's runtime; it has no reference to the producer.
-
-    :ivar watched: returns what the metrics read; a weak reference
-    :ivar added: declarations besides the topology
-    """
-
-    watched: Callable[[], Lifecycle | None]
-
-    def __init__(
-        self, settings: Settings, store: Store | None, registry: Any, callbacks: Callbacks
-    ) -> None:
-        self.registry = registry
-        self.added: list[Declaration] = []
-        self.exit_timeout = settings.exit_timeout
-        self.recorder = Recorder()
-        self._settings = settings
-        self._store = store
-        self._callbacks = callbacks
-        self._meter: Meter | None = None
-
-    def prepare(self) -> None:
-        """Import what is needed, on the caller's thread, which may be in an import itself."""
-        _assemble()
-        self.meter()
-
-    def make(self, tend: Callable[[], None]) -> Runtime:
-        """Return a runtime that is not started."""
-        return _assemble()(
-            self._settings,
-            self._store,
-            self._callbacks,
-            self.meter(),
-            self.recorder,
-            tend,
-            self.added,
-        )
-
-    def meter(self) -> Meter:
-        """Return the meter of the registry, with its families registered."""
-        if self._meter is None:
-            from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
-
-            meter, watched = metrics.meter(self.registry), self.watched()
-            if watched is not None:
-                meter.watch(watched, durable=self.stores_durably())
-            self._meter = meter
-        return self._meter
-
-    def forked(self) -> None:
-        """Forget the parent's recordings, in a forked child."""
-        self.recorder = Recorder()
-
-    def stores_durably(self) -> bool:
-        """Return whether the store may have rows of other processes."""
-        if self._store is not None:
-            return self._store.durable
-        return not self._settings.store_url.startswith("memory:")

@@ -13,9 +13,10 @@ from concurrent.futures import Future
 
 from benchmarks.lab import Lab
 from benchmarks.report import Figure, Report, at_most
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer.message import Envelope
-from mlproducer.observe.events import EventSink, Fanout
+from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.recent import Recorder
@@ -42,12 +43,12 @@ def run(lab: Lab) -> Report:
     )
 
 
-def _cost(sink: EventSink, burst: int) -> float:
+def _cost(sink: Fanout, burst: int) -> float:
     deliveries = [_delivery(number) for number in range(burst)]
     calls = MESSAGES // burst
     begun = time.process_time()
     for _ in range(calls):
-        sink.confirmed(deliveries, 0.002)
+        sink.emit(events.Confirmed(deliveries, 0.002))
     return (time.process_time() - begun) / (calls * burst) * 1e6
 
 

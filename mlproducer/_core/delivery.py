@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from attrs import evolve
 
@@ -37,9 +38,6 @@ from mlproducer._core.states import illegal
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Fate, Receipt
 from mlproducer.settings import RetryPolicy
-
-if TYPE_CHECKING:
-    from mlproducer._core.interfaces import Owner
 
 
 class Doubt(enum.IntEnum):
@@ -82,6 +80,46 @@ class NoWaiter:
 
     def set_exception(self, exception: PublishError, /) -> None:
         """Do nothing: no one waits."""
+
+
+class Owner(Protocol):
+    """A connection's I/O thread, as the retry worker sees it: where answers and due messages go."""
+
+    def order(self, order: Callable[[], None]) -> bool:
+        """Have something done on the I/O thread; false if that has ended."""
+
+    def readmit(self, deliveries: Sequence[Delivery]) -> None:
+        """Send messages again."""
+
+    def pass_on(self, deliveries: Sequence[Delivery], owner: Owner) -> None:
+        """Have another connection send messages that belong to this one."""
+
+    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored, and may be sent for the first time."""
+
+    def stored(self, deliveries: Sequence[Delivery]) -> None:
+        """They are stored, and wait for a retry."""
+
+    def not_stored(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
+        """They could not be stored."""
+
+    def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
+        """Their rows are gone, or are another process's, which sends them."""
+
+    def taken_over(self, deliveries: Sequence[Delivery]) -> None:
+        """Another process has claimed their rows, and sends them."""
+
+    def ended_elsewhere(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
+        """Another process has delivered them, or dead-lettered them."""
+
+    def vanished(self, deliveries: Sequence[Delivery]) -> None:
+        """Their rows are gone from the store, and there is no copy of them."""
+
+    def expire(self, delivery: Delivery) -> None:
+        """A publisher's time is up."""
+
+    def ready(self) -> int:
+        """How many messages handed over now would be written: none, one as a probe, or many."""
 
 
 class Delivery:

@@ -15,6 +15,7 @@ import enum
 
 from attrs import field, frozen
 
+from mlproducer._core import events
 from mlproducer._core.breaker import Breaker
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import exhausted, failure, silent_store
@@ -29,7 +30,8 @@ from mlproducer._core.delivery_states import (
     RowEvent,
     RowState,
 )
-from mlproducer._core.interfaces import DeadLetterMaker, Events, RetryWorker, Window
+from mlproducer._core.events import Emit
+from mlproducer._core.interfaces import LeaveWindow, MakeDeadLetter, RetryWorker
 from mlproducer.errors import (
     AuthenticationError,
     CircuitOpenError,
@@ -97,9 +99,9 @@ class FailureHandler:
     max_retries: int
     breaker: Breaker
     retry_worker: RetryWorker
-    dead_letter_maker: DeadLetterMaker
-    window: Window
-    events: Events
+    make_dead_letter: MakeDeadLetter
+    leave_window: LeaveWindow
+    emit: Emit
     pending: dict[Delivery, None] = field(factory=dict, init=False)
     routes: set[tuple[str, str]] = field(factory=set, init=False)
 
@@ -119,7 +121,7 @@ class FailureHandler:
             return
         delivery.reason = error
         delivery.first_failed = delivery.first_failed or now
-        self.events.failed(delivery, error)
+        self.emit(events.AttemptFailed(delivery, error))
         if delivery.row is RowState.WITHDRAWING:
             self.retire(delivery)  # it goes back as soon as its row is gone, with this reason
             return
@@ -142,7 +144,7 @@ class FailureHandler:
 
     def _dead_letter(self, delivery: Delivery, error: PublishError, now: float) -> None:
         delivery.dead = True
-        delivery.envelope = self.dead_letter_maker.dead_letter(delivery, error, now)
+        delivery.envelope = self.make_dead_letter(delivery, error, now)
         self.defer(delivery, now, fresh=True)
 
     def defer(self, delivery: Delivery, now: float, *, fresh: bool = False) -> None:
@@ -223,7 +225,7 @@ class FailureHandler:
     def leave(self, delivery: Delivery, event: AttemptEvent) -> None:
         """Retire or schedule a delivery and free its slot, unless its tag is open."""
         if delivery.attempt not in ON_THE_WIRE:
-            self.window.leave((delivery,))
+            self.leave_window((delivery,))
             delivery.step_attempt(event)
 
     def _step(self, delivery: Delivery, event: RowEvent) -> None:
@@ -244,7 +246,7 @@ class FailureHandler:
         if delivery.answer not in UNANSWERED:
             self.delete(delivery)  # its publisher has got it back meanwhile
         elif delivery.retry or delivery.relied_on:
-            self.events.deferred(delivery)
+            self.emit(events.Deferred(delivery))
             delivery.defer(now, durable=self.retry_worker.durable)
         else:
             reason = delivery.reason or failure(PublishError, delivery, "taken back")
@@ -297,7 +299,7 @@ class FailureHandler:
                 self._step(delivery, RowEvent.DELETE)
 
     def _tell(self, delivery: Delivery, error: PublishError) -> None:
-        self.events.given_back(delivery, error)
+        self.emit(events.Failed(delivery, error))
         delivery.fail(error)
 
     # --- what is known of an attempt -----------------------------------------------------------

@@ -13,7 +13,6 @@ from attrs import frozen
 
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import RowState
-from mlproducer._core.states import CircuitState
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope
 
@@ -106,92 +105,8 @@ class RetryWorker(Protocol):
         """Delete its row, and say so through `Sender.withdrawn`: it is to be given back."""
 
 
-class Owner(Protocol):
-    """A connection's I/O thread, as the retry worker sees it: where answers and due messages go."""
+MakeDeadLetter = Callable[[Delivery, PublishError, float], Envelope]
+"""Gives a message the form in which it goes to the dead-letter exchange."""
 
-    def order(self, order: Callable[[], None]) -> bool:
-        """Have something done on the I/O thread; false if that has ended."""
-
-    def readmit(self, deliveries: Sequence[Delivery]) -> None:
-        """Send messages again."""
-
-    def pass_on(self, deliveries: Sequence[Delivery], owner: Owner) -> None:
-        """Have another connection send messages that belong to this one."""
-
-    def stored_ahead(self, deliveries: Sequence[Delivery]) -> None:
-        """They are stored, and may be sent for the first time."""
-
-    def stored(self, deliveries: Sequence[Delivery]) -> None:
-        """They are stored, and wait for a retry."""
-
-    def not_stored(self, refusals: Sequence[tuple[Delivery, PublishError]]) -> None:
-        """They could not be stored."""
-
-    def withdrawn(self, deliveries: Sequence[Delivery], *, gone: bool) -> None:
-        """Their rows are gone, or are another process's, which sends them."""
-
-    def taken_over(self, deliveries: Sequence[Delivery]) -> None:
-        """Another process has claimed their rows, and sends them."""
-
-    def ended_elsewhere(self, deliveries: Sequence[Delivery], *, dead: bool) -> None:
-        """Another process has delivered them, or dead-lettered them."""
-
-    def vanished(self, deliveries: Sequence[Delivery]) -> None:
-        """Their rows are gone from the store, and there is no copy of them."""
-
-    def expire(self, delivery: Delivery) -> None:
-        """A publisher's time is up."""
-
-    def ready(self) -> int:
-        """How many messages handed over now would be written: none, one as a probe, or many."""
-
-
-class DeadLetterMaker(Protocol):
-    """Makes dead letters; `tests/pure/fakes.py` has another."""
-
-    def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
-        """Give a message the form in which it goes to the dead-letter exchange."""
-
-
-class Window(Protocol):
-    """The in-flight window, as the core sees it; `tests/pure/fakes.py` has another."""
-
-    def leave(self, deliveries: Iterable[Delivery]) -> None:
-        """Let the next ones in."""
-
-
-class Events:
-    """What happens to messages, as methods to override. None may block or raise."""
-
-    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """The broker has them; one call for all that one frame has settled."""
-
-    def late_confirm(self, delivery: Delivery) -> None:
-        """The broker has one whose publisher waits no longer; `confirmed` follows."""
-
-    def resumed(self, delivery: Delivery) -> None:
-        """One that was kept, or tried before, is about to be written."""
-
-    def retried(self, delivery: Delivery) -> None:
-        """It is written again."""
-
-    def failed(self, delivery: Delivery, error: PublishError) -> None:
-        """An attempt failed; what follows is `kept` or `given_back`."""
-
-    def dead_lettered(self, delivery: Delivery) -> None:
-        """The broker has its dead letter."""
-
-    def deferred(self, delivery: Delivery) -> None:
-        """The library goes on without the publisher."""
-
-    def possible_duplicate(self, delivery: Delivery) -> None:
-        """It is sent again although an earlier attempt may have reached a queue."""
-
-    def given_back(self, delivery: Delivery, error: PublishError) -> None:
-        """The library does not own it."""
-
-    def circuit_changed(self, state: CircuitState) -> None:
-        """The breaker moved."""
-
-    def stray_confirm(self, tag: int) -> None:
-        """The broker settled a tag that was not open."""
+LeaveWindow = Callable[[Iterable[Delivery]], None]
+"""Gives back the slots of the in-flight window, and lets the next messages in."""

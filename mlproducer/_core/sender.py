@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from mlproducer._core import events
 from mlproducer._core.breaker import Breaker
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import (
@@ -36,8 +37,9 @@ from mlproducer._core.delivery_states import (
     RowEvent,
     RowState,
 )
+from mlproducer._core.events import Emit
 from mlproducer._core.failures import INTERNAL_ERROR, SOFT_ACCUSATIONS, FailureHandler, accuses
-from mlproducer._core.interfaces import Carrier, DeadLetterMaker, Events, Loss, RetryWorker, Window
+from mlproducer._core.interfaces import Carrier, LeaveWindow, Loss, MakeDeadLetter, RetryWorker
 from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
 from mlproducer._core.send_queue import SendQueue
 from mlproducer._core.shutdown import CLOSED, Shutdown
@@ -79,16 +81,16 @@ class Sender:
         max_retries: int,
         breaker: Breaker,
         retry_worker: RetryWorker,
-        dead_letter_maker: DeadLetterMaker,
-        window: Window,
-        events: Events,
+        make_dead_letter: MakeDeadLetter,
+        leave_window: LeaveWindow,
+        emit: Emit,
     ) -> None:
         self.breaker = breaker
         self._retry_worker = retry_worker
-        self._window = window
-        self._events = events
+        self._leave_window = leave_window
+        self._emit = emit
         self.failures = FailureHandler(
-            max_retries, breaker, retry_worker, dead_letter_maker, window, events
+            max_retries, breaker, retry_worker, make_dead_letter, leave_window, emit
         )
         self._send_queue = SendQueue()
         self.shutdown = Shutdown(self._send_queue, self.failures)
@@ -283,11 +285,11 @@ class Sender:
     def _begin_retry(self, delivery: Delivery) -> None:
         """Forget what came of the attempt before, and tell of this one."""
         delivery.counted = False
-        self._events.resumed(delivery)
+        self._emit(events.Resumed(delivery))
         if delivery.doubt is not Doubt.NONE:
-            self._events.possible_duplicate(delivery)
+            self._emit(events.PossibleDuplicate(delivery))
         if delivery.attempts and not delivery.dead:
-            self._events.retried(delivery)
+            self._emit(events.Retried(delivery))
 
     # --- the broker ----------------------------------------------------------------------------
 
@@ -302,7 +304,7 @@ class Sender:
         taken, delivered = [], []
         for delivery in settled:
             if delivery.attempt is AttemptState.LATE:
-                self._events.late_confirm(delivery)
+                self._emit(events.LateConfirm(delivery))
             delivery.attempt = attempt = ACKED[delivery.attempt]
             if attempt is AttemptState.CONFIRMED:
                 taken.append(delivery)
@@ -324,10 +326,10 @@ class Sender:
                 self._note_route(envelope)
         if delivered:
             self.confirmed += len(delivered)
-            self._events.confirmed(delivered, now)
+            self._emit(events.Confirmed(delivered, now))
             for delivery in delivered:
                 delivery.confirm(now)
-        self._window.leave(taken)
+        self._leave_window(taken)
         return bool(self._send_queue.backlog or self._send_queue.poison.suspects)
 
     def _note_route(self, envelope: Envelope) -> None:
@@ -363,13 +365,13 @@ class Sender:
     def _stray(self, tag: int) -> None:
         """Tell of a confirm that settles nothing."""
         if tag != 0 and not self.shutdown.begun:
-            self._events.stray_confirm(tag)
+            self._emit(events.StrayConfirm(tag))
 
     def _conclude(self, delivery: Delivery) -> None:
         """Do what is left where the broker has taken a message that was in trouble before."""
         self.failures.delete(delivery)
         if delivery.dead and delivery.open:
-            self._events.dead_lettered(delivery)
+            self._emit(events.DeadLettered(delivery))
             delivery.fail(exhausted(delivery))
 
     # --- the connection --------------------------------------------------------------------------

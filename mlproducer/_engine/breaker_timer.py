@@ -5,18 +5,21 @@ Runs on: the breaker thread; `BreakerTimer.wait_until` on the I/O thread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-from mlproducer._engine.roles import Post
 from mlproducer._engine.threads import TimerThread
 
 
 class BreakerTimer:
-    """Sleeps until the breaker has something to do."""
+    """Sleeps until the breaker has something to do.
 
-    def __init__(self, post: Post) -> None:
+    :param cool: has the breaker look at the time, on the I/O thread
+    """
+
+    def __init__(self, cool: Callable[[], object]) -> None:
         self.thread = TimerThread(self._over)
-        self._post = post
+        self._cool = cool
 
     def wait_until(self, when: float) -> None:
         """Wake at a monotonic time."""
@@ -27,4 +30,4 @@ class BreakerTimer:
 
     def _over(self) -> None:
         self.thread.due = None
-        self._post.order(self._post.cool)
+        self._cool()

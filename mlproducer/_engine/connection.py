@@ -43,8 +43,8 @@ from mlproducer._engine.close_reasons import (
 from mlproducer._engine.dead_letter_channel import Batch, DeadLetterChannel, Tags
 from mlproducer._engine.declarer import TopologyDeclarer
 from mlproducer._engine.endpoints import Address, Identity, Route, UnreachableError, Way
+from mlproducer._engine.interfaces import ConnectionOwner
 from mlproducer._engine.io_loop import EventLoop, shut_down
-from mlproducer._engine.roles import ConnectionOwner
 from mlproducer._wire.amqp import NOT_MANDATORY
 from mlproducer._wire.frames import FrameWriter
 from mlproducer.errors import NotConnectedError

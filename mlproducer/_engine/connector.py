@@ -28,9 +28,9 @@ from mlproducer._core.states import LINK_MOVES, ConnectionEvent, ConnectionState
 from mlproducer._engine.close_reasons import NOT_ALLOWED
 from mlproducer._engine.connection import Connection
 from mlproducer._engine.endpoints import Address, Identity, Route, Way
+from mlproducer._engine.interfaces import ConnectorOwner
 from mlproducer._engine.io_loop import EventLoop
 from mlproducer._engine.resolver import Resolver
-from mlproducer._engine.roles import ConnectorOwner
 from mlproducer._guard import write
 from mlproducer.topology import Declaration
 

@@ -17,8 +17,10 @@ from typing import NoReturn
 from attrs import frozen
 
 from mlproducer import _clock as time
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_errors import silent_store
+from mlproducer._core.events import Emit
 from mlproducer._core.shutdown import CLOSED
 from mlproducer._core.states import ConnectionState
 from mlproducer._engine import threads
@@ -30,7 +32,6 @@ from mlproducer._guard import write
 from mlproducer._latch import Latch, Watch
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
 from mlproducer.observe.callbacks import Dispatcher
-from mlproducer.observe.events import EventSink
 from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings
 from mlproducer.status import Status
@@ -74,22 +75,22 @@ class Engine:
     """One connection, and its part of what publishers ask for.
 
     :param shared: what all connections of the producer have in common
-    :param events: is told what happens on this connection
+    :param emit: is told what happens on this connection
     :param number: of the connection, from 0
     """
 
-    def __init__(self, settings: Settings, shared: Shared, events: EventSink, number: int) -> None:
+    def __init__(self, settings: Settings, shared: Shared, emit: Emit, number: int) -> None:
         self.gate = shared.gate
         self.dispatcher = shared.dispatcher
         self.spans = shared.spans
         self._retry_worker = shared.retry_worker
-        self._events = events
+        self._emit = emit
         self._io = IOThread(
             settings,
             shared.resolver,
             self.gate,
             self._retry_worker,
-            events,
+            emit,
             shared.connected,
             number,
         )
@@ -222,7 +223,7 @@ class Engine:
             retry_after=breaker.retry_after(time.monotonic()),
             message_id=delivery.envelope.message_id,
         )
-        self._events.given_back(delivery, error)
+        self._emit(events.Failed(delivery, error))
         return error
 
     def turn_away(self, delivery: Delivery) -> None:
@@ -266,7 +267,7 @@ class Engine:
         taken = delivery.withdraw()
         if taken:
             self.gate.leave((delivery,))
-            self._events.given_back(delivery, error)
+            self._emit(events.Failed(delivery, error))
         return taken
 
     # --- the connection ------------------------------------------------------------------------

@@ -9,12 +9,12 @@ Runs on: the health thread; `Health.check_soon` on any.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 
 from mlproducer import _clock as time
-from mlproducer._engine.roles import Post
 from mlproducer._engine.threads import TimerThread
 
 ANSWER_LIMIT = 5.0
@@ -25,12 +25,23 @@ class Health:
     """Checks at each interval, and at once when a confirm is late.
 
     :param interval: seconds between checks
+    :param order: has something done on the I/O thread; false if that has ended
+    :param probe: asks the broker; the future is resolved when it answers
+    :param silent: is told that it has not answered in time
     """
 
-    def __init__(self, post: Post, interval: float) -> None:
+    def __init__(
+        self,
+        interval: float,
+        order: Callable[[Callable[[], None]], bool],
+        probe: Callable[[Future[None]], None],
+        silent: Callable[[Future[None]], None],
+    ) -> None:
         self.thread = TimerThread(self.check)
         self.thread.due = time.monotonic() + interval
-        self._post = post
+        self._order = order
+        self._probe = probe
+        self._silent = silent
         self._interval = interval
         self._asked = False
         self._reply: Future[None] | None = None
@@ -54,12 +65,12 @@ class Health:
         self._asked = False
         reply: Future[None] = Future()
         self._reply = reply
-        if not self._post.order(partial(self._post.probe, reply)):
+        if not self._order(partial(self._probe, reply)):
             return
         try:
             reply.result(ANSWER_LIMIT)
         except FutureTimeoutError:
-            self._post.order(partial(self._post.silent, reply))
+            self._order(partial(self._silent, reply))
 
 
 def settle(reply: Future[None]) -> None:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
+from mlproducer._core import events
+from mlproducer._core.events import Emit
 from mlproducer._core.interfaces import Loss
 from mlproducer._engine.close_reasons import NOT_ALLOWED, NOT_IMPLEMENTED
 from mlproducer._engine.health import settle
-from mlproducer.observe.events import EventSink
 from mlproducer.topology import Topology
 
 SELDOM = 120
@@ -29,9 +30,9 @@ OpenChannel = Callable[[Callable[[Any], None], Callable[[Loss], None]], None]
 class HealthProbe:
     """What the health thread waits for; a check that has been answered goes on reading queues."""
 
-    def __init__(self, topology: Topology, events: EventSink) -> None:
+    def __init__(self, topology: Topology, emit: Emit) -> None:
         self._topology = topology
-        self._events = events
+        self._emit = emit
         self._reply: Future[None] | None = None
         self._left_out: dict[str, int] = {}
         self._excused = False
@@ -66,16 +67,16 @@ class HealthProbe:
         """Take any answer for a sign of life."""
         self._excused = False
         if self.end():
-            self._events.health_checked(alive=True)
+            self._emit(events.HealthChecked(alive=True))
 
     def on_depth(self, queue: str, messages: int) -> None:
         """Tell how much a queue holds."""
-        self._events.queue_depth(queue, messages)
+        self._emit(events.QueueDepth(queue, messages))
 
     def on_refusal(self, target: str, loss: Loss) -> None:
         """Tell that something is missing or forbidden, and ask for it seldom from now on."""
         self._left_out[target] = SELDOM
-        self._events.health_fault(target, loss)
+        self._emit(events.HealthFault(target, loss))
 
     def _due(self) -> Iterable[str]:
         """Return what is asked for this time; without its exchange, nothing of the topology is."""

@@ -221,7 +221,7 @@ class Mailbox:
 
 
 class IOLoopOwner(Protocol):
-    """Who works on the loop."""
+    """Who works on the loop: `IOThread`, which stands above it."""
 
     def begin(self, loop: EventLoop) -> None:
         """Use this loop, the first one or the next."""

@@ -18,11 +18,13 @@ from functools import partial
 from attrs import evolve
 
 from mlproducer import _clock as time
+from mlproducer._core import events
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.breaker import Adaptive, Breaker, Consecutive, Trip
-from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery import Delivery, Owner
 from mlproducer._core.delivery_states import ROW_PENDING, AttemptState, RowState
-from mlproducer._core.interfaces import Carrier, Loss, LossKind, Owner
+from mlproducer._core.events import Emit
+from mlproducer._core.interfaces import Carrier, Loss, LossKind
 from mlproducer._core.poison import NOT_FOUND
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState, ConnectionState
@@ -41,7 +43,6 @@ from mlproducer._engine.threads import TimerThread
 from mlproducer._latch import Latch, Relay, Watch
 from mlproducer._wire.delay import Delays
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
-from mlproducer.observe.events import EventSink
 from mlproducer.settings import Settings
 from mlproducer.topology import Declaration, Topology
 
@@ -83,12 +84,12 @@ class IOThread:
         resolver: Resolver,
         gate: Gate,
         retry_worker: RetryWorker,
-        events: EventSink,
+        emit: Emit,
         connected: Watch,
         number: int,
     ) -> None:
         self._give_up = settings.confirm_give_up
-        self._events = events
+        self._emit = emit
         self._gate = gate
         self._retry_worker = retry_worker
         self.io_loop = IOLoop(self)
@@ -97,9 +98,9 @@ class IOThread:
         self.relay = Relay(self._remind)
         self.is_connected = False
         self._topology = Topology.of(settings)
-        self._health_probe = HealthProbe(self._topology, events)
-        self._health = Health(self, settings.health_check_interval)
-        self._cooldown = BreakerTimer(self)
+        self._health_probe = HealthProbe(self._topology, emit)
+        self._health = Health(settings.health_check_interval, self.order, self.probe, self.silent)
+        self._cooldown = BreakerTimer(partial(self.order, self.cool))
         breaker = Breaker(
             _trip(settings),
             settings.circuit_breaker_cooldown,
@@ -121,9 +122,9 @@ class IOThread:
             settings.max_message_retries,
             breaker,
             retry_worker,
-            self._dead_letter_maker,
-            gate,
-            events,
+            self._dead_letter_maker.dead_letter,
+            gate.leave,
+            emit,
         )
         self.connector = Connector(resolver, _patience(settings), self, number)
         self.peers: Sequence[IOThread] = ()
@@ -249,7 +250,7 @@ class IOThread:
 
     def failed(self, error: BaseException) -> None:
         """Tell those who wait that the loop failed."""
-        self._events.crashed(error)
+        self._emit(events.LoopFailed(error))
         self.is_connected = False
         self._delayed.forget()
         self.connector.crashed()
@@ -475,7 +476,7 @@ class IOThread:
     def silent(self, reply: Future[None]) -> None:
         """Give up a broker that has not answered, unless the answer came meanwhile."""
         if self._health_probe.waits_for(reply):
-            self._events.health_checked(alive=False)
+            self._emit(events.HealthChecked(alive=False))
             self.connector.give_up("no answer to the health check")
 
     def cool(self) -> None:
@@ -494,13 +495,13 @@ class IOThread:
     def _circuit_changed(self, state: CircuitState) -> None:
         if state is CircuitState.OPEN:
             self.order(self.relieve)  # not at once: the sender is in the middle of something
-        self._events.circuit_changed(state)
+        self._emit(events.CircuitChanged(state))
 
     # --- what the connector tells -----------------------------------------------------------------
 
     def attempt_failed(self, loss: Loss) -> None:
         """Fail what waits for a connection that does not come."""
-        self._events.connection_error(loss)
+        self._emit(events.ConnectFailed(loss))
         if loss.kind is LossKind.AUTHENTICATION:
             error: PublishError = AuthenticationError(loss.text, **loss.facts)
         else:
@@ -510,11 +511,11 @@ class IOThread:
 
     def gave_up(self, loss: Loss) -> None:
         """Say that attempts are rare from now on, until a call starts them over."""
-        self._events.gave_up(self.connector.failures, loss)
+        self._emit(events.GaveUp(self.connector.failures, loss))
 
     def state_changed(self, state: ConnectionState) -> None:
         """Pass it on as an event."""
-        self._events.state_changed(state)
+        self._emit(events.StateChanged(state))
 
     def finished(self) -> None:
         """End the thread."""
@@ -544,7 +545,7 @@ class IOThread:
                 self.sender.timeouts = 0  # nothing is left that could be confirmed
             self.is_connected = True
             self._connected.changed()
-            self._events.connected(self.connector.route.broker.address)
+            self._emit(events.Connected(self.connector.route.broker.address))
         self.pump()
         self._invite()
         self._retry_worker.sweep_soon()
@@ -559,23 +560,22 @@ class IOThread:
         self.sender.down(loss, time.monotonic())
         self.sender.disconnected()
         if was_up:
-            self._events.disconnected(loss)
+            self._emit(events.Disconnected(loss))
         self.connector.failed(loss)
         self.relieve()
 
     def channel_lost(self, loss: Loss) -> None:
         """Let the sender find out whose fault it was."""
-        self._events.channel_lost(loss)
+        self._emit(events.ChannelLost(loss))
         if loss.reply_code == NOT_FOUND:
             self._delayed.forget()
-        self._channel = None
         self._channel = None
         self.sender.down(loss, time.monotonic())
 
     def flow_changed(self, *, blocked: bool, reason: str) -> None:
         """Stop writing, or go on."""
         self.sender.block(blocked=blocked)
-        self._events.flow_changed(blocked=blocked, reason=reason)
+        self._emit(events.FlowChanged(blocked=blocked, reason=reason))
         if blocked:
             self._health_probe.end()  # a broker that blocks does not read our question
             self.relieve()
@@ -589,7 +589,7 @@ class IOThread:
         fault = declaration.method, declaration.target, loss.reply_code
         if fault not in self._faults:
             self._faults.add(fault)
-            self._events.topology_fault(declaration.target, loss)
+            self._emit(events.TopologyFault(declaration.target, loss))
 
     def probe_refused(self, loss: Loss) -> None:
         """Ask this broker no more: it is well, and its silence is noticed by heartbeats."""
@@ -598,7 +598,7 @@ class IOThread:
             return
         if self.connector.without_probes():
             text = f"no health check: only heartbeats notice its silence: {loss.text}"
-            self._events.health_fault(self._topology.exchange, evolve(loss, text=text))
+            self._emit(events.HealthFault(self._topology.exchange, evolve(loss, text=text)))
 
     def acked(self, tag: int, *, multiple: bool) -> None:
         """Settle, and write what could not be written before."""
@@ -616,7 +616,7 @@ class IOThread:
 
     def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
         """Keep dead letters for later, as if they had been returned; no other message is hit."""
-        self._events.channel_lost(loss)
+        self._emit(events.ChannelLost(loss))
         now = time.monotonic()
         for tag in tags:
             self.sender.returned(tag, loss.reply_code, loss.text)

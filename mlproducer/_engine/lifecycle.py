@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
 from mlproducer._core.states import ConnectionState
 from mlproducer._engine import process_hooks as process
 from mlproducer._engine import threads
+from mlproducer._engine.threads import CLOSE_MARGIN, REST_LIMIT
 from mlproducer._latch import Watch
 from mlproducer.errors import (
     ConfigurationError,
@@ -33,10 +35,16 @@ from mlproducer.errors import (
     ProducerClosedError,
     WouldDeadlockError,
 )
+from mlproducer.observe.recent import Recorder
 from mlproducer.status import CloseReport, Status
 
 if TYPE_CHECKING:
     from mlproducer._engine.runtime import Runtime
+    from mlproducer.observe.callbacks import Callbacks
+    from mlproducer.observe.meter import Meter
+    from mlproducer.settings import Settings
+    from mlproducer.stores.protocol import Store
+    from mlproducer.topology import Declaration
 
 START_LIMIT = 30.0
 """Seconds for which a call waits for the start, which takes a few milliseconds."""
@@ -47,34 +55,78 @@ CLAIM_LIMIT = 0.1
 CLOSE_TIMEOUT = 10.0
 """Seconds that a close may take to deliver what is inside, unless it is told otherwise."""
 
-REST_LIMIT = 0.2
-"""Seconds of a close's grace that a durable store has for what could not be delivered."""
-
-CLOSE_MARGIN = 0.4
-"""Seconds of a close's grace that ending the connections and the threads may take."""
-
 ENDED = "the process ends: producers have been closed"
 
 _inherited: list[object] = []
 """What ran in parent processes: kept, so that nothing of theirs is collected, closed or flushed."""
 
 
-class Plan(Protocol):
-    """What the running part is made of. It must not hold the producer, which may be dropped."""
+@lru_cache(1)
+def _assemble() -> Callable[..., Runtime]:
+    """Import the runtime, once: after a re-import of the package the name means another copy."""
+    from mlproducer._engine.runtime import assemble  # noqa: PLC0415 - pika is slow to import
 
-    exit_timeout: float
+    return assemble
+
+
+class Plan:
+    """What is needed to make a producer's runtime; it has no reference to the producer.
+
+    :ivar watched: returns what the metrics read; a weak reference
+    :ivar added: declarations besides the topology
+    """
+
+    watched: Callable[[], Lifecycle | None]
+
+    def __init__(
+        self, settings: Settings, store: Store | None, registry: Any, callbacks: Callbacks
+    ) -> None:
+        self.registry = registry
+        self.added: list[Declaration] = []
+        self.exit_timeout = settings.exit_timeout
+        self.recorder = Recorder()
+        self._settings = settings
+        self._store = store
+        self._callbacks = callbacks
+        self._meter: Meter | None = None
 
     def prepare(self) -> None:
-        """Import what is needed; on the caller's thread, which may hold locks of the import."""
+        """Import what is needed, on the caller's thread, which may be in an import itself."""
+        _assemble()
+        self.meter()
 
     def make(self, tend: Callable[[], None]) -> Runtime:
-        """Make the running part, not started.
+        """Return a runtime that is not started."""
+        return _assemble()(
+            self._settings,
+            self._store,
+            self._callbacks,
+            self.meter(),
+            self.recorder,
+            tend,
+            self.added,
+        )
 
-        :param tend: is to be called at each sweep
-        """
+    def meter(self) -> Meter:
+        """Return the meter of the registry, with its families registered."""
+        if self._meter is None:
+            from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
+
+            meter, watched = metrics.meter(self.registry), self.watched()
+            if watched is not None:
+                meter.watch(watched, durable=self.stores_durably())
+            self._meter = meter
+        return self._meter
 
     def forked(self) -> None:
-        """Begin afresh in a child."""
+        """Forget the parent's recordings, in a forked child."""
+        self.recorder = Recorder()
+
+    def stores_durably(self) -> bool:
+        """Return whether the store may have rows of other processes."""
+        if self._store is not None:
+            return self._store.durable
+        return not self._settings.store_url.startswith("memory:")
 
 
 class Lifecycle:

@@ -22,16 +22,16 @@ from functools import partial
 
 from mlproducer import _clock as time
 from mlproducer._core.backoff import Backoff
-from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery import Delivery, Owner
 from mlproducer._core.delivery_states import ROW_KNOWN, RowState
-from mlproducer._core.interfaces import Owner
+from mlproducer._core.events import Emit
 from mlproducer._engine.gate import Gate
-from mlproducer._engine.store_writer import End, Note, Put, StoreWriter
+from mlproducer._engine.store_orders import End, Note, Put
+from mlproducer._engine.store_writer import StoreWriter
 from mlproducer._engine.stored_rows import StoredRows, record_of, wall_clock
 from mlproducer._engine.threads import TimerThread
 from mlproducer._latch import Latch
 from mlproducer.errors import StoreError, UnroutableError
-from mlproducer.observe.events import EventSink
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Claim, Depth, Entry, Store
 
@@ -49,7 +49,7 @@ class RetryWorker:
     """
 
     def __init__(
-        self, store: Store, gate: Gate, backoff: Backoff, interval: float, events: EventSink
+        self, store: Store, gate: Gate, backoff: Backoff, interval: float, emit: Emit
     ) -> None:
         self.name = store.name
         self.durable = store.durable
@@ -63,7 +63,7 @@ class RetryWorker:
         self._gate = gate
         self._backoff = backoff
         self._interval = interval
-        self._store_writer = StoreWriter(store, self.stored_rows, gate, events, self._ring)
+        self._store_writer = StoreWriter(store, self.stored_rows, gate, emit, self._ring)
         self._in_memory = type(store) is MemoryStore
         # guards: the store, its rows and its writer, where I/O threads put into the memory store
         # themselves; held by the retry thread for a sweep, and waited for by that one alone

@@ -20,23 +20,25 @@ from collections.abc import Callable, Sequence
 from attrs import evolve
 
 from mlproducer import _clock as time
+from mlproducer._core import events
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AnswerState, AttemptState
+from mlproducer._core.events import Emit
 from mlproducer._core.shutdown import CLOSED
 from mlproducer._engine import threads
 from mlproducer._engine.endpoints import Endpoints
 from mlproducer._engine.engine import Engine, Shared
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.io_thread import Standing
-from mlproducer._engine.lifecycle import CLOSE_MARGIN, REST_LIMIT
 from mlproducer._engine.pika_logging import quieten_pika
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
+from mlproducer._engine.threads import CLOSE_MARGIN, REST_LIMIT
 from mlproducer._latch import Latch, Watch
 from mlproducer.errors import ProducerClosedError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
-from mlproducer.observe.events import EventSink, Fanout
+from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.recent import Recorder
@@ -77,11 +79,11 @@ class Runtime:
         self._log = LogSink()
         self._connected = Watch()
         numbers = range(settings.connections)
-        events = [self._events(self.gate.inside if number == 0 else tuple) for number in numbers]
-        self._events_of_all = events[0]
+        emitters = [self._emitter(self.gate.inside if number == 0 else tuple) for number in numbers]
+        self._emit = emitters[0]
         backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
         interval = settings.retry_sweep_interval
-        self._retry_worker = RetryWorker(store, self.gate, backoff, interval, self._events_of_all)
+        self._retry_worker = RetryWorker(store, self.gate, backoff, interval, self._emit)
         self._resolver = Resolver(Endpoints(settings, added), self._spawn)
         shared = Shared(
             self.gate,
@@ -92,7 +94,7 @@ class Runtime:
             self._resolver,
         )
         self.engines: Sequence[Engine] = [
-            Engine(settings, shared, each, number) for number, each in enumerate(events)
+            Engine(settings, shared, each, number) for number, each in enumerate(emitters)
         ]
         self.only = self.engines[0] if len(self.engines) == 1 else None
         ios = [engine.io for engine in self.engines]
@@ -110,8 +112,10 @@ class Runtime:
         self._stored_rest: list[Latch] = []
         self._ended = False
 
-    def _events(self, inside: Callable[[], Sequence[Delivery]]) -> EventSink:
-        """Make the sinks of one connection; they count without a lock, each on its own thread.
+    def _emitter(self, inside: Callable[[], Sequence[Delivery]]) -> Emit:
+        """Return what passes one connection's events to the sinks.
+
+        They count without a lock, each on its own thread.
 
         :param inside: the messages under way, which one connection counts for all
         """
@@ -123,7 +127,7 @@ class Runtime:
                 self._recorder.sink(inside),
                 self._spans,
             ]
-        )
+        ).emit
 
     def choose(self) -> Engine:
         """Return the connection for the next message.
@@ -250,7 +254,7 @@ class Runtime:
             else:
                 error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
                 self._abandoned.append(delivery)
-                self._events_of_all.given_back(delivery, error)
+                self._emit(events.Failed(delivery, error))
                 delivery.fail(error)
 
     def disown(self) -> None:
@@ -282,7 +286,7 @@ class Runtime:
         return threads.spawn(role, self._ordinal, target, self)
 
     def _event_dropped(self) -> None:
-        self._events_of_all.events_dropped()
+        self._emit(events.EventDropped())
 
     def _sweep(self) -> None:
         self._watch()

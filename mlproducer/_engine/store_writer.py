@@ -18,88 +18,18 @@ from typing import TypeVar
 from attrs import define, field
 
 from mlproducer import _clock as time
-from mlproducer._core.delivery import Delivery
-from mlproducer._core.interfaces import Owner
+from mlproducer._core import events
+from mlproducer._core.delivery import Delivery, Owner
+from mlproducer._core.events import Emit
 from mlproducer._core.shutdown import CLOSED
 from mlproducer._engine.gate import Gate
+from mlproducer._engine.store_orders import End, Note, Put
 from mlproducer._engine.stored_rows import StoredRows, record_of
-from mlproducer._latch import Latch
 from mlproducer.errors import BufferFullError, ProducerClosedError, PublishError, StoreError
-from mlproducer.observe.events import EventSink
-from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate, Store
+from mlproducer.stores.protocol import Change, Claim, Depth, Entry, RowFate, Store
 
 MIN_PATIENCE, MAX_PATIENCE = 0.05, 5.0
 """Seconds for which messages wait for a store that another process is writing to."""
-
-
-@define(eq=False)
-class Put:
-    """Store a message.
-
-    :ivar done: opened once it is stored, or refused
-    :ivar restores: its row is gone from the store, or could not be written although its publisher
-        relies on it
-    :ivar refusal: why it is not
-    """
-
-    delivery: Delivery
-    entry: Entry
-    done: Latch | None = None
-    restores: bool = False
-    refusal: PublishError | None = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it is still to be stored; not what has gone back to its publisher."""
-        if self.entry.ahead or self.restores:
-            return self.delivery.open
-        return self.delivery.kept
-
-
-@define(eq=False)
-class Note:
-    """Note in a message's row what came of the last attempt.
-
-    :ivar first: the row did not count among those that wait before
-    :ivar told: its publisher waits for the store's word that the row is still there
-    """
-
-    delivery: Delivery
-    record: Record = field(repr=False)
-    delay: float | None
-    first: bool
-    told: bool = False
-
-    @property
-    def dead(self) -> bool:
-        """Whether it counts among the dead."""
-        return self.record.dead
-
-    @property
-    def change(self) -> int:
-        """By how much it changes their number."""
-        return int(self.first)
-
-
-@define(eq=False)
-class End:
-    """Delete the row of a message that has found its end, or goes back to its publisher.
-
-    :ivar kept: the message waited for a retry, or is dead
-    :ivar told: its publisher waits for the deletion
-    :ivar counted: the row was counted among those that wait or are dead when this was ordered
-    """
-
-    delivery: Delivery
-    dead: bool
-    kept: bool
-    told: bool = False
-    counted: bool = False
-
-    @property
-    def change(self) -> int:
-        """By how much it changes their number."""
-        return -self.counted
 
 
 @define(eq=False)
@@ -139,14 +69,14 @@ class StoreWriter:
         store: Store,
         stored_rows: StoredRows,
         gate: Gate,
-        events: EventSink,
+        emit: Emit,
         ring: Callable[[], None],
     ) -> None:
         self.owners: Sequence[Owner] = ()
         self._store = store
         self._stored_rows = stored_rows
         self._gate = gate
-        self._events = events
+        self._emit = emit
         self._ring = ring
         self._orders: deque[Put | Note | End] = deque()
         self._rung = False
@@ -275,7 +205,9 @@ class StoreWriter:
         make a second message.
         """
         rows = self._stored_rows
-        there = [put for put in puts if rows.claim_of(put.delivery) is not None]
+        # Only a publisher that left has a successor; so most bursts ask for no claim.
+        left = [put for put in puts if put.delivery.successor is not None]
+        there = [put for put in left if rows.claim_of(put.delivery) is not None]
         if there:
             puts = [put for put in puts if put not in there]
             sure = [put.delivery for put in there if put.delivery not in rows.astray]
@@ -369,7 +301,7 @@ class StoreWriter:
     def _abandon(self, delivery: Delivery, error: PublishError) -> None:
         """Give a message back whose I/O thread has ended."""
         self.abandoned.append(delivery)
-        self._events.given_back(delivery, error)
+        self._emit(events.Failed(delivery, error))
         delivery.fail(error)
 
     def _as_store_error(self, error: Exception) -> StoreError:
@@ -506,7 +438,7 @@ class StoreWriter:
     def failed(self, error: StoreError) -> None:
         """Tell that the store cannot be used: what is left is unknown until it is counted."""
         self.known = False
-        self._events.store_failed(error)
+        self._emit(events.StoreFailed(error))
 
     def _tell(
         self, deliveries: Sequence[Delivery], say: Callable[[Owner, list[Delivery]], None]

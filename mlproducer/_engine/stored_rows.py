@@ -14,7 +14,6 @@ import math
 from collections.abc import MutableMapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from attrs import define
@@ -22,11 +21,9 @@ from attrs import define
 from mlproducer import errors
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_states import AnswerEvent
+from mlproducer._engine.store_orders import Put
 from mlproducer.errors import PublishError
 from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Record, Row
-
-if TYPE_CHECKING:
-    from mlproducer._engine.store_writer import Put
 
 _REASON_MAX = 255
 

@@ -20,6 +20,12 @@ logger = logging.getLogger(__name__)
 IDLE = 3600.0
 """Seconds after which a thread with nothing to do looks again."""
 
+REST_LIMIT = 0.2
+"""Seconds of a close's grace that a durable store has for what could not be delivered."""
+
+CLOSE_MARGIN = 0.4
+"""Seconds of a close's grace that ending the connections and the threads may take."""
+
 _ordinals: dict[int, object] = {}
 forks.in_child(_ordinals.clear)
 

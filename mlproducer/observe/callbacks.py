@@ -15,21 +15,20 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sized
 from concurrent.futures import Future
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from attrs import frozen
 
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
-from mlproducer._core.interfaces import Loss
 from mlproducer._core.states import CircuitState
 from mlproducer._guard import guarded
-from mlproducer.errors import PublishError
 from mlproducer.message import Fate, Receipt
 from mlproducer.observe import metric_families as catalog
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.lines import Lines
 from mlproducer.observe.tally import Cells
 
@@ -265,7 +264,24 @@ class Callbacks:
         return self._of[event]
 
 
-class CallbackSink(EventSink):
+CALLED: Mapping[type[events.Event], Callable[[Any], Event | None]] = {
+    events.Connected: lambda event: Event("connected", detail=event.address),
+    events.GaveUp: lambda event: Event("gave_up", detail=event.loss.text),
+    events.CircuitChanged: lambda event: (
+        Event(_CIRCUIT_EVENTS[event.state]) if event.state in _CIRCUIT_EVENTS else None
+    ),
+    events.Deferred: lambda event: _of_message("deferred", event.delivery),
+    events.DeadLettered: lambda event: _of_message("dead_lettered", event.delivery),
+    events.Refused: lambda event: Event("refused", event.message_id, type(event.error).__name__),
+}
+"""What callbacks get of each kind of event."""
+
+
+def _of_message(name: EventName, delivery: Delivery) -> Event:
+    return Event(name, delivery.envelope.message_id, type(delivery.reason).__name__)
+
+
+class CallbackSink(Sink):
     """Has users' callbacks called at events."""
 
     def __init__(self, callbacks: Callbacks, dispatcher: Dispatcher) -> None:
@@ -273,53 +289,40 @@ class CallbackSink(EventSink):
         self._dispatcher = dispatcher
         self._blocked = False
 
-    def wants(self, name: str) -> Sized | None:
-        """Return the callbacks for what may come with each message; mostly there are none."""
-        if name == "confirmed":
-            return self._callbacks.of("confirmed")
-        return self._callbacks.of("deferred") if name == "deferred" else None
+    def table(self) -> Table:
+        """Return what calls back."""
+        return {
+            **dict.fromkeys(CALLED, self._call_back),
+            events.Confirmed: self._confirmed,
+            events.Disconnected: self._disconnected,
+            events.FlowChanged: self._flow_changed,
+        }
 
-    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """Call back for each message."""
-        for delivery in deliveries:
+    def wants(self, kind: type[events.Event]) -> Sized | None:
+        """Return the callbacks for what may come with each message; mostly there are none."""
+        if kind is events.Confirmed:
+            return self._callbacks.of("confirmed")
+        return self._callbacks.of("deferred") if kind is events.Deferred else None
+
+    def _call_back(self, event: events.Event) -> None:
+        told = CALLED[type(event)](event)
+        if told is not None:
+            self._call(told)
+
+    def _confirmed(self, event: events.Confirmed) -> None:
+        for delivery in event.deliveries:
             self._call(Event("confirmed", delivery.envelope.message_id))
 
-    def deferred(self, delivery: Delivery) -> None:
-        """Call back with the name of the reason's class."""
-        self._call(Event("deferred", delivery.envelope.message_id, type(delivery.reason).__name__))
-
-    def dead_lettered(self, delivery: Delivery) -> None:
-        """Call back with the name of the reason's class."""
-        reason = type(delivery.reason).__name__
-        self._call(Event("dead_lettered", delivery.envelope.message_id, reason))
-
-    def circuit_changed(self, state: CircuitState) -> None:
-        """Call back when the breaker opens and when it closes."""
-        if state in _CIRCUIT_EVENTS:
-            self._call(Event(_CIRCUIT_EVENTS[state]))
-
-    def connected(self, address: str) -> None:
-        """Call back with the broker's address."""
-        self._call(Event("connected", detail=address))
-
-    def disconnected(self, loss: Loss) -> None:
+    def _disconnected(self, event: events.Disconnected) -> None:
         """Call back with the reason; a connection that was blocked is no longer."""
-        self._call(Event("disconnected", detail=loss.text))
+        self._call(Event("disconnected", detail=event.loss.text))
         if self._blocked:
-            self.flow_changed(blocked=False, reason="disconnected")
+            self._flow_changed(events.FlowChanged(blocked=False, reason="disconnected"))
 
-    def gave_up(self, attempts: int, loss: Loss) -> None:
-        """Call back with the reason of the last failure."""
-        self._call(Event("gave_up", detail=loss.text))
-
-    def flow_changed(self, *, blocked: bool, reason: str) -> None:
+    def _flow_changed(self, event: events.FlowChanged) -> None:
         """Call back with the broker's reason."""
-        self._blocked = blocked
-        self._call(Event("blocked" if blocked else "unblocked", detail=reason))
-
-    def refused(self, message_id: str, error: PublishError) -> None:
-        """Call back with the name of the error's class."""
-        self._call(Event("refused", message_id, type(error).__name__))
+        self._blocked = event.blocked
+        self._call(Event("blocked" if event.blocked else "unblocked", detail=event.reason))
 
     def _call(self, event: Event) -> None:
         for callback in self._callbacks.of(event.name):

@@ -1,5 +1,7 @@
 """Log state changes as lines with ``key=value`` fields; nothing for each message above DEBUG.
 
+`LINES` has the line for each kind of event.
+
 In a storm a limited number of lines of one kind is logged; the next line of any kind then follows
 the number of those that were suppressed. Foreign text, such as the broker's, is escaped and cut.
 
@@ -9,14 +11,18 @@ Runs on: the thread on which the event happens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from logging import CRITICAL, ERROR, INFO, WARNING
+from typing import Any
+
+from attrs import frozen
 
 from mlproducer import _clock as time
-from mlproducer._core.delivery import Delivery
-from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core import events
+from mlproducer._core.events import Event
+from mlproducer._core.interfaces import LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
-from mlproducer.errors import PublishError, StoreError
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.lines import Lines
 
 logger = logging.getLogger(__name__)
@@ -49,7 +55,116 @@ PRECONDITION_FAILED = 406
 """The broker has a queue or exchange of this name, with other arguments."""
 
 
-class LogSink(EventSink):
+@frozen
+class Line:
+    """One line of the log.
+
+    :ivar kind: how it begins, by which it is limited and has its logger
+    :ivar fields: what follows, with a place for each of the values
+    :ivar error: an error whose traceback is logged too
+    """
+
+    level: int
+    kind: str
+    fields: str = ""
+    values: tuple[object, ...] = ()
+    error: BaseException | None = None
+
+
+def quoted(text: str) -> str:
+    """Return a foreign text cut and quoted, with all but printable characters escaped."""
+    return repr(text[:MAX_WORDS])
+
+
+def _fault(kind: str, event: events.TopologyFault | events.HealthFault, hint: str = "") -> Line:
+    """Return the line of what an operator has to repair."""
+    loss = event.loss
+    fields = f"target=%s code=%d reason=%s{hint}"
+    return Line(ERROR, kind, fields, (event.target, loss.reply_code, quoted(loss.text)))
+
+
+def _cannot_declare(event: events.TopologyFault) -> Line:
+    there = event.loss.reply_code == PRECONDITION_FAILED
+    return _fault("cannot declare", event, ' hint="mlproducer topology"' if there else "")
+
+
+def _flow(event: events.FlowChanged) -> Line:
+    if event.blocked:
+        return Line(WARNING, "blocked by the broker", "reason=%s", (quoted(event.reason),))
+    return Line(INFO, "unblocked by the broker")
+
+
+LINES: Mapping[type[Event], Callable[[Any], Line | None]] = {
+    events.Connected: lambda event: Line(INFO, "connected", "broker=%s", (event.address,)),
+    # Messages wait, unless the producer closed it.
+    events.Disconnected: lambda event: Line(
+        INFO if event.loss.kind is LossKind.CLOSED else WARNING,
+        "disconnected",
+        "kind=%s reason=%s",
+        (event.loss.kind.value, quoted(event.loss.text)),
+    ),
+    events.ConnectFailed: lambda event: Line(
+        WARNING,
+        "cannot connect",
+        "kind=%s reason=%s",
+        (event.loss.kind.value, quoted(event.loss.text)),
+    ),
+    events.GaveUp: lambda event: Line(
+        ERROR,
+        "gave up connecting",
+        "attempts=%d reason=%s: check the broker; the next publish() or reconnect() starts over",
+        (event.attempts, quoted(event.loss.text)),
+    ),
+    events.ChannelLost: lambda event: Line(
+        WARNING,
+        "channel closed",
+        "code=%d reason=%s",
+        (event.loss.reply_code, quoted(event.loss.text)),
+    ),
+    events.FlowChanged: _flow,
+    events.TopologyFault: _cannot_declare,
+    events.HealthFault: lambda event: _fault("health check", event),
+    events.HealthChecked: lambda event: (
+        None if event.alive else Line(WARNING, "no answer to the health check; reconnecting")
+    ),
+    events.CircuitChanged: lambda event: Line(
+        WARNING if event.state is CircuitState.OPEN else INFO,
+        "circuit breaker",
+        "state=%s",
+        (event.state.value,),
+    ),
+    events.DeadLettered: lambda event: Line(
+        ERROR,
+        "dead-lettered",
+        "message_id=%s attempts=%d reason=%s",
+        (
+            quoted(event.delivery.envelope.message_id),
+            event.delivery.attempts,
+            type(event.delivery.reason).__name__,
+        ),
+    ),
+    events.StoreFailed: lambda event: Line(
+        ERROR, "the store fails", "reason=%s", (quoted(str(event.error)),)
+    ),
+    # The broker breaks the protocol.
+    events.StrayConfirm: lambda event: Line(
+        WARNING, "confirm for a delivery tag that is not open", "tag=%d", (event.tag,)
+    ),
+    # The application has continued, and the message is not sent.
+    events.Refused: lambda event: Line(
+        ERROR,
+        "cannot hand over",
+        "message_id=%s reason=%s",
+        (quoted(event.message_id), type(event.error).__name__),
+    ),
+    events.LoopFailed: lambda event: Line(
+        CRITICAL, "the I/O loop failed; going on with a new one", error=event.error
+    ),
+}
+"""The line for each kind of event that has one; at ERROR what an operator has to look at."""
+
+
+class LogSink(Sink):
     """Logs events for operators."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -57,114 +172,17 @@ class LogSink(EventSink):
             kind: logging.root.getChild(f"mlproducer.{name}") for kind, name in LOGGERS.items()
         }
         self._lines = Lines(logger, clock, loggers)
-        self._log = self._lines.log
 
-    def connected(self, address: str) -> None:
-        """Log at INFO."""
-        self._log(logging.INFO, "connected", "broker=%s", address)
+    def table(self) -> Table:
+        """Return what logs lines, and what ends with the producer."""
+        return {**dict.fromkeys(LINES, self._log), events.StateChanged: self._state_changed}
 
-    def disconnected(self, loss: Loss) -> None:
-        """Log at WARNING, since messages wait; at INFO where the producer closed it."""
-        level = logging.INFO if loss.kind is LossKind.CLOSED else logging.WARNING
-        self._log(level, "disconnected", "kind=%s reason=%s", loss.kind.value, quoted(loss.text))
+    def _log(self, event: Event) -> None:
+        line = LINES[type(event)](event)
+        if line is not None:
+            self._lines.log(line.level, line.kind, line.fields, *line.values, error=line.error)
 
-    def connection_error(self, loss: Loss) -> None:
-        """Log at WARNING."""
-        self._log(
-            logging.WARNING,
-            "cannot connect",
-            "kind=%s reason=%s",
-            loss.kind.value,
-            quoted(loss.text),
-        )
-
-    def gave_up(self, attempts: int, loss: Loss) -> None:
-        """Log at ERROR, and say what to do."""
-        self._log(
-            logging.ERROR,
-            "gave up connecting",
-            "attempts=%d reason=%s: check the broker; "
-            "the next publish() or reconnect() starts over",
-            attempts,
-            quoted(loss.text),
-        )
-
-    def channel_lost(self, loss: Loss) -> None:
-        """Log at WARNING."""
-        self._log(
-            logging.WARNING,
-            "channel closed",
-            "code=%d reason=%s",
-            loss.reply_code,
-            quoted(loss.text),
-        )
-
-    def flow_changed(self, *, blocked: bool, reason: str) -> None:
-        """Log at WARNING when it begins, at INFO when it ends."""
-        if blocked:
-            self._log(logging.WARNING, "blocked by the broker", "reason=%s", quoted(reason))
-        else:
-            self._log(logging.INFO, "unblocked by the broker")
-
-    def topology_fault(self, target: str, loss: Loss) -> None:
-        """Log at ERROR: an operator has to repair it."""
-        hint = ' hint="mlproducer topology"' if loss.reply_code == PRECONDITION_FAILED else ""
-        self._log_fault("cannot declare", target, loss, hint)
-
-    def health_fault(self, target: str, loss: Loss) -> None:
-        """Log at ERROR: an operator has to repair it."""
-        self._log_fault("health check", target, loss)
-
-    def _log_fault(self, kind: str, target: str, loss: Loss, hint: str = "") -> None:
-        fields = f"target=%s code=%d reason=%s{hint}"
-        self._log(logging.ERROR, kind, fields, target, loss.reply_code, quoted(loss.text))
-
-    def circuit_changed(self, state: CircuitState) -> None:
-        """Log at WARNING when it opens, else at INFO."""
-        level = logging.WARNING if state is CircuitState.OPEN else logging.INFO
-        self._log(level, "circuit breaker", "state=%s", state.value)
-
-    def dead_lettered(self, delivery: Delivery) -> None:
-        """Log at ERROR: an operator has to look at it."""
-        self._log(
-            logging.ERROR,
-            "dead-lettered",
-            "message_id=%s attempts=%d reason=%s",
-            quoted(delivery.envelope.message_id),
-            delivery.attempts,
-            type(delivery.reason).__name__,
-        )
-
-    def store_failed(self, error: StoreError) -> None:
-        """Log at ERROR: deferred messages are not safe."""
-        self._log(logging.ERROR, "the store fails", "reason=%s", quoted(str(error)))
-
-    def health_checked(self, *, alive: bool) -> None:
-        """Log at WARNING if there was no answer."""
-        if not alive:
-            self._log(logging.WARNING, "no answer to the health check; reconnecting")
-
-    def stray_confirm(self, tag: int) -> None:
-        """Log at WARNING: the broker breaks the protocol."""
-        fields = "tag=%d"
-        self._log(logging.WARNING, "confirm for a delivery tag that is not open", fields, tag)
-
-    def refused(self, message_id: str, error: PublishError) -> None:
-        """Log at ERROR: the application has continued, and the message is not sent."""
-        fields = "message_id=%s reason=%s"
-        name = type(error).__name__
-        self._log(logging.ERROR, "cannot hand over", fields, quoted(message_id), name)
-
-    def crashed(self, error: BaseException) -> None:
-        """Log at CRITICAL, with the traceback."""
-        self._log(logging.CRITICAL, "the I/O loop failed; going on with a new one", error=error)
-
-    def state_changed(self, state: ConnectionState) -> None:
+    def _state_changed(self, event: events.StateChanged) -> None:
         """At the end, log the numbers of suppressed lines."""
-        if state is ConnectionState.CLOSED:
+        if event.state is ConnectionState.CLOSED:
             self._lines.close()
-
-
-def quoted(text: str) -> str:
-    """Return a foreign text cut and quoted, with all but printable characters escaped."""
-    return repr(text[:MAX_WORDS])

@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlproducer import _clock as time
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
-from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.events import Event
+from mlproducer._core.interfaces import LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import (
     CircuitOpenError,
@@ -22,13 +24,11 @@ from mlproducer.errors import (
     InvalidMessageError,
     InvalidTaskError,
     NackError,
-    PublishError,
-    StoreError,
     UnroutableError,
 )
 from mlproducer.message import Message
 from mlproducer.observe import metric_families as catalog
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.metric_families import Family, Merge
 from mlproducer.observe.tally import Counts, Labels, Series
 from mlproducer.status import Status
@@ -65,7 +65,7 @@ class Meter:
         """
         self._watched[weakref.ref(producer, self._forget)] = None
 
-    def sink(self) -> EventSink:
+    def sink(self) -> Sink:
         """Return a sink for the events of one connection."""
         return MetricsSink(self)
 
@@ -125,7 +125,32 @@ class Meter:
         self._depths.pop(sink, None)
 
 
-class MetricsSink(EventSink):
+def _failed_attempt(event: events.AttemptFailed) -> tuple[Family, Labels] | None:
+    """Count nacks, returns and confirm timeouts."""
+    if isinstance(event.error, NackError):
+        return catalog.NACKS, ()
+    if isinstance(event.error, UnroutableError):
+        return catalog.RETURNS, ()
+    if isinstance(event.error, ConfirmTimeoutError) and event.delivery.in_flight:
+        return catalog.CONFIRM_TIMEOUTS, ()
+    return None
+
+
+COUNTED: Mapping[type[Event], Callable[[Any], tuple[Family, Labels] | None]] = {
+    events.AttemptFailed: _failed_attempt,
+    events.LateConfirm: lambda _event: (catalog.LATE_CONFIRMS, ()),
+    events.PossibleDuplicate: lambda _event: (catalog.POSSIBLE_DUPLICATES, ()),
+    events.ConnectFailed: lambda event: (catalog.CONNECTION_ERRORS, (event.loss.kind.value,)),
+    events.CircuitChanged: lambda event: (
+        (catalog.CIRCUIT_BREAKER_TRIPS, ()) if event.state is CircuitState.OPEN else None
+    ),
+    events.StoreFailed: lambda _event: (catalog.STORE_ERRORS, ()),
+    events.EventDropped: lambda _event: (catalog.EVENTS_DROPPED, ()),
+}
+"""The counter, with its labels, of each kind of event that is only counted."""
+
+
+class MetricsSink(Sink):
     """Counts the events of one connection."""
 
     def __init__(self, meter: Meter) -> None:
@@ -138,10 +163,35 @@ class MetricsSink(EventSink):
         self._depths = meter.depths_of(self)
         self._unread: set[str] = set()
 
+    def table(self) -> Table:
+        """Return what counts the events."""
+        return {
+            **dict.fromkeys(COUNTED, self._count_event),
+            events.Confirmed: self._confirmed,
+            events.DeadLettered: self._dead_lettered,
+            events.Failed: self._failed,
+            events.Retried: self._retried,
+            events.Connected: self._connected,
+            events.Disconnected: self._disconnected,
+            events.StateChanged: self._state_changed,
+            events.HealthChecked: self._health_checked,
+            events.HealthFault: self._health_fault,
+            events.QueueDepth: self._queue_depth,
+        }
+
+    def _count_event(self, event: Event) -> None:
+        counted = COUNTED[type(event)](event)
+        if counted is not None:
+            self._series(*counted).inc()
+
+    def _count(self, family: Family, *labels: str) -> None:
+        self._series(family, labels).inc()
+
     # --- messages ------------------------------------------------------------------------------
 
-    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
+    def _confirmed(self, event: events.Confirmed) -> None:
         """Count each message, those of a task type together."""
+        deliveries, now = event
         if len(deliveries) == 1:
             [delivery] = deliveries
             task_type = delivery.envelope.task_type
@@ -159,36 +209,18 @@ class MetricsSink(EventSink):
             took.observe_all(some)
         self._sizes.observe_all([len(delivery.envelope.body) for delivery in deliveries])
 
-    def dead_lettered(self, delivery: Delivery) -> None:
+    def _dead_lettered(self, event: events.DeadLettered) -> None:
         """Count the message as failed."""
         self._count(catalog.DEAD_LETTERED)
-        self._ended(delivery, "failure")
+        self._ended(event.delivery, "failure")
 
-    def given_back(self, delivery: Delivery, error: PublishError) -> None:
+    def _failed(self, event: events.Failed) -> None:
         """Count the message by the error."""
-        self._ended(delivery, status_of(error))
+        self._ended(event.delivery, status_of(event.error))
 
-    def failed(self, delivery: Delivery, error: PublishError) -> None:
-        """Count nacks, returns and confirm timeouts."""
-        if isinstance(error, NackError):
-            self._count(catalog.NACKS)
-        elif isinstance(error, UnroutableError):
-            self._count(catalog.RETURNS)
-        elif isinstance(error, ConfirmTimeoutError) and delivery.in_flight:
-            self._count(catalog.CONFIRM_TIMEOUTS)
-
-    def retried(self, delivery: Delivery) -> None:
+    def _retried(self, event: events.Retried) -> None:
         """Count retries by task type."""
-        task_type = self._task_type(delivery.envelope.task_type)
-        self._count(catalog.TASK_RETRIES, task_type)
-
-    def late_confirm(self, delivery: Delivery) -> None:
-        """Count late confirms."""
-        self._count(catalog.LATE_CONFIRMS)
-
-    def possible_duplicate(self, delivery: Delivery) -> None:
-        """Count possible duplicates."""
-        self._count(catalog.POSSIBLE_DUPLICATES)
+        self._count(catalog.TASK_RETRIES, self._task_type(event.delivery.envelope.task_type))
 
     def _success(self, task_type: str) -> tuple[Series, Series]:
         """Return the series of confirmed messages, and cache them unless the label is ``other``."""
@@ -210,67 +242,45 @@ class MetricsSink(EventSink):
             self._series(catalog.TASK_PUBLISH_DURATION, labels),
         )
 
-    def _count(self, family: Family, *labels: str) -> None:
-        self._series(family, labels).inc()
-
     # --- connections ---------------------------------------------------------------------------
 
-    def connected(self, address: str) -> None:
+    def _connected(self, _event: events.Connected) -> None:
         """Measure how long there was no connection."""
         lost_at, self._lost_at = self._lost_at, None
         if lost_at is not None:
             self._series(catalog.RECONNECT_DURATION).observe(time.monotonic() - lost_at)
 
-    def disconnected(self, loss: Loss) -> None:
+    def _disconnected(self, event: events.Disconnected) -> None:
         """Count the loss, unless the producer closed the connection itself."""
-        if loss.kind is not LossKind.CLOSED:
+        if event.loss.kind is not LossKind.CLOSED:
             self._lost_at = time.monotonic()
-            self.connection_error(loss)
+            self._count(catalog.CONNECTION_ERRORS, event.loss.kind.value)
 
-    def connection_error(self, loss: Loss) -> None:
-        """Count connection errors by their kind."""
-        self._count(catalog.CONNECTION_ERRORS, loss.kind.value)
-
-    def state_changed(self, state: ConnectionState) -> None:
+    def _state_changed(self, event: events.StateChanged) -> None:
         """Count changes by the new state; forget queue depths, which only a connection can read."""
-        if state is not ConnectionState.CONNECTED:
+        if event.state is not ConnectionState.CONNECTED:
             self._depths.clear()
-        self._count(catalog.CONNECTION_STATE_CHANGES, state.name)
+        self._count(catalog.CONNECTION_STATE_CHANGES, event.state.name)
         self._meter.refresh()
 
-    # --- the rest ------------------------------------------------------------------------------
-
-    def circuit_changed(self, state: CircuitState) -> None:
-        """Count how often the breaker opens."""
-        if state is CircuitState.OPEN:
-            self._count(catalog.CIRCUIT_BREAKER_TRIPS)
-
-    def health_checked(self, *, alive: bool) -> None:
+    def _health_checked(self, event: events.HealthChecked) -> None:
         """Count failures; after an answer, all known queues are to be read."""
         self._unread = set(self._depths)
-        if not alive:
+        if not event.alive:
             self._count(catalog.HEALTH_CHECK_FAILURES)
 
-    def queue_depth(self, queue: str, messages: int) -> None:
+    def _queue_depth(self, event: events.QueueDepth) -> None:
         """Set the depth of a queue."""
-        self._unread.discard(queue)
-        self._depths[queue] = messages
+        self._unread.discard(event.queue)
+        self._depths[event.queue] = event.messages
 
-    def health_fault(self, target: str, loss: Loss) -> None:
+    def _health_fault(self, event: events.HealthFault) -> None:
         """Forget the depth of a queue that cannot be read, and of those that follow it.
 
         A refusal ends the health check; the next one continues with the others.
         """
-        for queue in {target, *self._unread}:
+        for queue in {event.target, *self._unread}:
             self._depths.pop(queue, None)
-
-    def events_dropped(self) -> None:
-        """Count dropped events."""
-        self._count(catalog.EVENTS_DROPPED)
-
-    def store_failed(self, error: StoreError) -> None:
-        """Count store errors."""
-        self._count(catalog.STORE_ERRORS)
 
 
 def _name_of(task: object) -> str:

@@ -12,19 +12,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 from attrs import frozen
 
 from mlproducer import _clock as time
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AnswerState
-from mlproducer._core.interfaces import Loss, LossKind
+from mlproducer._core.events import Event
+from mlproducer._core.interfaces import LossKind
 from mlproducer._core.states import CircuitState
-from mlproducer.errors import PublishError, StoreError
 from mlproducer.observe import metric_families as catalog
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.tally import Cells
 
 KEPT = 20
@@ -103,7 +105,7 @@ class Recorder:
         self._letters: deque[Incident] = deque(maxlen=KEPT)
         self._samples: deque[tuple[float, list[int]]] = deque(maxlen=round(HISTORY / INTERVAL))
 
-    def sink(self, inside: Callable[[], Iterable[Delivery]]) -> EventSink:
+    def sink(self, inside: Callable[[], Iterable[Delivery]]) -> Sink:
         """Return a sink for the events of one engine.
 
         :param inside: returns the deliveries that are in progress
@@ -131,12 +133,12 @@ class Recorder:
             dead_letters=tuple(reversed(list(self._letters))),
         )
 
-    def note(self, kind: str, text: str, *, of_connection: bool = False) -> None:
+    def note(self, kind: str, text: str) -> None:
         """Record an error; one that is known is counted, and becomes the newest."""
         key = (kind, text[:MAX_TEXT])
         known = self._errors.pop(key, None)
         times = 1 if known is None else known.times + 1
-        self._errors[key] = Incident(_now(), *key, times, of_connection)
+        self._errors[key] = Incident(datetime.now(timezone.utc), *key, times, kind in OF_CONNECTION)
         for oldest in list(self._errors)[:-KEPT]:
             self._errors.pop(oldest, None)
 
@@ -145,13 +147,42 @@ class Recorder:
         reason, message_id = delivery.reason, delivery.envelope.message_id
         kind = type(reason).__name__ if reason is not None else "unknown reason"
         text = f"{message_id}: {reason or ''}"[:MAX_TEXT]
-        self._letters.append(Incident(_now(), kind, text))
+        self._letters.append(Incident(datetime.now(timezone.utc), kind, text))
 
+
+INCIDENTS: Mapping[type[Event], Callable[[Any], tuple[str, str] | None]] = {
+    events.AttemptFailed: lambda event: (type(event.error).__name__, str(event.error)),
+    events.Disconnected: lambda event: (
+        None if event.loss.kind is LossKind.CLOSED else ("disconnected", event.loss.text)
+    ),
+    events.ConnectFailed: lambda event: ("cannot connect", event.loss.text),
+    events.GaveUp: lambda event: (
+        "gave up connecting",
+        f"after {event.attempts} attempts: {event.loss.text}",
+    ),
+    events.ChannelLost: lambda event: ("channel closed", event.loss.text),
+    events.FlowChanged: lambda event: (
+        ("blocked by the broker", event.reason) if event.blocked else None
+    ),
+    events.TopologyFault: lambda event: ("cannot declare", f"{event.target}: {event.loss.text}"),
+    events.CircuitChanged: lambda event: (
+        ("circuit breaker", "opened") if event.state is CircuitState.OPEN else None
+    ),
+    events.HealthChecked: lambda event: None if event.alive else ("health check", "no answer"),
+    events.HealthFault: lambda event: ("health check", f"{event.target}: {event.loss.text}"),
+    events.StoreFailed: lambda event: ("the store fails", str(event.error)),
+    events.LoopFailed: lambda event: ("the I/O loop failed", type(event.error).__name__),
+}
+"""The kind and the text of what is recorded of each kind of event."""
+
+OF_CONNECTION = {"disconnected", "cannot connect"}
+"""The kinds that say why there is no connection."""
 
 _UNANSWERED = (AnswerState.WITHDRAWABLE, AnswerState.WAITING)
+_DEFERRED = AnswerState.DEFERRED
 
 
-class RecorderSink(EventSink):
+class RecorderSink(Sink):
     """Records the events of one engine.
 
     A message counts as published once its publisher has an answer, and while it waits for one.
@@ -166,94 +197,49 @@ class RecorderSink(EventSink):
         self._confirmed = 0
         self._confirmed_later = 0
         self._deferred = 0
-        self._given_back = Cells(catalog.TASKS_SENT)
+        self._failed = Cells(catalog.TASKS_SENT)
         self.dead_letters = 0
 
     def counts(self) -> tuple[int, int, int]:
         """Return how many messages were published, confirmed and deferred so far."""
         at_once = self._confirmed - self._confirmed_later
         unanswered = sum(each.answer in _UNANSWERED for each in self._inside())
-        answered = at_once + self._deferred + int(self._given_back.total()[0])
+        answered = at_once + self._deferred + int(self._failed.total()[0])
         return answered + unanswered, self._confirmed, self._deferred
 
-    # --- messages ------------------------------------------------------------------------------
+    def table(self) -> Table:
+        """Return what counts messages, and what records errors."""
+        return {
+            **dict.fromkeys(INCIDENTS, self._record),
+            events.Confirmed: self._on_confirmed,
+            events.Deferred: self._on_deferred,
+            events.Failed: self._on_failed,
+            events.DeadLettered: self._on_dead_lettered,
+        }
 
-    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """Count the messages."""
+    def _record(self, event: Event) -> None:
+        incident = INCIDENTS[type(event)](event)
+        if incident is not None:
+            self._note(*incident)
+
+    def _on_confirmed(self, event: events.Confirmed) -> None:
+        deliveries = event.deliveries
         self._confirmed += len(deliveries)
         for each in deliveries:
-            if each.answer is AnswerState.DEFERRED:
+            if each.answer is _DEFERRED:
                 self._confirmed_later += 1
 
-    def deferred(self, delivery: Delivery) -> None:
-        """Count the message."""
+    def _on_deferred(self, _event: events.Deferred) -> None:
         self._deferred += 1
 
-    def given_back(self, delivery: Delivery, error: PublishError) -> None:
+    def _on_failed(self, event: events.Failed) -> None:
         """Count the message, unless its publisher had an answer already."""
-        if delivery.answer is not AnswerState.DEFERRED:
-            self._given_back.inc()
+        if event.delivery.answer is not _DEFERRED:
+            self._failed.inc()
 
-    def failed(self, delivery: Delivery, error: PublishError) -> None:
-        """Record the error."""
-        self._note(type(error).__name__, str(error))
-
-    def dead_lettered(self, delivery: Delivery) -> None:
-        """Record the dead letter."""
+    def _on_dead_lettered(self, event: events.DeadLettered) -> None:
         self.dead_letters += 1
-        self._note_dead_letter(delivery)
-
-    # --- connections ---------------------------------------------------------------------------
-
-    def disconnected(self, loss: Loss) -> None:
-        """Record why, unless the producer closed the connection itself."""
-        if loss.kind is not LossKind.CLOSED:
-            self._note("disconnected", loss.text, of_connection=True)
-
-    def connection_error(self, loss: Loss) -> None:
-        """Record why."""
-        self._note("cannot connect", loss.text, of_connection=True)
-
-    def gave_up(self, attempts: int, loss: Loss) -> None:
-        """Record it."""
-        self._note("gave up connecting", f"after {attempts} attempts: {loss.text}")
-
-    def channel_lost(self, loss: Loss) -> None:
-        """Record why."""
-        self._note("channel closed", loss.text)
-
-    def flow_changed(self, *, blocked: bool, reason: str) -> None:
-        """Record why the broker blocks."""
-        if blocked:
-            self._note("blocked by the broker", reason)
-
-    def topology_fault(self, target: str, loss: Loss) -> None:
-        """Record what could not be declared."""
-        self._note("cannot declare", f"{target}: {loss.text}")
-
-    # --- the rest ------------------------------------------------------------------------------
-
-    def circuit_changed(self, state: CircuitState) -> None:
-        """Record that the breaker opened."""
-        if state is CircuitState.OPEN:
-            self._note("circuit breaker", "opened")
-
-    def health_checked(self, *, alive: bool) -> None:
-        """Record that there was no answer."""
-        if not alive:
-            self._note("health check", "no answer")
-
-    def health_fault(self, target: str, loss: Loss) -> None:
-        """Record what is missing or forbidden."""
-        self._note("health check", f"{target}: {loss.text}")
-
-    def store_failed(self, error: StoreError) -> None:
-        """Record why."""
-        self._note("the store fails", str(error))
-
-    def crashed(self, error: BaseException) -> None:
-        """Record the name of the error's class."""
-        self._note("the I/O loop failed", type(error).__name__)
+        self._note_dead_letter(event.delivery)
 
 
 def _rates(samples: Iterable[tuple[float, list[int]]], now: float) -> Iterable[Rates]:
@@ -274,7 +260,3 @@ def _apart(samples: Iterable[tuple[float, list[int]]]) -> Iterator[tuple[float, 
         if at - last >= INTERVAL:
             yield at, counts
             last = at
-
-
-def _now() -> datetime:
-    return datetime.now(timezone.utc)

@@ -20,19 +20,20 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import partial
 from types import ModuleType
 from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from mlproducer import tracing
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._guard import guarded
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.message import Envelope
 from mlproducer.observe.callbacks import Dispatcher
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.lines import Lines
 
 T = TypeVar("T")
@@ -110,10 +111,16 @@ class OpenSpan:
             self.end("interrupted")
 
 
-_ABOUT_OPEN_SPANS = ("confirmed", "deferred", "failed", "given_back", "retried")
+_ABOUT_OPEN_SPANS = (
+    events.Confirmed,
+    events.Deferred,
+    events.AttemptFailed,
+    events.Failed,
+    events.Retried,
+)
 
 
-class Spans(EventSink):
+class Spans(Sink):
     """The spans of one producer's messages.
 
     :param durable: messages wait in a store that outlives the process
@@ -183,42 +190,54 @@ class Spans(EventSink):
 
     # --- events --------------------------------------------------------------------------------
 
-    def wants(self, name: str) -> Sized | None:
+    def table(self) -> Table:
+        """Return what begins, notes and ends."""
+        return {
+            events.Confirmed: self._confirmed,
+            events.DeadLettered: self._dead_lettered,
+            events.Failed: self._failed,
+            events.Deferred: self._deferred,
+            events.AttemptFailed: self._attempt_failed,
+            events.Resumed: self._resumed,
+            events.Retried: self._retried,
+        }
+
+    def wants(self, kind: type[events.Event]) -> Sized | None:
         """Return the open spans for what is noted on them, or ends them, and begins none."""
-        return self._open if name in _ABOUT_OPEN_SPANS else None
+        return self._open if kind in _ABOUT_OPEN_SPANS else None
 
-    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
+    def _confirmed(self, event: events.Confirmed) -> None:
         """End the spans of the messages."""
-        self._end(deliveries, "")
+        self._end(event.deliveries, "")
 
-    def dead_lettered(self, delivery: Delivery) -> None:
+    def _dead_lettered(self, event: events.DeadLettered) -> None:
         """End the span as failed; a message from a durable store gets a span for this."""
-        self._resume(delivery)
-        self._end((delivery,), RetriesExhaustedError.__name__)
+        self._resume(event.delivery)
+        self._end((event.delivery,), RetriesExhaustedError.__name__)
 
-    def given_back(self, delivery: Delivery, error: PublishError) -> None:
+    def _failed(self, event: events.Failed) -> None:
         """End the span as failed."""
-        self._end((delivery,), type(error).__name__)
+        self._end((event.delivery,), type(event.error).__name__)
 
-    def deferred(self, delivery: Delivery) -> None:
+    def _deferred(self, event: events.Deferred | events.AttemptFailed) -> None:
         """Add an event with the reason; end the span where the message waits in a durable store."""
-        self._note(delivery, "deferred")
+        self._note(event.delivery, "deferred")
         if self._durable:
-            self._end_stored(delivery)
+            self._end_stored(event.delivery)
 
-    def failed(self, delivery: Delivery, error: PublishError) -> None:
+    def _attempt_failed(self, event: events.AttemptFailed) -> None:
         """End the span of a later attempt, whose message goes back to the durable store."""
-        if self._durable and delivery.kept:
-            self.deferred(delivery)
+        if self._durable and event.delivery.kept:
+            self._deferred(event)
 
-    def resumed(self, delivery: Delivery) -> None:
+    def _resumed(self, event: events.Resumed) -> None:
         """Start the span of a later attempt, after the first ended, perhaps in another process."""
-        if not delivery.dead:
-            self._resume(delivery)
+        if not event.delivery.dead:
+            self._resume(event.delivery)
 
-    def retried(self, delivery: Delivery) -> None:
+    def _retried(self, event: events.Retried) -> None:
         """Add an event with the reason."""
-        self._note(delivery, "retried")
+        self._note(event.delivery, "retried")
 
     def _resume(self, delivery: Delivery) -> None:
         if not self._durable or delivery in self._open or not self._traces():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlproducer import Message, MLProducer, Settings, TLSSettings
+from mlproducer._core import events
 from mlproducer.errors import AuthenticationError, PublishError
 from mlproducer.testing import Certificates, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
@@ -122,7 +123,7 @@ def test_one_channel_for_a_user(user: User, connect: Connect, rabbitmq_vhost: Vi
     rabbitmq_vhost.node.ctl("set_user_limits", user.name, '{"max-channels": 1}')
     producer = connect(user.url("first"), health_check_interval=0.2)
     producer.start()
-    faults = told(producer, "health_fault", lambda target, loss: loss.text)
+    faults = told(producer, events.HealthFault, lambda event: event.loss.text)
     happened = events_of(producer, "disconnected", "connected")
     assert producer.publish(MESSAGE, timeout=LIMIT).result(LIMIT).confirmed
     happened.wait_for("disconnected", "connected")

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from mlproducer import MLProducer, Settings
+from mlproducer._core import events
 from mlproducer.observe import metrics
 from mlproducer.observe.metric_families import FAMILIES
 from mlproducer.testing.plugin import VirtualHost
@@ -140,7 +141,7 @@ def test_queue_depth(rabbitmq_vhost: VirtualHost) -> None:
     settings = Settings(url=rabbitmq_vhost.url, health_check_interval=0.2)
     with MLProducer(settings, registry=registry) as producer:
         assert producer.wait_connected(LIMIT)
-        read = told(producer, "queue_depth", lambda queue, _messages: queue)
+        read = told(producer, events.QueueDepth, lambda event: event.queue)
         read.wait_until(lambda: set(ROUTING_KEYS) <= set(read.seen))
         depths = {
             labels["queue_name"]: number

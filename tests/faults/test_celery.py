@@ -25,11 +25,12 @@ from kombu import Queue
 from kombu.exceptions import OperationalError
 from prometheus_client import REGISTRY
 
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._engine import runtime
 from mlproducer.contrib.celery import PublishFailedError, install, uninstall
 from mlproducer.errors import ConfirmTimeoutError, PublishError
-from mlproducer.observe.events import EventSink, Fanout
+from mlproducer.observe.events import Fanout, Sink, Table
 from mlproducer.testing import CeleryWorker, Proxy
 from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
@@ -93,7 +94,7 @@ class Calls:
             self.longest = max(self.longest, time.monotonic() - started)
 
 
-class Losses(EventSink):
+class Losses(Sink):
     """Notes which messages were in flight, and perhaps in the queue, when an attempt failed.
 
     :ivar by_id: how often each was
@@ -104,7 +105,13 @@ class Losses(EventSink):
         self.by_id: Counter[str] = Counter()
         self.by_cause: Counter[str] = Counter()
 
-    def failed(self, delivery: Delivery, error: PublishError) -> None:
+    def table(self) -> Table:
+        """Return what counts."""
+        return {
+            events.AttemptFailed: lambda event: self._failed(event.delivery, event.error),
+        }
+
+    def _failed(self, delivery: Delivery, error: PublishError) -> None:
         """Count an attempt that may have succeeded; what is late is still under way."""
         if error.possibly_sent and not isinstance(error, ConfirmTimeoutError):
             self.by_id[delivery.envelope.message_id] += 1

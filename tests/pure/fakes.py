@@ -5,10 +5,11 @@ Runs on: the test's thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from attrs import evolve
 
+from mlproducer._core import events
 from mlproducer._core.breaker import Breaker, Consecutive
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import ROW_KNOWN, ROW_PENDING, AttemptState, RowState
@@ -16,7 +17,7 @@ from mlproducer._core.interfaces import Loss
 from mlproducer._core.sender import Sender
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink, Table
 from tests.helpers import make_delivery
 
 PLENTY = 1 << 20
@@ -70,13 +71,10 @@ class FakeRetryWorker:
         self.rows.pop(delivery, None)
 
 
-class FakeDeadLetterMaker:
-    """Addresses dead letters to the exchange ``dead``."""
-
-    def dead_letter(self, delivery: Delivery, reason: PublishError, now: float) -> Envelope:
-        """Change the exchange alone."""
-        assert delivery.envelope.exchange != "dead", "a letter of a letter"
-        return evolve(delivery.envelope, exchange="dead")
+def dead_letter(delivery: Delivery, _reason: PublishError, _now: float) -> Envelope:
+    """Address a dead letter to the exchange ``dead``."""
+    assert delivery.envelope.exchange != "dead", "a letter of a letter"
+    return evolve(delivery.envelope, exchange="dead")
 
 
 class FakeWindow:
@@ -90,41 +88,30 @@ class FakeWindow:
         self.left += deliveries
 
 
-class Recorder(EventSink):
+class Recorder(Sink):
     """Writes down the events about messages, with their ids."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, str]] = []
         self.strays: list[int] = []
 
-    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
-        """Note each."""
-        for delivery in deliveries:
-            self._note("confirmed", delivery)
-
-    def failed(self, delivery: Delivery, error: PublishError) -> None:
-        """Note the error's name."""
-        self._note(type(error).__name__, delivery)
-
-    def deferred(self, delivery: Delivery) -> None:
-        """Note it."""
-        self._note("deferred", delivery)
-
-    def dead_lettered(self, delivery: Delivery) -> None:
-        """Note it."""
-        self._note("dead-lettered", delivery)
-
-    def possible_duplicate(self, delivery: Delivery) -> None:
-        """Note it."""
-        self._note("possible duplicate", delivery)
-
-    def given_back(self, delivery: Delivery, error: PublishError) -> None:
-        """Note it."""
-        self._note("given back", delivery)
-
-    def stray_confirm(self, tag: int) -> None:
-        """Note the tag."""
-        self.strays.append(tag)
+    def table(self) -> Table:
+        """Note each, an attempt that failed by its error."""
+        return {
+            events.Confirmed: lambda event: [
+                self._note("confirmed", each) for each in event.deliveries
+            ],
+            events.AttemptFailed: lambda event: self._note(
+                type(event.error).__name__, event.delivery
+            ),
+            events.Deferred: lambda event: self._note("deferred", event.delivery),
+            events.DeadLettered: lambda event: self._note("dead-lettered", event.delivery),
+            events.PossibleDuplicate: lambda event: self._note(
+                "possible duplicate", event.delivery
+            ),
+            events.Failed: lambda event: self._note("given back", event.delivery),
+            events.StrayConfirm: lambda event: self.strays.append(event.tag),
+        }
 
     def _note(self, event: str, delivery: Delivery) -> None:
         self.log.append((event, delivery.envelope.message_id))
@@ -141,11 +128,16 @@ class World:
             Consecutive(threshold),
             COOLDOWN,
             PATIENCE,
-            self.events.circuit_changed,
+            lambda state: self.events.take(events.CircuitChanged(state)),
             self.wakes.append,
         )
         self.sender = Sender(
-            max_retries, breaker, self.retry_worker, FakeDeadLetterMaker(), self.window, self.events
+            max_retries,
+            breaker,
+            self.retry_worker,
+            dead_letter,
+            self.window.leave,
+            self.events.take,
         )
         self.carrier = FakeCarrier()
 

@@ -23,7 +23,7 @@ from mlproducer._core.interfaces import Loss
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState
 from mlproducer._engine.gate import Gate
-from mlproducer._engine.store_writer import Put
+from mlproducer._engine.store_orders import Put
 from mlproducer._latch import Latch
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.message import Envelope
@@ -33,13 +33,13 @@ from tests.pure.witnesses import (
     Channel,
     Clock,
     Handed,
+    Listener,
     ModelBreaker,
     ModelRetryWorker,
     ModelStore,
     NoAnswerError,
     Record,
     Setup,
-    Sink,
 )
 
 MANY = 1000
@@ -71,7 +71,12 @@ class ModelProducer:
         self.retry_worker = ModelRetryWorker(self)
         self.breaker = ModelBreaker(self)
         self.sender = Sender(
-            setup.max_retries, self.breaker, self.retry_worker, self, self.gate, Sink(self)
+            setup.max_retries,
+            self.breaker,
+            self.retry_worker,
+            self.dead_letter,
+            self.gate.leave,
+            Listener(self).take,
         )
         self.retry_worker.serve([self], lambda: None)  # type: ignore[list-item]
 

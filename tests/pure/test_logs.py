@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from mlproducer._core import events
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import NackError, StoreError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher, Event
-from mlproducer.observe.events import EventSink, Fanout
+from mlproducer.observe.events import Fanout, Sink, Table
 from mlproducer.observe.limiter import Limiter
 from mlproducer.observe.lines import Lines
 from mlproducer.observe.log import LOGGERS, MAX_WORDS, LogSink
@@ -68,14 +69,14 @@ def test_nothing_suppressed_nothing_told() -> None:
 LOSS = Loss("h:5672: connection refused", kind=LossKind.REFUSED)
 
 STORMS: dict[str, Callable[[LogSink], None]] = {
-    "dead letters": lambda sink: sink.dead_lettered(make_delivery()),
-    "failed attempts": lambda sink: sink.connection_error(LOSS),
-    "lost connections": lambda sink: sink.disconnected(LOSS),
-    "lost channels": lambda sink: sink.channel_lost(Loss("gone", 404)),
-    "stray confirms": lambda sink: sink.stray_confirm(7),
-    "failing store": lambda sink: sink.store_failed(StoreError("locked")),
-    "crashes": lambda sink: sink.crashed(RuntimeError("bug")),
-    "breaker": lambda sink: sink.circuit_changed(CircuitState.OPEN),
+    "dead letters": lambda sink: sink.take(events.DeadLettered(make_delivery())),
+    "failed attempts": lambda sink: sink.take(events.ConnectFailed(LOSS)),
+    "lost connections": lambda sink: sink.take(events.Disconnected(LOSS)),
+    "lost channels": lambda sink: sink.take(events.ChannelLost(Loss("gone", 404))),
+    "stray confirms": lambda sink: sink.take(events.StrayConfirm(7)),
+    "failing store": lambda sink: sink.take(events.StoreFailed(StoreError("locked"))),
+    "crashes": lambda sink: sink.take(events.LoopFailed(RuntimeError("bug"))),
+    "breaker": lambda sink: sink.take(events.CircuitChanged(CircuitState.OPEN)),
 }
 
 
@@ -85,7 +86,7 @@ def test_storm(storm: str, sink: LogSink, clock: Clock, caplog: pytest.LogCaptur
     for _ in range(STORM):
         STORMS[storm](sink)
         clock.now += 60.0 / STORM
-    sink.state_changed(ConnectionState.CLOSED)
+    sink.take(events.StateChanged(ConnectionState.CLOSED))
     assert len(caplog.messages) < 100
     counts = [re.fullmatch(r".* suppressed=(\d+)", line) for line in caplog.messages]
     told = [int(found[1]) for found in counts if found is not None]
@@ -97,9 +98,9 @@ def test_the_rest_is_told_by_the_next_line(
 ) -> None:
     """Once the storm's period is over, a line of another kind brings its number along."""
     for _ in range(8):
-        sink.connection_error(LOSS)
+        sink.take(events.ConnectFailed(LOSS))
     clock.now += PERIOD
-    sink.connected("h:5672")
+    sink.take(events.Connected("h:5672"))
     assert caplog.messages[5:] == ["cannot connect suppressed=3", "connected broker=h:5672"]
 
 
@@ -109,8 +110,8 @@ def test_a_change_is_never_hidden_by_another_kind(
     """A storm of one kind leaves the lines of the others alone."""
     delivery = make_delivery()
     for _ in range(STORM):
-        sink.dead_lettered(delivery)
-    sink.connected("h:5672")
+        sink.take(events.DeadLettered(delivery))
+    sink.take(events.Connected("h:5672"))
     assert caplog.messages[-1] == "connected broker=h:5672"
 
 
@@ -121,18 +122,18 @@ def test_fields(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
     """Each change is one line with its fields, at a level that says whether to look."""
     delivery = make_delivery("m")
     delivery.attempts, delivery.reason = 4, NackError("the broker nacked the message")
-    sink.connected("h:5672")
-    sink.disconnected(LOSS)
-    sink.disconnected(Loss("closed by us", kind=LossKind.CLOSED))
-    sink.connection_error(LOSS)
-    sink.flow_changed(blocked=True, reason="low on memory")
-    sink.flow_changed(blocked=False, reason="")
-    sink.circuit_changed(CircuitState.OPEN)
-    sink.circuit_changed(CircuitState.CLOSED)
-    sink.health_checked(alive=True)
-    sink.health_checked(alive=False)
-    sink.topology_fault("ml.embed", Loss("PRECONDITION_FAILED", 406))
-    sink.dead_lettered(delivery)
+    sink.take(events.Connected("h:5672"))
+    sink.take(events.Disconnected(LOSS))
+    sink.take(events.Disconnected(Loss("closed by us", kind=LossKind.CLOSED)))
+    sink.take(events.ConnectFailed(LOSS))
+    sink.take(events.FlowChanged(blocked=True, reason="low on memory"))
+    sink.take(events.FlowChanged(blocked=False, reason=""))
+    sink.take(events.CircuitChanged(CircuitState.OPEN))
+    sink.take(events.CircuitChanged(CircuitState.CLOSED))
+    sink.take(events.HealthChecked(alive=True))
+    sink.take(events.HealthChecked(alive=False))
+    sink.take(events.TopologyFault("ml.embed", Loss("PRECONDITION_FAILED", 406)))
+    sink.take(events.DeadLettered(delivery))
     assert [(each.levelname, each.getMessage()) for each in caplog.records] == [
         ("INFO", "connected broker=h:5672"),
         ("WARNING", "disconnected kind=refused reason='h:5672: connection refused'"),
@@ -157,27 +158,27 @@ def test_fields(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
 def test_nothing_per_message(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
     """What happens to every message, or to many, is counted and not logged."""
     delivery, error = make_delivery(), NackError("the broker nacked the message")
-    sink.confirmed([delivery], 0.0)
-    sink.failed(delivery, error)
-    sink.deferred(delivery)
-    sink.retried(delivery)
-    sink.late_confirm(delivery)
-    sink.possible_duplicate(delivery)
-    sink.given_back(delivery, error)
+    sink.take(events.Confirmed([delivery], 0.0))
+    sink.take(events.AttemptFailed(delivery, error))
+    sink.take(events.Deferred(delivery))
+    sink.take(events.Retried(delivery))
+    sink.take(events.LateConfirm(delivery))
+    sink.take(events.PossibleDuplicate(delivery))
+    sink.take(events.Failed(delivery, error))
     assert caplog.messages == []
 
 
 def test_foreign_words(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
     """What a broker or a publisher says is escaped and cut: one line stays one line."""
-    sink.disconnected(Loss(EVIL))
-    sink.connection_error(Loss(EVIL))
-    sink.channel_lost(Loss(EVIL, 404))
-    sink.flow_changed(blocked=True, reason=EVIL)
-    sink.topology_fault("ml.embed", Loss(EVIL, 406))
-    sink.health_fault("ml.embed", Loss(EVIL, 404))
-    sink.gave_up(10, Loss(EVIL))
-    sink.store_failed(StoreError(EVIL))
-    sink.dead_lettered(make_delivery(EVIL))
+    sink.take(events.Disconnected(Loss(EVIL)))
+    sink.take(events.ConnectFailed(Loss(EVIL)))
+    sink.take(events.ChannelLost(Loss(EVIL, 404)))
+    sink.take(events.FlowChanged(blocked=True, reason=EVIL))
+    sink.take(events.TopologyFault("ml.embed", Loss(EVIL, 406)))
+    sink.take(events.HealthFault("ml.embed", Loss(EVIL, 404)))
+    sink.take(events.GaveUp(10, Loss(EVIL)))
+    sink.take(events.StoreFailed(StoreError(EVIL)))
+    sink.take(events.DeadLettered(make_delivery(EVIL)))
     assert len(caplog.messages) == 9
     for line in caplog.messages:
         assert line.isprintable()
@@ -186,7 +187,7 @@ def test_foreign_words(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_traceback_of_a_crash(caplog: pytest.LogCaptureFixture, sink: LogSink) -> None:
     """A failure of the loop, which is a bug, is logged with its traceback."""
-    sink.crashed(RuntimeError("bug"))
+    sink.take(events.LoopFailed(RuntimeError("bug")))
     [record] = caplog.records
     assert record.levelno == logging.CRITICAL
     assert record.exc_info is not None
@@ -204,9 +205,9 @@ def test_lines_speak_for_their_modules(sink: LogSink, caplog: pytest.LogCaptureF
     """Each kind of line comes from the logger of a module that there is: the one it speaks of."""
     assert all(importlib.util.find_spec(f"mlproducer.{name}") for name in LOGGERS.values())
     for _ in range(6):
-        sink.connection_error(LOSS)
-        sink.circuit_changed(CircuitState.OPEN)
-    sink.state_changed(ConnectionState.CLOSED)
+        sink.take(events.ConnectFailed(LOSS))
+        sink.take(events.CircuitChanged(CircuitState.OPEN))
+    sink.take(events.StateChanged(ConnectionState.CLOSED))
     told = [(each.name, each.getMessage()) for each in caplog.records]
     assert {name for name, _ in told} == {
         "mlproducer._engine.connector",
@@ -253,7 +254,7 @@ def test_handlers_that_raise(
     passed: list[str] = []
 
     def tell() -> None:
-        sink.connected("h:5672")
+        sink.take(events.Connected("h:5672"))
         passed.append("the line")
 
     thread = threading.Thread(target=tell)
@@ -261,27 +262,30 @@ def test_handlers_that_raise(
     thread.join(5.0)
     assert passed == ["the line"]
     if isinstance(error, Exception):
-        sink.connected("h:5672")
+        sink.take(events.Connected("h:5672"))
     else:
         with pytest.raises(type(error)):
-            sink.connected("h:5672")
+            sink.take(events.Connected("h:5672"))
 
 
 def test_an_observer_that_fails(caplog: pytest.LogCaptureFixture) -> None:
     """It is logged, not a thousand times, and the observers after it are told all the same."""
     seen: list[str] = []
 
-    class Failing(EventSink):
-        def connected(self, address: str) -> None:
-            raise OSError(address)
+    class Failing(Sink):
+        def table(self) -> Table:
+            return {events.Connected: self.connected}
 
-    class Seeing(EventSink):
-        def connected(self, address: str) -> None:
-            seen.append(address)
+        def connected(self, event: events.Connected) -> None:
+            raise OSError(event.address)
 
-    events = Fanout([Failing(), Seeing()])
+    class Seeing(Sink):
+        def table(self) -> Table:
+            return {events.Connected: lambda event: seen.append(event.address)}
+
+    fanout = Fanout([Failing(), Seeing()])
     for n in range(1000):
-        events.connected(str(n))
+        fanout.emit(events.Connected(str(n)))
     assert seen == [str(n) for n in range(1000)]
     assert 0 < len(caplog.records) < 10
     assert {each.getMessage() for each in caplog.records} == {"an observer failed"}
@@ -292,8 +296,8 @@ def test_refused(sink: LogSink, caplog: pytest.LogCaptureFixture) -> None:
     callbacks, told = Callbacks(), list[Any]()
     callbacks.add("refused", told.append)
     dispatcher = Dispatcher(lambda _role, run: threading.Thread(target=run, daemon=True))
-    events = Fanout([sink, CallbackSink(callbacks, dispatcher)])
-    events.refused("m-1", StoreError("full"))
+    fanout = Fanout([sink, CallbackSink(callbacks, dispatcher)])
+    fanout.emit(events.Refused("m-1", StoreError("full")))
     dispatcher.stop()
     dispatcher.events._run()
     assert told == [Event("refused", "m-1", "StoreError")]

@@ -25,6 +25,7 @@ from mlproducer import (
     Status,
     SummarizationTask,
 )
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AttemptState
 from mlproducer._core.interfaces import Loss, LossKind
@@ -46,7 +47,7 @@ from mlproducer.errors import (
 from mlproducer.message import Envelope
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe import metrics
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.metric_families import FAMILIES, Kind
 from mlproducer.observe.tally import Cells
@@ -122,7 +123,7 @@ def meter(registry: CollectorRegistry) -> Meter:
 
 
 @pytest.fixture
-def sink(meter: Meter) -> EventSink:
+def sink(meter: Meter) -> Sink:
     """The sink of one engine."""
     return meter.sink()
 
@@ -190,10 +191,10 @@ def test_foreign_metric_of_the_same_name(registry: CollectorRegistry) -> None:
 # --- each message once -------------------------------------------------------------------------
 
 
-def test_confirmed(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_confirmed(registry: CollectorRegistry, sink: Sink) -> None:
     """A burst is counted by its task types, with durations and sizes in their buckets."""
     burst = [of_type("a", started=8.0), of_type("b", body=b"x" * 1025), of_type("a", started=9.8)]
-    sink.confirmed(burst, 10.0)
+    sink.take(events.Confirmed(burst, 10.0))
     assert sent(registry) == {("a", "success"): 2, ("b", "success"): 1}
     labels = {"task_type": "a", "status": "success"}
     within = {
@@ -208,9 +209,9 @@ def test_confirmed(registry: CollectorRegistry, sink: EventSink) -> None:
     assert value(registry, "message_size_bytes_sum") == 1033
 
 
-def test_bounds_belong_to_their_bucket(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_bounds_belong_to_their_bucket(registry: CollectorRegistry, sink: Sink) -> None:
     """A bucket holds what is less than its bound or equal to it, as ``le`` says."""
-    sink.confirmed([of_type("a", body=b"x" * n) for n in (256, 257)], 0.0)
+    sink.take(events.Confirmed([of_type("a", body=b"x" * n) for n in (256, 257)], 0.0))
     assert value(registry, "message_size_bytes_bucket", le="256.0") == 1
 
 
@@ -228,21 +229,21 @@ def test_bounds_belong_to_their_bucket(registry: CollectorRegistry, sink: EventS
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
 )
 def test_given_back(
-    registry: CollectorRegistry, sink: EventSink, error: PublishError, status: str
+    registry: CollectorRegistry, sink: Sink, error: PublishError, status: str
 ) -> None:
     """A message given back counts once, by the reason, and its duration with it."""
-    sink.given_back(of_type("a"), error)
+    sink.take(events.Failed(of_type("a"), error))
     assert sent(registry) == {("a", status): 1}
     labels = {"task_type": "a", "status": status}
     assert value(registry, "task_publish_duration_seconds_count", **labels) == 1
 
 
-def test_dead_lettered(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_dead_lettered(registry: CollectorRegistry, sink: Sink) -> None:
     """A dead letter is the one failure, however many attempts there were."""
     delivery = of_type("a")
     for _ in range(4):
-        sink.failed(delivery, NackError())
-    sink.dead_lettered(delivery)
+        sink.take(events.AttemptFailed(delivery, NackError()))
+    sink.take(events.DeadLettered(delivery))
     assert sent(registry) == {("a", "failure"): 1}
     assert value(registry, "dead_lettered_total") == 1
     assert value(registry, "nacks_total") == 4
@@ -277,11 +278,11 @@ def test_refused(
     assert sent(registry) == {labels: 1}
 
 
-def test_types_without_end(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_types_without_end(registry: CollectorRegistry, sink: Sink) -> None:
     """A user who makes up names gets a hundred series, and one more for all the others."""
     for n in range(1000):
-        sink.confirmed([of_type(f"task-{n}")], 0.0)
-        sink.retried(of_type(f"task-{n}"))
+        sink.take(events.Confirmed([of_type(f"task-{n}")], 0.0))
+        sink.take(events.Retried(of_type(f"task-{n}")))
     counted = sent(registry)
     assert len(counted) == 101
     assert counted["task-99", "success"] == 1
@@ -290,9 +291,9 @@ def test_types_without_end(registry: CollectorRegistry, sink: EventSink) -> None
 
 
 @pytest.mark.parametrize("name", ["", "\ud800", "a\nb", "x" * 201])
-def test_types_that_are_no_label(registry: CollectorRegistry, sink: EventSink, name: str) -> None:
+def test_types_that_are_no_label(registry: CollectorRegistry, sink: Sink, name: str) -> None:
     """A name that would break a scrape, or fill it, is among the others; the rest is shown."""
-    sink.confirmed([of_type(name)], 0.0)
+    sink.take(events.Confirmed([of_type(name)], 0.0))
     assert sent(registry) == {("other", "success"): 1}
     assert metrics.exposition(registry)
 
@@ -300,32 +301,32 @@ def test_types_that_are_no_label(registry: CollectorRegistry, sink: EventSink, n
 # --- the other counters ------------------------------------------------------------------------
 
 
-def test_what_the_broker_says(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_what_the_broker_says(registry: CollectorRegistry, sink: Sink) -> None:
     """A nack, a return and a confirm timeout are told apart; what was never written is neither."""
     written, unwritten = make_delivery(), make_delivery()
     written.attempt, unwritten.attempt = AttemptState.LATE, AttemptState.QUEUED
-    sink.failed(written, NackError())
-    sink.failed(written, UnroutableError())
-    sink.failed(written, ConfirmTimeoutError())
-    sink.failed(unwritten, ConfirmTimeoutError())
-    sink.late_confirm(written)
-    sink.possible_duplicate(written)
+    sink.take(events.AttemptFailed(written, NackError()))
+    sink.take(events.AttemptFailed(written, UnroutableError()))
+    sink.take(events.AttemptFailed(written, ConfirmTimeoutError()))
+    sink.take(events.AttemptFailed(unwritten, ConfirmTimeoutError()))
+    sink.take(events.LateConfirm(written))
+    sink.take(events.PossibleDuplicate(written))
     for name in ("nacks", "returns", "confirm_timeouts", "late_confirms", "possible_duplicates"):
         assert value(registry, f"{name}_total") == 1, name
 
 
 def test_connection(
-    registry: CollectorRegistry, sink: EventSink, monkeypatch: pytest.MonkeyPatch
+    registry: CollectorRegistry, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses and failed attempts count by their kind, a closing does not; outages are measured."""
     now = iter([100.0, 103.0])
     monkeypatch.setattr("mlproducer.observe.meter.time.monotonic", lambda: next(now))
-    sink.connected("h:5672")
+    sink.take(events.Connected("h:5672"))
     assert value(registry, "reconnect_duration_seconds_count") == 0
-    sink.disconnected(Loss("", kind=LossKind.HEARTBEAT))
-    sink.connection_error(Loss("", kind=LossKind.REFUSED))
-    sink.connected("h:5672")
-    sink.disconnected(Loss("", kind=LossKind.CLOSED))
+    sink.take(events.Disconnected(Loss("", kind=LossKind.HEARTBEAT)))
+    sink.take(events.ConnectFailed(Loss("", kind=LossKind.REFUSED)))
+    sink.take(events.Connected("h:5672"))
+    sink.take(events.Disconnected(Loss("", kind=LossKind.CLOSED)))
     assert value(registry, "connection_errors_total", error_type="heartbeat") == 1
     assert value(registry, "connection_errors_total", error_type="refused") == 1
     assert value(registry, "connection_errors_total", error_type="closed") is None
@@ -333,15 +334,15 @@ def test_connection(
     assert value(registry, "reconnect_duration_seconds_sum") == 3
 
 
-def test_states(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_states(registry: CollectorRegistry, sink: Sink) -> None:
     """Moves of the connection count by where they lead; of the breaker, only that it opens."""
     for state in ConnectionState:
-        sink.state_changed(state)
+        sink.take(events.StateChanged(state))
     for circuit in (CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.OPEN):
-        sink.circuit_changed(circuit)
-    sink.health_checked(alive=True)
-    sink.health_checked(alive=False)
-    sink.store_failed(StoreError())
+        sink.take(events.CircuitChanged(circuit))
+    sink.take(events.HealthChecked(alive=True))
+    sink.take(events.HealthChecked(alive=False))
+    sink.take(events.StoreFailed(StoreError()))
     moves = "connection_state_changes_total"
     assert [value(registry, moves, state=each.name) for each in ConnectionState] == [1] * 5
     assert value(registry, "circuit_breaker_trips_total") == 2
@@ -349,12 +350,12 @@ def test_states(registry: CollectorRegistry, sink: EventSink) -> None:
     assert value(registry, "store_errors_total") == 1
 
 
-def test_closed_label_sets(registry: CollectorRegistry, sink: EventSink, meter: Meter) -> None:
+def test_closed_label_sets(registry: CollectorRegistry, sink: Sink, meter: Meter) -> None:
     """Whatever happens, a label with a closed set has one of the words that the catalog lists."""
     for kind in LossKind:
-        sink.connection_error(Loss("", kind=kind))
+        sink.take(events.ConnectFailed(Loss("", kind=kind)))
     for state in ConnectionState:
-        sink.state_changed(state)
+        sink.take(events.StateChanged(state))
     for error in _all_errors(MLProducerError):
         meter.refused(None, error())
     words = {family.name: family.words for family in FAMILIES if family.words}
@@ -430,19 +431,21 @@ def test_stores_that_are_shared(registry: CollectorRegistry, meter: Meter) -> No
     assert value(registry, "dead_letters") == 3 + 3 + 3 + 3
 
 
-def test_the_package_imported_twice(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_the_package_imported_twice(registry: CollectorRegistry, sink: Sink) -> None:
     """A later import counts on, beside producers of the earlier one, and hides nothing of them."""
     old = Producer(Status(connection_state=CONNECTED, pending_confirms=2, retry_queue_size=4))
     metrics.meter(registry).watch(old)
-    sink.confirmed([of_type("a", started=0.0)], 3.0)
-    again, status = imported_again("mlproducer.observe.metrics", "mlproducer.status")
+    sink.take(events.Confirmed([of_type("a", started=0.0)], 3.0))
+    again, status, its = imported_again(
+        "mlproducer.observe.metrics", "mlproducer.status", "mlproducer._core.events"
+    )
     second = again.meter(registry)
     assert again.meter(registry) is second is not metrics.meter(registry)
     state = status.ConnectionState.DISCONNECTED
     new = Producer(status.Status(connection_state=state, pending_confirms=1, retry_queue_size=3))
     second.watch(new)
-    second.sink().confirmed([of_type("a"), of_type("b")], 0.0)
-    sink.confirmed([of_type("a")], 0.0)
+    second.sink().take(its.Confirmed([of_type("a"), of_type("b")], 0.0))
+    sink.take(events.Confirmed([of_type("a")], 0.0))
     assert sent(registry) == {("a", "success"): 3, ("b", "success"): 1}
     labels = {"task_type": "a", "status": "success"}
     assert value(registry, "task_publish_duration_seconds_count", **labels) == 3
@@ -489,10 +492,10 @@ def test_first_count_beside_a_finaliser() -> None:
     assert (sizes.total()[0], sizes.total()[-1]) == (2, 3.0)
 
 
-def test_registries_are_apart(registry: CollectorRegistry, sink: EventSink) -> None:
+def test_registries_are_apart(registry: CollectorRegistry, sink: Sink) -> None:
     """What is counted on one registry does not show on another."""
     other = CollectorRegistry()
-    metrics.meter(other).sink().confirmed([of_type("a")], 0.0)
+    metrics.meter(other).sink().take(events.Confirmed([of_type("a")], 0.0))
     assert sent(registry) == {}
     assert sent(other) == {("a", "success"): 1}
 
@@ -512,7 +515,7 @@ def test_dropped_producer(registry: CollectorRegistry, meter: Meter) -> None:
     meter.watch(producer)
     producer.set(pending_confirms=7)
     gone = weakref.ref(producer)
-    meter.sink().confirmed([of_type("a")], 0.0)
+    meter.sink().take(events.Confirmed([of_type("a")], 0.0))
     del producer
     gc.collect()
     assert gone() is None
@@ -536,18 +539,19 @@ def depth(registry: CollectorRegistry, queue: str = "ml.embed") -> float | None:
     return value(registry, "queue_depth", queue_name=queue)
 
 
-def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: EventSink) -> None:
+def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: Sink) -> None:
     """The last reading of each queue is shown, for as long as it is one."""
     producer = Producer()
     meter.watch(producer)
-    sink.queue_depth("ml.embed", 3)
-    sink.queue_depth("ml.summarize", 9)
-    sink.queue_depth("ml.embed", 4)
-    sink.queue_depth("ml.transcribe", 1)
+    sink.take(events.QueueDepth("ml.embed", 3))
+    sink.take(events.QueueDepth("ml.summarize", 9))
+    sink.take(events.QueueDepth("ml.embed", 4))
+    sink.take(events.QueueDepth("ml.transcribe", 1))
     assert (depth(registry), depth(registry, "ml.summarize")) == (4, 9)
-    sink.health_checked(alive=True)
-    sink.queue_depth("ml.summarize", 9)
-    sink.health_fault("ml.embed", Loss("NOT_FOUND", 404))  # and "ml.transcribe" is not asked for
+    sink.take(events.HealthChecked(alive=True))
+    sink.take(events.QueueDepth("ml.summarize", 9))
+    sink.take(events.HealthFault("ml.embed", Loss("NOT_FOUND", 404)))
+    # "ml.transcribe" is not asked for any more
     shown = [depth(registry, f"ml.{name}") for name in ("embed", "summarize", "transcribe")]
     assert shown == [None, 9, None]
     producer.set(connection_state=CLOSED)
@@ -556,17 +560,17 @@ def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: EventSink
 
 @pytest.mark.parametrize("state", [each for each in ConnectionState if each is not CONNECTED])
 def test_queue_depth_is_gone_with_its_connection(
-    registry: CollectorRegistry, meter: Meter, sink: EventSink, state: ConnectionState
+    registry: CollectorRegistry, meter: Meter, sink: Sink, state: ConnectionState
 ) -> None:
     """Each connection has readings of its own, of which the greatest is shown."""
     producer, other = Producer(), meter.sink()
     meter.watch(producer)
-    sink.queue_depth("ml.embed", 7)
-    other.queue_depth("ml.embed", 0)
+    sink.take(events.QueueDepth("ml.embed", 7))
+    other.take(events.QueueDepth("ml.embed", 0))
     assert depth(registry) == 7
-    sink.state_changed(state)
+    sink.take(events.StateChanged(state))
     assert depth(registry) == 0
-    other.queue_depth("ml.embed", 2)
+    other.take(events.QueueDepth("ml.embed", 2))
     assert depth(registry) == 2
     gone = weakref.ref(other)
     del other
@@ -623,11 +627,11 @@ def test_a_queue_that_is_not_read_any_more_is_zero_in_a_file() -> None:
     meter = metrics._FileMeter(shown, metrics._Writer())  # type: ignore[arg-type]
     meter.watch(producer)
     sink = meter.sink()
-    sink.queue_depth("ml.embed", 7)
+    sink.take(events.QueueDepth("ml.embed", 7))
     meter.refresh()
     assert shown.values[catalog.QUEUE_DEPTH.name] == 7
     producer.state = ConnectionState.DISCONNECTED
-    sink.state_changed(ConnectionState.DISCONNECTED)
+    sink.take(events.StateChanged(ConnectionState.DISCONNECTED))
     assert shown.values[catalog.QUEUE_DEPTH.name] == 0
 
 

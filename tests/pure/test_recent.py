@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AnswerState
 from mlproducer._core.interfaces import Loss, LossKind
@@ -17,7 +18,7 @@ from mlproducer.errors import (
     StoreError,
     UnroutableError,
 )
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink
 from mlproducer.observe.recent import KEPT, MAX_TEXT, Rates, Recorder
 from tests.helpers import make_delivery
 
@@ -29,7 +30,7 @@ class Second:
         self.now = 100.0
         self.inside: list[Delivery] = []
         self.recorder = Recorder(lambda: self.now)
-        self.sink: EventSink = self.recorder.sink(lambda: list(self.inside))
+        self.sink: Sink = self.recorder.sink(lambda: list(self.inside))
         self.recorder.sample()
 
     def rates(self, seconds: float = 1.0) -> Rates:
@@ -41,7 +42,7 @@ class Second:
 def test_confirmed_at_once() -> None:
     """A message that is confirmed has been published and confirmed, once each."""
     second = Second()
-    second.sink.confirmed([make_delivery() for _ in range(6)], 0.0)
+    second.sink.take(events.Confirmed([make_delivery() for _ in range(6)], 0.0))
     assert second.rates(2.0) == Rates(age=0.0, published=3.0, confirmed=3.0, deferred=0.0)
     assert second.rates() == Rates(age=0.0, published=0.0, confirmed=0.0, deferred=0.0)
 
@@ -52,21 +53,21 @@ def test_deferred_then_confirmed() -> None:
     second.inside = [delivery]
     assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=0.0)
     delivery.answer = AnswerState.DEFERRED
-    second.sink.deferred(delivery)
+    second.sink.take(events.Deferred(delivery))
     assert second.rates() == Rates(age=0.0, published=0.0, confirmed=0.0, deferred=1.0)
     second.inside = []
-    second.sink.confirmed([delivery], 0.0)
+    second.sink.take(events.Confirmed([delivery], 0.0))
     assert second.rates() == Rates(age=0.0, published=0.0, confirmed=1.0, deferred=0.0)
 
 
 def test_given_back() -> None:
     """A message that is refused was published, too; one that was ours is not counted again."""
     second, ours = Second(), make_delivery()
-    second.sink.given_back(make_delivery(), CircuitOpenError())
+    second.sink.take(events.Failed(make_delivery(), CircuitOpenError()))
     assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=0.0)
     ours.answer = AnswerState.DEFERRED
-    second.sink.deferred(ours)
-    second.sink.given_back(ours, NackError())
+    second.sink.take(events.Deferred(ours))
+    second.sink.take(events.Failed(ours, NackError()))
     assert second.rates() == Rates(age=0.0, published=1.0, confirmed=0.0, deferred=1.0)
 
 
@@ -93,7 +94,7 @@ def test_threads_that_look_at_once() -> None:
         if meanwhile:
             second.now += 0.001
             meanwhile.pop()()  # another thread looks
-            sink.confirmed([make_delivery()] * 100, 0.0)
+            sink.take(events.Confirmed([make_delivery()] * 100, 0.0))
         return counts()  # type: ignore[no-any-return]
 
     sink.counts = held_up
@@ -117,8 +118,8 @@ def test_several_engines() -> None:
     second = Second()
     other = second.recorder.sink(list)
     second.rates()
-    second.sink.confirmed([make_delivery()], 0.0)
-    other.confirmed([make_delivery()], 0.0)
+    second.sink.take(events.Confirmed([make_delivery()], 0.0))
+    other.take(events.Confirmed([make_delivery()], 0.0))
     assert second.rates().confirmed == 2.0
 
 
@@ -126,9 +127,9 @@ def test_equal_errors_are_one() -> None:
     """An error that happens again is counted, and comes first again."""
     second = Second()
     for _ in range(3):
-        second.sink.failed(make_delivery(), ConfirmTimeoutError("no confirm"))
-    second.sink.store_failed(StoreError("disk full"))
-    second.sink.failed(make_delivery(), ConfirmTimeoutError("no confirm"))
+        second.sink.take(events.AttemptFailed(make_delivery(), ConfirmTimeoutError("no confirm")))
+    second.sink.take(events.StoreFailed(StoreError("disk full")))
+    second.sink.take(events.AttemptFailed(make_delivery(), ConfirmTimeoutError("no confirm")))
     errors = [(e.kind, e.text, e.times) for e in second.recorder.recent().errors]
     expected = [("ConfirmTimeoutError", "no confirm", 4), ("the store fails", "disk full", 1)]
     assert errors == expected
@@ -138,10 +139,10 @@ def test_bounds() -> None:
     """Of errors and dead letters the last twenty are kept, and of a text its beginning."""
     second = Second()
     for n in range(50):
-        second.sink.connection_error(Loss(f"{n} {'x' * 1000}"))
+        second.sink.take(events.ConnectFailed(Loss(f"{n} {'x' * 1000}")))
         letter = make_delivery(f"id-{n}")
         letter.reason = UnroutableError("y" * 1000)
-        second.sink.dead_lettered(letter)
+        second.sink.take(events.DeadLettered(letter))
     recent = second.recorder.recent()
     assert [e.text.split()[0] for e in recent.errors] == [str(n) for n in range(49, 29, -1)]
     assert [e.text.split(":")[0] for e in recent.dead_letters] == [
@@ -156,21 +157,21 @@ def test_everything_that_goes_wrong() -> None:
     """Each event that may need an operator is remembered; no other is."""
     second, loss = Second(), Loss("words")
     sink = second.sink
-    sink.connected("b:1")
-    sink.disconnected(Loss("closed by us", kind=LossKind.CLOSED))
-    sink.circuit_changed(CircuitState.CLOSED)
-    sink.flow_changed(blocked=False, reason="")
-    sink.health_checked(alive=True)
+    sink.take(events.Connected("b:1"))
+    sink.take(events.Disconnected(Loss("closed by us", kind=LossKind.CLOSED)))
+    sink.take(events.CircuitChanged(CircuitState.CLOSED))
+    sink.take(events.FlowChanged(blocked=False, reason=""))
+    sink.take(events.HealthChecked(alive=True))
     assert second.recorder.recent().errors == ()
-    sink.disconnected(loss)
-    sink.gave_up(10, loss)
-    sink.channel_lost(loss)
-    sink.circuit_changed(CircuitState.OPEN)
-    sink.flow_changed(blocked=True, reason="low on memory")
-    sink.health_checked(alive=False)
-    sink.health_fault("x", loss)
-    sink.topology_fault("q", loss)
-    sink.crashed(ValueError("may hold anything"))
+    sink.take(events.Disconnected(loss))
+    sink.take(events.GaveUp(10, loss))
+    sink.take(events.ChannelLost(loss))
+    sink.take(events.CircuitChanged(CircuitState.OPEN))
+    sink.take(events.FlowChanged(blocked=True, reason="low on memory"))
+    sink.take(events.HealthChecked(alive=False))
+    sink.take(events.HealthFault("x", loss))
+    sink.take(events.TopologyFault("q", loss))
+    sink.take(events.LoopFailed(ValueError("may hold anything")))
     assert [(e.kind, e.text) for e in reversed(second.recorder.recent().errors)] == [
         ("disconnected", "words"),
         ("gave up connecting", "after 10 attempts: words"),

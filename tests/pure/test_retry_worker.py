@@ -14,11 +14,11 @@ from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.retry_worker import RetryWorker
-from mlproducer._engine.store_writer import End
+from mlproducer._engine.store_orders import End
 from mlproducer._engine.stored_rows import SAFETY, record_of
 from mlproducer.errors import PublishError, StoreError
 from mlproducer.message import Fate
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Fanout
 from mlproducer.settings import RetryPolicy
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row
@@ -95,7 +95,9 @@ class Bench:
         self.clock = Clock()
         self.owner = Owner()
         self.store = kind(rows, clock=self.clock.monotonic)
-        self.retry_worker = RetryWorker(self.store, Gate(10), Backoff(1.0, 10.0), 1.0, EventSink())
+        self.retry_worker = RetryWorker(
+            self.store, Gate(10), Backoff(1.0, 10.0), 1.0, Fanout([]).emit
+        )
         self.retry_worker.serve([self.owner], lambda: None)  # type: ignore[list-item]
 
     def keep(self, delivery: Delivery, attempts: int = 1, *, fresh: bool = False) -> None:

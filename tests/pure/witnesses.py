@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, frozen
 
+from mlproducer._core import events
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.breaker import Breaker, Consecutive
 from mlproducer._core.delivery import Delivery
@@ -24,7 +25,7 @@ from mlproducer._latch import Relay
 from mlproducer._waiting import Answer
 from mlproducer.errors import BrokerRejectedError, PublishError, StoreError
 from mlproducer.message import Envelope, Receipt
-from mlproducer.observe.events import EventSink
+from mlproducer.observe.events import Sink, Table
 from mlproducer.stores.memory import MemoryStore, _Slot
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 
@@ -192,15 +193,24 @@ class Channel:
         return [(self.open.pop(each), each in self.returned) for each in tags]
 
 
-class Sink(EventSink):
+class Listener(Sink):
     """Hears what the sender says of each message's end."""
 
     def __init__(self, producer: ModelProducer) -> None:
         self._producer = producer
 
-    def confirmed(self, deliveries: Sequence[Delivery], now: float) -> None:
+    def table(self) -> Table:
+        """Return what checks what is said."""
+        return {
+            events.Confirmed: self.confirmed,
+            events.DeadLettered: lambda event: self.dead_lettered(event.delivery),
+            events.Deferred: lambda event: self.deferred(event.delivery),
+            events.Failed: lambda event: self.given_back(event.delivery, event.error),
+        }
+
+    def confirmed(self, event: events.Confirmed) -> None:
         """The broker has said so, and nothing else was said before."""
-        for delivery in deliveries:
+        for delivery in event.deliveries:
             assert self._producer.record(delivery).acked, (
                 "I3: confirmed without an ack, or returned"
             )
@@ -456,7 +466,7 @@ class ModelRetryWorker(RetryWorker):
 
     def __init__(self, producer: ModelProducer) -> None:
         backoff = Backoff(BASE_DELAY, MAX_DELAY)
-        super().__init__(producer.store, producer.gate, backoff, SWEEP, Sink(producer))
+        super().__init__(producer.store, producer.gate, backoff, SWEEP, Listener(producer).take)
         self._producer = producer
         self._take = self.stored_rows.take
         self.stored_rows.take = self._take_and_note  # type: ignore[method-assign]

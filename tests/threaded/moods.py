@@ -14,6 +14,7 @@ from typing import Any
 from pika import spec
 
 from mlproducer import MLProducer
+from mlproducer._core import events
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT
 
@@ -96,20 +97,16 @@ def gaps(times: list[float]) -> list[float]:
 
 def circuit_of(producer: MLProducer) -> Happenings:
     """Watch the breaker of a producer that has been started; each move is noted as its state."""
-    return told(producer, "circuit_changed", lambda state: state)
+    return told(producer, events.CircuitChanged, lambda event: event.state)
 
 
-def told(producer: MLProducer, event: str, note: Callable[..., Any]) -> Happenings:
-    """Watch what the sinks of a producer are told: what ``note`` makes of the event's arguments."""
+def told(
+    producer: MLProducer, kind: type[events.Event], note: Callable[[Any], object]
+) -> Happenings:
+    """Watch what the sinks of a producer are told: what ``note`` makes of the events of a kind."""
     seen = Happenings()
-    events = io_of(producer)._events
-    tell_on = getattr(events, event)
-
-    def tell(*args: Any, **kwargs: Any) -> None:
-        tell_on(*args, **kwargs)
-        seen.note(note(*args, **kwargs))
-
-    setattr(events, event, tell)
+    fanout = io_of(producer)._emit.__self__
+    fanout._takers[kind].append((lambda event: seen.note(note(event)), None))
     return seen
 
 

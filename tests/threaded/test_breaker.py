@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mlproducer import CircuitState, Message, MLProducer, Outcome, Settings
+from mlproducer._core import events
 from mlproducer.errors import (
     AuthenticationError,
     BrokerBlockedError,
@@ -112,7 +113,7 @@ def test_a_failed_attempt_is_one_failure(connect: Connect, serve: Serve) -> None
     assert fail(producer, broker, THRESHOLD + 2) == {NotConnectedError}
     assert producer.status().consecutive_failures == 1
     assert producer.status().circuit_state is CLOSED
-    errors = told(producer, "connection_error", lambda loss: loss.kind)
+    errors = told(producer, events.ConnectFailed, lambda event: event.loss.kind)
     producer.reconnect()
     errors.wait_until(lambda: len(errors.seen) == 1)
     assert fail(producer, broker, 1) == {NotConnectedError}

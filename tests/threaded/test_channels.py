@@ -12,6 +12,7 @@ import pytest
 from pika import spec
 
 from mlproducer import Message, MLProducer, Topology
+from mlproducer._core import events
 from mlproducer.errors import RetriesExhaustedError, UnroutableError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT, make_message
@@ -46,7 +47,7 @@ def test_one_channel_is_enough(
     with caplog.at_level(logging.ERROR, "mlproducer"):
         assert confirmed(producer)
         faults.wait_until(lambda: len(faults.seen) >= 1)
-        lost = told(producer, "channel_lost", lambda loss: loss.reply_code)
+        lost = told(producer, events.ChannelLost, lambda event: event.loss.reply_code)
         broker.connections[0].close_channel(1, 404, "NOT_FOUND")
         lost.wait_for(404)
         assert confirmed(producer)  # on another channel, after that one
@@ -58,7 +59,7 @@ def test_one_channel_is_enough(
 def health_faults(producer: MLProducer) -> Happenings:
     """Watch what the health checks find amiss."""
     producer.start()
-    return told(producer, "health_fault", lambda target, loss: (target, loss.text))
+    return told(producer, events.HealthFault, lambda event: (event.target, event.loss.text))
 
 
 def test_a_probe_that_costs_the_connection(connect: Connect, serve: Serve) -> None:
@@ -102,7 +103,7 @@ def test_a_connection_that_ends_during_a_probe(connect: Connect, serve: Serve, t
     broker = serve(Ends())
     producer = connect(broker, health_check_interval=0.05)
     faults = health_faults(producer)
-    checked = told(producer, "health_checked", lambda alive: alive)
+    checked = told(producer, events.HealthChecked, lambda event: event.alive)
     if times == 1:
         checked.wait_for(True, True)
         assert faults.seen == []
@@ -115,14 +116,14 @@ def test_a_connection_that_ends_during_a_probe(connect: Connect, serve: Serve, t
 def checks_of(producer: MLProducer) -> Happenings:
     """Watch the health thread ask."""
     engine: Any = producer._life.runtime.engines[0]  # type: ignore[union-attr]
-    seen = Happenings()
-    probe = engine.io.probe
+    seen, checks = Happenings(), engine.io._health
+    probe = checks._probe
 
     def note(reply: Any) -> None:
         probe(reply)
         seen.note("asked")
 
-    engine.io.probe = note
+    checks._probe = note
     return seen
 
 

@@ -10,6 +10,7 @@ import pytest
 from pika import spec
 
 from mlproducer import MLProducer
+from mlproducer._core import events
 from mlproducer._engine import health
 from mlproducer.errors import ConfirmTimeoutError
 from mlproducer.testing.fake_broker import FakeConnection
@@ -84,7 +85,7 @@ def test_a_silent_broker_is_given_up(connect: Connect, serve: Serve) -> None:
     broker = serve(patient)
     producer = connect(broker, health_check_interval=NEVER)
     assert producer.wait_connected(LIMIT)
-    lost = told(producer, "disconnected", lambda loss: (time.monotonic(), loss.text))
+    lost = told(producer, events.Disconnected, lambda event: (time.monotonic(), event.loss.text))
     patient.numb.add(broker.connections[0])
     begun = time.monotonic()
     receipt = producer.publish(make_message("m"), timeout=0.1)
@@ -122,7 +123,7 @@ def test_a_freeze_that_ends_in_time(connect: Connect, serve: Serve) -> None:
     with Proxy(("127.0.0.1", broker.port)) as proxy:
         producer = connect(proxy.url(broker.url), health_check_interval=NEVER)
         assert producer.publish(make_message()).confirmed
-        checked = told(producer, "health_checked", lambda *, alive: alive)
+        checked = told(producer, events.HealthChecked, lambda event: event.alive)
         proxy.stall()
         receipt = producer.publish(make_message("m"), timeout=0.1)
         assert isinstance(receipt.reason, ConfirmTimeoutError)
@@ -145,8 +146,8 @@ def test_a_fault_is_reported_and_alive(connect: Connect, serve: Serve, code: int
     broker = serve(patient)
     producer = connect(broker, health_check_interval=NEVER)
     assert producer.wait_connected(LIMIT)
-    faults = told(producer, "health_fault", lambda target, loss: (target, loss.reply_code))
-    checked = told(producer, "health_checked", lambda *, alive: alive)
+    faults = told(producer, events.HealthFault, lambda event: (event.target, event.loss.reply_code))
+    checked = told(producer, events.HealthChecked, lambda event: event.alive)
     for number in range(1, 6):
         io_of(producer)._health.check_soon()
         checked.wait_until(lambda number=number: len(checked.seen) == number)
@@ -162,7 +163,7 @@ def test_reads_the_depth_of_the_queues(connect: Connect, serve: Serve) -> None:
     patient.depth = 7
     producer = connect(serve(patient), health_check_interval=OFTEN)
     assert producer.wait_connected(LIMIT)
-    depths = told(producer, "queue_depth", lambda queue, messages: (queue, messages))
+    depths = told(producer, events.QueueDepth, lambda event: (event.queue, event.messages))
     names = queues(producer)
     depths.wait_until(lambda: len(depths.seen) > 2 * len(names))
     first = depths.seen.index((names[0], 7))
@@ -185,7 +186,7 @@ def test_not_confirming(connect: Connect, serve: Serve) -> None:
     assert not producer.status().confirming
     assert not producer.is_healthy()
     assert patient.asked.acquire(timeout=LIMIT)
-    confirmed = told(producer, "confirmed", lambda _deliveries, _now: None)
+    confirmed = told(producer, events.Confirmed, lambda _event: None)
     ack(broker.messages[0])
     confirmed.wait_until(lambda: len(confirmed.seen) == 1)
     assert producer.is_healthy()
@@ -260,7 +261,7 @@ def test_blocked_while_it_asks(connect: Connect, serve: Serve) -> None:
     broker = serve(patient)
     producer = connect(broker, health_check_interval=NEVER)
     assert producer.publish(make_message()).confirmed
-    checked = told(producer, "health_checked", lambda *, alive: alive)
+    checked = told(producer, events.HealthChecked, lambda event: event.alive)
     flow = events_of(producer, "blocked", "disconnected")
     [connection] = broker.connections
     patient.numb.add(connection)
@@ -285,8 +286,8 @@ def test_overlapping_checks(connect: Connect, serve: Serve) -> None:
     broker = serve(patient)
     producer = connect(broker, health_check_interval=NEVER)
     assert producer.wait_connected(LIMIT)
-    depths = told(producer, "queue_depth", lambda queue, _messages: queue)
-    crashed = told(producer, "crashed", lambda error: error)
+    depths = told(producer, events.QueueDepth, lambda event: event.queue)
+    crashed = told(producer, events.LoopFailed, lambda event: event.error)
     for _ in range(2):
         producer.publish(make_message(), timeout=0.01)
         assert patient.asked.acquire(timeout=LIMIT)
@@ -304,12 +305,12 @@ def test_overlapping_checks(connect: Connect, serve: Serve) -> None:
 def probes_of(producer: MLProducer) -> Happenings:
     """Watch when the health thread asks the I/O thread for a check."""
     asked = Happenings()
-    io_thread = io_of(producer)
-    probe = io_thread.probe
+    checks = io_of(producer)._health
+    probe = checks._probe
 
     def note(reply: Any) -> None:
         probe(reply)
         asked.note(time.monotonic())
 
-    io_thread.probe = note
+    checks._probe = note
     return asked

@@ -19,6 +19,7 @@ from pika import spec
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from mlproducer import ConnectionState, MLProducer, Settings, SummarizationTask
+from mlproducer._core import events
 from mlproducer.errors import (
     BufferFullError,
     CircuitOpenError,
@@ -279,9 +280,9 @@ def test_queues_of_two_brokers(produce: Produce, serve: Serve, registry: Collect
     """Of two connections the greater reading is shown; what one has read is gone with it."""
     full, empty = serve(Queues(7)), serve(Queues(0))
     first = produce(full, health_check_interval=0.05)
-    read = told(producer_of(first), "queue_depth", lambda queue, _messages: queue)
+    read = told(producer_of(first), events.QueueDepth, lambda event: event.queue)
     second = produce(empty, health_check_interval=0.05)
-    read_too = told(producer_of(second), "queue_depth", lambda queue, _messages: queue)
+    read_too = told(producer_of(second), events.QueueDepth, lambda event: event.queue)
     for seen in (read, read_too):
         seen.wait_until(lambda seen=seen: set(ROUTING_KEYS) <= set(seen.seen))
     assert depths(registry) == dict.fromkeys(ROUTING_KEYS, 7)
@@ -308,7 +309,7 @@ def test_what_is_missing_is_asked_for_once(
     missing = ROUTING_KEYS[:2]
     mood = Queues(3, *missing, *([] if exchange else ["bookmarkai.ml"]))
     producer = produce(serve(mood), health_check_interval=0.02)
-    checked = told(producer_of(producer), "health_checked", lambda alive: alive)
+    checked = told(producer_of(producer), events.HealthChecked, lambda event: event.alive)
     checked.wait_until(lambda: len(checked.seen) > 12)
     assert all(checked.seen)
     if exchange:
@@ -382,7 +383,7 @@ def test_threads_lose_no_count() -> None:
     def count() -> None:
         start.wait(LIMIT)
         for _ in range(each):
-            sink.confirmed(burst, 0.0)
+            sink.take(events.Confirmed(burst, 0.0))
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlproducer import CircuitState, ConnectionState, Message, MLProducer, Outcome, Settings
+from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._latch import Latch
 from mlproducer.errors import NackError
@@ -252,13 +253,14 @@ def test_a_half_open_breaker_beside_a_healthy_connection(connect: Connect, serve
 
 def watch_circuit(engine: Any, moves: Happenings) -> None:
     """Note the moves of one connection's breaker."""
-    changed = engine._events.circuit_changed
+    emit = engine.io._emit
 
-    def tell(state: CircuitState) -> None:
-        changed(state)
-        moves.note(state)
+    def tell(event: events.Event) -> None:
+        emit(event)
+        if isinstance(event, events.CircuitChanged):
+            moves.note(event.state)
 
-    engine._events.circuit_changed = tell
+    engine.io._emit = tell
 
 
 def test_what_waits_goes_where_it_can(connect: Connect, serve: Serve) -> None:

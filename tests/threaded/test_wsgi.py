@@ -36,6 +36,7 @@ from mlproducer import (
 from mlproducer import (
     _http_server as web,
 )
+from mlproducer._core import events
 from mlproducer._status_page import reason
 from mlproducer.errors import BrokerRejectedError, CircuitOpenError, ConfigurationError, NackError
 from mlproducer.observe import metrics
@@ -275,7 +276,7 @@ def test_metrics_as_json(produce: Connect, serve: Serve) -> None:
     assert producer.publish(make_message(body=b"x" * 100)).confirmed
     assert producer.publish(make_message(body=b"x" * 300)).confirmed
     mood.mood = "nack"
-    retried = told(producer, "retried", lambda _delivery: "retried")
+    retried = told(producer, events.Retried, lambda _event: "retried")
     receipt = producer.publish(make_message(body=b"x" * 200))
     retried.wait_until(lambda: "retried" in retried.seen)
     mood.mood = "ack"
@@ -305,7 +306,7 @@ def test_metrics_as_json_after_trouble(produce: Connect, serve: Serve) -> None:
     """Errors of the connection and trips of the breaker are counted."""
     broker = serve(Moody("nack"))
     producer = produce(broker, circuit_breaker_threshold=1)
-    lost = told(producer_started(producer), "disconnected", lambda _loss: "lost")
+    lost = told(producer_started(producer), events.Disconnected, lambda _event: "lost")
     with pytest.raises(NackError):
         producer.publish(make_message(), retry=False)
     [connection] = broker.wait_for_connections(1, LIMIT)

@@ -1,14 +1,13 @@
-"""Who tells whom: the roles that the rooms of the engine play for one another.
+"""What a connection and its connector tell the I/O thread, which stands above them.
 
-The I/O thread plays all of them; each room knows only the role that it needs.
+`IOThread` is their owner. Its class in their place would import them in a circle.
 
-Runs on: the I/O thread; `Post.order` on any.
+Runs on: the I/O thread; `ConnectorOwner.order` on any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Protocol
 
 from mlproducer._core.interfaces import Carrier, Loss
@@ -67,19 +66,3 @@ class ConnectorOwner(ConnectionOwner, Protocol):
 
     def finished(self) -> None:
         """The connection is closed for good."""
-
-
-class Post(Protocol):
-    """What the timer threads tell an I/O thread."""
-
-    def order(self, order: Callable[[], None]) -> bool:
-        """Have something done on the I/O thread; false if that has ended."""
-
-    def probe(self, reply: Future[None]) -> None:
-        """Ask the broker whether it is there; the future is resolved when it answers."""
-
-    def silent(self, reply: Future[None]) -> None:
-        """The broker has not answered in time."""
-
-    def cool(self) -> None:
-        """The breaker's cooldown may be over."""
