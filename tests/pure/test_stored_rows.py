@@ -9,7 +9,7 @@ from attrs import evolve
 
 from mlproducer._core.delivery import Doubt
 from mlproducer._engine import stored_rows as stored_rows_module
-from mlproducer._engine.store_writer import Put
+from mlproducer._engine.store_orders import Put
 from mlproducer._engine.stored_rows import StoredRows, record_of
 from mlproducer.errors import UnroutableError
 from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Entry, Record, Row

@@ -21,6 +21,7 @@ from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
 from mlproducer.stores.redis import RedisStore, scripts
 from mlproducer.testing.redis_server import RedisError, RedisServer
 from tests.helpers import make_envelope
+from tests.pure.refusals import tells_nothing
 
 HOUR = 3600.0
 
@@ -337,6 +338,25 @@ def test_a_foreign_key_is_a_store_error(
     assert keys(redis_server, prefix) == {name}
 
 
+def test_a_row_that_cannot_be_stored_is_in_no_frame(
+    redis_server: RedisServer, prefix: str, connect: Open
+) -> None:
+    """An error's frames hold no body, of which error reporters would send a part."""
+    first, second, key = connect(), connect(), f"{prefix}{{store}}:dead"
+    letter = Record(make_envelope("a", body=b"canary"), dead=True)
+    [claim] = first.put([Entry(Record(make_envelope("a")), None)], 1.0)
+    assert second.depth().ahead == 0
+    redis_server.call("LPUSH", key, "foreign")
+    for refused in (
+        lambda: first.release([Change(claim, letter, 0.0)]),
+        lambda: second.put([Entry(letter, 0.0)], 1.0),
+    ):
+        with pytest.raises(StoreError) as caught:
+            refused()
+        tells_nothing(caught.value, "canary")
+    redis_server.call("DEL", key)
+
+
 # --- processes ---------------------------------------------------------------------------------
 
 FORKING = """
@@ -344,6 +364,7 @@ import os, sys
 from mlproducer.stores.redis import RedisStore
 from mlproducer.stores.protocol import Entry, Record
 from tests.helpers import make_envelope
+from tests.pure.refusals import tells_nothing
 
 store = RedisStore(sys.argv[1], prefix=sys.argv[2])
 (claim,) = store.put([Entry(Record(make_envelope("parent")))], 1.0)

@@ -97,6 +97,7 @@ class RedisStore(StoreOnServer):
     def __repr__(self) -> str:
         return f"<RedisStore {self.name}>"
 
+    @frameless
     def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
         """Store messages.
 
@@ -120,6 +121,7 @@ class RedisStore(StoreOnServer):
         self._free_stored(new, claims)
         return claims
 
+    @frameless
     def release(self, changes: Sequence[Change]) -> list[Claim]:
         """Note what became of claimed rows, and return the claims that no longer hold."""
         if not changes:
