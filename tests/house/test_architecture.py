@@ -152,6 +152,19 @@ def test_parts_of_a_layer_import_each_other_in_one_direction() -> None:
     order.prepare()  # raises CycleError, which shows the circle
 
 
+def test_files_import_each_other_in_one_direction() -> None:
+    """No file needs, even lazily or for its types alone, what needs it in turn."""
+    needs = {
+        _name(path): {
+            _name(file)
+            for _, dotted in _imports(path)
+            if (file := ROOT / (dotted.replace(".", "/") + ".py")) in MODULES and file != path
+        }
+        for path in MODULES
+    }
+    TopologicalSorter(needs).prepare()  # raises CycleError, which shows the circle
+
+
 def test_imports_are_absolute() -> None:
     """A relative import would hide where it leads."""
     relative = [
