@@ -173,7 +173,9 @@ class Engine:
 
         :raises ProducerClosedError: the producer was closed meanwhile
         """
-        if not self.try_post(delivery):
+        # Where nothing is written ahead, as `try_post` does, without a call.
+        post = self.try_post if self._retry_worker.writes_ahead else self._io.io_loop.mailbox.put
+        if not post(delivery):
             self._refuse_closed(delivery)
 
     def try_post(self, delivery: Delivery) -> bool:
