@@ -70,7 +70,7 @@ class Way:
         """There is always room."""
         return _PLENTY
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+    def publish(self, batch: list[tuple[Envelope, int]]) -> None:
         """Leave the frames for a stage of their own."""
         self._batch = batch
         self._tag = batch[-1][1]

@@ -66,7 +66,7 @@ class Confirms:
             tags.append(each)
         return [self.open.pop(each) for each in tags]
 
-    def abandon(self) -> list[Delivery]:
+    def lose_all(self) -> list[Delivery]:
         """Forget all open tags, whose channel is gone, and give their deliveries in order."""
         lost = list(self.open.values())
         self.open.clear()

@@ -23,7 +23,7 @@ from mlproducer._core.delivery_states import (
     ATTEMPT_MOVES,
     CONFIRMED,
     ON_THE_WIRE,
-    ROW_KEEPS,
+    ROW_IN_STORE,
     ROW_MOVES,
     TAKEN,
     UNANSWERED,
@@ -299,9 +299,9 @@ class Delivery:
         return unanswered and self.answers_deferral
 
     @property
-    def kept(self) -> bool:
+    def in_store(self) -> bool:
         """Whether it goes on as a row of the store; what was only written ahead may go back."""
-        return self.row in ROW_KEEPS
+        return self.row in ROW_IN_STORE
 
     # --- facts that threads other than its owner note --------------------------------------------
 

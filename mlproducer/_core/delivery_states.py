@@ -188,7 +188,7 @@ ROW_MOVES: Moves[RowState, RowEvent] = {
 ROW_PENDING = frozenset({_R.WRITING, _R.WITHDRAWING})
 """States in which its publisher's answer waits for the store's."""
 
-ROW_KEEPS = frozenset({_R.WRITING, _R.HELD})
+ROW_IN_STORE = frozenset({_R.WRITING, _R.HELD})
 """States in which the message goes on as a row of the store."""
 
 ROW_KNOWN = frozenset({_R.AHEAD, _R.WRITING, _R.HELD})

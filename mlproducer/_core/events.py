@@ -84,7 +84,7 @@ class Refused(NamedTuple):
     error: PublishError
 
 
-class StrayConfirm(NamedTuple):
+class UnknownTag(NamedTuple):
     """The broker settled a tag that was not open."""
 
     tag: int
@@ -200,7 +200,7 @@ Event = (
     | PossibleDuplicate
     | Failed
     | Refused
-    | StrayConfirm
+    | UnknownTag
     | StateChanged
     | Connected
     | Disconnected

@@ -21,7 +21,7 @@ from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import exhausted, failure, silent_store
 from mlproducer._core.delivery_states import (
     ON_THE_WIRE,
-    ROW_KEEPS,
+    ROW_IN_STORE,
     ROW_KNOWN,
     ROW_PENDING,
     UNANSWERED,
@@ -129,7 +129,7 @@ class FailureHandler:
         verdict = decide(
             error,
             retry=delivery.retry or delivery.relied_on,
-            owned=delivery.row in ROW_KEEPS or delivery.relied_on,
+            owned=delivery.row in ROW_IN_STORE or delivery.relied_on,
             exhausted=not waits
             and delivery.attempt not in ON_THE_WIRE
             and self._retries_over(delivery) >= 0,
@@ -158,7 +158,7 @@ class FailureHandler:
             self.leave(delivery, AttemptEvent.SCHEDULED)
         elif delivery.attempt not in ON_THE_WIRE:
             delivery.step_attempt(AttemptEvent.SCHEDULED)  # its slot is free once it is stored
-        sure = before in ROW_KEEPS or (known and delivery.leased_until >= now)
+        sure = before in ROW_IN_STORE or (known and delivery.leased_until >= now)
         # Before the order: the retry thread stores only what its row says is wanted.
         self._step(delivery, RowEvent.NOTE if sure else RowEvent.WRITE)
         stored = self.retry_worker.defer(delivery, now, before=before, fresh=fresh)

@@ -60,7 +60,7 @@ class Loss:
         }
 
 
-class Carrier(Protocol):
+class Channel(Protocol):
     """A channel in confirm mode."""
 
     longest_properties: int
@@ -69,7 +69,7 @@ class Carrier(Protocol):
     def room(self) -> int:
         """Bytes that may be written before its buffer is too full."""
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> Sequence[int] | None:
+    def publish(self, batch: list[tuple[Envelope, int]]) -> Sequence[int] | None:
         """Write messages, each with its delivery tag.
 
         Given are the tags of those that went over another channel, which are settled singly.

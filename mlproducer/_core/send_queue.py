@@ -14,7 +14,7 @@ from collections import deque
 from mlproducer._core.confirms import Confirms
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import ACCEPTED, AttemptEvent
-from mlproducer._core.interfaces import Carrier
+from mlproducer._core.interfaces import Channel
 from mlproducer._core.poison import PoisonIsolation
 from mlproducer._core.states import FLOW_MOVES, FlowEvent, FlowState, Machine
 
@@ -27,7 +27,7 @@ class SendQueue:
     """
 
     def __init__(self) -> None:
-        self.carrier: Carrier | None = None
+        self.channel: Channel | None = None
         self.confirms = Confirms()
         self.poison = PoisonIsolation()
         self.backlog: deque[Delivery] = deque()
@@ -60,8 +60,8 @@ class SendQueue:
 
     def lose_channel(self) -> list[Delivery]:
         """Forget the channel, and give what was in flight on it, in order."""
-        self.carrier = None
-        lost = self.confirms.abandon()
+        self.channel = None
+        lost = self.confirms.lose_all()
         for delivery in lost:
             delivery.step_attempt(AttemptEvent.LOST)
         return lost

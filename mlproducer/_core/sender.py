@@ -27,7 +27,7 @@ from mlproducer._core.delivery_errors import (
 from mlproducer._core.delivery_states import (
     ACCEPTED,
     ACKED,
-    ROW_KEEPS,
+    ROW_IN_STORE,
     ROW_PENDING,
     UNANSWERED,
     WRITTEN,
@@ -39,7 +39,7 @@ from mlproducer._core.delivery_states import (
 )
 from mlproducer._core.events import Emit
 from mlproducer._core.failures import INTERNAL_ERROR, SOFT_ACCUSATIONS, FailureHandler, accuses
-from mlproducer._core.interfaces import Carrier, LeaveWindow, Loss, MakeDeadLetter, RetryWorker
+from mlproducer._core.interfaces import Channel, LeaveWindow, Loss, MakeDeadLetter, RetryWorker
 from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
 from mlproducer._core.send_queue import SendQueue
 from mlproducer._core.shutdown import CLOSED, Shutdown
@@ -121,7 +121,7 @@ class Sender:
     def able(self) -> bool:
         """Whether a message handed over now would be written."""
         return (
-            self._send_queue.carrier is not None and not self.blocked and not self.breaker.refuses()
+            self._send_queue.channel is not None and not self.blocked and not self.breaker.refuses()
         )
 
     @property
@@ -224,14 +224,14 @@ class Sender:
         :returns: whether something still waits
         """
         queue, closed = self._send_queue, self.breaker.state is CircuitState.CLOSED
-        carrier, backlog = queue.carrier, queue.backlog
+        channel, backlog = queue.channel, queue.backlog
         if not (backlog or queue.poison.suspects):
             return False
-        if carrier is None or queue.blocked:
+        if channel is None or queue.blocked:
             return True
         if not (closed or self.able):
             return True
-        room = 1 if self.breaker.state is CircuitState.HALF_OPEN else carrier.room()
+        room = 1 if self.breaker.state is CircuitState.HALF_OPEN else channel.room()
         batch: list[tuple[Envelope, int]] = []
         while room > 0:
             # One at a time, so that an exception leaves the others where they are.
@@ -247,9 +247,9 @@ class Sender:
                 self.failures.retire(delivery)  # withdrawn while it waited
             elif delivery.leased_until < now or (delivery.recalled and not delivery.relied_on):
                 self._hold_back(delivery, now)
-            elif len(delivery.envelope.properties) <= carrier.longest_properties:
+            elif len(delivery.envelope.properties) <= channel.longest_properties:
                 room = 0 if alone else room - delivery.size
-                if delivery.attempts or delivery.row in ROW_KEEPS:
+                if delivery.attempts or delivery.row in ROW_IN_STORE:
                     self._begin_retry(delivery)
                 delivery.attempt = WRITTEN[delivery.attempt]
                 delivery.attempts += not delivery.dead
@@ -261,7 +261,7 @@ class Sender:
                 text = "the headers exceed the frame size"
                 self.failures.judge(delivery, failure(MessageTooLargeError, delivery, text), now)
         if batch:
-            apart = carrier.carry(batch)
+            apart = channel.publish(batch)
             if apart:
                 queue.confirms.set_apart(apart)
         return bool(backlog or queue.poison.suspects)
@@ -276,7 +276,7 @@ class Sender:
             self.failures.judge(delivery, failure(PublishError, delivery, "taken back"), now)
             return
         delivery.suspect(Doubt.POSSIBLE)
-        if delivery.retry or delivery.kept or delivery.relied_on:
+        if delivery.retry or delivery.in_store or delivery.relied_on:
             self.failures.defer(delivery, now)
         else:
             text = f"the message may have been taken over from the store: {self._retry_worker.name}"
@@ -300,7 +300,7 @@ class Sender:
         """
         settled = self._send_queue.confirms.settle(tag, multiple=multiple)
         if not settled:
-            self._stray(tag)
+            self._unknown_tag(tag)
         taken, delivered = [], []
         for delivery in settled:
             if delivery.attempt is AttemptState.LATE:
@@ -345,7 +345,7 @@ class Sender:
         """
         settled = self._send_queue.confirms.settle(tag, multiple=multiple)
         if not settled:
-            self._stray(tag)
+            self._unknown_tag(tag)
         for delivery in settled:
             delivery.step_attempt(AttemptEvent.NACKED)
         self._fail_all(settled, NackError, "the broker nacked the message", now)
@@ -362,10 +362,10 @@ class Sender:
         """Stop or go on writing, as the broker's alarm comes or goes."""
         self._send_queue.flow(FlowEvent.BLOCKED if blocked else FlowEvent.UNBLOCKED)
 
-    def _stray(self, tag: int) -> None:
+    def _unknown_tag(self, tag: int) -> None:
         """Tell of a confirm that settles nothing."""
         if tag != 0 and not self.shutdown.begun:
-            self._emit(events.StrayConfirm(tag))
+            self._emit(events.UnknownTag(tag))
 
     def _conclude(self, delivery: Delivery) -> None:
         """Do what is left where the broker has taken a message that was in trouble before."""
@@ -376,16 +376,16 @@ class Sender:
 
     # --- the connection --------------------------------------------------------------------------
 
-    def up(self, carrier: Carrier) -> None:
+    def up(self, channel: Channel) -> None:
         """Use a new channel; its tags start at 1."""
-        self._send_queue.carrier = carrier
+        self._send_queue.channel = channel
         self._refusal = None
         self._attempt_counted = False
 
-    def carry_on(self, carrier: Carrier) -> None:
-        """Use another carrier for the same channel."""
-        if self._send_queue.carrier is not None:
-            self._send_queue.carrier = carrier
+    def use_channel(self, channel: Channel) -> None:
+        """Write by another way on the same channel of AMQP."""
+        if self._send_queue.channel is not None:
+            self._send_queue.channel = channel
 
     def down(self, loss: Loss, now: float) -> None:
         """Decide for all that were in flight on a channel that is gone. Idempotent."""
@@ -576,6 +576,6 @@ class Sender:
             return self._circuit_open(delivery, now)
         if self.blocked:
             return failure(BrokerBlockedError, delivery, "the broker blocks publishers")
-        if self._send_queue.carrier is None:
+        if self._send_queue.channel is None:
             return failure(NotConnectedError, delivery, "not connected in time")
         return failure(ConfirmTimeoutError, delivery, "not written in time")

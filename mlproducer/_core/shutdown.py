@@ -41,7 +41,7 @@ class Shutdown:
         for delivery in [*self._send_queue.confirms, *self._send_queue.clear()]:
             self.release(delivery, now)
 
-    def abandon(self, stored: list[Delivery], rowless: Collection[Delivery], now: float) -> None:
+    def end(self, stored: list[Delivery], rowless: Collection[Delivery], now: float) -> None:
         """Tell everybody, also those whose message is in the store.
 
         :param rowless: those of ``stored`` that the store has lost, or never had

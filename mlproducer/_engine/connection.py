@@ -306,7 +306,7 @@ class ConfirmChannel:
         """Bytes that may be written before the buffer is too full."""
         return HIGH_WATER - (self._buffered() if self._buffered is not None else 0)
 
-    def carry(self, batch: Batch) -> Sequence[int]:
+    def publish(self, batch: Batch) -> Sequence[int]:
         """Write messages, each with its delivery tag, and give the tags that went elsewhere."""
         letters: list[tuple[Envelope, int]] = []
         if self.letters is not None and self.letters.usable:
@@ -335,11 +335,11 @@ class ConfirmChannel:
         self.used = True
         if self._emit is None:
             for envelope, tag in batch:
-                self._carry_by_pika(envelope, tag)
+                self._publish_by_pika(envelope, tag)
         else:
             self._emit([self._frames.publish(batch)])
 
-    def _carry_by_pika(self, envelope: Envelope, tag: int) -> None:
+    def _publish_by_pika(self, envelope: Envelope, tag: int) -> None:
         properties = spec.BasicProperties().decode(self._frames.properties(envelope, tag))
         self._channel.basic_publish(
             envelope.exchange,
@@ -378,7 +378,7 @@ class Connection:
         self._skipped = tuple(skipped)
         self._closing = False
         self._channel: Channel | None = None
-        self._carrier: ConfirmChannel | None = None
+        self._confirming: ConfirmChannel | None = None
         self._setup: TopologyDeclarer | None = None
         self._is_set_up = False
         self._declared = 0  # of what was added
@@ -476,8 +476,8 @@ class Connection:
 
     def _fail(self, loss: Loss) -> None:
         self._stop_timer()
-        if self._carrier is not None and self._carrier.letters is not None:
-            self._carrier.letters.mute()
+        if self._confirming is not None and self._confirming.letters is not None:
+            self._confirming.letters.mute()
         owner, self._owner = self._owner, None
         self._answer(good=True)  # the next connection begins with it
         if owner is not None:
@@ -555,13 +555,13 @@ class Connection:
     def _on_ready(self, _frame: object) -> None:
         self._stop_timer()
         if self._owner is not None and self._channel is not None:
-            carrier = ConfirmChannel(self._channel, self._connection)
+            confirming = ConfirmChannel(self._channel, self._connection)
             if self.probes and self._route.letters:
-                carrier.letters = DeadLetterChannel(
+                confirming.letters = DeadLetterChannel(
                     self._route.letters, self._open_letters, self._write_letters, self._owner
                 )
-            self._carrier = carrier
-            self._owner.connection_ready(carrier)
+            self._confirming = confirming
+            self._owner.connection_ready(confirming)
 
     # --- what is added later -------------------------------------------------------------------
 
@@ -609,13 +609,13 @@ class Connection:
     # --- what the broker says ------------------------------------------------------------------
 
     def _on_confirm(self, frame: Any) -> None:
-        owner, method, carrier = self._owner, frame.method, self._carrier
-        if owner is None or carrier is None:
+        owner, method, confirming = self._owner, frame.method, self._confirming
+        if owner is None or confirming is None:
             return
         self._vain = 0
         tag = method.delivery_tag
-        if carrier.tags.skipped:
-            tag = carrier.tags.sender(tag)
+        if confirming.tags.skipped:
+            tag = confirming.tags.sender(tag)
         if isinstance(method, spec.Basic.Ack):
             owner.acked(tag, multiple=method.multiple)
         else:
@@ -627,7 +627,7 @@ class Connection:
         if method.exchange in self._route.delayed and "x-delay" in (properties.headers or ()):
             return  # the plugin has taken it, and delivers it later; it answers so all the same
         attempt = str(properties.cluster_id)
-        letters = self._carrier.letters if self._carrier is not None else None
+        letters = self._confirming.letters if self._confirming is not None else None
         known = channel is self._channel or (letters is not None and letters.is_of(channel))
         if self._owner is not None and known and attempt.isdecimal():
             self._owner.returned(int(attempt), method.reply_code, printable(method.reply_text))
@@ -646,21 +646,21 @@ class Connection:
         if channel is not self._channel:
             return
         loss = closed_by_broker(reason)
-        carrier, self._carrier = self._carrier, None
-        if carrier is not None and carrier.letters is not None:
-            carrier.letters.end()
+        confirming, self._confirming = self._confirming, None
+        if confirming is not None and confirming.letters is not None:
+            confirming.letters.end()
         if self._setup is not None and self._setup.closed(loss):
             self._soon(self._open_channel)
             return
-        if carrier is None or not carrier.used:
+        if confirming is None or not confirming.used:
             self._vain += 1
         self._start_timer(self._route.broker.connection_timeout)
-        if carrier is not None:
+        if confirming is not None:
             self._owner.channel_lost(loss)
         if self._vain >= VAIN_CHANNELS:
             text = f"{self._address}: closes each channel: {loss.reply_code} {loss.text}"
             self._drop(Loss(text, loss.reply_code, LossKind.CLOSED_BY_BROKER))
-        elif carrier is not None and loss.reply_code == NOT_FOUND:
+        elif confirming is not None and loss.reply_code == NOT_FOUND:
             self._soon(self._declare)
         else:
             self._soon(self._open_channel)

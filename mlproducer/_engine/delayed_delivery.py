@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from mlproducer._core.delivery import Delivery
-from mlproducer._core.interfaces import Carrier, Loss
+from mlproducer._core.interfaces import Channel, Loss
 from mlproducer._engine.close_reasons import CONNECTION_FORCED
 from mlproducer._wire.delay import Delays
 from mlproducer.message import Envelope
@@ -99,10 +99,10 @@ class DelayedDelivery:
         for take, delivery in released:
             take([delivery])
 
-    def carrier(self, channel: Carrier) -> Carrier:
-        """Return a carrier that sends each delayed task with what is left of its delay."""
+    def addressing(self, channel: Channel) -> Channel:
+        """Return a channel that sends each delayed task with what is left of its delay."""
         self.passes = True
-        return _DelayCarrier(self, channel)
+        return _AddressingChannel(self, channel)
 
     def address(self, batch: list[tuple[Envelope, int]]) -> list[tuple[Envelope, int]]:
         """Address what is about to be written: it may have waited for a while."""
@@ -220,10 +220,10 @@ class _Round:
         self._done()
 
 
-class _DelayCarrier:
+class _AddressingChannel:
     """A channel that addresses delayed tasks as they are written."""
 
-    def __init__(self, delayed: DelayedDelivery, channel: Carrier) -> None:
+    def __init__(self, delayed: DelayedDelivery, channel: Channel) -> None:
         self._delayed = delayed
         self._channel = channel
         self.longest_properties = channel.longest_properties
@@ -232,6 +232,6 @@ class _DelayCarrier:
         """Bytes that may be written before the channel's buffer is too full."""
         return self._channel.room()
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> Sequence[int] | None:
+    def publish(self, batch: list[tuple[Envelope, int]]) -> Sequence[int] | None:
         """Write messages, each with its delivery tag."""
-        return self._channel.carry(self._delayed.address(batch))
+        return self._channel.publish(self._delayed.address(batch))

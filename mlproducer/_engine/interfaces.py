@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from mlproducer._core.interfaces import Carrier, Loss
+from mlproducer._core.interfaces import Channel, Loss
 from mlproducer._core.states import ConnectionState
 from mlproducer.topology import Declaration
 
@@ -18,7 +18,7 @@ from mlproducer.topology import Declaration
 class ConnectionOwner(Protocol):
     """Who is told what happens on a connection."""
 
-    def connection_ready(self, channel: Carrier) -> None:
+    def connection_ready(self, channel: Channel) -> None:
         """A channel in confirm mode is open, the first one or the next."""
 
     def connection_failed(self, loss: Loss) -> None:

@@ -24,7 +24,7 @@ from mlproducer._core.breaker import Adaptive, Breaker, Consecutive, Trip
 from mlproducer._core.delivery import Delivery, Owner
 from mlproducer._core.delivery_states import ROW_PENDING, AttemptState, RowState
 from mlproducer._core.events import Emit
-from mlproducer._core.interfaces import Carrier, Loss, LossKind
+from mlproducer._core.interfaces import Channel, Loss, LossKind
 from mlproducer._core.poison import NOT_FOUND
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState, ConnectionState
@@ -130,7 +130,7 @@ class IOThread:
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
         self._closes = False
-        self._channel: Carrier | None = None
+        self._channel: Channel | None = None
         self._faults: set[tuple[str, str, int]] = set()
 
     # --- for any thread ------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class IOThread:
         if all(delivery.envelope.exchange != entry for delivery in deliveries):
             return deliveries
         if self._channel is not None:  # from now on tasks are addressed as they are written
-            self.sender.carry_on(self._delayed.carrier(self._channel))
+            self.sender.use_channel(self._delayed.addressing(self._channel))
         return self._delayed.hold(deliveries, take, self._channels())
 
     def _channels(self) -> OpenChannel | None:
@@ -457,7 +457,7 @@ class IOThread:
             each for each in self._retry_worker.stored_rows.deliveries() if each.owner is self
         ]
         rowless = frozenset(self._retry_worker.stored_rows.rowless)
-        self.sender.shutdown.abandon(stored, rowless, time.monotonic())
+        self.sender.shutdown.end(stored, rowless, time.monotonic())
         self.connector.close()
 
     def probe(self, reply: Future[None]) -> None:
@@ -524,7 +524,7 @@ class IOThread:
 
     # --- what the connection tells ---------------------------------------------------------------
 
-    def connection_ready(self, channel: Carrier) -> None:
+    def connection_ready(self, channel: Channel) -> None:
         """Let the sender carry on the new channel, once what it needs is declared."""
         connection = self.connector.connection
         if connection is not None:
@@ -532,13 +532,13 @@ class IOThread:
                 connection.declaring_channel, partial(self._connection_ready, channel)
             )
 
-    def _connection_ready(self, channel: Carrier) -> None:
+    def _connection_ready(self, channel: Channel) -> None:
         first = self.connector.state is ConnectionState.CONNECTING
         self.connector.ready()
         self._dead_letter_maker.longest = channel.longest_properties
         self._channel = channel
         delayed = self._delayed
-        self.sender.up(delayed.carrier(channel) if delayed.passes else channel)
+        self.sender.up(delayed.addressing(channel) if delayed.passes else channel)
         if first:
             self.sender.breaker.reconnected()
             if not (self._retry_worker.depth.stored or len(self._gate)):

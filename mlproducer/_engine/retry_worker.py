@@ -137,11 +137,11 @@ class RetryWorker:
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
-        self._store_writer.order(End(delivery, delivery.dead, kept=delivery.kept))
+        self._store_writer.order(End(delivery, delivery.dead, waited=delivery.in_store))
 
     def withdraw(self, delivery: Delivery) -> None:
         """Delete the row of a message, and say so."""
-        self._store_writer.order(End(delivery, delivery.dead, kept=delivery.kept, told=True))
+        self._store_writer.order(End(delivery, delivery.dead, waited=delivery.in_store, told=True))
 
     def verify(self) -> None:
         """See soon that the rows are still there, and store what has none although it should."""
@@ -267,7 +267,7 @@ class RetryWorker:
             delivery = self.stored_rows.take(row, now, epoch)
             if not delivery.open:
                 # it was given back, and its row left to the process that held it
-                self._store_writer.order(End(delivery, row.record.dead, kept=True))
+                self._store_writer.order(End(delivery, row.record.dead, waited=True))
             elif delivery.in_flight:
                 continue  # its row was another process's for a while; its tag decides
             elif self._gate.try_enter(delivery) or (

@@ -249,7 +249,7 @@ class Runtime:
         for delivery in self._still_open():
             if _is_refused(delivery) or not delivery.is_ours:
                 continue  # its publisher is told by its own call, or has taken it back
-            if self.durable and delivery.kept:
+            if self.durable and delivery.in_store:
                 delivery.release(now)
             else:
                 error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
@@ -372,7 +372,7 @@ class Runtime:
         has_row = self._retry_worker.stored_rows.has_row
         ahead = self._retry_worker.stored_rows.ahead
         inside = [each for each in self.gate.inside() if each.open]
-        return sum(each in ahead or not (each.kept and has_row(each)) for each in inside)
+        return sum(each in ahead or not (each.in_store and has_row(each)) for each in inside)
 
     def _still_open(self) -> list[Delivery]:
         """Return those whose publishers have not been told their fate, or may still learn it."""

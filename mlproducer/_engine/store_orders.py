@@ -34,7 +34,7 @@ class Put:
         """Whether it is still to be stored; not what has gone back to its publisher."""
         if self.entry.ahead or self.restores:
             return self.delivery.open
-        return self.delivery.kept
+        return self.delivery.in_store
 
 
 @define(eq=False)
@@ -66,14 +66,14 @@ class Note:
 class End:
     """Delete the row of a message that has found its end, or goes back to its publisher.
 
-    :ivar kept: the message waited for a retry, or is dead
+    :ivar waited: the message waited for a retry, or is dead
     :ivar told: its publisher waits for the deletion
     :ivar counted: the row was counted among those that wait or are dead when this was ordered
     """
 
     delivery: Delivery
     dead: bool
-    kept: bool
+    waited: bool
     told: bool = False
     counted: bool = False
 

@@ -110,7 +110,7 @@ class StoreWriter:
         """Have something written."""
         if isinstance(order, End):
             # A row that is not there yet is not counted, and must not be subtracted from others.
-            order.counted = order.kept and self._stored_rows.claim_of(order.delivery) is not None
+            order.counted = order.waited and self._stored_rows.claim_of(order.delivery) is not None
         if not isinstance(order, Put):
             thread = threading.get_ident()
             ordered = self._ordered.get(thread) or self._ordered.setdefault(thread, Counter())
@@ -260,12 +260,12 @@ class StoreWriter:
             elif delivery.claim() or (delivery.open and delivery.relied_on):
                 ahead.append(delivery)
             else:  # its publisher has given up while it was being stored
-                self.order(End(delivery, dead=False, kept=False))
+                self.order(End(delivery, dead=False, waited=False))
         _open(puts)
         self._gate.leave([put.delivery for put in puts if put.entry.delay is not None])
         for delivery in self._tell(kept, lambda owner, some: owner.stored(some)):
             if not delivery.open:
-                self.order(End(delivery, delivery.dead, kept=True))
+                self.order(End(delivery, delivery.dead, waited=True))
         self._part(self._tell(ahead, lambda owner, some: owner.stored_ahead(some)), now)
         if kept:
             self._count_again()
@@ -276,10 +276,10 @@ class StoreWriter:
             if delivery.open and delivery.retry:
                 delivery.release(now)
                 continue
-            self.order(End(delivery, delivery.dead, kept=False))
+            self.order(End(delivery, delivery.dead, waited=False))
             if delivery.open:
                 message_id = delivery.envelope.message_id
-                self._abandon(delivery, ProducerClosedError(CLOSED, message_id=message_id))
+                self._fail_late(delivery, ProducerClosedError(CLOSED, message_id=message_id))
 
     def _refuse(self, puts: Sequence[Put], error: BufferFullError | StoreError) -> None:
         """Tell that messages are not stored; those that publishers rely on are put again later."""
@@ -295,10 +295,10 @@ class StoreWriter:
             lambda owner, some: owner.not_stored([(each, refusals[each]) for each in some]),
         ):
             if delivery.open and delivery.is_ours:
-                self._abandon(delivery, refusals[delivery])
+                self._fail_late(delivery, refusals[delivery])
         _open(puts)
 
-    def _abandon(self, delivery: Delivery, error: PublishError) -> None:
+    def _fail_late(self, delivery: Delivery, error: PublishError) -> None:
         """Give a message back whose I/O thread has ended."""
         self.abandoned.append(delivery)
         self._emit(events.Failed(delivery, error))
@@ -383,7 +383,7 @@ class StoreWriter:
 
     def _restoring(self, delivery: Delivery) -> Put:
         record = record_of(delivery, time.monotonic())
-        return Put(delivery, Entry(record, ahead=not delivery.kept), restores=True)
+        return Put(delivery, Entry(record, ahead=not delivery.in_store), restores=True)
 
     def _end(self, ends: Sequence[End]) -> None:
         claims = [self._stored_rows.claim_of(end.delivery) for end in ends]
@@ -425,7 +425,7 @@ class StoreWriter:
         """Count again, if it can be done, where the orders have made a difference."""
         for order in orders:
             self._carried[order.dead] += order.change
-        if any(isinstance(order, Note) or order.kept for order in orders):
+        if any(isinstance(order, Note) or order.waited for order in orders):
             self._count_again()
 
     def _count_again(self) -> None:

@@ -147,7 +147,7 @@ LINES: Mapping[type[Event], Callable[[Any], Line | None]] = {
         ERROR, "the store fails", "reason=%s", (quoted(str(event.error)),)
     ),
     # The broker breaks the protocol.
-    events.StrayConfirm: lambda event: Line(
+    events.UnknownTag: lambda event: Line(
         WARNING, "confirm for a delivery tag that is not open", "tag=%d", (event.tag,)
     ),
     # The application has continued, and the message is not sent.

@@ -227,7 +227,7 @@ class Spans(Sink):
 
     def _attempt_failed(self, event: events.AttemptFailed) -> None:
         """End the span of a later attempt, whose message goes back to the durable store."""
-        if self._durable and event.delivery.kept:
+        if self._durable and event.delivery.in_store:
             self._deferred(event)
 
     def _resumed(self, event: events.Resumed) -> None:

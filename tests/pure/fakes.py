@@ -1,4 +1,4 @@
-"""The sender's world, written by hand: a carrier, a retry worker, a door and a sink that only note.
+"""The sender's world, written by hand: a channel, a retry worker, a door and a sink that only note.
 
 Runs on: the test's thread.
 """
@@ -24,7 +24,7 @@ PLENTY = 1 << 20
 COOLDOWN, PATIENCE = 30.0, 5.0
 
 
-class FakeCarrier:
+class FakeChannel:
     """A channel that notes what was written on it."""
 
     def __init__(self, room: int = PLENTY, longest_properties: int = PLENTY) -> None:
@@ -36,7 +36,7 @@ class FakeCarrier:
         """As set by the test."""
         return self.room_left
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+    def publish(self, batch: list[tuple[Envelope, int]]) -> None:
         """Note ids and tags."""
         self.written += [(envelope.message_id, tag) for envelope, tag in batch]
 
@@ -110,7 +110,7 @@ class Recorder(Sink):
                 "possible duplicate", event.delivery
             ),
             events.Failed: lambda event: self._note("given back", event.delivery),
-            events.StrayConfirm: lambda event: self.strays.append(event.tag),
+            events.UnknownTag: lambda event: self.strays.append(event.tag),
         }
 
     def _note(self, event: str, delivery: Delivery) -> None:
@@ -139,14 +139,14 @@ class World:
             self.window.leave,
             self.events.take,
         )
-        self.carrier = FakeCarrier()
+        self.channel = FakeChannel()
 
-    def up(self, carrier: FakeCarrier | None = None) -> FakeCarrier:
+    def up(self, channel: FakeChannel | None = None) -> FakeChannel:
         """Open a channel."""
-        self.carrier = carrier or FakeCarrier()
-        self.sender.up(self.carrier)
+        self.channel = channel or FakeChannel()
+        self.sender.up(self.channel)
         self.sender.pump(self.now)
-        return self.carrier
+        return self.channel
 
     def down(self, code: int = 0, text: str = "connection lost") -> None:
         """Lose the channel."""

@@ -69,8 +69,8 @@ class ConfirmsMachine(RuleBasedStateMachine):
     @rule()
     def abandon(self) -> None:
         """The channel is gone: everything comes back in order, and tags begin at 1 again."""
-        assert self.confirms.abandon() == list(self.open.values())
-        assert self.confirms.abandon() == []
+        assert self.confirms.lose_all() == list(self.open.values())
+        assert self.confirms.lose_all() == []
         self.open.clear()
         self.apart.clear()
         self.last = 0
@@ -102,7 +102,7 @@ def test_tags_apart_end_with_their_channel() -> None:
     """A tag of the next channel that has the same number is not set apart."""
     confirms = Confirms()
     confirms.set_apart([confirms.register(make_delivery())])
-    confirms.abandon()
+    confirms.lose_all()
     delivery = make_delivery()
     confirms.register(delivery)
     assert confirms.settle(0, multiple=True) == [delivery]

@@ -17,7 +17,7 @@ from mlproducer._core.delivery_states import (
     ANSWER_MOVES,
     ATTEMPT_MOVES,
     ON_THE_WIRE,
-    ROW_KEEPS,
+    ROW_IN_STORE,
     ROW_MOVES,
     UNANSWERED,
     AnswerEvent,
@@ -125,7 +125,7 @@ def test_what_was_asked_for_is_not_what_is_committed() -> None:
     }
     ending = {RowState.WITHDRAWING, RowState.DELETING, RowState.GONE}
     for state in ending:  # a write that was under way may still come, and nothing else
-        kept = {event for event, target in ROW_MOVES[state].items() if target in ROW_KEEPS}
+        kept = {event for event, target in ROW_MOVES[state].items() if target in ROW_IN_STORE}
         assert kept <= {RowEvent.COMMITTED}
     assert RowEvent.COMMITTED not in ROW_MOVES[RowState.WITHDRAWING]
 

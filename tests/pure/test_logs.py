@@ -73,7 +73,7 @@ STORMS: dict[str, Callable[[LogSink], None]] = {
     "failed attempts": lambda sink: sink.take(events.ConnectFailed(LOSS)),
     "lost connections": lambda sink: sink.take(events.Disconnected(LOSS)),
     "lost channels": lambda sink: sink.take(events.ChannelLost(Loss("gone", 404))),
-    "stray confirms": lambda sink: sink.take(events.StrayConfirm(7)),
+    "stray confirms": lambda sink: sink.take(events.UnknownTag(7)),
     "failing store": lambda sink: sink.take(events.StoreFailed(StoreError("locked"))),
     "crashes": lambda sink: sink.take(events.LoopFailed(RuntimeError("bug"))),
     "breaker": lambda sink: sink.take(events.CircuitChanged(CircuitState.OPEN)),

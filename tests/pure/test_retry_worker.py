@@ -270,7 +270,7 @@ def test_orders_that_two_connections_give_at_once(bench: Bench) -> None:
         delivery.attempt = AttemptState.QUEUED
         bench.keep(delivery)
     assert bench.retry_worker.depth == Depth(2)
-    end = Divided(one, dead=False, kept=True)
+    end = Divided(one, dead=False, waited=True)
     end.meanwhile = partial(bench.retry_worker.settle, other)
     bench.retry_worker._store_writer.order(end)
     assert bench.retry_worker.depth == Depth()

@@ -14,7 +14,7 @@ from mlproducer.errors import (
     UnroutableError,
 )
 from tests.helpers import make_delivery
-from tests.pure.fakes import PLENTY, FakeCarrier, World, error_of, receipt_of
+from tests.pure.fakes import PLENTY, FakeChannel, World, error_of, receipt_of
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def world() -> World:
 def test_confirm(world: World) -> None:
     """An ack makes a receipt, lets the next one in, and needs no retry worker."""
     [delivery] = world.send("a")
-    assert world.carrier.written == [("a", 1)]
+    assert world.channel.written == [("a", 1)]
     assert not delivery.waiter.done()
     world.now = 0.25
     world.ack(1)
@@ -77,7 +77,7 @@ def test_nack_without_retry(world: World) -> None:
     assert (error.message_id, error.attempts, error.possibly_sent) == ("a", 1, True)
     world.down()
     world.up()
-    assert world.carrier.written == []
+    assert world.channel.written == []
     assert world.retry_worker.rows == {}
 
 
@@ -148,7 +148,7 @@ def test_expire_in_flight_then_late_ack(world: World) -> None:
     world.sender.expire(delivery, 6.0)
     world.ack(1)
     assert world.retry_worker.settled == [delivery]
-    assert world.carrier.written == [("a", 1)]
+    assert world.channel.written == [("a", 1)]
 
 
 def test_late_ack_before_the_row_is_written(world: World) -> None:
@@ -186,9 +186,9 @@ def test_expire_is_sent_again_only_after_a_loss(world: World) -> None:
     world.down()
     assert delivery.attempt is AttemptState.SCHEDULED
     world.up()
-    assert world.carrier.written == []
+    assert world.channel.written == []
     world.retry(delivery)
-    assert world.carrier.written == [("a", 1)]
+    assert world.channel.written == [("a", 1)]
     assert ("possible duplicate", "a") in world.events.log
     world.ack(1)
     assert receipt_of(delivery).confirmed
@@ -202,7 +202,7 @@ def test_expire_while_waiting(kind: type[Exception]) -> None:
         world.up()
         world.sender.block(blocked=True)
     elif kind is ConfirmTimeoutError:
-        world.up(FakeCarrier(room=0))
+        world.up(FakeChannel(room=0))
     [kept] = world.send("a")
     [given] = world.send("b", retry=False)
     for delivery in (kept, given):
@@ -245,14 +245,14 @@ def test_submit_waits_for_the_fate(world: World) -> None:
 
 def test_not_sent_after_its_lease(world: World) -> None:
     """A process that was frozen sends nothing that another may have taken over by now (I21)."""
-    world.carrier.room_left = 0
+    world.channel.room_left = 0
     delivery = make_delivery("a")
     delivery.row = RowState.HELD
     delivery.leased_until = 5.0
     world.retry_worker.rows[delivery] = 0
     world.sender.readmit(delivery, 1.0)
-    world.carrier.room_left = PLENTY
+    world.channel.room_left = PLENTY
     world.sender.pump(5.1)
-    assert world.carrier.written == []
+    assert world.channel.written == []
     assert delivery.attempt is AttemptState.SCHEDULED
     assert world.window.left == [delivery]

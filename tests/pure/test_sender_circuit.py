@@ -18,7 +18,7 @@ from mlproducer.errors import (
 )
 from mlproducer.settings import RetryPolicy
 from tests.helpers import make_delivery
-from tests.pure.fakes import COOLDOWN, PATIENCE, FakeCarrier, World, error_of, receipt_of
+from tests.pure.fakes import COOLDOWN, PATIENCE, FakeChannel, World, error_of, receipt_of
 
 OPEN, HALF_OPEN, CLOSED = CircuitState.OPEN, CircuitState.HALF_OPEN, CircuitState.CLOSED
 
@@ -53,12 +53,12 @@ def half_open(world: World) -> None:
 
 def written(world: World) -> list[str]:
     """The ids on the wire, without those that opened the breaker."""
-    return [name for name, _ in world.carrier.written if not name.startswith("f")]
+    return [name for name, _ in world.channel.written if not name.startswith("f")]
 
 
 def settle(world: World, name: str, *, good: bool = True) -> None:
     """Ack or nack what was written last under an id."""
-    tag = [tag for each, tag in world.carrier.written if each == name][-1]
+    tag = [tag for each, tag in world.channel.written if each == name][-1]
     (world.ack if good else world.nack)(tag)
 
 
@@ -96,9 +96,9 @@ def open_circuit_by(world: World, name: str) -> None:
 def test_what_waits_stays_when_it_opens() -> None:
     """What was accepted before is not refused; one of them is the probe, then all go out."""
     world = World(threshold=1)
-    world.up(FakeCarrier(room=1))
+    world.up(FakeChannel(room=1))
     world.send("a", "b", "c", "d")
-    world.carrier.room_left = 1000
+    world.channel.room_left = 1000
     settle(world, "a", good=False)
     world.now = COOLDOWN
     assert world.sender.waiting == 3
@@ -152,7 +152,7 @@ def test_a_probe_that_says_nothing(world: World, end: str) -> None:
     half_open(world)
     [probe] = world.send("probe", retry=False)
     if end == "returned":
-        world.sender.returned(world.carrier.written[-1][1], 312, "NO_ROUTE")
+        world.sender.returned(world.channel.written[-1][1], 312, "NO_ROUTE")
         settle(world, "probe")
     else:
         world.down(404, "NOT_FOUND")
@@ -388,7 +388,7 @@ def test_a_letter_is_no_message(end: str) -> None:
     if end == "nack":
         settle(world, "a", good=False)
     elif end == "return":
-        world.sender.returned(world.carrier.written[-1][1], 312, "NO_ROUTE")
+        world.sender.returned(world.channel.written[-1][1], 312, "NO_ROUTE")
         settle(world, "a")
     elif end == "timeout":
         world.sender.expire(delivery, 5.0)

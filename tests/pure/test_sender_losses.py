@@ -21,7 +21,7 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Fate
 from tests.helpers import make_delivery
-from tests.pure.fakes import FakeCarrier, World, error_of, receipt_of
+from tests.pure.fakes import FakeChannel, World, error_of, receipt_of
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def world() -> World:
 
 def test_loss(world: World) -> None:
     """What was written is possibly sent, what was not stays and goes out on the next channel."""
-    world.carrier.room_left = 1
+    world.channel.room_left = 1
     [written, unwritten] = world.send("a", "b")
-    world.carrier.room_left = 0
+    world.channel.room_left = 0
     world.down()
     world.down()
     world.store(written)
@@ -57,7 +57,7 @@ def test_tags_of_a_lost_channel_are_dead(world: World) -> None:
     world.down()
     world.up()
     world.send("c")
-    assert world.carrier.written == [("c", 1)]
+    assert world.channel.written == [("c", 1)]
     world.ack(2)
     assert world.events.strays == [2]
 
@@ -143,17 +143,17 @@ def test_a_route_that_was_there_comes_back() -> None:
     for delivery in (waits, lost):
         world.store(delivery)
     for attempt in range(2, 6):
-        carrier = world.up()
+        channel = world.up()
         world.retry(waits)
         if not lost.dead:
             world.retry(lost)
-        for _, tag in list(carrier.written):
+        for _, tag in list(channel.written):
             return_(world, tag)
         assert (waits.dead, lost.dead) == (False, True)
         assert waits.attempts == attempt
     world.up()
     world.retry(waits)
-    world.nack(world.carrier.written[-1][1])
+    world.nack(world.channel.written[-1][1])
     assert not waits.dead, "what was returned used up none of its retries"
     assert waits.attempt is AttemptState.SCHEDULED
 
@@ -215,14 +215,14 @@ def test_blocked_then_unblocked(world: World) -> None:
     world.sender.block(blocked=True)
     assert not world.sender.able
     world.send("b", "c")
-    assert world.carrier.written == [("a", 1)]
+    assert world.channel.written == [("a", 1)]
     world.ack(1)
     assert receipt_of(first).confirmed
     world.sender.block(blocked=True)
     world.sender.block(blocked=False)
     world.sender.block(blocked=False)
     world.sender.pump(1.0)
-    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]
+    assert world.channel.written == [("a", 1), ("b", 2), ("c", 3)]
 
 
 def test_a_new_connection_is_not_blocked(world: World) -> None:
@@ -243,7 +243,7 @@ def test_withdrawn_is_never_sent(world: World) -> None:
     assert delivery.waiter.cancel()
     world.sender.accept([delivery], 0.0)
     world.sender.pump(0.0)
-    assert world.carrier.written == []
+    assert world.channel.written == []
     assert world.window.left == [delivery]
     assert delivery.attempt is AttemptState.RETIRED
 
@@ -259,14 +259,14 @@ def test_accepted_cannot_be_withdrawn(world: World) -> None:
 def test_headers_over_the_frame() -> None:
     """A header that the negotiated frame cannot hold is given back; the next one goes."""
     world = World()
-    world.up(FakeCarrier(longest_properties=1))
+    world.up(FakeChannel(longest_properties=1))
     [delivery] = world.send("a")
     error = error_of(delivery)
     assert isinstance(error, MessageTooLargeError)
     assert (error.attempts, error.possibly_sent) == (0, False)
-    world.carrier.longest_properties = 2
+    world.channel.longest_properties = 2
     world.send("b")
-    assert world.carrier.written == [("b", 1)]
+    assert world.channel.written == [("b", 1)]
 
 
 @pytest.mark.parametrize("error", [BufferFullError("full"), StoreError("locked")])
@@ -440,7 +440,7 @@ def test_whose_row_it_is_has_to_be_known(world: World) -> None:
     for leased_until in (4.0, 6.0):
         delivery = written_ahead(world, leased_until=leased_until)
         world.now = 5.0
-        world.nack(len(world.carrier.written))
+        world.nack(len(world.channel.written))
         assert delivery.waiter.done() == (leased_until > world.now)
         world.sender.stored([delivery], world.now)
         assert not receipt_of(delivery).confirmed
@@ -482,7 +482,7 @@ def test_promised_and_interrupted_at_the_end(world: World) -> None:
 def test_handed_in_after_the_end(world: World) -> None:
     """It is given back, since no answer of a durable store would be heard any more."""
     world.sender.shutdown._durable = True
-    world.sender.shutdown.abandon([], (), 1.0)
+    world.sender.shutdown.end([], (), 1.0)
     [delivery] = world.send("a")
     assert isinstance(error_of(delivery), ProducerClosedError)
 
@@ -501,12 +501,12 @@ def test_time_is_up_amid_a_close(world: World) -> None:
 
 def test_room_behind_what_was_withdrawn(world: World) -> None:
     """What has been withdrawn while it waited takes no room from those behind it."""
-    world.carrier.room_left = 0
+    world.channel.room_left = 0
     [withdrawn, _] = world.send("a", "b")
     assert withdrawn.withdraw()  # as by its publisher, whose call was interrupted
-    world.carrier.room_left = 1
+    world.channel.room_left = 1
     world.sender.pump(0.0)
-    assert world.carrier.written == [("b", 1)]
+    assert world.channel.written == [("b", 1)]
 
 
 def test_what_is_entrusted_keeps_its_row(world: World) -> None:
@@ -517,7 +517,7 @@ def test_what_is_entrusted_keeps_its_row(world: World) -> None:
     world.store(delivery)
     shutdown = world.sender.shutdown
     shutdown._durable = True
-    shutdown.abandon([delivery], (), 1.0)
+    shutdown.end([delivery], (), 1.0)
     assert not delivery.open
     world.sender.readmit(delivery, 1.0)
     assert list(world.retry_worker.rows) == [delivery]
@@ -546,16 +546,16 @@ def test_what_is_entrusted_is_told(world: World, answers_deferral: bool) -> None
 
 def test_abandon_at_close(world: World) -> None:
     """Publishers that wait are told that the producer was closed, and what may have been sent."""
-    world.carrier.room_left = 1
+    world.channel.room_left = 1
     [in_flight, waiting] = world.send("a", "b")
-    world.carrier.room_left = 0
+    world.channel.room_left = 0
     stored = make_delivery("c")
     world.sender.accept([stored], 0.0)
     world.sender.refuse(NotConnectedError("not connected"), 0.0)
     world.store(stored)
     world.store(waiting)
     receipt = receipt_of(stored)
-    world.sender.shutdown.abandon(list(world.retry_worker.rows), (), 0.0)
+    world.sender.shutdown.end(list(world.retry_worker.rows), (), 0.0)
     assert isinstance(error_of(in_flight), ProducerClosedError)
     assert error_of(in_flight).possibly_sent
     with pytest.raises(ProducerClosedError) as caught:
@@ -581,8 +581,8 @@ def test_overdue(world: World) -> None:
 
 def test_room(world: World) -> None:
     """Writing stops when the buffer is full, and goes on with the next ack."""
-    world.carrier.room_left = 10
+    world.channel.room_left = 10
     world.send("a", "b", "c")
-    assert world.carrier.written == [("a", 1), ("b", 2)]  # 6 bytes each
+    assert world.channel.written == [("a", 1), ("b", 2)]  # 6 bytes each
     world.ack(1)
-    assert world.carrier.written == [("a", 1), ("b", 2), ("c", 3)]
+    assert world.channel.written == [("a", 1), ("b", 2), ("c", 3)]

@@ -509,7 +509,7 @@ class SenderMachine(RuleBasedStateMachine):
         if not self.hurried:
             producer.drain(PLENTY)
         stored_rows = producer.retry_worker.stored_rows
-        producer.sender.shutdown.abandon(
+        producer.sender.shutdown.end(
             stored_rows.deliveries(), frozenset(stored_rows.rowless), clock.now
         )
         producer.drain(PLENTY)

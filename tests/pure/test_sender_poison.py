@@ -58,13 +58,13 @@ def test_only_the_guilty_is_rejected(world: World, code: int) -> None:
     good += world.send(*GOOD[2:], retry=False)
     close_over(world, code)
     assert not any(map(is_settled, [*good, bad]))
-    assert world.carrier.written == [("g0", 1)]
+    assert world.channel.written == [("g0", 1)]
     world.ack(1)
     world.ack(2)
-    assert world.carrier.written == [("g0", 1), ("g1", 2), ("bad", 3)]
+    assert world.channel.written == [("g0", 1), ("g1", 2), ("bad", 3)]
     close_over(world, code)
     assert isinstance(error_of(bad), BrokerRejectedError)
-    assert world.carrier.written == [("g2", 1), ("g3", 2), ("g4", 3)]
+    assert world.channel.written == [("g2", 1), ("g3", 2), ("g4", 3)]
     world.ack(3, multiple=True)
     assert all(receipt_of(delivery).confirmed for delivery in good)
     duplicates = [name for event, name in world.events.log if event == "possible duplicate"]
@@ -153,10 +153,10 @@ def test_later_messages_wait_for_the_poison(world: World) -> None:
     world.send("a", "b")
     close_over(world)
     [late] = world.send("late")
-    assert world.carrier.written == [("a", 1)]
+    assert world.channel.written == [("a", 1)]
     world.ack(1)
     world.ack(2)
-    assert world.carrier.written == [("a", 1), ("b", 2), ("late", 3)]
+    assert world.channel.written == [("a", 1), ("b", 2), ("late", 3)]
     world.ack(3)
     assert receipt_of(late).confirmed
 
@@ -169,7 +169,7 @@ def test_a_missing_exchange_is_missing_for_all(world: World) -> None:
     close_over(world, 404, text)
     close_over(world, 404, text)
     assert all(isinstance(error_of(delivery), BrokerRejectedError) for delivery in bad)
-    assert world.carrier.written == [("g0", 1), ("g1", 2)]
+    assert world.channel.written == [("g0", 1), ("g1", 2)]
     world.ack(2, multiple=True)
     assert all(receipt_of(delivery).confirmed for delivery in good)
 
@@ -212,7 +212,7 @@ def test_connection_lost_during_the_poison(world: World) -> None:
     world.store(first)
     assert not receipt_of(first).confirmed
     world.up()
-    assert world.carrier.written == [("b", 1)]
+    assert world.channel.written == [("b", 1)]
     world.ack(1)
     assert receipt_of(second).confirmed
 
@@ -233,7 +233,7 @@ def test_given_back_is_no_suspect(world: World) -> None:
     world.sender.expire(given, 5.0)
     assert error_of(given).possibly_sent
     close_over(world)
-    assert world.carrier.written == [("b", 1)]
+    assert world.channel.written == [("b", 1)]
     assert world.window.left == [given]
     world.ack(1)
     assert receipt_of(other).confirmed
@@ -260,7 +260,7 @@ def test_going_back_is_no_suspect(world: World) -> None:
     assert world.retry_worker.withdrawn == [late]
     assert not is_settled(late)
     close_over(world, 404)
-    assert world.carrier.written == [("other", 1)]
+    assert world.channel.written == [("other", 1)]
     assert world.window.left == [late]
     world.sender.withdrawn([late], world.now, gone=True)
     assert late.attempt is AttemptState.RETIRED

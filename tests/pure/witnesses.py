@@ -151,7 +151,7 @@ class Channel:
         """As much as the test gives."""
         return self._room
 
-    def carry(self, batch: list[tuple[Envelope, int]]) -> None:
+    def publish(self, batch: list[tuple[Envelope, int]]) -> None:
         """Check each message on the wire."""
         state = self._producer.breaker.state
         assert not self._producer.blocked, "I19: written while the broker blocks"
@@ -170,7 +170,7 @@ class Channel:
         assert record not in self.open.values(), "I11: twice at once on one channel"
         assert not record.ends, f"I2, I4: sent after its end {record.ends}"
         assert not isinstance(record.told, PublishError), "I2: sent after the call has raised"
-        if not (record.sends or delivery.kept):
+        if not (record.sends or delivery.in_store):
             assert record.serial > self._producer.last_first, "I24: first attempts in order"
             self._producer.last_first = record.serial
         self.open[tag] = record
