@@ -194,7 +194,7 @@ def test_routes_that_are_remembered_have_a_limit(
     monkeypatch.setattr(sender, "MAX_ROUTES", 2)
     for exchange in "xyz":
         world.send("a", exchange=exchange)
-        world.ack(len(world.carrier.written))
+        world.ack(len(world.channel.written))
     assert world.sender.failures.routes == {("x", "k"), ("y", "k")}
 
 
@@ -535,7 +535,7 @@ def test_what_is_entrusted_is_told(world: World, answers_deferral: bool) -> None
     world.store(delivery)
     assert delivery.waiter.done() == answers_deferral
     world.sender.shutdown._durable = True
-    world.sender.shutdown.abandon([delivery], (), 3.0)
+    world.sender.shutdown.end([delivery], (), 3.0)
     receipt = receipt_of(delivery)
     assert (receipt.confirmed, receipt.durable, receipt.attempts) == (False, True, 1)
     assert isinstance(receipt.reason, NackError)
