@@ -434,6 +434,8 @@ def _table_leaf(item: Any) -> bool:
 
 
 def _table_key(key: Any) -> None:
+    if type(key) is str and key.isascii() and key.isidentifier() and len(key) <= 255:
+        return  # as nearly all of Celery's
     if not isinstance(key, str):
         raise _WrongError(f"holds a key of type {type(key).__name__}; accepted is a str")
     if not _CONTROL.isdisjoint(key) or (not key.isascii() and _lone_surrogate(key)):

@@ -23,7 +23,7 @@ import pika
 import pytest
 import redis
 from attrs import frozen
-from celery import Celery
+from celery import Celery, signature
 from kombu import Exchange, Queue
 
 from mlproducer._store_url import read_redis
@@ -202,6 +202,8 @@ NAMED = ("message_id", "cluster_id")
 
 NOW = datetime(2024, 5, 1, 12, tzinfo=timezone.utc)
 
+OWN = Queue("own", Exchange("own", type="topic", delivery_mode=1), "own.#")
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "numbers": {"priority": 3, "time_limit": 50, "soft_time_limit": 40.5, "retries": 2},
@@ -222,7 +224,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exchange": {"exchange": "jobs", "routing_key": "express.x"},
     "queue": {"queue": "express"},
     "unknown": {"whatever": 1},
+    "bytes": {"headers": {"b": b"text", "l": [b"text", {"b": b"text"}], "n": b"\xff"}},
+    "yaml": {"serializer": "yaml"},
+    "nothing": {"priority": None, "expires": None, "mandatory": None, "delivery_mode": None},
+    "replaced": {"replaced_task_nesting": 2, "route_name": "other", "add_to_parent": False},
+    "in a chord": {"chord": signature("x", task_id="x"), "chain": [signature("y", task_id="y")]},
+    "waits": {"retry_policy": {"max_retries": 1}, "timeout": 5.0, "mandatory": True},
+    "a queue": {"queue": OWN, "routing_key": "own.x"},
+    "a queue alone": {"queue": OWN},
+    "an exchange": {"exchange": OWN.exchange, "routing_key": "own.y"},
+    "its type": {"exchange": "own", "exchange_type": "topic", "routing_key": "own.z"},
 }
+
+QUEUES = {
+    **dict.fromkeys(("exchange", "queue"), "express"),
+    **dict.fromkeys(("a queue", "a queue alone", "an exchange", "its type"), "own"),
+}
+"""Where a message is to be found; otherwise in the default queue."""
 
 
 def _sent(app: Celery, url: str, queue: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +270,7 @@ def test_the_same_message(rabbitmq_vhost: VirtualHost, protocol: int) -> None:
     for name, options in OPTIONS.items():
         if protocol == 1 and name == "stamps":
             continue
-        queue = "express" if name in ("exchange", "queue") else "shop"
+        queue = QUEUES.get(name, "shop")
         declare = {"declare": list(app.amqp.queues.values())} if name == "exchange" else {}
         install(app, rollout=0.0)
         stock = _sent(app, rabbitmq_vhost.url, queue, options | declare)

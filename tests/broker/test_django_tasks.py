@@ -46,20 +46,24 @@ def test_a_worker_runs_them(tmp_path: Path, rabbitmq_node: RabbitMQNode) -> None
             stderr=log,
         )
     try:
+        told = tmp_path / "worker.log"
+        deadline = time.monotonic() + LIMIT
+        while " ready." not in told.read_text():  # then there is the queue
+            assert time.monotonic() < deadline, told.read_text()
+            time.sleep(0.1)  # a file tells of no line that is added
         ran = project.manage("shell", "-c", PROGRAM)
         assert ran.returncode == 0, ran.stderr
         first, second = ran.stdout.split()[-2:]
         runs: list[Any] = []
         deadline = time.monotonic() + LIMIT
         while len(runs) < 2:
-            assert time.monotonic() < deadline, (tmp_path / "worker.log").read_text()
-            time.sleep(0.1)  # a file tells of no line that is added
+            assert time.monotonic() < deadline, told.read_text()
+            time.sleep(0.1)
             runs = [json.loads(line) for line in reports.read_text().splitlines()]
     finally:
         worker.send_signal(signal.SIGTERM)
         worker.wait(LIMIT)
     told_of_itself = {"text": "hello", "id": second, "attempt": 1, "priority": 10}
-    assert sorted(runs, key=len) == [{"sum": 3}, told_of_itself]  # the queue came after the tasks
-    told = (tmp_path / "worker.log").read_text()
-    assert f"mlproducer.django.run[{first}] succeeded" in told
-    assert "Traceback" not in told
+    assert sorted(runs, key=len) == [{"sum": 3}, told_of_itself]  # the second has priority
+    assert f"mlproducer.django.run[{first}] succeeded" in told.read_text()
+    assert "Traceback" not in told.read_text()

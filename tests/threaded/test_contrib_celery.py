@@ -143,6 +143,29 @@ def test_options_reach_the_message(app: Celery, producer: Noting) -> None:
     assert (second.message_id, second.type, second.priority) == ("own", "kind", 0)
 
 
+def test_a_kombu_producer_of_the_senders(app: Celery, producer: Noting) -> None:
+    """What it was made with holds where the task says nothing, as in stock Celery."""
+    with Connection(NOWHERE) as connection:
+        jobs = Exchange("jobs", "direct")
+        chosen = app.amqp.Producer(connection, jobs, compression="bzip2", auto_declare=False)
+        app.send_task("shop.add", (1, 2), producer=chosen)
+        other = {"exchange": "other", "routing_key": "x", "compression": "zlib"}
+        app.send_task("shop.add", (1, 2), producer=chosen, **other)
+    first, second = producer.tasks
+    assert (first.exchange, first.routing_key) == ("jobs", "celery")
+    assert (second.exchange, second.routing_key) == ("other", "x")
+    compressed = [each.headers["compression"] for each in (first, second) if each.headers]
+    assert compressed == ["application/x-bz2", "application/x-gzip"]
+
+
+def test_an_exchange_tells_the_delivery_mode(app: Celery, producer: Noting) -> None:
+    """Where neither the task nor Celery's settings do."""
+    app.conf.task_default_delivery_mode = None
+    for jobs in (Exchange("jobs", delivery_mode="transient"), Exchange("jobs")):
+        app.send_task("shop.add", (1, 2), exchange=jobs, routing_key="x")
+    assert [each.persistent for each in producer.tasks] == [False, True]
+
+
 def test_what_the_caller_says_about_waiting(app: Celery, producer: Noting) -> None:
     """``retry`` and ``confirm_timeout`` are the producer's; without them, its settings hold."""
     add = app.tasks["shop.add"]

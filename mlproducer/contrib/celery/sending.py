@@ -12,6 +12,7 @@ Runs on: the threads that send tasks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -327,8 +328,7 @@ class Installed:
 
         A task that is sent on a connection of its own choice must not arrive at another broker.
         """
-        given = producer.given if isinstance(producer, LazyProducer) else producer
-        connection = getattr(given, "connection", None)
+        connection = getattr(_given(producer), "connection", None)
         if connection is None:
             return False
         if self._places is None:
@@ -351,6 +351,8 @@ class Installed:
         """
         self._notice_fork()
         wanted = [each for each in entities if hash(each) not in self._declared]
+        if not wanted:
+            return True
         kept = [each for each in wanted if each.can_cache_declaration]
         good = not kept or self._have_declared(declarations_of(kept), timeout)
         if good:
@@ -414,6 +416,11 @@ forks.in_child(_in_child)
 
 def _real(producer: Any) -> Any:
     return producer.real() if isinstance(producer, LazyProducer) else producer
+
+
+def _given(producer: Any) -> Any:
+    """Return the kombu producer that the sender chose; ``None`` where it leaves that to Celery."""
+    return producer.given if isinstance(producer, LazyProducer) else producer
 
 
 class LazyProducer:
@@ -541,6 +548,8 @@ class TaskProducer:
         exchange: Any = None,
         routing_key: str | None = None,
         declare: Iterable[Any] | None = None,
+        compression: str | None = None,
+        delivery_mode: Any = None,
         retry: bool = True,
         timeout: float | None = None,
         confirm_timeout: float | None = None,
@@ -551,8 +560,21 @@ class TaskProducer:
         deadline = self._deadline = time.monotonic() + (
             producer.settings.publish_timeout if patience is None else patience
         )
+        given = _given(self._stock)
+        if given is not None:  # what it was made with holds where the task says nothing
+            exchange = exchange or getattr(given, "exchange", None)
+            routing_key = getattr(given, "routing_key", "") if routing_key is None else routing_key
+            compression = compression or getattr(given, "compression", None)
+        mode = delivery_mode or getattr(exchange, "delivery_mode", None)
         exchange = getattr(exchange, "name", exchange) or ""
-        message = self._message(body, exchange, routing_key, **options)
+        message = self._message(
+            body,
+            exchange,
+            routing_key,
+            compression=compression,
+            persistent=mode not in (1, "transient"),
+            **options,
+        )
         if declare:
             self._installed.declare(declare, self._stock, deadline - time.monotonic())
         if exchange == DELAYED:
@@ -569,7 +591,8 @@ class TaskProducer:
         routing_key: str | None,
         *,
         headers: dict[str, Any] | None = None,
-        compression: str | None = None,
+        compression: str | None,
+        persistent: bool,
         **options: Any,
     ) -> TaskMessage:
         headers = {} if headers is None else headers
@@ -589,6 +612,7 @@ class TaskProducer:
             headers=_plain(headers),
             content_type=content_type,
             content_encoding=encoding or "binary",
+            persistent=persistent,
             mandatory=self._mandatory and options.get("mandatory") is not False,
             **fields,
         )
@@ -601,6 +625,7 @@ class TaskProducer:
         routing_key: str | None = None,
         declare: Iterable[Any] = (),
         headers: dict[str, Any] | None = None,
+        delivery_mode: Any = None,
         **options: Any,
     ) -> None:
         try:
@@ -616,6 +641,7 @@ class TaskProducer:
                 headers=_plain(headers or {}),
                 content_type=content_type,
                 content_encoding=encoding or "binary",
+                persistent=delivery_mode not in (1, "transient"),
                 mandatory=False,
                 **_fields(options),
             )
@@ -640,7 +666,9 @@ def _encode(body: Any, options: dict[str, Any]) -> tuple[bytes, str, str | None]
     return body, content_type, encoding
 
 
-_FIELDS = ("correlation_id", "reply_to", "message_id", "timestamp", "type", "user_id", "app_id")
+_FIELDS = frozenset(
+    ("correlation_id", "reply_to", "message_id", "timestamp", "type", "user_id", "app_id")
+)
 
 
 def _fields(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -648,7 +676,9 @@ def _fields(properties: Mapping[str, Any]) -> dict[str, Any]:
 
     What AMQP does not know (Celery hands over its own options too) kombu drops silently.
     """
-    fields = {name: properties[name] for name in _FIELDS if properties.get(name) is not None}
+    fields = {
+        name: value for name, value in properties.items() if name in _FIELDS and value is not None
+    }
     if "reply_to" in fields:
         fields["reply_to"] = getattr(fields["reply_to"], "name", fields["reply_to"])
     moment = fields.get("timestamp")
@@ -657,14 +687,27 @@ def _fields(properties: Mapping[str, Any]) -> dict[str, Any]:
     fields["priority"] = properties.get("priority", 0)
     if properties.get("expiration") is not None:
         fields["expiration"] = int(properties["expiration"] * 1000) / 1000
-    fields["persistent"] = properties.get("delivery_mode") not in (1, "transient")
     return fields
 
 
-def _plain(value: Any) -> Any:
-    """Return a header with lists for tuples, which AMQP does not tell apart."""
+_ALIKE = frozenset((str, int, float, bool, type(None)))
+"""Types of headers that both libraries write alike."""
+
+
+def _plain(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return headers with the types that py-amqp would give them."""
+    return {
+        key: value if type(value) in _ALIKE else _as_amqp(value) for key, value in headers.items()
+    }
+
+
+def _as_amqp(value: Any) -> Any:
+    """Return a list for a tuple, which AMQP does not tell apart, and text for bytes that are it."""
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
+        return _plain(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_as_amqp(each) for each in value]
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
     return value
