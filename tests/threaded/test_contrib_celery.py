@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import pickle
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +166,29 @@ def test_an_exchange_tells_the_delivery_mode(app: Celery, producer: Noting) -> N
     for jobs in (Exchange("jobs", delivery_mode="transient"), Exchange("jobs")):
         app.send_task("shop.add", (1, 2), exchange=jobs, routing_key="x")
     assert [each.persistent for each in producer.tasks] == [False, True]
+
+
+FIRST_TASK = """
+import sys
+from celery import Celery, signals
+from mlproducer.contrib.celery import PublishFailedError, install
+app = Celery(broker="amqp://127.0.0.1:1//")
+install(app)
+signals.worker_before_create_process.send(sender=None)
+before = set(sys.modules)
+try:
+    app.send_task("shop.add", ignore_result=True, retry=False, confirm_timeout=0.1)
+except PublishFailedError:
+    print(*sorted(name for name in set(sys.modules) - before if name.split(".")[0] in OURS))
+"""
+
+
+def test_children_import_nothing_of_their_own() -> None:
+    """With ``worker_max_tasks_per_child`` each would spend more on that than on its tasks."""
+    script = FIRST_TASK.replace("OURS", "('mlproducer', 'pika', 'prometheus_client')")
+    argv = [sys.executable, "-c", script]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT * 2, check=True)
+    assert done.stdout.split("\n") == ["", ""], done.stdout + done.stderr
 
 
 def test_what_the_caller_says_about_waiting(app: Celery, producer: Noting) -> None:
