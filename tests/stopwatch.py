@@ -1,10 +1,10 @@
 """A stopwatch for promises of time, which leaves out what a busy machine adds.
 
 A limit of time is a promise of the program. Where other programs take the CPUs, a thread that could
-run waits for one; how long, Linux counts for each thread. `in_time` leaves that out, so a limit is
-as tight as what is promised and still holds beside any load. On an idle machine it is next to
-nothing. A lock, a missed wake-up, a timer or another program's answer that is waited for is never
-left out.
+run waits for one; how long, Linux counts for each thread, and for the machine how long programs
+wait for a disk. `in_time` leaves both out, so a limit is as tight as what is promised and still
+holds beside any load. On an idle machine it is next to nothing. A lock, a missed wake-up, a timer
+or another program's answer that is waited for is never left out.
 
 Elsewhere than on Linux nothing is left out.
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-NANO = 1e-9
+NANO, MICRO = 1e-9, 1e-6
 TICK = 0.01
 """The unit of /proc/stat, in seconds."""
 
@@ -78,7 +78,7 @@ class Stopwatch:
 
 def _waits() -> dict[str, float]:
     """Return the seconds each thread has waited for a CPU, in this process and its children."""
-    waits = {"machine": _taken_from_the_machine()}
+    waits = {"machine": _taken_from_the_machine(), "disk": _spent_on_the_disk()}
     processes = ["/proc/self"]
     for process in processes:
         with suppress(OSError):  # it has ended
@@ -95,6 +95,15 @@ def _waited(thread: Path) -> float:
         return int((thread / "schedstat").read_text(encoding="ascii").split()[1]) * NANO
     except OSError:  # it has ended, or this is no Linux
         return 0.0
+
+
+def _spent_on_the_disk() -> float:
+    """Return the seconds in which some program waited for a disk, as a server does that syncs."""
+    try:
+        some = Path("/proc/pressure/io").read_text(encoding="ascii").split("\n", 1)[0]
+    except OSError:  # the kernel does not count it
+        return 0.0
+    return float(some.rpartition("=")[2]) * MICRO
 
 
 def _taken_from_the_machine() -> float:

@@ -117,15 +117,17 @@ class Runtime:
 
         They count without a lock, each on its own thread.
 
+        Callbacks are last, so that they find counted and logged what they are told.
+
         :param inside: the messages under way, which one connection counts for all
         """
         return Fanout(
             [
                 self._log,
-                CallbackSink(self._callbacks, self.dispatcher),
                 self._meter.sink(),
                 self._recorder.sink(inside),
                 self._spans,
+                CallbackSink(self._callbacks, self.dispatcher),
             ]
         ).emit
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds for one answer of the browser; it shares two cores with a broker."""
 
 WAIT = """new Promise((resolve, reject) => {

@@ -14,7 +14,7 @@ from mlproducer.errors import PublishError
 
 EXCHANGE = "bookmarkai.ml"
 QUEUE = "ml.embed"
-HEALED = 15.0
+HEALED = 60.0
 """Seconds within which what was deferred arrives once its fault is over, a restart included."""
 
 both_ways = pytest.mark.parametrize("retry", [True, False], ids=["retry", "no retry"])

@@ -14,6 +14,7 @@ from mlproducer import Message, MLProducer, Outcome
 from mlproducer.testing import RabbitMQNode
 from mlproducer.testing.audit import Journal, drain
 from tests.broker.conftest import Connect
+from tests.helpers import LIMIT
 from tests.stopwatch import Stopwatch, in_time
 
 pytestmark = pytest.mark.broker
@@ -54,7 +55,7 @@ def test_publishing_goes_on_at_the_other_broker(
     in_use.kill()
     watch = Stopwatch()
     publish(producer, journal, range(100, 200))
-    assert producer.flush(FAILOVER) == 0
+    assert producer.flush(LIMIT) == 0
     took = watch.own()
     print(f"\nbroker killed: 100 further messages confirmed by the other after {took:.2f} s")
     assert took < FAILOVER
@@ -98,6 +99,6 @@ def test_each_process_begins_with_another_broker() -> None:
             subprocess.Popen([sys.executable, "-c", SHOW_FIRST, url], stdout=subprocess.PIPE)
             for _ in range(6)
         ]
-        begun = [process.communicate(timeout=20.0)[0].decode().strip() for process in processes]
+        begun = [process.communicate(timeout=LIMIT)[0].decode().strip() for process in processes]
     assert set(begun) <= {f"127.0.0.1:{port}" for port in ports}
     assert len(set(begun)) > 1  # all alike by chance: once in 8 ** 5 runs

@@ -24,7 +24,7 @@ from mlproducer.testing.plugin import VirtualHost
 
 pytestmark = pytest.mark.broker
 
-LIMIT = 40.0
+LIMIT = 60.0
 PYTHON = os.environ.get("CANVAS_PYTHON", sys.executable)
 """An interpreter with another Celery can be named, to try that one."""
 

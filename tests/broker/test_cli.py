@@ -177,7 +177,7 @@ def test_check_of_a_silent_broker(rabbitmq_vhost: VirtualHost) -> None:
         code, steps = _check(rabbitmq_vhost.url, RABBITMQ_CONNECTION_TIMEOUT="500")
     assert code == 1
     assert "says nothing" in steps["connect"]["advice"]
-    assert 0.4 < steps["connect"]["seconds"] < 1.5
+    assert 0.4 < steps["connect"]["seconds"] < 5.0
 
 
 def test_check_names_missing_permissions(rabbitmq_vhost: VirtualHost) -> None:
@@ -438,11 +438,11 @@ def test_sigterm_while_it_reads(rabbitmq_vhost: VirtualHost) -> None:
         process.stdin.write("PRIVATE\n" + _lines(EMBEDDING) * 3)
         process.stdin.flush()
         assert "line 1: bad" in process.stderr.readline()
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + LIMIT
         while rabbitmq_vhost.node.queue_depth(rabbitmq_vhost.name, "ml.embed") < 3:
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=10.0)
+        stdout, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 143
     last = documents(stdout)[-1]
     assert last["summary"]["stopped"] == "stopped by SIGTERM after line 4"
@@ -461,7 +461,7 @@ def test_sigterm_while_it_waits(rabbitmq_vhost: VirtualHost) -> None:
         process.stdin = None
         assert "waiting for 1 deferred" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        stdout, _ = process.communicate(timeout=3.0)
+        stdout, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 143
     assert documents(stdout)[-1]["summary"]["undelivered"] == 1
 

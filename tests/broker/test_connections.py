@@ -15,7 +15,7 @@ from tests.broker.conftest import Connect
 
 pytestmark = pytest.mark.broker
 
-LIMIT = 20.0
+LIMIT = 60.0
 USER, PASSWORD = "lone", "secret-of-lone"
 
 

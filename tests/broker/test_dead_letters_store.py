@@ -56,19 +56,19 @@ def _letters(names: Iterable[str], routing_key: str = "later") -> list[Message]:
 
 def _bury_in_the_queue(connect: Connect, messages: Letters) -> None:
     producer = connect(max_message_retries=0)
-    assert producer.wait_connected(10.0)
+    assert producer.wait_connected(30.0)
     for future in [producer.submit(each) for each in messages]:
         assert future.exception(10.0) is not None
 
 
 def _bury(connect: Connect, vhost: VirtualHost, store_url: str, messages: Letters) -> None:
     """Let a producer find no queue for messages, and no exchange for their dead letters."""
-    assert connect().wait_connected(10.0)
+    assert connect().wait_connected(30.0)
     with open_channel(vhost.url) as channel:
         channel.exchange_delete(DEAD_EXCHANGE)
         channel.queue_unbind(QUEUE, EXCHANGE, QUEUE)
         producer = connect(store_url=store_url, declare_topology="off", max_message_retries=0)
-        assert producer.wait_connected(10.0)
+        assert producer.wait_connected(30.0)
         for receipt in producer.publish_many(messages):
             assert not isinstance(receipt, Exception), receipt
             assert receipt.durable

@@ -28,7 +28,7 @@ def test_demo_loses_nothing(tmp_path: Path) -> None:
     assert document["confirmed"] + document["deferred_then_confirmed"] == 80
     assert document["deferred_then_confirmed"] > 0
     assert document["lost"] == document["undelivered"] == document["foreign"] == 0
-    assert 1.0 < document["longest_publish"] < 5.25
+    assert 1.0 < document["longest_publish"] < 10.0
     assert left_behind(tmp_path) == []
 
 
@@ -75,7 +75,7 @@ def test_demo_ends_at_a_signal(how: signal.Signals, code: int, moment: str, tmp_
             if moment in line:
                 break
         process.send_signal(how)
-        _stdout, stderr = process.communicate(timeout=15.0)
+        _stdout, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == code
     assert "Traceback" not in stderr
     assert left_in_the_end(tmp_path) == []

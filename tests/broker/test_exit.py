@@ -23,7 +23,8 @@ pytestmark = pytest.mark.broker
 PACKAGE = Path(mlproducer.__file__).parent
 QUEUE = "ml.embed"
 EXIT_LIMIT = 5.0
-STARTING = 1.5  # for the interpreter, on a machine with others
+SLACK = 3.0
+"""Seconds for the interpreter's own end, on a machine that is busy."""
 
 
 def _numbered(name: str, count: int) -> list[str]:
@@ -83,8 +84,8 @@ def test_end_without_a_broker(how: str) -> None:
         with script("ending", how, "7", "tell sys.exit", url=url) as program:
             assert program.next() == {"ends": True}
             started = time.monotonic()
-            ended = program.end(EXIT_LIMIT + STARTING)
-    assert time.monotonic() - started < EXIT_LIMIT + 1.0
+            ended = program.end()
+    assert time.monotonic() - started < EXIT_LIMIT + SLACK
     assert ended.returncode == 3
     assert re.findall(r"messages lost.*: (\d+)", ended.stderr) == ["7"]
     assert "Traceback" not in ended.stderr
@@ -103,9 +104,9 @@ def test_end_while_the_broker_does_not_answer(
         else:
             proxy.stall()
         try:
-            with in_time(EXIT_LIMIT + 1.0):
+            with in_time(EXIT_LIMIT + SLACK):
                 run.go()
-                ended = run.end(EXIT_LIMIT + STARTING)
+                ended = run.end()
         finally:
             if fault == "blocked":
                 node.clear_memory_alarm()
@@ -119,7 +120,7 @@ def test_sigterm_by_default(rabbitmq_vhost: VirtualHost) -> None:
     with script("signals", "sigterm_by_default", url=rabbitmq_vhost.url) as program:
         published = [program.next()["published"] for _ in range(20)]
         program.signal(signal.SIGTERM)
-        ended = program.end(1.0)
+        ended = program.end()
     assert ended.returncode == -signal.SIGTERM
     published += [report["published"] for report in ended.reports]
     seen = drain(rabbitmq_vhost.url, QUEUE)
@@ -138,9 +139,9 @@ def test_sigterm_handler_that_closes(
             proxy.stall()
         program.signal(signal.SIGTERM)
         report = program.next()
-        ended = program.end(2.0)
+        ended = program.end()
     assert ended.returncode == 0
-    assert report["seconds"] < 2.5
+    assert report["seconds"] < 2.0 + SLACK
     if fault is None:
         assert ended.stderr == ""
         seen = drain(rabbitmq_vhost.url, QUEUE)
@@ -158,7 +159,7 @@ def test_ctrl_c_in_publish(rabbitmq_vhost: VirtualHost, proxy: Proxy) -> None:
         program.go()
         assert program.next() == {"publishing": True}
         program.signal(signal.SIGINT)
-        assert program.next(0.5) == {"interrupted": True}
+        assert program.next(10.0) == {"interrupted": True}
         proxy.resume()
         program.go()
         assert program.next() == {"confirmed": True, "left": 0}
@@ -187,4 +188,4 @@ def test_close_in_a_signal_handler(rabbitmq_vhost: VirtualHost) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     (report,) = ended.reports
     assert report["refused"] == 60
-    assert report["longest"] < 0.8
+    assert report["longest"] < 0.3 + SLACK

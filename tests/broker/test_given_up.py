@@ -30,7 +30,7 @@ LIMIT = 3
 """Deliveries after the first; the default of 20 only takes longer."""
 
 
-def _eventually(true: Callable[[], bool], limit: float = 20.0) -> None:
+def _eventually(true: Callable[[], bool], limit: float = 60.0) -> None:
     deadline = time.monotonic() + limit
     while not true():
         assert time.monotonic() < deadline
@@ -58,7 +58,7 @@ def test_a_worker_that_is_restarted_time_and_again(
     """
     url, node = rabbitmq_vhost.url, rabbitmq_vhost.node
     names = [str(number) for number in range(10)]
-    connect(delivery_limit=LIMIT).wait_connected(10.0)
+    connect(delivery_limit=LIMIT).wait_connected(30.0)
     # By way of the default exchange the worker itself holds a task until it is due.
     _publish(connect, names, exchange="", countdown=3600.0)
     for _ in range(LIMIT + 1):
@@ -130,7 +130,7 @@ def test_dead_letters_have_nowhere_to_go(
         assert len(before) <= (2 if how == "full" else 0)
         if how != "full":
             producer = connect(delivery_limit=LIMIT)  # declares it again
-            assert producer.wait_connected(10.0)
+            assert producer.wait_connected(30.0)
         found = set(before)
 
         def all_there() -> bool:

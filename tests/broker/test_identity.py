@@ -70,7 +70,7 @@ def test_a_rotated_password(user: User, connect: Connect, tmp_path: Path, way: s
         "url file": {"url_file": str(url)},
         "callable": {"url": user.url(), "credentials": lambda: (user.name, user.password)},
     }[way]
-    with MLProducer(Settings(**settings, publish_timeout=10.0)) as producer:
+    with MLProducer(Settings(**settings, publish_timeout=LIMIT)) as producer:
         assert producer.publish(MESSAGE).confirmed
         happened = events_of(producer, "disconnected", "connected")
         user.rotate("second")
@@ -178,7 +178,7 @@ def settings_for(node: RabbitMQNode, certificates: Certificates, **more: Any) ->
 def test_external(certified: RabbitMQNode, certificates: Certificates) -> None:
     """The certificate is all that the broker asks for."""
     with MLProducer(settings_for(certified, certificates, auth_mechanism="EXTERNAL")) as producer:
-        assert producer.publish(MESSAGE, timeout=10.0).confirmed
+        assert producer.publish(MESSAGE, timeout=LIMIT).confirmed
         assert "client" in certified.ctl("list_connections", "user")
 
 
@@ -191,4 +191,4 @@ def test_a_broker_that_offers_no_password(
         MLProducer(settings) as producer,
         pytest.raises(AuthenticationError, match=r"offers EXTERNAL .*PLAIN"),
     ):
-        producer.publish(MESSAGE, timeout=10.0)
+        producer.publish(MESSAGE, timeout=LIMIT)

@@ -91,7 +91,7 @@ def test_two_gunicorn_workers(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> No
             answers += publish_until_two_have(port)
             replaced = scraped(get(port, "/metrics"))
             program.signal(signal.SIGTERM)
-            ended = program.end(15.0)
+            ended = program.end()
     assert (ended.returncode, "Traceback" in ended.stderr) == (0, False)
     assert all(answer["confirmed"] for answer in answers)
     check_unused(unused)

@@ -55,7 +55,7 @@ def test_confirmed(rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool
 def test_unroutable(rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool) -> None:
     """Without a binding the message comes back with 312; after the re-bind a sweep delivers it."""
     producer = connect()
-    assert producer.wait_connected(5.0)
+    assert producer.wait_connected(30.0)
     with open_channel(rabbitmq_vhost.url) as channel:
         channel.queue_unbind(QUEUE, EXCHANGE, QUEUE)
         error, receipt = failure(producer, message("m"), retry=retry)
@@ -73,7 +73,7 @@ def test_unroutable(rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: boo
 def test_nacked(rabbitmq_vhost: VirtualHost, connect: Connect, *, retry: bool) -> None:
     """A full queue that rejects is a NackError; once there is room a sweep delivers the message."""
     producer = connect()
-    assert producer.wait_connected(5.0)
+    assert producer.wait_connected(30.0)
     limits = {"x-max-length": 1, "x-overflow": "reject-publish"}
     with open_channel(rabbitmq_vhost.url) as channel:
         channel.queue_declare("small", durable=True, arguments=limits)

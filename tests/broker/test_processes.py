@@ -120,7 +120,7 @@ def test_parent_ends_while_its_child_sleeps(
         program.next()
         assert proxy.connections == 1
         program.go()
-        proxy.wait_for_connections(0, timeout=1.0)
+        proxy.wait_for_connections(0, timeout=5.0)
 
 
 def test_forks_while_threads_publish(rabbitmq_vhost: VirtualHost) -> None:
@@ -132,7 +132,7 @@ def test_forks_while_threads_publish(rabbitmq_vhost: VirtualHost) -> None:
     print({name: parent[name] for name in ("published", "median", "p99", "longest")}, slowest)
     assert parent["codes"] == [0] * 50
     assert parent["confirmed"] == parent["published"]
-    assert parent["longest"] < 1.0
+    assert parent["longest"] < 4.0
     assert slowest < 5.0
     seen = drain(rabbitmq_vhost.url, QUEUE)
     assert set(seen.values()) == {1}
@@ -184,7 +184,7 @@ def test_multiprocessing(rabbitmq_vhost: VirtualHost, method: str) -> None:
 
 
 def _get(port: int) -> dict[str, Any]:
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20.0)) as connection:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60.0)) as connection:
         connection.request("GET", "/")
         answer: dict[str, Any] = json.load(connection.getresponse())
         return answer
@@ -192,7 +192,7 @@ def _get(port: int) -> dict[str, Any]:
 
 def _ask_until_two_have_answered(port: int) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 60.0
     with ThreadPoolExecutor(4) as pool:
         while len({answer["pid"] for answer in answers}) < 2:
             assert time.monotonic() < deadline
@@ -210,7 +210,7 @@ def test_gunicorn_with_preload(rabbitmq_vhost: VirtualHost) -> None:
         with Program(argv, rabbitmq_vhost.url, descriptors=[listener.fileno()]) as program:
             answers = _ask_until_two_have_answered(listener.getsockname()[1])
             program.signal(signal.SIGTERM)
-            ended = program.end(15.0)
+            ended = program.end()
     assert ended.returncode == 0
     assert "Traceback" not in ended.stderr
     assert "Warning" not in ended.stderr
@@ -258,7 +258,7 @@ def _serve(host: VirtualHost, argv: list[str], listener: socket.socket, *, used:
         with in_time(15.0):
             answers = _ask_until_two_have_answered(listener.getsockname()[1])
         program.signal(signal.SIGTERM)
-        program.end(15.0)
+        program.end()
     assert all(answer["confirmed"] for answer in answers)
     names = [each for answer in answers for each in answer["ids"]]
     seen = drain(host.url, QUEUE)

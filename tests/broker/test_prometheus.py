@@ -230,7 +230,7 @@ def test_an_outage(mortal_node: RabbitMQNode, rabbitmq_vhost: VirtualHost, expor
         check_texts(prometheus)
 
         mortal_node.restart()
-        assert all(future.result(20.0).confirmed for future in futures)
+        assert all(future.result(2 * LIMIT).confirmed for future in futures)
         prometheus.wait_until(lambda: prometheus.alerts() == [])
         for query in queries(exported):
             assert prometheus.get("query", query=query)["result"], query

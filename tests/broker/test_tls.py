@@ -61,7 +61,7 @@ class Tap:
             back = threading.Thread(target=_pump, args=[server, client, bytearray()], daemon=True)
             back.start()
             _pump(client, server, sent)
-            back.join(10.0)
+            back.join(30.0)
 
     def assert_nothing_in_the_clear(self) -> None:
         """Each connection began with a TLS record, and none ever spoke AMQP in the clear."""
@@ -165,8 +165,8 @@ def _assert_refused(
     started = time.monotonic()
     with producer, caplog.at_level(logging.WARNING, "mlproducer"):
         with pytest.raises(NotConnectedError, match=words) as caught:
-            producer.publish(MESSAGE, retry=False, timeout=10.0)
-        receipt = producer.publish(MESSAGE, timeout=10.0)
+            producer.publish(MESSAGE, retry=False, timeout=30.0)
+        receipt = producer.publish(MESSAGE, timeout=30.0)
         assert time.monotonic() - started < limit
         assert not caught.value.possibly_sent
         assert not receipt.confirmed
@@ -329,7 +329,7 @@ def test_an_encrypted_key(
         }
         with MLProducer(Settings.from_env(environ)) as producer:
             if right:
-                assert producer.publish(MESSAGE, timeout=10.0).confirmed
+                assert producer.publish(MESSAGE, timeout=30.0).confirmed
                 continue
             with pytest.raises(ConfigurationError, match="password") as caught:
                 producer.publish(MESSAGE)
@@ -357,15 +357,15 @@ def test_renewed_files_are_used(
         caplog.at_level(logging.WARNING, "mlproducer"),
     ):
         with pytest.raises(NotConnectedError, match="TLS failed"):
-            producer.publish(MESSAGE, retry=False, timeout=10.0)
+            producer.publish(MESSAGE, retry=False, timeout=30.0)
         shutil.copy(certificates.client.cert, mine.cert)  # its key comes later
         for _ in range(3):
             with pytest.raises(NotConnectedError, match="TLS failed"):
-                producer.publish(MESSAGE, retry=False, timeout=10.0)
+                producer.publish(MESSAGE, retry=False, timeout=30.0)
             threading.Event().wait(0.2)
         shutil.copy(certificates.client.key, mine.key)
-        assert producer.wait_connected(10.0)
-        assert producer.publish(MESSAGE, timeout=10.0).confirmed
+        assert producer.wait_connected(30.0)
+        assert producer.publish(MESSAGE, timeout=30.0).confirmed
     told = [each for each in caplog.messages if "TLS files" in each]
     assert [each.partition(":")[0] for each in told] == [
         "the TLS files have changed and do not load",
@@ -378,7 +378,7 @@ def test_another_server_name(server: Server, certificates: Certificates) -> None
     server.show(certificates.server_wrong_name)
     tls = TLSSettings(ca_certs=str(certificates.ca), server_name="elsewhere.example")
     with MLProducer(Settings(url=server.url(server.port), tls=tls)) as producer:
-        assert producer.publish(MESSAGE, timeout=10.0).confirmed
+        assert producer.publish(MESSAGE, timeout=30.0).confirmed
 
 
 @pytest.mark.parametrize("shown", ["server_other_ca", "server_expired", "server_wrong_name"])
@@ -401,7 +401,7 @@ def test_reset_after_the_handshake(certificates: Certificates) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(shown.cert, shown.key)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10.0)
+        listener.settimeout(30.0)
 
         def serve() -> None:
             client, _ = listener.accept()
@@ -416,8 +416,8 @@ def test_reset_after_the_handshake(certificates: Certificates) -> None:
             _producer(url, certificates.ca) as producer,
             pytest.raises(NotConnectedError, match="refuses the client's certificate"),
         ):
-            producer.publish(MESSAGE, retry=False, timeout=10.0)
-        thread.join(10.0)
+            producer.publish(MESSAGE, retry=False, timeout=30.0)
+        thread.join(30.0)
         assert not thread.is_alive()
 
 
@@ -444,10 +444,10 @@ def test_sliced_and_reset(server: Server, certificates: Certificates) -> None:
         _producer(server.url(proxy.port), certificates.ca) as producer,
     ):
         proxy.slice(3)
-        assert producer.publish(MESSAGE, timeout=20.0).confirmed
+        assert producer.publish(MESSAGE, timeout=30.0).confirmed
         proxy.heal()
         proxy.reset()
-        assert producer.publish(MESSAGE, timeout=10.0).result(10.0).confirmed
+        assert producer.publish(MESSAGE, timeout=30.0).result(30.0).confirmed
         assert proxy.accepted == 2
 
 

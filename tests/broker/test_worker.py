@@ -47,7 +47,7 @@ def vhost(rabbitmq_node: RabbitMQNode) -> Iterator[VirtualHost]:
 def producer(vhost: VirtualHost) -> Iterator[MLProducer]:
     """A producer that has declared its queues before any worker came."""
     with MLProducer(Settings(url=vhost.url)) as producer:
-        assert producer.wait_connected(10.0)
+        assert producer.wait_connected(30.0)
         yield producer
 
 

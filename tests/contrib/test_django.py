@@ -25,6 +25,7 @@ from urllib.parse import urlencode
 import pytest
 
 from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
+from mlproducer.testing.erlang import free_port
 from mlproducer.testing.fake_broker import FakeConnection, ReceivedMessage
 from tests.stopwatch import in_time
 
@@ -91,12 +92,6 @@ class Project:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait(LIMIT)
         assert "Traceback" not in log.read_text()
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

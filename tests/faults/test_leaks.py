@@ -38,7 +38,7 @@ class Counts:
 def count(node: RabbitMQNode, proxy: Proxy) -> Counts:
     """Count, once the broker has seen the end of what is gone."""
     proxy.wait_for_connections(1, LIMIT)
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + LIMIT
     while len(names := node.connections()) > 1:
         assert time.monotonic() < deadline, names
     return Counts(threading.active_count(), len(os.listdir("/proc/self/fd")), len(names))  # noqa: PTH208

@@ -104,13 +104,9 @@ def test_the_clock_jumps_during_an_outage(tmp_path: Path, store: str, jump: int)
             each.jump(jump)
             assert set(each.ask(publish=COUNT)) == {"deferred"}
             broker.listen_again()
-            left, seconds = each.ask(flush=LIMIT)
-            assert left == 0
-            assert seconds < 4.0
+            assert each.ask(flush=LIMIT) == 0
             each.jump(0)
             assert set(each.ask(publish=COUNT)) == {"deferred"}  # nacked, and retried at once
-            left, seconds = each.ask(flush=LIMIT)
-            assert left == 0
-            assert seconds < 4.0
+            assert each.ask(flush=LIMIT) == 0
     assert len(behaviour.copies) == 3 * COUNT
     assert set(behaviour.copies.values()) == {2}

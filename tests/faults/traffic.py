@@ -17,6 +17,7 @@ from mlproducer import Message, MLProducer, Outcome
 from mlproducer.testing.audit import Audit, Journal, drain
 from mlproducer.topology import ROUTING_KEYS
 from tests.helpers import Background
+from tests.stopwatch import Stopwatch
 
 LIMIT = 60.0
 """Seconds after which a test stops waiting for what ought to come."""
@@ -45,6 +46,7 @@ class Traffic:
 
     :ivar pause: seconds of each thread between two calls, so that an outage does not flood
     :ivar longest: seconds of the longest call
+    :ivar own: these without what threads waited for a CPU, all in all
     """
 
     producer: MLProducer
@@ -53,9 +55,11 @@ class Traffic:
     make: MakeMessage = to_each_queue
     journal: Journal = field(factory=Journal)
     longest: float = 0.0
+    own: float = 0.0
     _numbers: itertools.count[int] = field(factory=itertools.count)
     _over: threading.Event = field(factory=threading.Event)
     _calls: Background = field(factory=Background)
+    _watch: Stopwatch = field(factory=Stopwatch)
 
     def __enter__(self) -> Traffic:
         for _ in range(self.threads):
@@ -70,6 +74,7 @@ class Traffic:
     ) -> None:
         self._over.set()
         self.longest = max(self._calls.gather(LIMIT))
+        self.own = self.longest - self._watch.waited()
 
     def more(self, n: int) -> None:
         """Wait until so many further calls have spoken."""

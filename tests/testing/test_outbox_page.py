@@ -19,7 +19,7 @@ from mlproducer import MLProducer, Settings, outbox, stores
 from mlproducer.testing import FakeBroker, PostgreSQLServer
 from tests.pages import ROOT, run, snippets
 
-LIMIT = 10.0
+LIMIT = 30.0
 
 PAGE = Path(stores.__file__).with_name("README.rst")
 README = ROOT / "README.rst"

@@ -23,7 +23,7 @@ from mlproducer.testing.loop import Loop
 from mlproducer.testing.proxy import Proxy
 from tests.stopwatch import in_time
 
-LIMIT = 5.0
+LIMIT = 30.0
 
 
 class Ends:

@@ -96,6 +96,7 @@ def test_the_first_use(connect: Connect, serve: Serve) -> None:
 def test_outcomes(connect: Connect, serve: Serve) -> None:
     """They are those of publish()."""
     silent = connect(serve(Silent()))
+    assert silent.wait_connected(LIMIT)
     with in_time(1.5):
         receipt = run(silent.apublish(make_message(), timeout=0.2))
         assert receipt.outcome is Outcome.DEFERRED

@@ -273,7 +273,7 @@ def test_a_return_cut_in_the_middle(connect: Connect, serve: Serve) -> None:
 def test_never_confirmed_is_given_up(connect: Connect, serve: Serve) -> None:
     """After confirm_give_up the channel is replaced, and the message sent again, once (54)."""
     broker = serve(FirstIsLost())
-    producer = connect(broker, confirm_give_up=0.2)
+    producer = connect(broker, confirm_give_up=1.0)
     receipt = producer.publish(make_message("m"), timeout=0.1)
     assert not receipt.confirmed
     assert receipt.result(LIMIT).attempts == 2

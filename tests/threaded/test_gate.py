@@ -69,8 +69,8 @@ def test_times_out() -> None:
     inside = make_delivery()
     assert gate.enter(inside, soon())
     started = time.monotonic()
-    assert not gate.enter(make_delivery(), started + 0.1)
-    assert 0.1 <= time.monotonic() - started < 0.3
+    with in_time(0.3, 0.1):
+        assert not gate.enter(make_delivery(), time.monotonic() + 0.1)
     assert not gate.enter(make_delivery(), started)
     gate.leave((inside,))
     assert gate.enter(make_delivery(), time.monotonic())
@@ -308,14 +308,14 @@ def test_a_signal_handler_that_publishes(connect: Connect, serve: Serve) -> None
     before = signal.signal(signal.SIGALRM, handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.001)
-        until = time.monotonic() + 3.0
-        while time.monotonic() < until:
+        until = time.monotonic() + LIMIT
+        while answers["CONFIRMED"] <= 300:
+            assert time.monotonic() < until
             futures.append(producer.submit(make_message()))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert producer.flush(LIMIT) == 0
     assert all(future.result(0).confirmed for future in futures)
-    assert answers["CONFIRMED"] > 100
     assert answers["DEFERRED"] == 0
-    assert longest[0] < 2.0
+    assert longest[0] < LIMIT / 2

@@ -21,6 +21,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from mlproducer import MLProducer, Outcome, Settings
+from mlproducer._engine import io_thread
 from mlproducer.errors import (
     ConfirmTimeoutError,
     NotConnectedError,
@@ -122,6 +123,12 @@ class Odd(MemoryStore):
             raise StoreError(f"{call} failed")
 
 
+@pytest.fixture
+def hurried_store(no_hurry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the limit within which a store has to speak; the I/O thread has the time it needs."""
+    monkeypatch.setattr(io_thread, "STORE_LIMIT", 0.1)
+
+
 def produce(broker: FakeBroker, store: Odd, **settings: Any) -> MLProducer:
     """Make a producer with a store."""
     return MLProducer(Settings(url=broker.url, **{**QUICK, **settings}), store=store)
@@ -155,7 +162,7 @@ def test_stored_though_it_cannot_be_counted(serve: Serve) -> None:
     assert ids(broker) == ["m"]
 
 
-@pytest.mark.hurry
+@pytest.mark.usefixtures("hurried_store")
 def test_a_put_that_is_answered_too_late(serve: Serve) -> None:
     """What was raised because of it leaves no row, and is not sent when the broker is back.
 
@@ -179,7 +186,7 @@ def test_a_put_that_is_answered_too_late(serve: Serve) -> None:
     assert not store._slots
 
 
-@pytest.mark.hurry
+@pytest.mark.usefixtures("hurried_store")
 def test_a_row_that_another_process_claims_before_this_one_hears_of_it(serve: Serve) -> None:
     """It is stored, claimed and delivered, and only then its publisher would be told."""
     broker, store = serve(), Odd()
@@ -235,7 +242,7 @@ def test_what_another_process_has_ended_is_not_given_back(serve: Serve, fate: Ro
                 producer.publish(make_message("m"), retry=False)
 
 
-@pytest.mark.hurry
+@pytest.mark.usefixtures("hurried_store")
 def test_a_deletion_that_is_not_answered_leaves_a_doubt(serve: Serve) -> None:
     """What is still in the store when it is given back is sent by others, if the lease runs out."""
     broker, store = serve(), Odd(ahead=True)

@@ -128,6 +128,7 @@ def test_deferred_counts_when_it_is_settled(
     """A message that is ours still counts nowhere but in the gauges, until its fate is known."""
     broker = serve(Silent())
     producer = produce(broker)
+    assert producer.wait_connected(LIMIT)
     receipt = producer.publish(make_message(), timeout=SHORT)
     assert sent(registry) == Counter()
     assert value(registry, "confirm_timeouts_total") == 1
@@ -145,6 +146,7 @@ def test_given_back_and_confirmed_late(
     """A message that its publisher has got back stays rejected, also if its confirm comes."""
     broker = serve(Silent())
     producer = produce(broker)
+    assert producer.wait_connected(LIMIT)
     with pytest.raises(PublishError):
         producer.publish(make_message(), timeout=SHORT, retry=False)
     [message] = broker.wait_for_messages(1, LIMIT)

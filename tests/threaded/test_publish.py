@@ -49,6 +49,7 @@ def test_late_ack(connect: Connect, serve: Serve) -> None:
     """An ack after the deadline makes the receipt CONFIRMED; nothing is sent again (31)."""
     broker = serve(Silent())
     producer = connect(broker)
+    assert producer.wait_connected(LIMIT)
     receipt = producer.publish(make_message("m"), timeout=SHORT)
     assert receipt.outcome is Outcome.DEFERRED
     assert isinstance(receipt.reason, ConfirmTimeoutError)
@@ -71,6 +72,7 @@ def test_late_ack_without_retry(connect: Connect, serve: Serve) -> None:
     """The error stands, and its message is never sent again, even when the channel is lost."""
     broker = serve(Silent())
     producer = connect(broker)
+    assert producer.wait_connected(LIMIT)
     with pytest.raises(ConfirmTimeoutError) as caught:
         producer.publish(make_message("m"), timeout=SHORT, retry=False)
     assert (caught.value.message_id, caught.value.possibly_sent) == ("m", True)

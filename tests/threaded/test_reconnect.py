@@ -194,7 +194,7 @@ def test_no_reconnect_while_blocked(connect: Connect, serve: Serve) -> None:
     """Neither an order, nor a late confirm, nor an overdue one costs a blocked connection (32)."""
     mood = Moody("silent")
     broker = serve(mood)
-    producer = connect(broker, confirm_give_up=0.1)
+    producer = connect(broker, confirm_give_up=1.0)
     flow = events_of(producer, "blocked", "unblocked", "disconnected")
     receipt = producer.publish(make_message("m"), timeout=0.01)
     [message] = broker.wait_for_messages(1, LIMIT)

@@ -81,8 +81,8 @@ def test_a_thousand_rows_are_one_command(
 
     claims: list[Claim] = []
     entries = [Entry(Record(make_envelope())) for _ in range(1000)]
-    store.put([Entry(Record(make_envelope(), dead=True))], 1.0)  # the scripts are known by now
-    assert commands(lambda: claims.extend(store.put(entries, 1.0))) == 1
+    store.put([Entry(Record(make_envelope(), dead=True))], 30.0)  # the scripts are known by now
+    assert commands(lambda: claims.extend(store.put(entries, 30.0))) == 1
     assert commands(lambda: store.renew(claims)) == 1
     changes = [Change(each, Record(make_envelope()), 0.0) for each in claims]
     assert commands(lambda: store.release(changes)) == 1
@@ -99,8 +99,8 @@ def test_all_keys_lie_on_one_node_and_go_with_the_rows(
 ) -> None:
     """Keys begin with the prefix and share a hash tag; of deleted rows nothing stays."""
     store = connect()
-    claims = store.put([*waiting("a"), Entry(Record(make_envelope()), ahead=True)], 1.0)
-    claims += store.put([Entry(Record(make_envelope(), dead=True), 0.0)], 1.0)
+    claims = store.put([*waiting("a"), Entry(Record(make_envelope()), ahead=True)], 30.0)
+    claims += store.put([Entry(Record(make_envelope(), dead=True), 0.0)], 30.0)
     names = redis_server.call("KEYS", f"{prefix}*")
     assert len(names) == 8
     assert all(name.startswith(f"{prefix}{{store}}:".encode()) for name in names)
@@ -113,7 +113,7 @@ def test_all_keys_lie_on_one_node_and_go_with_the_rows(
 def test_only_a_dead_letter_replaces_the_message(connect: Open) -> None:
     """A release that gives up no message keeps the one that was put, whatever body it names."""
     store = connect()
-    (claim,) = store.put([Entry(Record(make_envelope("a", body=b"message")))], 1.0)
+    (claim,) = store.put([Entry(Record(make_envelope("a", body=b"message")))], 30.0)
     store.release([Change(claim, Record(make_envelope("a", body=b""), attempts=1), 0.0)])
     (row,) = store.claim(1)
     assert (row.record.envelope.body, row.record.attempts) == (b"message", 1)
@@ -134,7 +134,7 @@ def test_a_server_whose_clock_was_put_forward_is_asked_again(connect: Open) -> N
     store = connect()
     store.depth()
     store._connection._ahead -= HOUR  # as if the server's clock had said so before
-    store.put(waiting("a"), 1.0)
+    store.put(waiting("a"), 30.0)
     assert ids(store.claim(10)) == ["a"]
 
 
@@ -163,7 +163,7 @@ def test_letters_behind_a_page_of_unreadable_ones_are_shown(
     """A page without a letter would be taken for the end."""
     store = connect()
     letters = [Entry(Record(make_envelope(name), dead=True)) for name in "abcde"]
-    claims = store.put(letters, 1.0)
+    claims = store.put(letters, 30.0)
     for claim, field in zip(claims[:4], ("body", "token", "body", "token"), strict=True):
         redis_server.call("HSET", f"{prefix}{{store}}:row:{claim.key}", field, "other")
     assert ids(store.letters(2)) == ["e"]
@@ -175,7 +175,7 @@ def test_two_prefixes_are_two_stores(redis_server: RedisServer) -> None:
     one = RedisStore(f"{redis_server.url}?prefix=one-{secrets.token_hex(4)}:")
     two = RedisStore(f"{redis_server.url}?prefix=two-{secrets.token_hex(4)}:")
     with closing(one), closing(two):
-        one.put(waiting("a"), 1.0)
+        one.put(waiting("a"), 30.0)
         assert two.depth() == Depth()
         assert two.claim(10) == []
         assert ids(one.claim(10)) == ["a"]
@@ -199,7 +199,7 @@ def test_large_messages_are_claimed_a_part_at_a_time(connect: Open) -> None:
 def test_a_renewed_claim_lasts(redis_server: RedisServer, prefix: str, connect: Open) -> None:
     """An owner that renews in time keeps a row for more than one lease, and so does its count."""
     store, other = connect(lease=HOUR), connect()
-    claims = store.put([Entry(Record(make_envelope("a")), ahead=True)], 1.0)
+    claims = store.put([Entry(Record(make_envelope("a")), ahead=True)], 30.0)
 
     def let_pass(seconds: float) -> None:
         for name in ("due", "ahead"):  # which hold the end of the claim, by the server's clock
@@ -221,7 +221,7 @@ def test_a_jump_of_the_servers_clock_holds_no_row_back(
 ) -> None:
     """A due time that no delay can explain counts as due."""
     store = connect(horizon=60.0)
-    (claim,) = store.put([Entry(Record(make_envelope("a")), 30.0)], 1.0)
+    (claim,) = store.put([Entry(Record(make_envelope("a")), 30.0)], 30.0)
     assert store.claim(1) == []
     seconds, microseconds = map(int, redis_server.call("TIME"))
     due = (seconds + 30 + ahead) * 1_000_000 + microseconds
@@ -244,7 +244,7 @@ def test_a_clock_that_was_put_back_takes_the_times_of_rows_along(
         redis_server.call("ZINCRBY", f"{prefix}{{store}}:due", back, str(claim.key))
     started = time.monotonic()
     while not (rows := other.claim(10)):
-        assert time.monotonic() - started < 3.0
+        assert time.monotonic() - started < 15.0
         threading.Event().wait(0.05)
     assert ids(rows) == ["free"]
     assert store.renew([held]) == []
@@ -255,7 +255,7 @@ def test_what_was_given_up_does_nothing_when_it_comes_late(
 ) -> None:
     """A call that was undone before Redis had even read it is refused."""
     store = connect()
-    store.put(waiting("a"), 1.0)
+    store.put(waiting("a"), 30.0)
     redis_server.call("EVAL", scripts.UNDO, 1, f"{prefix}{{store}}:", "somebody", 7, "claim", 0)
     arguments = ("somebody", 7, 30_000_000, 60_000_000, 10, 1000)
     with pytest.raises(RedisError, match="given up"):
@@ -268,11 +268,11 @@ def test_after_a_flush_an_old_claim_touches_no_new_row(
 ) -> None:
     """FLUSHALL loses rows, but keys and tokens do not come again; the scripts are sent again."""
     store = connect()
-    old = store.put([Entry(Record(make_envelope())) for _ in range(3)], 1.0)
+    old = store.put([Entry(Record(make_envelope())) for _ in range(3)], 30.0)
     for name in redis_server.call("KEYS", f"{prefix}*"):
         redis_server.call("DEL", name)
     redis_server.call("SCRIPT", "FLUSH")
-    new = store.put([Entry(Record(make_envelope())) for _ in range(3)], 1.0)
+    new = store.put([Entry(Record(make_envelope())) for _ in range(3)], 30.0)
     assert store.renew(old) == old
     store.done(old)
     assert store.renew(new) == []
@@ -305,7 +305,7 @@ def test_an_unreadable_row_is_put_aside_and_the_others_go_on(
     """It is logged by key alone, counted no more, and kept to be looked at."""
     store = connect()
     entries = [Entry(Record(make_envelope(name), dead=dead), 0.0) for name in ("a", "b", "c")]
-    _, bad, _ = store.put(entries, 1.0)
+    _, bad, _ = store.put(entries, 30.0)
     spoil(redis_server.call, f"{prefix}{{store}}:row:{bad.key}")
     assert ids(store.letters(10) if dead else store.claim(10)) == ["a", "c"]
     assert [each.levelno for each in caplog.records] == [logging.ERROR]
@@ -320,7 +320,7 @@ def test_a_name_that_no_row_has_is_put_aside(
 ) -> None:
     """Whatever else is among the due rows holds up nothing."""
     store = connect()
-    store.put(waiting("a"), 1.0)
+    store.put(waiting("a"), 30.0)
     redis_server.call("ZADD", f"{prefix}{{store}}:due", 1, "nan")
     assert ids(store.claim(10)) == ["a"]
     assert redis_server.call("SMEMBERS", f"{prefix}{{store}}:quarantine") == [b"nan"]
@@ -333,7 +333,7 @@ def test_a_foreign_key_is_a_store_error(
     """A key of another type under the prefix is said to be one, and left alone."""
     redis_server.call("LPUSH", f"{prefix}{{store}}:{name}", "foreign")
     with pytest.raises(StoreError, match=f"{redis_server.port} has keys of another type"):
-        connect().put(waiting("a"), 1.0)
+        connect().put(waiting("a"), 30.0)
     assert redis_server.call("LRANGE", f"{prefix}{{store}}:{name}", 0, -1) == [b"foreign"]
     assert keys(redis_server, prefix) == {name}
 
@@ -367,11 +367,11 @@ from tests.helpers import make_envelope
 from tests.pure.refusals import tells_nothing
 
 store = RedisStore(sys.argv[1], prefix=sys.argv[2])
-(claim,) = store.put([Entry(Record(make_envelope("parent")))], 1.0)
+(claim,) = store.put([Entry(Record(make_envelope("parent")))], 30.0)
 connection = store._connection._connection
 child = os.fork()
 if child == 0:
-    store.put([Entry(Record(make_envelope("child")))], 1.0)
+    store.put([Entry(Record(make_envelope("child")))], 30.0)
     assert store._connection._connection is not connection
     store.close()
     assert connection._sock.fileno() >= 0

@@ -346,6 +346,7 @@ def test_a_late_ack_of_the_last_attempt(connect: Connect, serve: Serve) -> None:
     mood = Moody("silent")
     broker = serve(mood)
     producer = connect(broker, **{**RETRIES, "max_message_retries": 0})
+    assert producer.wait_connected(LIMIT)
     receipt = producer.publish(make_message("m"), timeout=0.02)
     swept = sweeps_of(producer)
     swept.wait_until(lambda: len(swept.seen) >= 20)

@@ -108,4 +108,4 @@ def test_timeouts_are_real(connect: Connect, serve: Serve, stop: str) -> None:
     with STOPS[stop]():
         begun = real_seconds()
         assert not producer.publish(make_message(), timeout=0.3).confirmed
-        assert 0.3 <= real_seconds() - begun < 2.0
+        assert 0.3 <= real_seconds() - begun < 10.0

@@ -304,6 +304,7 @@ def test_deferred(connect: Connect, serve: Serve, exporter: Exporter) -> None:
     """A deferral is an event; the span ends when the message is confirmed after all."""
     broker = serve(Silent())
     producer = connect(broker)
+    assert producer.wait_connected(LIMIT)
     receipt = producer.publish(TASK, timeout=SHORT)
     [message] = broker.wait_for_messages(1, LIMIT)
     assert exporter.spans == []

@@ -152,7 +152,7 @@ def test_a_store_that_hangs(serve: Serve) -> None:
 def test_a_future_is_handed_out_once_it_is_stored(serve: Serve) -> None:
     """Not before, and not at all where the store does not answer in time."""
     broker, store = serve(Behaviour()), Lasting()
-    with produce(broker, store, publish_timeout=0.3) as producer:
+    with produce(broker, store, publish_timeout=1.0) as producer:
         assert producer.submit(make_message("before")).result(LIMIT).confirmed
         store.may_write.clear()
         with pytest.raises(StoreError, match="not answered in time"):
@@ -168,13 +168,13 @@ def test_a_future_is_handed_out_once_it_is_stored(serve: Serve) -> None:
 def test_a_wait_for_the_window_is_none_for_the_store(serve: Serve) -> None:
     """submit() may wait longer for the window than the store has time: that begins afterwards."""
     broker, store = serve(Silent()), Lasting()
-    with produce(broker, store, max_in_flight=1, publish_timeout=0.2) as producer:
+    with produce(broker, store, max_in_flight=1, publish_timeout=0.5) as producer:
         producer.submit(make_message("first"))
         [first] = broker.wait_for_messages(1, LIMIT)
         background = Background()
         second = background.call(producer.submit, make_message("second"), timeout=LIMIT)
         with pytest.raises(TimeoutError):
-            broker.wait_for_messages(2, 0.4)  # longer than publish_timeout
+            broker.wait_for_messages(2, 0.7)  # longer than publish_timeout
         ack(first)
         background.gather()
         ack(broker.wait_for_messages(2, LIMIT)[1])

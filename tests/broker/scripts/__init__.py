@@ -25,7 +25,7 @@ import pika
 from attrs import frozen
 
 DIRECTORY = Path(__file__).parent
-LIMIT = 30.0
+LIMIT = 60.0
 
 FORK_WARNING = "ignore:This process:DeprecationWarning"
 """Python 3.12 and later warn of a fork beside threads, which these scripts do on purpose."""

@@ -58,7 +58,7 @@ def ctrl_c() -> None:
     except KeyboardInterrupt:
         tell(interrupted=True)
     wait_for_go()
-    tell(confirmed=producer.publish(message("next")).confirmed, left=producer.flush(5.0))
+    tell(confirmed=producer.publish(message("next")).confirmed, left=producer.flush(30.0))
     producer.close()
 
 
@@ -73,14 +73,14 @@ def interrupts() -> None:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.002))
             for number in range(10_000):
                 name = f"{turn}-{number}"
-                producer.publish(message(name), timeout=5.0, retry=False)
+                producer.publish(message(name), timeout=30.0, retry=False)
                 returned.append(name)
         except KeyboardInterrupt:
             continue
         tell(error=f"interrupt {turn} was swallowed")
-    left = producer.flush(5.0)
+    left = producer.flush(30.0)
     futures = [producer.submit(message(f"last-{number}")) for number in range(10)]
-    confirmed = all(future.result(5.0).confirmed for future in futures)
+    confirmed = all(future.result(30.0).confirmed for future in futures)
     tell(returned=returned, left=left, pending=producer.status().pending_confirms, last=confirmed)
     producer.close()
 

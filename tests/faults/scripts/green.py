@@ -41,7 +41,7 @@ def waited() -> float:
     return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 
 
-def publish(producer: MLProducer, name: str, timeout: float = 5.0) -> str:
+def publish(producer: MLProducer, name: str, timeout: float = 30.0) -> str:
     """Publish one, and return what was said."""
     message = Message(body=b"x", routing_key="ml.embed", message_id=name)
     return producer.publish(message, timeout=timeout).outcome.name
@@ -52,7 +52,7 @@ def main() -> None:
     producer = MLProducer(Settings(url=os.environ["RABBITMQ_URL"], retry_sweep_interval=0.2))
     gevent.spawn(tick)
     jobs = [gevent.spawn(publish, producer, f"m{n}") for n in range(50)]
-    gevent.joinall(jobs, timeout=20.0)
+    gevent.joinall(jobs, timeout=30.0)
     tell(outcomes=[job.value for job in jobs])
     gevent.get_hub().threadpool.apply(os.read, (0, 1))
     before, started, delayed = ticks, time.monotonic(), waited()
@@ -61,7 +61,7 @@ def main() -> None:
     own = took - (waited() - delayed)
     tell(outcome=outcome, took=took, own=own, ticks=ticks - before, expected=own / TICK)
     gevent.get_hub().threadpool.apply(os.read, (0, 1))
-    tell(left=producer.flush(10.0))
+    tell(left=producer.flush(30.0))
     producer.close(2.0)
 
 
