@@ -495,7 +495,8 @@ def test_output_that_cannot_be_written(
     assert "Exception ignored" not in result.stderr
     if redirection != ">&-":
         assert "confirmed; of the" in result.stderr
-        assert len(result.stderr.splitlines()) == 2
+        lines = [each for each in result.stderr.splitlines() if not each.startswith("[")]
+        assert len(lines) == 2  # besides the progress, which a slow machine shows
 
 
 def test_standard_input_that_is_closed(rabbitmq_vhost: VirtualHost) -> None:

@@ -12,6 +12,7 @@ from mlproducer.testing import RabbitMQNode
 from mlproducer.testing.audit import Journal, drain
 from mlproducer.testing.plugin import VirtualHost
 from tests.broker.conftest import Connect
+from tests.broker.users import delete_user, limit_user
 
 pytestmark = pytest.mark.broker
 
@@ -30,7 +31,7 @@ def test_the_user_has_room_for_one(rabbitmq_vhost: VirtualHost, connect: Connect
     node.add_user(USER, PASSWORD)
     try:
         node.set_permissions(rabbitmq_vhost.name, user=USER)
-        node.ctl("set_user_limits", USER, '{"max-connections": 1}')
+        limit_user(node, USER, "max-connections", 1)
         url = node.url_for(rabbitmq_vhost.name, USER, PASSWORD)
         producer = connect(url, connections=2, max_reconnect_attempts=3)
         receipts = []
@@ -48,7 +49,7 @@ def test_the_user_has_room_for_one(rabbitmq_vhost: VirtualHost, connect: Connect
         assert producer.flush(LIMIT) == 0
         producer.close(1.0)
     finally:
-        node.ctl("delete_user", USER)
+        delete_user(node, USER)
     assert drain(rabbitmq_vhost.url) == {f"m{n}": 1 for n in range(500)}
 
 

@@ -17,6 +17,7 @@ from mlproducer.testing import CeleryWorker, RabbitMQNode
 from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
 from tests.broker.conftest import Connect
+from tests.broker.users import delete_user
 from tests.helpers import LIMIT
 from tests.stopwatch import Stopwatch, in_time
 
@@ -143,8 +144,8 @@ def test_after_a_reconnect_and_a_deleted_exchange(
 def _as_publisher(vhost: VirtualHost) -> str:
     """Return the URL of a user who may write and read, and declare nothing."""
     node = vhost.node
-    node.ctl("add_user", "publisher", "secret")
-    node.ctl("set_permissions", "-p", vhost.name, "publisher", "^$", ".*", ".*")
+    node.add_user("publisher", "secret")
+    node.set_permissions(vhost.name, "publisher", "^$", ".*", ".*")
     return f"amqp://publisher:secret@{node.host}:{node.port}/{vhost.name}"
 
 
@@ -164,7 +165,7 @@ def test_without_permission_to_declare(
         assert other.publish(_task("delayed", 60.0)).confirmed
         assert drain(rabbitmq_vhost.url, [EMBED]) == {}
     finally:
-        rabbitmq_vhost.node.ctl("delete_user", "publisher")
+        delete_user(rabbitmq_vhost.node, "publisher")
 
 
 def test_many_at_once_from_the_first_moment(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:

@@ -171,7 +171,7 @@ def test_a_queue_that_is_there_with_other_arguments(
     message = Message(body=b"", routing_key=EMBED, message_id="a")
     assert producer.publish(message).confirmed
     for connection in (1, 2):
-        node.ctl("close_all_connections", "--vhost", rabbitmq_vhost.name, "test")
+        node.close_all_connections()
         _eventually(lambda: node.queue_depth(rabbitmq_vhost.name, EMBED) >= 0)
         assert producer.publish(message, timeout=10.0).confirmed, connection
     faults = [each for each in caplog.records if "cannot declare" in each.getMessage()]

@@ -15,6 +15,7 @@ from mlproducer.errors import AuthenticationError, PublishError
 from mlproducer.testing import Certificates, RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from tests.broker.conftest import Connect
+from tests.broker.users import change_password, delete_user, limit_user
 from tests.helpers import LIMIT
 from tests.threaded.moods import events_of, told
 
@@ -38,7 +39,7 @@ class User:
 
     def rotate(self, password: str) -> None:
         """Set another password, and end all connections."""
-        self._vhost.node.ctl("change_password", self.name, password)
+        change_password(self._vhost.node, self.name, password)
         self.password = password
         self._vhost.node.close_all_connections()
 
@@ -52,7 +53,7 @@ def user(rabbitmq_vhost: VirtualHost, request: pytest.FixtureRequest) -> Iterato
     """A user of the test's own."""
     made = User(rabbitmq_vhost, f"user-{abs(hash(request.node.name))}")
     yield made
-    rabbitmq_vhost.node.ctl("delete_user", made.name)
+    delete_user(rabbitmq_vhost.node, made.name)
 
 
 @pytest.mark.parametrize("way", ["file", "url file", "callable"])
@@ -120,7 +121,7 @@ def test_a_token_is_renewed(user: User, connect: Connect, caplog: pytest.LogCapt
 
 def test_one_channel_for_a_user(user: User, connect: Connect, rabbitmq_vhost: VirtualHost) -> None:
     """A limit of one channel: connected and published; the probe is given up after one try."""
-    rabbitmq_vhost.node.ctl("set_user_limits", user.name, '{"max-channels": 1}')
+    limit_user(rabbitmq_vhost.node, user.name, "max-channels", 1)
     producer = connect(user.url("first"), health_check_interval=0.2)
     producer.start()
     faults = told(producer, events.HealthFault, lambda event: event.loss.text)

@@ -14,6 +14,7 @@ from attrs import frozen
 from mlproducer.testing import RabbitMQNode
 from mlproducer.testing.plugin import VirtualHost
 from tests.broker.scripts import Ended, run
+from tests.broker.users import delete_user
 
 pytestmark = pytest.mark.broker
 
@@ -51,7 +52,7 @@ def canary(rabbitmq_node: RabbitMQNode) -> Iterator[Run]:
     }
     yield Run(run("canary", url=url, environ=environ), VirtualHost("canary", node, url))
     node.delete_vhost("canary")
-    node.ctl("delete_user", USER)
+    delete_user(node, USER)
 
 
 def test_run_went_through_the_failures(canary: Run) -> None:

@@ -91,8 +91,13 @@ def until(come_about: Callable[[], object]) -> None:
         never.wait(0.01)
 
 
-def test_dead_letters_over_a_slow_link(store: RedisStore, other: RedisStore, proxy: Proxy) -> None:
+def test_dead_letters_over_a_slow_link(
+    store: RedisStore, other: RedisStore, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A call that writes many bytes has the time that they take."""
+    monkeypatch.setattr(
+        "mlproducer.stores.redis.store.RATE", 1_000_000
+    )  # and more on a busy machine
     big = make_envelope(body=b"x" * 500_000)
     other.put([Entry(Record(big), 0.0) for _ in range(20)], PATIENCE)
     rows = store.claim(20)

@@ -322,7 +322,7 @@ def test_a_stopped_process_lives(path: Path) -> None:
         held_by(running)
         begun = time.monotonic()
         running.send_signal(signal.SIGSTOP)
-        while time.monotonic() < begun + 2.5:
+        while time.monotonic() < begun + 1.5:
             assert store.claim(1000) == []
             assert store.depth().ahead == 200
             never.wait(0.1)
