@@ -58,17 +58,26 @@ def connect(rabbitmq_vhost: VirtualHost, caplog: pytest.LogCaptureFixture) -> It
 
 
 @pytest.fixture
-def mortal_node(rabbitmq_vhost: VirtualHost) -> Iterator[RabbitMQNode]:
-    """Yield the shared node to a test that ends it; afterwards a new one is in its place.
+def mortal_node(
+    rabbitmq_vhost: VirtualHost, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RabbitMQNode]:
+    """Yield the shared node to a test that ends it; if it was killed, a new one takes its place.
 
     What a killed node has on disk may be incomplete: after some kills of RabbitMQ 3.10 quorum
     queues could not be declared any more (541), or nacked whatever they were sent.
     """
-    node = rabbitmq_vhost.node
+    node, kills = rabbitmq_vhost.node, list[None]()
+
+    def kill() -> None:
+        kills.append(None)
+        RabbitMQNode.kill(node)
+
+    monkeypatch.setattr(node, "kill", kill)
     yield node
-    node.close()
-    node.start()
-    node.add_vhost(rabbitmq_vhost.name)
+    if kills or not node.running:
+        node.close()
+        node.start()
+        node.add_vhost(rabbitmq_vhost.name)
 
 
 @pytest.fixture(scope="module")

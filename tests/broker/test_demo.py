@@ -55,8 +55,6 @@ def test_demo_on_a_broker_of_yours(rabbitmq_vhost: VirtualHost, tmp_path: Path) 
     ("how", "code", "moment"),
     [
         (signal.SIGINT, 130, "starting a private RabbitMQ"),
-        (signal.SIGINT, 130, "freezing the broker"),
-        (signal.SIGTERM, 143, "starting a private RabbitMQ"),
         (signal.SIGTERM, 143, "freezing the broker"),
     ],
 )

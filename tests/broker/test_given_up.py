@@ -26,7 +26,7 @@ pytestmark = pytest.mark.broker
 EXCHANGE, EMBED, DEAD = "bookmarkai.ml", "ml.embed", "ml.dead_letter"
 DLX = f"{EXCHANGE}.dlx"
 TASK = "x.report"
-LIMIT = 3
+LIMIT = 2
 """Deliveries after the first; the default of 20 only takes longer."""
 
 

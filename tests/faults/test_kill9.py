@@ -45,11 +45,11 @@ waited for."""
 LETTERS = "ml.dead_letter"
 FAULTS = ("none", "none", "none", "none", "freeze", "kill")
 INSTANTS = [
-    pytest.param("sqlite", 12, 1, id="sqlite-12"),
+    pytest.param("sqlite", 6, 1, id="sqlite-6"),
     pytest.param("sqlite", 200, 2, id="sqlite-200", marks=pytest.mark.slow),
-    pytest.param("redis", 6, 3, id="redis-6"),
+    pytest.param("redis", 5, 3, id="redis-5"),
     pytest.param("redis", 200, 4, id="redis-200", marks=pytest.mark.slow),
-    pytest.param("postgresql", 6, 5, id="postgresql-6"),
+    pytest.param("postgresql", 5, 5, id="postgresql-5"),
     pytest.param("postgresql", 200, 6, id="postgresql-200", marks=pytest.mark.slow),
 ]
 

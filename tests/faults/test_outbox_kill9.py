@@ -39,7 +39,7 @@ CYCLE = [kind for away in AWAY for kind in (away, "relay killed", "application a
 """A third of the instants each: a server is away, a relay is killed, nothing else happens."""
 
 INSTANTS = [
-    pytest.param(20, 1, id="20"),
+    pytest.param(len(CYCLE), 1, id="cycle"),
     pytest.param(200, 2, id="200", marks=pytest.mark.slow),
 ]
 FRAMEWORKS = ("django", "sqlalchemy")

@@ -90,8 +90,7 @@ def finish(store: SQLiteStore) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("size", ["1m", "16m"])
-@pytest.mark.parametrize("batch", [1, 50])
+@pytest.mark.parametrize(("size", "batch"), [("1m", 1), ("1m", 50), ("16m", 50)])
 def test_a_store_that_has_filled_its_disk_delivers(disk: Disk, size: str, batch: int) -> None:
     """A full disk refuses messages, keeps those it has, delivers them, and takes more then (93)."""
     with closing(SQLiteStore(disk(size) / "store.db")) as store:

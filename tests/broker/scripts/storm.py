@@ -11,7 +11,7 @@ from telling import message, tell
 
 from mlproducer import MLProducer
 
-CHILDREN = 50
+CHILDREN = 30
 AT_ONCE = 2
 THREADS = 4
 
