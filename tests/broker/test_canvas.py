@@ -73,7 +73,7 @@ def told(rabbitmq_vhost: VirtualHost, tmp_path: Path) -> Iterator[Told]:
             finally:
                 worker.terminate()
                 try:
-                    worker.wait(10.0)
+                    worker.wait(30.0)
                 except subprocess.TimeoutExpired:
                     worker.kill()
 

@@ -92,7 +92,7 @@ class Shop:
             finally:
                 process.send_signal(signal.SIGTERM)
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(15.0)
+                    process.wait(30.0)
                 process.kill()
                 process.wait()
         text = name.read_text()

@@ -58,7 +58,7 @@ def _bury_in_the_queue(connect: Connect, messages: Letters) -> None:
     producer = connect(max_message_retries=0)
     assert producer.wait_connected(30.0)
     for future in [producer.submit(each) for each in messages]:
-        assert future.exception(10.0) is not None
+        assert future.exception(30.0) is not None
 
 
 def _bury(connect: Connect, vhost: VirtualHost, store_url: str, messages: Letters) -> None:

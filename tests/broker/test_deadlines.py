@@ -102,7 +102,7 @@ def not_amqp(stage: Stage) -> Iterator[MLProducer]:
         host, port = server.server_address[:2]
         yield stage.connect(f"amqp://guest:guest@{host!s}:{port}/")
         server.shutdown()
-        thread.join(5.0)
+        thread.join(30.0)
 
 
 @contextmanager
@@ -204,7 +204,7 @@ def publish_at_once(
 
     def publish(number: int) -> tuple[PublishError | None, float, bool]:
         message = Message(body=body, routing_key="ml.embed")
-        start.wait(10.0)
+        start.wait(30.0)
         began, retry, given_back = time.monotonic(), number % 2 == 0, False
         try:
             error = producer.publish(message, timeout=timeout, retry=retry).reason

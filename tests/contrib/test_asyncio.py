@@ -164,7 +164,7 @@ def test_a_cancelled_publish_that_was_handed_over_goes_on() -> None:
         asyncio.run(cancelled(producer, broker))
         [message] = broker.messages
         message.connection.ack(message.channel, message.tag)
-        assert confirmed.wait(10)
+        assert confirmed.wait(30.0)
 
 
 def test_a_cancelled_publish_that_waits_for_room_is_never_sent() -> None:
@@ -187,7 +187,7 @@ def test_a_cancelled_publish_that_waits_for_room_is_never_sent() -> None:
         producer = MLProducer(Settings(url=broker.url, max_in_flight=1))
         producer.wait_connected(LIMIT)
         asyncio.run(cancelled(producer, broker))
-        assert producer.flush(10) == 0
+        assert producer.flush(30.0) == 0
         assert len(broker.messages) == 1
         producer.close()
 

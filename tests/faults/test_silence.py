@@ -64,7 +64,7 @@ def test_frozen_for_twenty_seconds(rabbitmq_vhost: VirtualHost, connect: Connect
         traffic.more(500)
         frozen_at = time.monotonic()
         with rabbitmq_vhost.node.frozen():
-            assert ends.heard.wait(20.0)
+            assert ends.heard.wait(30.0)
             traffic.last(max(0.0, frozen_at + 20.0 - time.monotonic()))
         thawed_at = time.monotonic()
         assert producer.wait_connected(LIMIT)

@@ -259,7 +259,7 @@ def test_handlers_that_raise(
 
     thread = threading.Thread(target=tell)
     thread.start()
-    thread.join(5.0)
+    thread.join(30.0)
     assert passed == ["the line"]
     if isinstance(error, Exception):
         sink.take(events.Connected("h:5672"))

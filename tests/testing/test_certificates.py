@@ -52,7 +52,7 @@ def _handshake(server: Certificate, ca: Path | None, client: ssl.SSLContext) -> 
             ):
                 return link.recv(1)
         finally:
-            thread.join(10.0)
+            thread.join(30.0)
 
 
 def test_a_good_server_certificate_is_accepted(certificates: Certificates) -> None:

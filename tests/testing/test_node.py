@@ -128,7 +128,7 @@ def test_a_node_ends_with_its_owner(tmp_path: Path, ending: signal.Signals | Non
             owner.stdin.close()
         else:
             owner.send_signal(ending)
-        owner.wait(10.0)
+        owner.wait(30.0)
     try:
         assert select.select([guard_end], [], [], 10.0)[0], "the guard is still there"
     finally:

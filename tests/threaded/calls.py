@@ -76,7 +76,7 @@ def main(behaviour: Behaviour) -> None:
         FakeBroker(behaviour) as broker,
         MLProducer(Settings(url=broker.url, **SETTINGS)) as producer,  # type: ignore[arg-type]
     ):
-        assert producer.wait_connected(10.0)
+        assert producer.wait_connected(30.0)
         for number, task in enumerate(tasks):
             calls.counting = number >= MESSAGES
             producer.publish(task)

@@ -677,7 +677,7 @@ def test_threads_that_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(5.0)
+        thread.join(30.0)
     assert len(set(map(id, found))) == 1
     assert installed._stock != installed.send_task_message
     uninstall(app)

@@ -55,14 +55,14 @@ def test_a_fork_that_runs_no_hooks(serve: Serve) -> None:
         """
         producer, other = MLProducer(settings), MLProducer(settings)
         producer.publish(message("parent"))
-        assert other.wait_connected(5)
+        assert other.wait_connected(30.0)
         time.sleep(0.3)  # until its threads sleep: a thread that waits for the interpreter's lock
         child = ctypes.PyDLL(None).fork()
         if child == 0:
             with in_time(2.5):
                 ids = {producer.publish(Message(body=b"", routing_key="k")).message_id}
                 assert producer.publish(message("child")).confirmed
-                assert other.submit(message("other")).result(5).confirmed
+                assert other.submit(message("other")).result(30.0).confirmed
             producer.close(1)
             other.close(1)
             os._exit(0)
@@ -112,7 +112,7 @@ def test_a_fork_that_runs_no_hooks_and_a_file_that_is_open(serve: Serve, tmp_pat
         logging.disable()
         producer = MLProducer(settings)
         producer.publish(message("parent"))
-        assert producer.flush(5) == 0
+        assert producer.flush(30.0) == 0
         time.sleep(0.3)
         child = ctypes.PyDLL(None).fork()
         if child == 0:
@@ -140,7 +140,7 @@ def test_a_fork_with_no_descriptor_left(serve: Serve) -> None:
         """
         producers = [MLProducer(settings) for _ in range(3)]
         for each in producers:
-            assert each.wait_connected(5)
+            assert each.wait_connected(30.0)
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         files = []
         try:
@@ -194,7 +194,7 @@ def test_a_fork_lets_go_of_dropped_producers(serve: Serve) -> None:
     broker = serve()
     run_script(
         """
-        MLProducer(settings).submit(message("dropped")).result(5)
+        MLProducer(settings).submit(message("dropped")).result(30.0)
         ready, tell = os.pipe()
         child = os.fork()
         if child == 0:

@@ -33,7 +33,7 @@ CALLS: list[Callable[[MLProducer], object]] = [
     lambda producer: producer.publish(Message(body=BODY, routing_key="k", priority=-1)),
     lambda producer: producer.publish(Message(body=CANARY, routing_key="k")),  # type: ignore[arg-type]
     lambda producer: producer.publish(TASK, retry=False),
-    lambda producer: producer.submit(TASK, retry=False).result(10.0),
+    lambda producer: producer.submit(TASK, retry=False).result(30.0),
     lambda producer: _raised(producer.publish_many([TASK], retry=False)),
     lambda producer: producer.publish(Message(body=BODY, routing_key="k"), retry=False),
 ]

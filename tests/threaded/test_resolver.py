@@ -584,12 +584,12 @@ from mlproducer import MLProducer, Message, Settings
 producer = MLProducer(Settings(url=sys.argv[1], declare_topology="off"))
 assert producer.publish(Message(body=b"x", routing_key="k", message_id="first")).confirmed
 def work():
-    threading.main_thread().join(10)
+    threading.main_thread().join(30.0)
     time.sleep(0.2)  # until the interpreter has begun to shut down
     print("go", flush=True)
     assert sys.stdin.readline() == "lost\\n"
     receipt = producer.publish(Message(body=b"x", routing_key="k", message_id="second"))
-    receipt.result(10)
+    receipt.result(30.0)
 threading.Thread(target=work).start()
 """
 

@@ -160,7 +160,7 @@ def refusals(producer: MLProducer) -> None:
     attempt(lambda: producer.publish(raw(QUEUE, exchange="missing")))
     for future in innocent:
         show(future)
-        attempt(lambda future=future: future.result(10.0))
+        attempt(lambda future=future: future.result(30.0))
 
 
 def losses(producer: MLProducer, proxy: Proxy) -> None:
@@ -178,7 +178,7 @@ def losses(producer: MLProducer, proxy: Proxy) -> None:
     proxy.accept()
     producer.reconnect()
     for receipt in receipts:
-        attempt(lambda receipt=receipt: receipt.result(10.0))
+        attempt(lambda receipt=receipt: receipt.result(30.0))
 
 
 def callbacks(producer: MLProducer) -> None:
@@ -192,7 +192,7 @@ def callbacks(producer: MLProducer) -> None:
         producer.on(event, fail)
     future = producer.submit(raw(QUEUE))
     future.add_done_callback(fail)
-    future.result(10.0)
+    future.result(30.0)
 
 
 def main() -> None:

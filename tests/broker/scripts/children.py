@@ -101,7 +101,7 @@ def pending(how: str) -> None:
         return
     tell(code=reap(child))
     wait_for_go()
-    receipts = [future.result(10.0) for future in futures]
+    receipts = [future.result(30.0) for future in futures]
     tell(attempts=[receipt.attempts for receipt in receipts], left=producer.flush(1.0))
     producer.close()
 
@@ -126,7 +126,7 @@ def delivering(how: str) -> None:
         futures: list[Future[Any]] = [producer.submit(message(f"submitted-{n}")) for n in range(20)]
         if how not in ("return", "sys.exit"):
             for future in futures:
-                future.result(10.0)
+                future.result(30.0)
         end(how)
         return
     tell(code=reap(child), confirmed=producer.publish(message("parent-again")).confirmed)
@@ -163,7 +163,7 @@ def in_callback(_how: str) -> None:
 
     producer.on("connected", fork)
     producer.publish(message("parent"))
-    tell(code=codes.result(20.0))
+    tell(code=codes.result(30.0))
     producer.close()
 
 

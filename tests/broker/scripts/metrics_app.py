@@ -22,7 +22,7 @@ def app(environ: dict[str, Any], start_response: Callable[..., object]) -> Itera
     if environ["PATH_INFO"] == "/metrics":
         return [metrics.exposition(producer.registry)]
     confirmed = producer.publish(SummarizationTask("share", {"text": "text"})).confirmed
-    producer.submit(message("submitted")).result(10.0)
+    producer.submit(message("submitted")).result(30.0)
     try:
         producer.publish(None)  # type: ignore[arg-type]
     except InvalidMessageError:

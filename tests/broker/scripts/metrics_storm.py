@@ -62,7 +62,7 @@ def main() -> None:
         codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     stop.set()
     for thread in threads:
-        thread.join(10.0)
+        thread.join(30.0)
     tell(codes=codes)
     producer.close()
 

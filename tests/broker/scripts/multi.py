@@ -30,7 +30,7 @@ def main(method: str) -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(20.0)
+        child.join(30.0)
     confirmed = producer.publish(message("parent-again")).confirmed
     tell(codes=[child.exitcode for child in children], confirmed=confirmed)
 

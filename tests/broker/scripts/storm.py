@@ -57,7 +57,7 @@ def main() -> None:
         codes += [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     stop.set()
     for thread in threads:
-        thread.join(10.0)
+        thread.join(30.0)
     waits = sorted(seconds for _, seconds in published)
     tell(
         codes=codes,

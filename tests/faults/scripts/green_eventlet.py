@@ -43,7 +43,7 @@ def main() -> None:
         return producer.publish(message).outcome.name
 
     outcomes = list(eventlet.GreenPool(50).imap(publish, range(50)))
-    report = {"outcomes": outcomes, "ticks": ticks, "left": producer.flush(5.0)}
+    report = {"outcomes": outcomes, "ticks": ticks, "left": producer.flush(30.0)}
     producer.close(2.0)
     os.write(1, json.dumps(report).encode() + b"\n")
 

@@ -51,7 +51,7 @@ def main() -> None:
     _, status = os.waitpid(child, 0)
     tell(code=os.waitstatus_to_exitcode(status))
     wait_for_go()
-    tell(attempts=[future.result(10.0).attempts for future in futures], left=producer.flush(5.0))
+    tell(attempts=[future.result(30.0).attempts for future in futures], left=producer.flush(30.0))
     producer.close()
 
 

@@ -267,7 +267,7 @@ class TheProducer(SimpleTestCase):
         for each in threads:
             each.start()
         for each in threads:
-            each.join(5)
+            each.join(30.0)
         assert len(set(map(id, seen))) == 1
 
     def test_overridden(self) -> None:
