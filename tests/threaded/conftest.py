@@ -14,7 +14,6 @@ import pytest
 
 from mlproducer import MLProducer, Settings, _awaiting, _waiting
 from mlproducer._engine import io_thread
-from mlproducer.stores.redis import connection as redis_connection
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 from tests.helpers import LIMIT
 from tests.stopwatch import in_time
@@ -54,7 +53,6 @@ def no_hurry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(_waiting, "GRACE", LIMIT)
         monkeypatch.setattr(_awaiting, "GRACE", LIMIT)
         monkeypatch.setattr(io_thread, "STORE_LIMIT", LIMIT)
-        monkeypatch.setattr(redis_connection, "TIMEOUT", LIMIT)
 
 
 @pytest.fixture

@@ -251,7 +251,7 @@ def test_a_deletion_that_is_not_answered_leaves_a_doubt(serve: Serve) -> None:
     with produce(broker, store) as producer:
         with away(broker):
             with pytest.raises(NotConnectedError) as caught:
-                producer.publish(make_message("m"), timeout=0.2, retry=False)
+                producer.publish(make_message("m"), timeout=1.0, retry=False)
             assert (caught.value.attempts, caught.value.possibly_sent) == (0, True)
             told.set()
         assert producer.publish(make_message("after")).result(LIMIT).confirmed

@@ -20,7 +20,7 @@ from mlproducer.errors import StoreError
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row
 from mlproducer.stores.redis import RedisStore, scripts
 from mlproducer.testing.redis_server import RedisError, RedisServer
-from tests.helpers import make_envelope
+from tests.helpers import LIMIT, make_envelope
 from tests.pure.refusals import tells_nothing
 
 HOUR = 3600.0
@@ -40,7 +40,8 @@ def connect(redis_server: RedisServer, prefix: str) -> Iterator[Open]:
     with ExitStack() as stores:
 
         def make(**options: float) -> RedisStore:
-            store = RedisStore(redis_server.url, prefix=prefix, **options)  # type: ignore[arg-type]
+            url = f"{redis_server.url}?socket_timeout={LIMIT:.0f}"
+            store = RedisStore(url, prefix=prefix, **options)  # type: ignore[arg-type]
             return stores.enter_context(closing(store))
 
         yield make

@@ -17,6 +17,7 @@ from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing.postgresql_server import PostgreSQLServer
 from mlproducer.testing.redis_server import RedisServer
 from mlproducer.testing.store_conformance import StoreConformance
+from tests.helpers import LIMIT
 
 
 class Clock:
@@ -85,6 +86,19 @@ class TestSQLite(WithClock):
         copy.replace(self.path)
 
 
+def give_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let it answer when it can: a second is short for thousands of rows on a busy machine."""
+    from mlproducer.stores.postgres import session, store  # an extra
+
+    for module, owner in ((session, session.Session), (store, store.PostgreSQLStore)):
+        for each in vars(owner).values():
+            defaults = getattr(each, "__defaults__", None) or ()
+            if session.TIMEOUT in defaults:
+                given = tuple(LIMIT if one == session.TIMEOUT else one for one in defaults)
+                monkeypatch.setattr(each, "__defaults__", given)
+        monkeypatch.setattr(module, "TIMEOUT", LIMIT)
+
+
 AGE = """
 for _, name in ipairs({'due', 'ahead'}) do
   local times = redis.call('ZRANGE', KEYS[1] .. name, 0, -1, 'WITHSCORES')
@@ -104,7 +118,7 @@ class TestRedis(StoreConformance):
     @pytest.fixture(autouse=True)
     def _begin(self, redis_server: RedisServer) -> None:
         # Half a second, as is usual, is short for thousands of rows on a machine with other work.
-        self.server, self.url = redis_server, f"{redis_server.url}?socket_timeout=5"
+        self.server, self.url = redis_server, f"{redis_server.url}?socket_timeout={LIMIT:.0f}"
         self.prefix = f"test-{secrets.token_hex(4)}:"
 
     def make_store(self, lease: float) -> Store:
@@ -129,7 +143,8 @@ class TestPostgreSQL(StoreConformance):
     lease = 30.0
 
     @pytest.fixture(autouse=True)
-    def _begin(self, postgresql_server: PostgreSQLServer) -> None:
+    def _begin(self, postgresql_server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        give_time(monkeypatch)
         self.server = postgresql_server
         self.table = f"test_{secrets.token_hex(4)}"
         self.url = f"{postgresql_server.url}?table={self.table}"
