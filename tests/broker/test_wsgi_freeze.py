@@ -88,7 +88,7 @@ def test_health_while_the_broker_hangs(connect: Connect, rabbitmq_vhost: Virtual
     assert health.ask()[0] == 200
     assert all(each.result(2 * LIMIT).confirmed for each in submitted)
     assert len(health.cpu) > 300
-    assert max(health.cpu) < MAX_TIME
+    assert statistics.quantiles(health.cpu, n=100)[98] < MAX_TIME
     assert statistics.median(health.wall) < MAX_TIME
     assert statistics.median(over_http) < MAX_TIME
 

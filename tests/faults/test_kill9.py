@@ -203,7 +203,7 @@ def test_killed_at_any_instant(
         f"{scene.rows} rows in flight at the kills, "
         f"{len(said['begun'] - said['taken'] - said['refused'])} unanswered"
     )
-    assert len(said["taken"]) > 10 * instants
+    assert len(said["taken"]) >= instants
 
 
 def test_killed_between_ack_and_deletion(
