@@ -11,6 +11,7 @@ from pika import frame, spec
 
 from mlproducer import ConnectionState, MLProducer
 from mlproducer._core.states import LINK_MOVES
+from mlproducer._engine import connection
 from mlproducer._engine.io_thread import IOThread
 from mlproducer.errors import AuthenticationError, BrokerRejectedError, NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
@@ -415,3 +416,29 @@ def test_gave_up_and_revived(connect: Connect, serve: Serve) -> None:
     ack(message)
     assert receipt.result(LIMIT).confirmed
     assert producer.status().reconnect_attempts == 0
+
+
+# --- another pika ------------------------------------------------------------------------------
+
+
+def test_a_pika_without_what_is_private_today(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages are written by its public call, and arrive the same."""
+
+    class Plain(connection.ConfirmChannel):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self._emit = self._buffered = None
+
+    broker = serve()
+    assert connect(broker).publish(make_message("m"), timeout=LIMIT).confirmed
+    monkeypatch.setattr(connection, "ConfirmChannel", Plain)
+    assert connect(broker).publish(make_message("m"), timeout=LIMIT).confirmed
+    usual, plain = broker.wait_for_messages(2, LIMIT)
+    assert usual.properties == plain.properties
+    assert (usual.routing_key, usual.mandatory, usual.body) == (
+        plain.routing_key,
+        plain.mandatory,
+        plain.body,
+    )
