@@ -16,11 +16,11 @@ from benchmarks.report import Figure, Report, at_most
 from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer.message import Envelope
+from mlproducer.observe.counters import Tally
 from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.recent import Recorder
-from mlproducer.observe.tally import Tally
 
 BURSTS = (1, 10, 1000)
 MESSAGES = 50_000

@@ -46,7 +46,7 @@ from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import open_store
-from mlproducer.stores.foreign import foreign
+from mlproducer.stores.custom import custom
 from mlproducer.stores.protocol import Claim, Depth, Store
 from mlproducer.topology import Declaration
 
@@ -432,7 +432,7 @@ def assemble(
     :raises ConfigurationError: the settings do not fit together
     """
     quieten_pika()
-    made = open_store(settings) if store is None else foreign(store)
+    made = open_store(settings) if store is None else custom(store)
     return Runtime(settings, made, callbacks, meter, recorder, tend, added)
 
 

@@ -1,11 +1,11 @@
 """``mlproducer check``: the whole way of a message, step by step, with advice where one fails.
 
-Probes (see `mlproducer.cli.reach`) that the broker must read, route, return and confirm reach no
-worker. Whether a routing key leads to a queue is known where this command, or the library, has just
-bound it. Where others declare, AMQP has no question for it but a message: a Celery task that
-expired long ago, which workers discard unseen, and which is taken back where there is no worker.
-Whether dead letters may be sent is asked with a message that the broker refuses as invalid, after
-it has looked at the permission and the exchange, so that none comes about.
+Probes (see `mlproducer.cli.connectivity`) that the broker must read, route, return and confirm
+reach no worker. Whether a routing key leads to a queue is known where this command, or the library,
+has just bound it. Where others declare, AMQP has no question for it but a message: a Celery task
+that expired long ago, which workers discard unseen, and which is taken back where there is no
+worker. Whether dead letters may be sent is asked with a message that the broker refuses as invalid,
+after it has looked at the permission and the exchange, so that none comes about.
 
 Runs on: the main thread.
 """
@@ -30,7 +30,7 @@ from mlproducer import MLProducer, Settings, Topology
 from mlproducer._core.interfaces import Loss
 from mlproducer._engine.endpoints import Endpoints
 from mlproducer._engine.session import Session
-from mlproducer.cli import reach
+from mlproducer.cli import connectivity
 from mlproducer.cli.output import Console
 from mlproducer.errors import (
     BrokerRejectedError,
@@ -129,7 +129,7 @@ def _broker_steps(producer: MLProducer) -> Iterator[Step]:
             left.remove(step.name)
             yield step
     except NotConnectedError as error:
-        yield Step(left.pop(0), False, None, str(error), reach.advise(error))
+        yield Step(left.pop(0), False, None, str(error), connectivity.advise(error))
         yield from (Step(name, None) for name in left)
 
 
@@ -159,8 +159,10 @@ def _connect(producer: MLProducer) -> Step:
     if event is not None and event.name == "connected":
         return Step("connect", True, seconds)
     # Only an error tells wrong credentials from the rest; unconnected, it comes at once.
-    error = reach.probe(producer, MARGIN) or NotConnectedError("the connection does not last")
-    return Step("connect", False, seconds, str(error), reach.advise(error))
+    error = connectivity.probe(producer, MARGIN) or NotConnectedError(
+        "the connection does not last"
+    )
+    return Step("connect", False, seconds, str(error), connectivity.advise(error))
 
 
 # --- declare and publish -----------------------------------------------------------------------
@@ -180,7 +182,7 @@ def _declare(session: Session, topology: Topology, settings: Settings) -> Step:
     seconds = time.monotonic() - started
     if faults:
         detail = "; ".join(f"{each.target}: {loss.reply_code} {loss.text}" for each, loss in faults)
-        advice = reach.advise_code(faults[0][1].reply_code)
+        advice = connectivity.advise_code(faults[0][1].reply_code)
         if faults[0][1].reply_code == NO_PERMISSION:
             advice += "; if others declare the topology, set ML_DECLARE_TOPOLOGY=passive"
         return Step("declare", False, seconds, detail, advice)
@@ -192,7 +194,7 @@ def _publish(producer: MLProducer) -> Iterator[Step]:
     started = time.monotonic()
     timeout = producer.settings.publish_timeout
     # With an alarm a broker takes a connection's first message, and blocks it from then on.
-    error = reach.probe(producer, timeout) or reach.probe(producer, timeout)
+    error = connectivity.probe(producer, timeout) or connectivity.probe(producer, timeout)
     seconds = time.monotonic() - started
     blocked = producer.status().blocked
     if error is None:
@@ -200,7 +202,7 @@ def _publish(producer: MLProducer) -> Iterator[Step]:
         yield Step("confirm", True, seconds, "acknowledged by the broker")
         return
     detail = "the broker blocks publishers" if blocked else _text(error)
-    advice = reach.advise(error, blocked=blocked)
+    advice = connectivity.advise(error, blocked=blocked)
     if error.possibly_sent and not blocked:
         yield Step("publish", True, seconds, "written")
         yield Step("confirm", False, seconds, detail, advice)
@@ -231,7 +233,7 @@ def _routes(session: Session, topology: Topology, settings: Settings, declared: 
         if outcome.reply_code in (NO_PERMISSION, NOT_FOUND):
             seconds = time.monotonic() - started
             detail = f"{topology.exchange}: {outcome.reply_code} {outcome.text}"
-            advice = reach.advise_code(outcome.reply_code)
+            advice = connectivity.advise_code(outcome.reply_code)
             return Step("routes", False, seconds, detail, advice)
         if outcome.returned:
             missing.append(key)
@@ -304,7 +306,7 @@ def _dead_letters(session: Session, topology: Topology) -> Step:
     if loss.reply_code == PRECONDITION_FAILED:
         return Step("dead letters", True, seconds, f"exchange {exchange} may be written to")
     detail = f"{exchange}: {loss.reply_code} {loss.text}"
-    advice = reach.advise_code(loss.reply_code)
+    advice = connectivity.advise_code(loss.reply_code)
     return Step("dead letters", False, seconds, detail, advice)
 
 
@@ -324,7 +326,7 @@ def _store(settings: Settings, producer: MLProducer) -> Step:
             return _future_store(Path(store.name))
         with closing(store):
             depth = store.depth()
-            envelope, policy = producer.prepare(reach.probe_message(), retry=False)
+            envelope, policy = producer.prepare(connectivity.probe_message(), retry=False)
             # Claimed by this process, so that no other sends it; should this one end in between, it
             # is sent when the lease has ended, and returned.
             probe = Entry(Record(envelope, retry=policy), ahead=True)
@@ -338,7 +340,7 @@ def _store(settings: Settings, producer: MLProducer) -> Step:
 
 
 def _future_store(path: Path) -> Step:
-    if path.parent.is_dir() and reach.may_write(path.parent):
+    if path.parent.is_dir() and connectivity.may_write(path.parent):
         return Step("store", True, None, f"{path} is not there yet; its directory can be written")
     advice = "create the directory, and let the producers' user write to it"
     return Step("store", False, None, f"{path.parent} cannot be written to", advice)

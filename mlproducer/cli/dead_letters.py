@@ -20,7 +20,7 @@ from typing import Any
 
 from attrs import define, field
 
-from mlproducer.cli import reach
+from mlproducer.cli import connectivity
 from mlproducer.cli.output import Console, UsageError, plain
 from mlproducer.dead_letters import Letter, Place, Target, Wanted, places
 from mlproducer.errors import AuthenticationError, MLProducerError, NotConnectedError, PublishError
@@ -132,7 +132,7 @@ def _visit(where: Sequence[Place], act: Callable[[Place], object], console: Cons
         console.emit({"error": text})
         console.error(text)
         if isinstance(reason, (NotConnectedError, AuthenticationError)):
-            console.error(f"-> {reach.advise(reason)}")
+            console.error(f"-> {connectivity.advise(reason)}")
     return not reasons
 
 

@@ -24,10 +24,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from attrs import asdict, evolve
 
 from mlproducer import CeleryTask, EmbeddingTask, MLProducer, Receipt, Settings, SummarizationTask
-from mlproducer.cli import reach
+from mlproducer.cli import connectivity
 from mlproducer.cli.demo_result import Progress
 from mlproducer.cli.output import Console
-from mlproducer.cli.texts import Text, texts
+from mlproducer.cli.sample_texts import Text, texts
 from mlproducer.testing import CeleryNotInstalled, CeleryWorker, RabbitMQError, RabbitMQNode
 from mlproducer.testing.audit import Journal
 
@@ -188,7 +188,7 @@ class Demo:
         producer.on("disconnected", disconnected)
 
     def _connect(self, producer: MLProducer) -> None:
-        error = reach.wait(producer, CONNECTING)
+        error = connectivity.wait(producer, CONNECTING)
         self._broker = producer.status().broker
         if error is not None:
             raise error

@@ -26,7 +26,7 @@ from typing import IO, Any
 from attrs import asdict, define, field, frozen
 
 from mlproducer import ConnectionState, MLProducer, Receipt
-from mlproducer.cli import reach
+from mlproducer.cli import connectivity
 from mlproducer.cli.lines import TASKS, Task, parse, read_lines
 from mlproducer.cli.output import Console, Terminated
 from mlproducer.errors import (
@@ -300,13 +300,13 @@ class Publication:
         if status.connection_state is not ConnectionState.CONNECTED:
             try:
                 with self._console.interruptible():
-                    error = reach.wait(self._producer, self._patience)
+                    error = connectivity.wait(self._producer, self._patience)
             except Terminated:
                 self._number = number - 1
                 self._stop("SIGTERM")
                 return self._stopped
             if error is not None:
-                return f"stopped before line {number}: {error}; {reach.advise(error)}"
+                return f"stopped before line {number}: {error}; {connectivity.advise(error)}"
         if status.retry_queue_size >= MAX_WAITING:
             try:
                 with self._console.interruptible():

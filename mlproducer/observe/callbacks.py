@@ -28,9 +28,9 @@ from mlproducer._core.states import CircuitState
 from mlproducer._guard import guarded
 from mlproducer.message import Fate, Receipt
 from mlproducer.observe import metric_families as catalog
+from mlproducer.observe.counters import Cells
 from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.lines import Lines
-from mlproducer.observe.tally import Cells
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Message
 from mlproducer.observe import metric_families as catalog
+from mlproducer.observe.counters import Counts, Labels, Series
 from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.metric_families import Family, Merge
-from mlproducer.observe.tally import Counts, Labels, Series
 from mlproducer.status import Status
 from mlproducer.tasks import CeleryTask, MLTask
 

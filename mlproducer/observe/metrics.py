@@ -40,6 +40,7 @@ from prometheus_client.utils import floatToGoString
 
 from mlproducer import _forks as forks
 from mlproducer.errors import ConfigurationError
+from mlproducer.observe.counters import Labels, Tally
 from mlproducer.observe.lines import Lines
 from mlproducer.observe.meter import Meter, Watched
 from mlproducer.observe.metric_families import (
@@ -50,7 +51,6 @@ from mlproducer.observe.metric_families import (
     Kind,
     Merge,
 )
-from mlproducer.observe.tally import Labels, Tally
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from mlproducer._core.events import Event
 from mlproducer._core.interfaces import LossKind
 from mlproducer._core.states import CircuitState
 from mlproducer.observe import metric_families as catalog
+from mlproducer.observe.counters import Cells
 from mlproducer.observe.events import Sink, Table
-from mlproducer.observe.tally import Cells
 
 KEPT = 20
 """How many errors, and how many dead letters, are kept."""

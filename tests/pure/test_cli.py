@@ -22,13 +22,13 @@ from mlproducer import (
     TranscriptionTask,
 )
 from mlproducer.cli import COMMANDS, main, output
+from mlproducer.cli.connectivity import advise
 from mlproducer.cli.demo_result import Progress
 from mlproducer.cli.lines import parse, read_lines
-from mlproducer.cli.reach import advise
 from mlproducer.cli.reliability import SCENARIOS, Report, show_totals
 from mlproducer.cli.reliability.account import Account
-from mlproducer.cli.reliability.trials import Step
-from mlproducer.cli.texts import MAX_CHARACTERS, MIN_CHARACTERS, STANDARD_LIBRARY, texts
+from mlproducer.cli.reliability.steps import Step
+from mlproducer.cli.sample_texts import MAX_CHARACTERS, MIN_CHARACTERS, STANDARD_LIBRARY, texts
 from mlproducer.errors import (
     AuthenticationError,
     BrokerRejectedError,

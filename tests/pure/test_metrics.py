@@ -47,10 +47,10 @@ from mlproducer.errors import (
 from mlproducer.message import Envelope
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe import metrics
+from mlproducer.observe.counters import Cells
 from mlproducer.observe.events import Sink
 from mlproducer.observe.meter import Meter
 from mlproducer.observe.metric_families import FAMILIES, Kind
-from mlproducer.observe.tally import Cells
 from tests.helpers import make_delivery
 
 CONTRACT = {

@@ -32,8 +32,8 @@ from mlproducer.errors import (
     RetriesExhaustedError,
 )
 from mlproducer.observe import metrics
+from mlproducer.observe.counters import Tally
 from mlproducer.observe.meter import Meter
-from mlproducer.observe.tally import Tally
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
 from mlproducer.topology import ROUTING_KEYS
 from tests.helpers import LIMIT, make_delivery, make_message
@@ -668,7 +668,7 @@ from gevent import monkey
 monkey.patch_all()
 import gevent
 from mlproducer.observe.metric_families import CELERY_TASKS
-from mlproducer.observe.tally import Cells
+from mlproducer.observe.counters import Cells
 cells = Cells(CELERY_TASKS)
 gevent.joinall([gevent.spawn(cells.inc) for _ in range(500)])
 print(int(cells.total()[0]), len(cells._of))

@@ -29,8 +29,8 @@ from mlproducer.cli.reliability import (
     publisher_confirms,
 )
 from mlproducer.cli.reliability.account import Account
-from mlproducer.cli.reliability.lab import Lab
-from mlproducer.cli.reliability.trials import Scenario, Step, Trial, UnexpectedError
+from mlproducer.cli.reliability.environment import Lab
+from mlproducer.cli.reliability.steps import Scenario, Step, Trial, UnexpectedError
 from mlproducer.errors import MLProducerError
 from mlproducer.testing import RabbitMQError
 

@@ -12,8 +12,8 @@ import time
 from collections import Counter
 
 from mlproducer import CircuitState
-from mlproducer.cli.reliability.lab import BACK, TIMERS, Lab
-from mlproducer.cli.reliability.trials import Scenario, Trial, expect, see
+from mlproducer.cli.reliability.environment import BACK, TIMERS, Lab
+from mlproducer.cli.reliability.steps import Scenario, Trial, expect, see
 from mlproducer.errors import CircuitOpenError
 
 THRESHOLD = 10

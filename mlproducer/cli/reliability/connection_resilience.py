@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 
 from mlproducer import Receipt
-from mlproducer.cli import reach
-from mlproducer.cli.reliability.lab import BACK, TIMERS, Lab
-from mlproducer.cli.reliability.trials import Need, Scenario, Trial, expect, hear
+from mlproducer.cli import connectivity
+from mlproducer.cli.reliability.environment import BACK, TIMERS, Lab
+from mlproducer.cli.reliability.steps import Need, Scenario, Trial, expect, hear
 
 TIMES = 5
 RESTART = 30.0
@@ -69,7 +69,7 @@ def _deaf(lab: Lab) -> str:
         answer = lab.journal.publish(producer, lab.message())
         expect(isinstance(answer, Receipt), f"given back: {type(answer).__name__}")
     else:
-        reach.probe(producer, LATE)
+        connectivity.probe(producer, LATE)
     answered = time.monotonic() - started
     proxy.accept()
     seconds = hear(connected, BACK, "connected again")

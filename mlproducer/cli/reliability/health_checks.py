@@ -9,8 +9,8 @@ import queue
 from typing import Any
 
 from mlproducer import MLProducer, Receipt
-from mlproducer.cli.reliability.lab import BACK, SETTLING, Lab
-from mlproducer.cli.reliability.trials import Need, Scenario, Trial, UnexpectedError, expect, hear
+from mlproducer.cli.reliability.environment import BACK, SETTLING, Lab
+from mlproducer.cli.reliability.steps import Need, Scenario, Trial, UnexpectedError, expect, hear
 
 INTERVAL = 1.0
 PROBE_LIMIT = 5.0

@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 
 from mlproducer import Receipt, Settings
-from mlproducer.cli.reliability.lab import BACK, DEAD_LETTERS, QUEUES, SETTLING, TIMERS, Lab
-from mlproducer.cli.reliability.trials import Scenario, Trial, UnexpectedError, expect
+from mlproducer.cli.reliability.environment import BACK, DEAD_LETTERS, QUEUES, SETTLING, TIMERS, Lab
+from mlproducer.cli.reliability.steps import Scenario, Trial, UnexpectedError, expect
 from mlproducer.dead_letters import DeadLetters
 from mlproducer.errors import RetriesExhaustedError, UnroutableError
 

@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from mlproducer import Message, Receipt
-from mlproducer.cli import reach
-from mlproducer.cli.reliability.lab import BACK, QUEUES, SETTLING, Lab
-from mlproducer.cli.reliability.trials import Need, Scenario, Trial, expect
+from mlproducer.cli import connectivity
+from mlproducer.cli.reliability.environment import BACK, QUEUES, SETTLING, Lab
+from mlproducer.cli.reliability.steps import Need, Scenario, Trial, expect
 from mlproducer.errors import NackError, PublishError, UnroutableError
 from mlproducer.testing import Behaviour, FakeBroker
 
@@ -60,7 +60,7 @@ def _returned(lab: Lab) -> str:
 
 
 def _comes_back(lab: Lab) -> str:
-    error = reach.probe(lab.producer(), BACK)
+    error = connectivity.probe(lab.producer(), BACK)
     return expect(error is None, "returned (312), then acked" if error is None else str(error))
 
 

@@ -19,12 +19,12 @@ from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._store_url import read_postgresql
 from mlproducer.errors import StoreError, frameless
-from mlproducer.stores.on_server import DAY, MIN_PATIENCE, ROOM, Call, StoreOnServer
 from mlproducer.stores.postgres import sql
 from mlproducer.stores.postgres.listener import Listener
 from mlproducer.stores.postgres.rows import UnreadableRowError, given, read_row
 from mlproducer.stores.postgres.session import TIMEOUT, Session
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, Row, RowFate
+from mlproducer.stores.server_store import DAY, MIN_PATIENCE, ROOM, Call, StoreOnServer
 
 logger = logging.getLogger(__name__)
 

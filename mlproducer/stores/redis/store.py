@@ -14,7 +14,6 @@ from mlproducer import _clock as time
 from mlproducer._guard import write
 from mlproducer._store_url import check_prefix
 from mlproducer.errors import StoreError, frameless
-from mlproducer.stores.on_server import DAY, MIN_PATIENCE, ROOM, Call, StoreOnServer
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.redis import scripts
 from mlproducer.stores.redis.address import parse
@@ -30,6 +29,7 @@ from mlproducer.stores.redis.rows import (
     read_row,
 )
 from mlproducer.stores.redis.scripts import TAG
+from mlproducer.stores.server_store import DAY, MIN_PATIENCE, ROOM, Call, StoreOnServer
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """A scenario's broker, producers and proxies, and the journal of what calls answered.
 
 The broker is a private node; or the one in RABBITMQ_URL, on which nothing is declared, and nothing
-published but probes that come back (see `mlproducer.cli.reach`).
+published but probes that come back (see `mlproducer.cli.connectivity`).
 
 Runs on: the main thread; `Lab.traffic` publishes on threads ``reliability``.
 """
@@ -20,9 +20,9 @@ from typing import Any
 from attrs import evolve
 
 from mlproducer import Message, MLProducer, Receipt, Settings
-from mlproducer.cli import reach
+from mlproducer.cli import connectivity
 from mlproducer.cli.reliability.account import Account
-from mlproducer.cli.reliability.trials import Need, UnexpectedError, expect, see
+from mlproducer.cli.reliability.steps import Need, UnexpectedError, expect, see
 from mlproducer.dead_letters import DeadLetters
 from mlproducer.errors import PublishError
 from mlproducer.observe.callbacks import EventName
@@ -156,7 +156,7 @@ class Lab:
             answer = self.journal.publish(producer, self.message())
             error = None if isinstance(answer, Receipt) else answer
         else:
-            answer, error = None, reach.probe(producer, CONNECTING)
+            answer, error = None, connectivity.probe(producer, CONNECTING)
         if error is not None:
             raise UnexpectedError(f"{type(error).__name__}: {error}")
         if isinstance(answer, Receipt):

@@ -36,6 +36,6 @@ class ForeignStore:
             raise StoreError(f"the store {self._store.name} failed: {kind}") from error
 
 
-def foreign(store: Store) -> Store:
+def custom(store: Store) -> Store:
     """Wrap a user's store."""
     return cast("Store", ForeignStore(store))
