@@ -4,7 +4,11 @@ Python runs hooks after ``os.fork``. A child that was forked by C code (uWSGI wi
 ``py-call-osafterfork``, an extension) runs none; this is noticed at the first call into the
 library, which then does the same. Where there is no fork (Windows), nothing happens.
 
-Runs on: the only thread of a child; if no hooks were run, the first thread that calls the library.
+A fork also waits until other threads have imported what the library imports when it is first used:
+the child would have their half of the modules, locked by threads that it has not.
+
+Runs on: the thread that forks; the only thread of a child; if no hooks were run, the first thread
+that calls the library.
 """
 
 from __future__ import annotations
@@ -13,15 +17,22 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
+from mlproducer import _clock as time
 from mlproducer._guard import guarded, write
+from mlproducer._latch import Watch
 
 logger = logging.getLogger(__name__)
 
 _WIPE_ON_FORK = 18
 """``MADV_WIPEONFORK`` of Linux 4.14 (madvise(2)): in every forked child the page is zero."""
+
+
+IMPORT_LIMIT = 10.0
+"""Seconds for which a fork waits for other threads' imports."""
 
 
 class _Byte(Protocol):
@@ -116,5 +127,45 @@ def notice() -> None:
         _process.begin()
 
 
+class _Imports:
+    """The threads that import modules of the library, or those that it needs."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all, in a child, which has none of its parent's other threads."""
+        self._threads: dict[int, None] = {}
+        self._over = Watch()
+
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        """Hold up forks by other threads until the end of the block, which imports modules."""
+        thread = threading.get_ident()
+        if thread in self._threads:  # in a signal handler: the end is that of the outer block
+            yield
+            return
+        try:
+            self._threads[thread] = None
+            yield
+        finally:
+            self._threads.pop(thread, None)
+            self._over.changed()
+
+    def wait(self) -> None:
+        """Wait, before a fork, for all threads but this one."""
+        own = threading.get_ident()
+
+        def alone() -> bool:
+            return all(each == own for each in list(self._threads))
+
+        if not self._over.wait_for(alone, time.monotonic() + IMPORT_LIMIT):
+            self._threads.clear()  # they hang, or an interrupt has left them: hold up no other fork
+
+
+_imports = _Imports()
+importing = _imports.importing
+in_child(_imports.begin)
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_process.forked)
+    os.register_at_fork(before=_imports.wait, after_in_child=_process.forked)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from mlproducer import _clock as time
+from mlproducer import _forks as forks
 from mlproducer._core.delivery import Delivery, Waiter
 from mlproducer._core.states import CircuitState
 from mlproducer._engine.lifecycle import Lifecycle, Plan
@@ -562,6 +563,7 @@ class MLProducer:
 @lru_cache(1)
 def _awaiting() -> ModuleType:
     """Import what needs asyncio, which a program without an event loop need not load."""
-    from mlproducer import _awaiting as awaiting  # noqa: PLC0415 - asyncio is slow to import
+    with forks.importing():
+        from mlproducer import _awaiting as awaiting  # noqa: PLC0415 - asyncio is slow to import
 
     return awaiting

@@ -64,7 +64,8 @@ _inherited: list[object] = []
 @lru_cache(1)
 def _assemble() -> Callable[..., Runtime]:
     """Import the runtime, once: after a re-import of the package the name means another copy."""
-    from mlproducer._engine.runtime import assemble  # noqa: PLC0415 - pika is slow to import
+    with forks.importing():
+        from mlproducer._engine.runtime import assemble  # noqa: PLC0415 - pika is slow to import
 
     return assemble
 
@@ -110,7 +111,8 @@ class Plan:
     def meter(self) -> Meter:
         """Return the meter of the registry, with its families registered."""
         if self._meter is None:
-            from mlproducer.observe import metrics  # noqa: PLC0415 - slow, and not needed before
+            with forks.importing():
+                from mlproducer.observe import metrics  # noqa: PLC0415 - slow, not needed before
 
             meter, watched = metrics.meter(self.registry), self.watched()
             if watched is not None:
@@ -197,7 +199,8 @@ class Lifecycle:
     def _make_and_start(self) -> Runtime:
         """Make and start it; on a thread that no signal interrupts."""
         process.finish_in_children()
-        runtime = self._made = self._plan.make(self._tend)
+        with forks.importing():  # the store's modules
+            runtime = self._made = self._plan.make(self._tend)
         process.hold(self)
         try:
             runtime.start()

@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mlproducer.testing.fake_broker import FakeBroker
 from tests.threaded.conftest import QUICK, Serve
 
@@ -236,12 +238,52 @@ def test_a_fork_without_epoll(serve: Serve) -> None:
     assert broker.accepted == 2
 
 
+@pytest.mark.parametrize("module", ["pika", "prometheus_client"])
+def test_a_fork_in_the_middle_of_an_import(module: str, serve: Serve) -> None:
+    """A child is forked once other threads have imported what a first use needs.
+
+    A module that was half imported is locked in it for ever: its first publish() did not return.
+    """
+    broker = serve()
+    run_script(
+        f"""
+        import signal
+
+        begun, forked = threading.Event(), threading.Event()
+
+        class Slow:
+            def find_spec(self, name, path=None, target=None):
+                if name == {module!r}:
+                    begun.set()
+                    forked.wait(0.2)  # not for ever: the fork waits for this import
+
+        sys.meta_path.insert(0, Slow())
+        producer = MLProducer(settings)
+        thread = threading.Thread(target=producer.publish, args=(message("parent"),))
+        thread.start()
+        assert begun.wait(20)
+        child = os.fork()
+        forked.set()
+        if child == 0:
+            signal.alarm(20)  # ends it
+            assert producer.publish(message("child")).confirmed
+            producer.close(1)
+            os._exit(0)
+        wait_for(child)
+        thread.join()
+        producer.close()
+        """,
+        broker,
+    )
+    assert names(broker) == {"parent": 1, "child": 1}
+
+
 def test_a_fork_in_the_middle_of_the_start(serve: Serve) -> None:
     """A child that is forked while another thread starts the producer makes its own."""
     broker = serve()
     run_script(
         """
-        MLProducer(settings).start()  # imports: Python cannot mend a fork in the middle of one
+        MLProducer(settings).start()  # imports
         for number in range(20):
             producer = MLProducer(settings)
             thread = threading.Thread(target=producer.start)
