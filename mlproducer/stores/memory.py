@@ -65,6 +65,11 @@ class MemoryStore:
         new, size = list(entries), 0
         for entry in new:
             size += entry.record.envelope.size
+        if size > self._max_bytes and len(new) == 1:
+            raise BufferFullError(
+                f"a message of {size} bytes is larger than the memory store, which holds "
+                f"{self._max_bytes}"
+            )
         if len(self._slots) + len(new) > self._max_rows or self._bytes + size > self._max_bytes:
             raise BufferFullError(
                 f"the memory store is full ({len(self._slots)} messages, {self._bytes} bytes)"

@@ -16,7 +16,7 @@ from mlproducer._engine.gate import Gate
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.store_orders import End
 from mlproducer._engine.stored_rows import SAFETY, record_of
-from mlproducer.errors import PublishError, StoreError
+from mlproducer.errors import BufferFullError, PublishError, StoreError
 from mlproducer.message import Fate
 from mlproducer.observe.events import Fanout
 from mlproducer.settings import RetryPolicy
@@ -143,6 +143,18 @@ def test_memory_takes_a_message_once() -> None:
         bench.keep(delivery)
         bench.retry_worker.sweep()
         assert bench.retry_worker.depth == Depth(1)
+
+
+def test_memory_names_a_message_that_is_too_large_for_it() -> None:
+    """It is not full then, and there would be no room however long its publisher waited."""
+    entry = Entry(record_of(make_delivery(), 1.0), 0.0)
+    size = entry.record.envelope.size
+    with pytest.raises(BufferFullError, match=f"a message of {size} bytes is larger than"):
+        MemoryStore(max_bytes=size - 1).put([entry], 0.0)
+    store = MemoryStore(max_bytes=size)
+    store.put([entry], 0.0)
+    with pytest.raises(BufferFullError, match="is full"):
+        store.put([entry], 0.0)
 
 
 @pytest.mark.parametrize(
