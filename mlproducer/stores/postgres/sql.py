@@ -199,12 +199,16 @@ _ENTERED = """entered AS MATERIALIZED (
 """Whether a call may take effect: asked once, so that it does as a whole or not at all. The lock is
 held until the call has ended, and `barrier` waits for it."""
 
-COUNTED = 100_000
-"""Rows of one kind that are counted; the statistics, which lag a little, say if there are more."""
+COUNTED = 10_000
+"""Rows of one kind that are counted; the statistics, which lag a little, say if there are more. To
+count a row reads its page: 100,000 of 1 kB took seconds on a busy machine, longer than a call may.
+"""
+LETTERS_COUNTED = 100_000
+"""Dead letters, and claims, that are counted; the statistics know nothing of either."""
 
 
-def _counted(which: str) -> str:
-    return f"SELECT count(*) FROM (SELECT FROM $table WHERE {which} LIMIT {COUNTED}) AS few"
+def _counted(which: str, limit: int = COUNTED) -> str:
+    return f"SELECT count(*) FROM (SELECT FROM $table WHERE {which} LIMIT {limit}) AS few"
 
 
 _SEQUENCE = "pg_get_serial_sequence('$table', 'key')"
@@ -297,14 +301,14 @@ _TEMPLATES = {
         WITH found AS (
             SELECT ({_counted("ready")}) AS ready,
                 ({_counted(f"NOT ready AND state < {ASIDE}")}) AS waiting,
-                ({_counted(f"state = {DEAD}")}) AS dead,
+                ({_counted(f"state = {DEAD}", LETTERS_COUNTED)}) AS dead,
                 pg_stat_get_live_tuples('$table'::regclass) AS all_rows)
         SELECT CASE WHEN greatest(ready, waiting) < {COUNTED} THEN ready + waiting
                 ELSE greatest(ready + waiting, all_rows) END,
             dead,
             (SELECT count(*) FROM (
                 SELECT state, owner, due FROM $table WHERE NOT ready AND due > {_NOW}
-                ORDER BY due DESC LIMIT {COUNTED}) AS claimed
+                ORDER BY due DESC LIMIT {LETTERS_COUNTED}) AS claimed
                 WHERE state = {AHEAD} AND owner <> 0 AND NOT {_DUE}),
             CASE WHEN ready < {COUNTED} THEN ready ELSE greatest(ready, all_rows - waiting) END,
             (SELECT extract(epoch FROM {_NOW})::float8 - accepted_at / 1e6 FROM $table
