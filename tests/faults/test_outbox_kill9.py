@@ -36,7 +36,8 @@ SCRIPT = Path(__file__).parent / "scripts" / "outbox_app.py"
 
 AWAY = ("postgresql killed", "broker frozen", "postgresql frozen", "broker killed")
 CYCLE = [kind for away in AWAY for kind in (away, "relay killed", "application alone")]
-"""A third of the instants each: a server is away, a relay is killed, nothing else happens."""
+"""A third of the rounds each: a server is away, a relay is killed, nothing else happens. In each
+round both applications are killed, each at an instant of its own."""
 
 INSTANTS = [
     pytest.param(len(CYCLE), 1, id="cycle"),
@@ -94,20 +95,40 @@ class Application:
         self._name = ""
         self.last: list[tuple[str, str]] = []
 
-    def begin(self, how: str = "") -> None:
-        """Have it do business, and wait for its first COMMIT."""
-        [self._name] = self._ask(f"begin {how}")
-
-    def kill(self) -> None:
-        """Have it killed around a COMMIT."""
-        number, how_far = self._ask("kill")
-        self.last.append((f"{self._name}-{number}", how_far))
-
-    def _ask(self, order: str) -> list[str]:
-        stdin, stdout = _pipes(self._program)
+    def order(self, order: str) -> None:
+        """Have it do business, ``begin``, or be killed around a COMMIT, ``kill``."""
+        stdin, _ = _pipes(self._program)
         stdin.write(f"{order}\n")
         stdin.flush()
+
+    def wait_begun(self) -> None:
+        """Wait for its first COMMIT."""
+        [self._name] = self._answer()
+
+    def wait_killed(self) -> None:
+        """Wait until it is killed."""
+        number, how_far = self._answer()
+        self.last.append((f"{self._name}-{number}", how_far))
+
+    def _answer(self) -> list[str]:
+        _, stdout = _pipes(self._program)
         return stdout.readline().split()[1:]
+
+
+def begin(applications: Sequence[Application], how: str = "") -> None:
+    """Have all do business, and wait for the first COMMIT of each."""
+    for each in applications:
+        each.order(f"begin {how}")
+    for each in applications:
+        each.wait_begun()
+
+
+def kill(applications: Sequence[Application]) -> None:
+    """Have all killed, each around a COMMIT of its own."""
+    for each in applications:
+        each.order("kill")
+    for each in applications:
+        each.wait_killed()
 
 
 def _pipes(program: subprocess.Popen[str]) -> tuple[IO[str], IO[str]]:
@@ -151,32 +172,31 @@ def test_every_committed_row_arrives_and_no_other(instants: int, seed: int) -> N
     the relays alone deliver. Before there are faults, rows go out in the order of each transaction.
     """
     chance = random.Random(seed)
-    kinds = [CYCLE[number % len(CYCLE)] for number in range(instants)]
+    kinds = [CYCLE[number % len(CYCLE)] for number in range(instants // len(FRAMEWORKS))]
     chance.shuffle(kinds)
     never = threading.Event()
     with ExitStack() as outer:
         server = outer.enter_context(PostgreSQLServer(config=SLOW_COMMIT))
         broker = outer.enter_context(RabbitMQNode())
         stack = outer.enter_context(ExitStack())
+        applications = [Application(each, server, broker, stack) for each in FRAMEWORKS]
         with closing(PostgreSQLStore(server.url, lease=LEASE)) as store:
             store.create()
         server.call("CREATE TABLE orders (id text PRIMARY KEY)", user="app")
         relays = Relays(broker, server.url, stack)
-        applications = [Application(each, server, broker, stack) for each in FRAMEWORKS]
         before = _in_order(applications, server, broker)
         relays.start()
-        for number, kind in enumerate(kinds):
-            application = applications[number % len(applications)]
-            application.begin()
+        for kind in kinds:
+            begin(applications)
             never.wait(chance.uniform(0.0, 0.2))
             if kind in AWAY:
                 with away(kind, server, broker):
                     never.wait(chance.uniform(0.0, 0.2))
-                    application.kill()
+                    kill(applications)
             else:
                 if kind == "relay killed":
                     relays.kill_one()
-                application.kill()
+                kill(applications)
         committed = _committed(server) - before
         _wait_until_empty(server)
         arrived = drain(broker.url, ["ml.embed"])
@@ -189,10 +209,9 @@ def _in_order(
     applications: Sequence[Application], server: PostgreSQLServer, broker: RabbitMQNode
 ) -> set[str]:
     """Have one relay deliver what applications commit that do not, and give what that was."""
-    for application in applications:
-        application.begin("alone")
-        threading.Event().wait(0.3)
-        application.kill()
+    begin(applications, "alone")
+    threading.Event().wait(0.3)
+    kill(applications)
     committed = _committed(server)
     _wait_until_empty(server)
     arrived = drain(broker.url, ["ml.embed"])
@@ -219,9 +238,9 @@ def _tell(
         for transaction, how_far in application.last[1:]:
             done = f"{transaction}-0" in committed
             found[f"{how_far}, {'committed' if done else 'not committed'}"] += 1
-    FIGURES[f"outbox: killed at {len(kinds)} instants"] = (
+    FIGURES[f"outbox: killed at {len(kinds) * len(applications)} instants"] = (
         f"{len(committed)} rows committed, 0 lost, 0 of others, {again} second copies with the "
-        f"same id; the transaction under way was: {dict(found)}; {dict(Counter(kinds))}"
+        f"same id; the transaction under way was: {dict(found)}; rounds: {dict(Counter(kinds))}"
     )
 
 

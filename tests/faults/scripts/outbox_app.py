@@ -14,6 +14,7 @@ Runs on: the main thread; each business has a process of its own, which is forke
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import random
@@ -34,6 +35,9 @@ PATIENCE = 0.3
 """Seconds to wait for either; there is none while PostgreSQL is away."""
 
 LIMIT = 30.0
+
+FIRST = ("django.db.backends.postgresql.base", "prometheus_client", "mlproducer._engine.runtime")
+"""Modules of each business, imported once, so that one begins in a fraction of a second."""
 
 BEGUN, ASKED, OVER = b"b", b"a", b"o"
 WORDS = {BEGUN: "begun", ASKED: "asked", OVER: "over"}
@@ -209,6 +213,8 @@ class Child:
 def main() -> None:
     """Do what is said on stdin."""
     framework, database, store = sys.argv[1:]
+    for module in FIRST:
+        importlib.import_module(module)
     made = {"django": through_django, "sqlalchemy": through_sqlalchemy}[framework]
     business = made(database, store)
     names = itertools.count()
