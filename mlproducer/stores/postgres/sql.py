@@ -298,7 +298,7 @@ _TEMPLATES = {
         ), fitting AS ({_FITTING})
         SELECT {ROW} FROM $table AS t WHERE t.ctid = ANY(ARRAY(SELECT place FROM fitting))""",
     "depth": f"""
-        WITH found AS (
+        WITH found AS MATERIALIZED (
             SELECT ({_counted("ready")}) AS ready,
                 ({_counted(f"NOT ready AND state < {ASIDE}")}) AS waiting,
                 ({_counted(f"state = {DEAD}", LETTERS_COUNTED)}) AS dead,
