@@ -250,9 +250,15 @@ class RetryWorker:
                 self._give_back()
             else:  # the leases began then
                 now, epoch = self._ahead_since
+        room = min(able, self._gate.room())
+        if self._ahead_since is not None and not room and not self.stored_rows.rowless:
+            # What was claimed ahead waits together: one that was given back would be overtaken.
+            self.hurries = True
+            self._gate.share(backlog=True)
+            return
         # One also where the window is full, and stays so while publishers wait for it: if there is
         # one that is due, a part of the window is left to such.
-        limit = max(1, min(able, self._gate.room()))
+        limit = max(1, room)
         rows = self._store.claim(limit)
         # After the claim, not before it: one that was committed meanwhile may be among these.
         self._note_expected()
@@ -260,7 +266,8 @@ class RetryWorker:
             self._ahead_since = None  # nothing is left of it
         self.hurries = bool(rows)
         self._gate.share(backlog=self.hurries)
-        taken = []
+        taken: list[Delivery] = []
+        full = False
         for row in rows:
             if self.stored_rows.regain(row, now):
                 continue
@@ -270,19 +277,28 @@ class RetryWorker:
                 self._store_writer.order(End(delivery, row.record.dead, waited=True))
             elif delivery.in_flight:
                 continue  # its row was another process's for a while; its tag decides
-            elif self._gate.try_enter(delivery) or (
-                self._make_room() and self._gate.try_enter(delivery)
-            ):
+            elif not full and self._enter(delivery):
                 taken.append(delivery)
             else:
+                # Nor those behind it, which would overtake it; but where publishers wait, who take
+                # all that becomes free, one that is too large must not stop those that fit.
+                full = full or self._gate.spare() > 0
                 self.hurries = True
                 self._store_writer.order(Note(delivery, row.record, 0.0, first=False))
         self._hand_out(taken, ready)
-        self._claim_ahead(len(rows), able - len(taken))
+        if full:
+            self._give_back()
+        else:
+            self._claim_ahead(len(rows), able - len(taken))
 
     def _note_expected(self) -> None:
         while self._expected:
             self.stored_rows.expect(*self._expected.popleft())
+
+    def _enter(self, delivery: Delivery) -> bool:
+        return self._gate.try_enter(delivery) or (
+            self._make_room() and self._gate.try_enter(delivery)
+        )
 
     def _make_room(self) -> bool:
         """Free the slot of one that is to be stored and has no row, unless its tag is open.

@@ -12,7 +12,7 @@ from mlproducer._core.backoff import Backoff
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
-from mlproducer._engine.gate import Gate
+from mlproducer._engine.gate import MAX_BYTES, Gate
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.store_orders import End
 from mlproducer._engine.stored_rows import SAFETY, record_of
@@ -376,6 +376,22 @@ def test_what_was_claimed_ahead_waits_for_room(backlog: Bench) -> None:
     backlog.retry_worker._gate.leave(sent[:2])
     backlog.retry_worker.sweep()
     assert (len(sent), len(backlog.store.ahead)) == (12, 3)
+
+
+def test_what_was_claimed_ahead_is_not_overtaken(backlog: Bench) -> None:
+    """Neither by what is behind it, where a sweep finds the window full, nor where it is large."""
+    worker, sent = backlog.retry_worker, backlog.owner.readmitted
+    worker.sweep()
+    worker.sweep()
+    worker._gate.leave(sent[:2])
+    worker._gate._bytes = MAX_BYTES  # those inside are large
+    worker.sweep()
+    assert len(sent) == 10
+    while len(sent) < 30:
+        worker._gate.leave(list(sent))
+        worker.sweep()
+    keys = [worker.stored_rows.claims[delivery].key for delivery in sent]
+    assert keys == sorted(keys)
 
 
 def test_what_was_claimed_ahead_is_given_back(backlog: Bench) -> None:
