@@ -37,7 +37,7 @@ class Confirms:
         return self._last
 
     def set_apart(self, tags: Iterable[int]) -> None:
-        """Have tags settled singly: a confirm of several on this channel does not speak of them."""
+        """Have tags settled singly: a confirm of several on this channel does not cover them."""
         self._apart.update(tags)
 
     def find(self, tag: int) -> Delivery | None:
@@ -45,7 +45,7 @@ class Confirms:
         return self.open.get(tag)
 
     def settle(self, tag: int, *, multiple: bool) -> list[Delivery]:
-        """Close a tag, or with ``multiple`` all up to it (0: all), and give their deliveries."""
+        """Close a tag, or with ``multiple`` all up to it (0: all), and return their deliveries."""
         if not multiple:
             delivery = self.open.pop(tag, None)
             self._apart.discard(tag)
@@ -67,7 +67,7 @@ class Confirms:
         return [self.open.pop(each) for each in tags]
 
     def lose_all(self) -> list[Delivery]:
-        """Forget all open tags, whose channel is gone, and give their deliveries in order."""
+        """Forget all open tags, whose channel is gone, and return their deliveries in order."""
         lost = list(self.open.values())
         self.open.clear()
         self._apart.clear()

@@ -1,4 +1,4 @@
-"""A message on its way: where it stands, what was tried, and whom to tell.
+"""A message on its way: where it stands, what was tried, and who waits for it.
 
 Two endings, each exactly once: the publisher is *answered*, and the delivery *retires*. They often
 coincide, but a confirm that is late answers first and retires later.
@@ -396,7 +396,7 @@ class Delivery:
             return self.claim()
         return self.answer is not AnswerState.WITHDRAWN
 
-    # --- who speaks first ----------------------------------------------------------------------
+    # --- who answers first ----------------------------------------------------------------------
 
     def stop_waiting(self, successor: Waiter) -> bool:
         """End a publisher's wait although the I/O thread has not answered; on its own thread.

@@ -108,7 +108,7 @@ class FailureHandler:
     # --- failures ------------------------------------------------------------------------------
 
     def judge(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        """Judge an attempt that failed, or a wait that was in vain."""
+        """Judge an attempt that failed, or that was not made in time."""
         if not (delivery.answer is AnswerState.WAITING or delivery.is_ours):
             self.retire(delivery)  # its publisher has withdrawn it
             return
@@ -240,7 +240,7 @@ class FailureHandler:
     def stored(self, delivery: Delivery, now: float) -> None:
         """Tell that it is ours: it is stored."""
         if delivery.row is RowState.WITHDRAWING:
-            return  # it was given back meanwhile, and that is told once its row is gone
+            return  # it has failed meanwhile, and its publisher is told once its row is gone
         if delivery.row is not RowState.HELD:
             self._step(delivery, RowEvent.COMMITTED)
         if delivery.answer not in UNANSWERED:
@@ -253,7 +253,7 @@ class FailureHandler:
             self.fail(delivery, reason, now)  # its publisher was interrupted meanwhile
 
     def refused(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        """Give back what the store cannot take, or not in time; what is in flight stays there."""
+        """Fail what the store cannot take, or not in time; what is in flight stays there."""
         if delivery.row is RowState.WRITING:
             self._step(delivery, RowEvent.REFUSED)
         if delivery.answer in UNANSWERED and delivery.is_ours:

@@ -1,4 +1,4 @@
-"""What the sender needs of the world, as protocols; who fulfils them does not concern it.
+"""What the sender needs of the engine, as protocols: the core imports nothing of it.
 
 Runs on: the I/O thread.
 """
@@ -83,7 +83,7 @@ class RetryWorker(Protocol):
     """The store's path or host, for people."""
 
     durable: bool
-    """Whether what is kept survives this process."""
+    """Whether what is stored survives this process."""
 
     def defer(
         self, delivery: Delivery, now: float, *, before: RowState, fresh: bool = False
@@ -99,10 +99,10 @@ class RetryWorker(Protocol):
         """
 
     def settle(self, delivery: Delivery) -> None:
-        """Delete its row: it was confirmed, or given back."""
+        """Delete its row: it was confirmed, or failed."""
 
     def withdraw(self, delivery: Delivery) -> None:
-        """Delete its row, and say so through `Sender.withdrawn`: it is to be given back."""
+        """Delete its row, and answer through `Sender.withdrawn`: its publisher gets an error."""
 
 
 MakeDeadLetter = Callable[[Delivery, PublishError, float], Envelope]

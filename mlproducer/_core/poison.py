@@ -1,4 +1,4 @@
-"""Who closed the channel: finding the guilty message without punishing the others.
+"""Which message closed the channel: it is found without failing the others.
 
 A broker answers one bad message by closing the channel, under all that were in flight. They become
 suspects and are sent again one at a time. The one that is alone on a channel when it closes is
@@ -31,21 +31,21 @@ class PoisonIsolation:
         """Line suspects up in the order in which the broker has read them."""
         self.suspects.extendleft(reversed(lost))
 
-    def reject(self, guilty: Delivery, reply_code: int) -> list[Delivery]:
-        """Return the guilty one, and those for whose route the same answer is certain."""
-        shared = [each for each in self.suspects if _same_answer(reply_code, guilty, each)]
+    def reject(self, offender: Delivery, reply_code: int) -> list[Delivery]:
+        """Return the offender, and those for whose route the same answer is certain."""
+        shared = [each for each in self.suspects if _same_answer(reply_code, offender, each)]
         self.suspects = deque(each for each in self.suspects if each not in shared)
-        return [guilty, *shared]
+        return [offender, *shared]
 
     def release(self) -> list[Delivery]:
-        """End the trial, and give those that are still suspects."""
+        """End the isolation, and return those that are still suspects."""
         freed = list(self.suspects)
         self.suspects.clear()
         return freed
 
 
-def _same_answer(reply_code: int, guilty: Delivery, other: Delivery) -> bool:
-    one, two = guilty.envelope, other.envelope
+def _same_answer(reply_code: int, offender: Delivery, other: Delivery) -> bool:
+    one, two = offender.envelope, other.envelope
     if reply_code == NOT_FOUND:
         return one.exchange == two.exchange
     same_route = (one.exchange, one.routing_key) == (two.exchange, two.routing_key)

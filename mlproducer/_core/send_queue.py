@@ -1,6 +1,6 @@
 """What waits for the connection, and what is on it.
 
-Messages wait in one lane, suspects of a trial in another, which goes first and one at a time; what
+Messages wait in one queue, suspects in another, which goes first and one at a time; what
 is written has its tag open in the confirms. Whether anything may be written depends on the channel
 and on the broker's flow.
 

@@ -1,4 +1,4 @@
-"""The life of deliveries: accepted, sent, then confirmed, kept for a retry, or given back.
+"""The life of deliveries: accepted, sent, then confirmed, stored for a retry, or failed.
 
 The sender owns every delivery from the moment it is accepted until it retires, and holds to one
 rule above all: a message is on the wire at most once per live channel. A confirm that is late
@@ -199,7 +199,7 @@ class Sender:
         if not delivery.waits_for_answer:
             return
         if delivery.row in ROW_PENDING:
-            return  # the store has a moment more, then it is paid
+            return  # the store has a moment more, and `store_is_late` then answers
         if delivery.attempt is AttemptState.MAILBOX:
             self._store_is_silent(delivery, now)
         elif delivery.attempt is AttemptState.QUEUED:
@@ -213,8 +213,8 @@ class Sender:
     def release(self, *, suspects: bool) -> list[Delivery]:
         """Give up, for another connection, what has not been written.
 
-        :param suspects: also those of a trial, who are tried nowhere else: among others they would
-            close the next channel under all that is in flight there
+        :param suspects: also those under isolation, which are sent nowhere else: among others they
+            would close the next channel under all that is in flight there
         """
         return self._send_queue.clear() if suspects else self._send_queue.clear_backlog()
 
@@ -436,7 +436,7 @@ class Sender:
     def _still_wanted(self, lost: list[Delivery], *, linked: bool) -> list[Delivery]:
         """Return those whose publishers do not get them back, to be sent again.
 
-        :param linked: the connection is still there: the guilty one was not routed by it either
+        :param linked: the connection is still there: the offender was not routed by it either
         """
         wanted = []
         for delivery in lost:
@@ -450,11 +450,11 @@ class Sender:
                 self.failures.retire(delivery)
         return wanted
 
-    def _reject(self, guilty: Delivery, loss: Loss, now: float) -> None:
+    def _reject(self, offender: Delivery, loss: Loss, now: float) -> None:
         """Reject the one that closed the channel alone; the others are free."""
         if loss.reply_code == INTERNAL_ERROR:
-            guilty.suspect(Doubt.POSSIBLE)
-        refused = self._send_queue.poison.reject(guilty, loss.reply_code)
+            offender.suspect(Doubt.POSSIBLE)
+        refused = self._send_queue.poison.reject(offender, loss.reply_code)
         if loss.reply_code in (NO_PERMISSION, NOT_FOUND):
             self._doubt_what_was_there(refused, loss.reply_code)
         for delivery in refused:
@@ -498,7 +498,7 @@ class Sender:
             self.store_is_late(delivery, now, gone=gone)
 
     def store_is_late(self, delivery: Delivery, now: float, *, gone: bool = False) -> None:
-        """Tell a publisher what it is owed, since the store has had its time.
+        """Answer a publisher without the store, which has had its time.
 
         :param gone: its row is known to be gone; else another process may send the message
         """

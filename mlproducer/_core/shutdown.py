@@ -1,7 +1,7 @@
-"""How a producer parts with its messages when it is closed, and tells everybody how it stands.
+"""What becomes of the messages of a producer that is closed, and what their publishers are told.
 
-First a durable store takes what it may; then whatever it has is entrusted to it, and what lives in
-this process alone goes back to its publishers.
+First a durable store takes what it may. What it has then is released to it, and what only this
+process has fails to its publishers.
 
 Runs on: the I/O thread, its only owner.
 """
@@ -24,7 +24,7 @@ class Shutdown:
     """The end of one sender's work.
 
     :ivar begun: nothing is sent any more
-    :ivar abandoned: what was given back, since only this process had it
+    :ivar abandoned: what has failed, since only this process had it
     """
 
     def __init__(self, send_queue: SendQueue, failures: FailureHandler) -> None:
@@ -42,7 +42,7 @@ class Shutdown:
             self.release(delivery, now)
 
     def end(self, stored: list[Delivery], rowless: Collection[Delivery], now: float) -> None:
-        """Tell everybody, also those whose message is in the store.
+        """Answer every publisher, also those whose message is in the store.
 
         :param rowless: those of ``stored`` that the store has lost, or never had
         """
@@ -58,10 +58,10 @@ class Shutdown:
             elif delivery.row is RowState.HELD and self._durable and delivery not in rowless:
                 delivery.release(now)
             else:
-                self._part(delivery, failure(ProducerClosedError, delivery, CLOSED))
+                self._fail(delivery, failure(ProducerClosedError, delivery, CLOSED))
 
     def release(self, delivery: Delivery, now: float) -> None:
-        """Part with a message: have it stored, or give it back; what is in flight stays there."""
+        """Have a message stored, or fail it; what is in flight stays there."""
         error = failure(ProducerClosedError, delivery, CLOSED)
         if not (delivery.open and delivery.is_ours):
             self._failures.retire(delivery)
@@ -71,8 +71,8 @@ class Shutdown:
             delivery.reason = delivery.reason or error
             self._failures.defer(delivery, now)
         elif not delivery.in_flight:
-            self._part(delivery, error)
+            self._fail(delivery, error)
 
-    def _part(self, delivery: Delivery, error: ProducerClosedError) -> None:
+    def _fail(self, delivery: Delivery, error: ProducerClosedError) -> None:
         self.abandoned.append(delivery)
         self._failures.fail_at_the_end(delivery, error)

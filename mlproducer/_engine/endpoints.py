@@ -39,7 +39,7 @@ class UnreachableError(Exception):
 
 @frozen
 class Identity:
-    """As whom to connect.
+    """The user to connect as.
 
     :ivar ends: when the password ends, in monotonic time; ``None``: not as far as we know
     :ivar lifetime: seconds that it was valid for when it was given

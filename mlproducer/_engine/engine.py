@@ -144,7 +144,7 @@ class Engine:
         return done
 
     def end(self) -> None:
-        """Have the connection and its threads end, and everybody told how it stands."""
+        """Have the connection and its threads end, and every publisher answered."""
         self._closing = True
         if "io" in self._threads:
             self._io.order(self._io.close)
@@ -314,7 +314,7 @@ class Engine:
 
     @property
     def abandoned(self) -> list[Delivery]:
-        """Messages that were given back here since the producer was closed."""
+        """Messages that have failed here since the producer was closed."""
         return list(self._io.sender.shutdown.abandoned)
 
     @property

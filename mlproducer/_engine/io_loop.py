@@ -259,7 +259,7 @@ class IOLoop:
     def check_owner(self) -> None:
         """See, in debug runs, that this is the I/O thread, or that there is none yet.
 
-        Not on the way of a confirmed message, where it would be the dearest call.
+        Not on the way of a confirmed message, where it would cost more than any other call.
         """
         if __debug__ and self._thread not in (0, threading.get_ident()):
             raise AssertionError("a delivery is touched by a thread that does not own it")

@@ -416,7 +416,7 @@ class IOThread:
         self.sender.ended_elsewhere(deliveries, time.monotonic(), dead=dead)
 
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
-        """Give back what the store has lost."""
+        """Fail what the store has lost."""
         self.io_loop.check_owner()
         self.sender.vanished(deliveries)
 
@@ -447,7 +447,7 @@ class IOThread:
         self._retry_worker.thread.order(done.open)
 
     def close(self) -> None:
-        """Tell everybody how it stands, and end the connection and the thread; once."""
+        """Answer every publisher, and end the connection and the thread; once."""
         self.io_loop.check_owner()
         if self._closes:
             return

@@ -184,7 +184,7 @@ class Lifecycle:
         if runtime is None:
             if self._starts.get("now") is start:
                 del self._starts["now"]
-            if start.is_over():  # its thread has said so as the last it does: let it be gone
+            if start.is_over():  # which is the last thing that its thread does: wait for its end
                 threads.join_all(start.threads, time.monotonic() + CLAIM_LIMIT)
             raise _fresh(start.error)
         self._check_open()
@@ -225,7 +225,7 @@ class Lifecycle:
     def close(self, timeout: float | None) -> CloseReport:
         """Drain and close, or finish what another caller has begun; give the one report.
 
-        :param timeout: ``None`` is `CLOSE_TIMEOUT`, or less where waiting is in vain
+        :param timeout: ``None`` is `CLOSE_TIMEOUT`, or less where there is no broker
         """
         forks.notice()
         now = time.monotonic()

@@ -67,7 +67,7 @@ class Resolver:
         self._worker.order(partial(self._find, turn, done))
 
     def identify(self, route: Route, done: Callable[[Identity | Loss], object]) -> None:
-        """Look up as whom to connect, and say what was found."""
+        """Look up the user to connect as, and report what was found."""
         self._worker.order(partial(self._identify, route, done))
 
     def replace(self) -> None:
@@ -102,4 +102,4 @@ class Resolver:
 
 
 def _nothing() -> None:
-    """Do nothing: there is no errand, only what is asked for."""
+    """Do nothing: there is no job, only what is asked for."""

@@ -95,11 +95,11 @@ class RetryWorker:
 
     @property
     def abandoned(self) -> list[Delivery]:
-        """Messages that were given back here, since their I/O thread had ended."""
+        """Messages that have failed here, since their I/O thread had ended."""
         return list(self._store_writer.abandoned)
 
     def serve(self, owners: Sequence[Owner], watch: Callable[[], None]) -> None:
-        """Say whom to answer, and what to look after at each sweep."""
+        """Note which connections to answer, and what to call at each sweep."""
         self._store_writer.owners = owners
         self._watch = watch
         self.thread.due = time.monotonic() + (0.0 if self.durable else self._interval)
@@ -140,7 +140,7 @@ class RetryWorker:
         self._store_writer.order(End(delivery, delivery.dead, waited=delivery.in_store))
 
     def withdraw(self, delivery: Delivery) -> None:
-        """Delete the row of a message, and say so."""
+        """Delete the row of a message, and report that."""
         self._store_writer.order(End(delivery, delivery.dead, waited=delivery.in_store, told=True))
 
     def verify(self) -> None:

@@ -189,7 +189,7 @@ class Runtime:
         self._store_rest()
 
     def end(self, deadline: float) -> None:
-        """Have connections and threads end, and everybody told how it stands.
+        """Have connections and threads end, and every publisher answered.
 
         :param deadline: monotonic time until which a durable store may take what is left
         """
@@ -229,7 +229,7 @@ class Runtime:
         return CloseReport(confirmed, stored, self._abandoned_ids(ended=all(ended)))
 
     def _abandoned_ids(self, *, ended: bool) -> tuple[str, ...]:
-        """Return the ids of what was given back, and of what has no answer, since a thread hangs.
+        """Return the ids of what has failed, and of what has no answer, since a thread hangs.
 
         What is confirmed, or handed in, while the threads end makes a difference: so it is counted
         after they have.

@@ -185,7 +185,7 @@ class Session:
         return NotConnectedError(loss.text, kind=loss.kind.value, reply_code=loss.reply_code)
 
     def _drop(self) -> None:
-        """End the connection without a word; unacked letters go back to their queue."""
+        """Drop the connection; unacked letters go back to their queue."""
         connection = self._connection
         with contextlib.suppress(Exception):
             transport = connection._impl._transport  # noqa: SLF001 - no public way to abort

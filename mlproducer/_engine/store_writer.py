@@ -61,7 +61,7 @@ class StoreWriter:
     :param ring: has `carry_out` called soon, on the retry thread
     :ivar owners: the connections; each is answered for the messages that belong to it
     :ivar known: the store has been counted, and has not failed since
-    :ivar abandoned: what was given back, since its I/O thread had ended
+    :ivar abandoned: what has failed, since its I/O thread had ended
     """
 
     def __init__(
@@ -299,7 +299,7 @@ class StoreWriter:
         _open(puts)
 
     def _fail_late(self, delivery: Delivery, error: PublishError) -> None:
-        """Give a message back whose I/O thread has ended."""
+        """Fail a message whose I/O thread has ended."""
         self.abandoned.append(delivery)
         self._emit(events.Failed(delivery, error))
         delivery.fail(error)

@@ -189,7 +189,7 @@ class StoredRows:
         return True
 
     def take(self, row: Row, now: float, epoch: float) -> Delivery:
-        """Return the delivery of a row that was claimed; it is not open where it was given back.
+        """Return the delivery of a row that was claimed; it is not open where it has failed.
 
         :param epoch: what `wall_clock` says at ``now``
         """

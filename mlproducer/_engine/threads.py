@@ -89,17 +89,17 @@ def spawn(role: str, ordinal: int, target: Callable[[], None], owner: object) ->
 
 
 class TimerThread:
-    """A thread that carries out orders, and its own errand whenever that is due.
+    """A thread that carries out orders, and its own job whenever that is due.
 
-    Both are run one at a time; one that raises is logged, and the thread goes on. The errand waits
-    for one order at the most once it is due, and so do orders for the errand: neither keeps the
+    Both are run one at a time; one that raises is logged, and the thread goes on. The job waits
+    for one order at the most once it is due, and so do orders for the job: neither keeps the
     other from its turn, however slow and many they are.
 
-    :param errand: what to do when it is due; it says itself when it is due next
+    :param job: what to do when it is due; it sets the time when it is due next
     """
 
-    def __init__(self, errand: Callable[[], None]) -> None:
-        self._errand = errand
+    def __init__(self, job: Callable[[], None]) -> None:
+        self._job = job
         self._orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._running = True
         self._left = False
@@ -137,11 +137,11 @@ class TimerThread:
         """Wait for what is to be done next, and return it and whether it was ordered."""
         patience = self._patience()
         if after_order and patience == 0.0:
-            return self._errand, False
+            return self._job, False
         try:
             return self._orders.get(timeout=patience), True
         except queue.Empty:
-            return (_nothing if self.due is None else self._errand), False
+            return (_nothing if self.due is None else self._job), False
 
     def _patience(self) -> float:
         return IDLE if self.due is None else max(0.0, self.due - time.monotonic())

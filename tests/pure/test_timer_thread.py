@@ -1,4 +1,4 @@
-"""Orders and the errand of a timer thread: each has its turn. It runs on the test's own thread."""
+"""Orders and the job of a timer thread: each has its turn. It runs on the test's own thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlproducer._engine.threads import TimerThread
 MANY = 100
 
 
-def test_the_errand_has_its_turn_among_orders_without_end() -> None:
+def test_the_job_has_its_turn_among_orders_without_end() -> None:
     """A store whose every transaction brings another order would keep its rows from being sent."""
     done: list[str] = []
 
@@ -20,28 +20,28 @@ def test_the_errand_has_its_turn_among_orders_without_end() -> None:
         else:
             thread.stop()
 
-    def errand() -> None:
-        done.append("errand")
+    def job() -> None:
+        done.append("job")
         thread.due = time.monotonic()
 
-    thread = TimerThread(errand)
+    thread = TimerThread(job)
     thread.due = time.monotonic()
     thread.order(again)
     thread.run()
-    assert done == ["order", "errand"] * (MANY // 2 + 1)
+    assert done == ["order", "job"] * (MANY // 2 + 1)
 
 
-def test_orders_have_their_turn_beside_an_errand_that_is_always_due() -> None:
+def test_orders_have_their_turn_beside_an_job_that_is_always_due() -> None:
     """A sweep that takes longer than its interval would keep messages from being stored."""
     done: list[str] = []
 
-    def errand() -> None:
-        done.append("errand")
+    def job() -> None:
+        done.append("job")
 
-    thread = TimerThread(errand)
+    thread = TimerThread(job)
     thread.due = time.monotonic()
     for _ in range(3):
         thread.order(lambda: done.append("order"))
     thread.stop()
     thread.run()
-    assert done == ["order", "errand"] * 3
+    assert done == ["order", "job"] * 3
