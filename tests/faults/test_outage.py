@@ -70,7 +70,7 @@ def test_open_breaker_needs_no_memory() -> None:
     assert sum(report["answers"].values()) == 100_000
     assert report["kept"] == kept
     assert report["grown"] < 5_000_000
-    assert report["median"]["CircuitOpenError"] < 0.0001
+    assert report["median"]["CircuitOpenError"] < 0.0005
 
 
 def test_open_breaker_raises_at_once(
@@ -96,7 +96,7 @@ def test_open_breaker_raises_at_once(
     assert 0 < caught.value.retry_after <= 30.0
     median = statistics.median(waits)
     FIGURES["breaker open"] = f"raises after {median * 1e6:.0f} us (median of 2000)"
-    assert median < 0.0001
+    assert median < 0.0005
     proxy.accept()
     assert [each.result(LIMIT).attempts for each in kept] == [1] * 10
     assert closed.wait(LIMIT)

@@ -18,10 +18,10 @@ from mlproducer.errors import CircuitOpenError
 
 THRESHOLD = 10
 COOLDOWN = float(TIMERS["circuit_breaker_cooldown"])
-MARGIN = 0.5
+MARGIN = 1.0
 FAST = 0.005
 CALLS = 200
-OUTLIERS = 2
+OUTLIERS = CALLS // 10
 """Calls during which the machine may be busy with something else."""
 
 AT_ONCE = 32
