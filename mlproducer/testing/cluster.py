@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RabbitMQCluster"]
 
-_START_LIMIT = 120.0
+_START_LIMIT = 240.0
 
 
 class RabbitMQCluster:

@@ -57,7 +57,6 @@ class RabbitMQNode(Server):
     """
 
     error = RabbitMQError
-    stop_limit = 30.0
     look_interval = 0.05
 
     def __init__(

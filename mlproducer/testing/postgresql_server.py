@@ -63,7 +63,6 @@ class PostgreSQLServer(Server):
     """
 
     error = PostgreSQLError
-    start_limit = 20.0
 
     def __init__(self, *, config: Mapping[str, str] = MappingProxyType({})) -> None:
         super().__init__()

@@ -65,7 +65,6 @@ class RedisServer(Server):
     """
 
     error = RedisError
-    start_limit = 10.0
 
     def __init__(
         self,

@@ -32,10 +32,10 @@ class Server:
     error: ClassVar[type[Exception]]
     """Raised when the server does not start, stop or answer."""
 
-    start_limit: ClassVar[float] = 60.0
+    start_limit: ClassVar[float] = 240.0
     """Seconds in which a server must answer after it was started."""
 
-    stop_limit: ClassVar[float] = 10.0
+    stop_limit: ClassVar[float] = 60.0
     """Seconds in which a server must end after it was told to."""
 
     look_interval: ClassVar[float] = 0.02

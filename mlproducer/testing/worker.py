@@ -41,7 +41,7 @@ TASKS = (
 )
 QUEUES = ("ml.summarize", "ml.summarize_local", "ml.transcribe", "ml.transcribe_local", "ml.embed")
 
-_START_LIMIT = 60.0
+_START_LIMIT = 240.0
 _STOP_LIMIT = 10.0
 _APPLICATION = '''\
 """A Celery application whose tasks report each run, as one line of JSON, to the old stdout."""

@@ -36,7 +36,7 @@ done
 rm -rf "$directory.gone" || { sleep 1; rm -rf "$directory.gone"; }
 """
 _START = ': > "$0.$$.pid" && exec "$@"'  # so that the guard knows the program before it runs
-_KILL_LIMIT = 10.0  # a killed process ends within milliseconds; much more is a broken machine
+_KILL_LIMIT = 60.0  # a killed process ends within milliseconds, unless the machine is very busy
 
 
 class Program:
