@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,21 +124,18 @@ def test_the_event_loop_is_never_held_up() -> None:
     assert longest < LAG
 
 
-def test_page(recording_producer: RecordingProducer) -> None:
-    """What the page shows runs."""
+def test_page(recording_producer: RecordingProducer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page shows of FastAPI runs, with nothing that it does not show."""
     page = Path(contrib.__file__).with_name("asyncio.rst")
-    app = fastapi.FastAPI()
-    module: dict[str, Any] = {
-        "app": app,
-        "producer": recording_producer,
-        "SummarizationTask": SummarizationTask,
-        "HTTPException": fastapi.HTTPException,
-        "BufferFullError": BufferFullError,
-    }
-    run(snippets(page.read_text())[0], page, module)
+    shop = types.ModuleType("shop")
+    monkeypatch.setitem(sys.modules, "shop", shop)
+    monkeypatch.setenv("RABBITMQ_URL", "amqp://127.0.0.1:1/")
+    program, _outcomes, _django, test = snippets(page.read_text())
+    run(program, page, vars(shop))
+    monkeypatch.setattr("shop.producer", recording_producer)
 
     async def ask() -> list[int]:
-        transport = httpx.ASGITransport(app=app)
+        transport = httpx.ASGITransport(app=shop.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
             answers = [await client.post("/shares/7/summary"), await client.post("/shares/7/later")]
             recording_producer.fail_next(BufferFullError("full"))
@@ -145,6 +143,10 @@ def test_page(recording_producer: RecordingProducer) -> None:
         return [each.status_code for each in answers]
 
     assert asyncio.run(ask()) == [200, 200, 503]
+    recording_producer.clear()
+    names: dict[str, Any] = {}
+    run(test, page, names)
+    names["test_summarize"](recording_producer, monkeypatch)
 
 
 def test_a_cancelled_publish_that_was_handed_over_goes_on() -> None:
