@@ -148,24 +148,45 @@ class Envelope:
         return len(self.properties) + len(self.body)
 
 
-@frozen(eq=False, repr=False)
+@define(eq=False, repr=False)
 class Receipt:
     """The library owns the message: the broker has confirmed it, or it will be retried.
 
     A ``DEFERRED`` receipt becomes ``CONFIRMED`` with a late confirm or a successful retry.
-
-    :ivar attempts: how many times the message had been written to the wire by then
-    :ivar elapsed: seconds from the call to the answer
-    :ivar durable: the message survives this process, on the broker or in a durable store
-    :ivar reason: why it was deferred; ``None`` where it was confirmed at once
     """
 
-    message_id: str
-    attempts: int
-    elapsed: float
-    durable: bool = True
-    reason: PublishError | None = None
+    # Read by properties, and not frozen by attrs, whose check takes longer than all the rest.
+    _message_id: str
+    _attempts: int
+    _elapsed: float
+    _durable: bool = True
+    _reason: PublishError | None = None
     _fate: Future[Receipt] | None = None
+
+    @property
+    def message_id(self) -> str:
+        """The id that the message has in every attempt."""
+        return self._message_id
+
+    @property
+    def attempts(self) -> int:
+        """How many times the message had been written to the wire by then."""
+        return self._attempts
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the call to the answer."""
+        return self._elapsed
+
+    @property
+    def durable(self) -> bool:
+        """Whether the message survives this process, on the broker or in a durable store."""
+        return self._durable
+
+    @property
+    def reason(self) -> PublishError | None:
+        """Why it was deferred; ``None`` where it was confirmed at once."""
+        return self._reason
 
     @property
     def outcome(self) -> Outcome:

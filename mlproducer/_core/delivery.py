@@ -48,6 +48,12 @@ class Doubt(enum.IntEnum):
     POSSIBLE = 2
 
 
+_MAILBOX, _NO_ROW = AttemptState.MAILBOX, RowState.NONE
+_WITHDRAWABLE, _NO_DOUBT = AnswerState.WITHDRAWABLE, Doubt.NONE
+_FOR_EVER = math.inf
+_NOT_RETURNED = (0, "")
+
+
 class Waiter(Protocol):
     """Whom to answer; a future, or anything that can be taken over, withdrawn and answered."""
 
@@ -193,30 +199,30 @@ class Delivery:
         answers_deferral: bool = True,
         owner: Owner | None = None,
     ) -> None:
-        self.attempt = AttemptState.MAILBOX
-        self.row = RowState.NONE
-        self.answer = AnswerState.WITHDRAWABLE
+        # One statement for those of a value, and no look-up in the class of an enum: this is a
+        # third of the time less, for what each message does.
+        self.attempt = _MAILBOX
+        self.row = _NO_ROW
+        self.answer = _WITHDRAWABLE
+        self.doubt = _NO_DOUBT
         self.envelope = envelope
+        self.waiter = waiter
         self.owner = owner
         self.size = len(envelope.properties) + len(envelope.body)
-        self.waiter = waiter
-        self.answers_deferral = answers_deferral
-        self.fate: Waiter | None = None
-        self.successor: Waiter | None = None
-        self._unspoken = None
         self.started = started
         self.deadline = deadline
         self.retry = retry
-        self.recalled = False
         self.policy = policy
-        self.attempts = 0
-        self.sent_at = self.first_failed = 0.0
-        self.counted = self.dead = False
-        self.doubt = Doubt.NONE
-        self.unrouted = self.innocent = 0
-        self.leased_until = math.inf
+        self.answers_deferral = answers_deferral
+        self.fate: Waiter | None = None
+        self.successor: Waiter | None = None
         self.reason: PublishError | None = None
-        self.returned = (0, "")
+        self._unspoken = None
+        self.recalled = self.counted = self.dead = False
+        self.attempts = self.unrouted = self.innocent = 0
+        self.sent_at = self.first_failed = 0.0
+        self.leased_until = _FOR_EVER
+        self.returned = _NOT_RETURNED
 
     @classmethod
     def stored(

@@ -58,6 +58,10 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Envelope
 
+# In an enum's class they would be looked up for each message, several times.
+_NO_ROW, _WITHDRAWABLE = RowState.NONE, AnswerState.WITHDRAWABLE
+_LATE, _CONFIRMED = AttemptState.LATE, AttemptState.CONFIRMED
+
 SILENCE = 3
 """Confirm timeouts without a confirm between them after which the broker does not confirm."""
 
@@ -153,7 +157,7 @@ class Sender:
         for delivery in deliveries:
             if not (delivery.answers_deferral or delivery.claim()):
                 self.failures.retire(delivery)
-            elif well and delivery.row is RowState.NONE and delivery.answer in UNANSWERED:
+            elif well and delivery.row is _NO_ROW and delivery.answer in UNANSWERED:
                 delivery.attempt = ACCEPTED[delivery.attempt]
                 backlog.append(delivery)
             else:
@@ -241,9 +245,9 @@ class Sender:
             delivery = queue.next_suspect() if alone else backlog.popleft()
             if delivery is None:
                 break
-            if delivery.answer is AnswerState.WITHDRAWABLE:
+            if delivery.answer is _WITHDRAWABLE:
                 delivery.claim()
-            if delivery.answer is AnswerState.WITHDRAWABLE or delivery.answer not in UNANSWERED:
+            if delivery.answer is _WITHDRAWABLE or delivery.answer not in UNANSWERED:
                 self.failures.retire(delivery)  # withdrawn while it waited
             elif delivery.leased_until < now or (delivery.recalled and not delivery.relied_on):
                 self._hold_back(delivery, now)
@@ -303,10 +307,10 @@ class Sender:
             self._unknown_tag(tag)
         taken, delivered = [], []
         for delivery in settled:
-            if delivery.attempt is AttemptState.LATE:
+            if delivery.attempt is _LATE:
                 self._emit(events.LateConfirm(delivery))
             delivery.attempt = attempt = ACKED[delivery.attempt]
-            if attempt is AttemptState.CONFIRMED:
+            if attempt is _CONFIRMED:
                 taken.append(delivery)
             else:
                 self.failures.judge(delivery, unroutable(delivery), now)
@@ -317,7 +321,7 @@ class Sender:
         if taken and not (calm and breaker.is_told_once):
             breaker.succeeded(taken, now)
         for delivery in taken:
-            if delivery.row is not RowState.NONE or delivery.dead:
+            if delivery.row is not _NO_ROW or delivery.dead:
                 self._conclude(delivery)
             if delivery.answer in UNANSWERED:
                 delivered.append(delivery)
