@@ -178,21 +178,19 @@ class _ShareTask(MLTask):
     options: Mapping[str, Any] = field(repr=False)
 
     def call(self, preferred: PreferredBackends) -> tuple[Route, dict[str, Any]]:
-        """Return the route; and as arguments share, content, and options with the backend."""
-        backend = self.backend(preferred)
+        """Return the route, and as arguments the share, its content, and options with the backend.
+
+        The backend is that of the options, else ``local`` for a local provider, else the setting.
+        """
+        backend = self.options.get("backend")
+        if backend is None:
+            is_local = self.options.get("provider") == LOCAL
+            backend = LOCAL if is_local else getattr(preferred, self.preference)
         return self.routes[backend], {
             "share_id": self.share_id,
             "content": self.wire_content(),
             "options": {**self.options, "backend": backend},
         }
-
-    def backend(self, preferred: PreferredBackends) -> str:
-        """Return that of the options, else ``local`` for a local provider, else the setting."""
-        backend: str | None = self.options.get("backend")
-        if backend is None:
-            is_local = self.options.get("provider") == LOCAL
-            backend = LOCAL if is_local else getattr(preferred, self.preference)
-        return backend
 
     def wire_content(self) -> Mapping[str, Any]:
         """Return the content as it is on the wire."""
@@ -226,12 +224,11 @@ class _ContentTask(_ShareTask):
         eta: datetime | None = None,
         expires: float | datetime | None = None,
     ) -> None:
-        self.__attrs_init__(
-            shapes.share("share_id", share_id),
-            self.options_shape.read("options", {} if options is None else options),
-            self.content_shape.read("content", content),
-            **_sending(task_id, headers, priority, countdown, eta, expires),
-        )
+        share_id = shapes.share("share_id", share_id)
+        options = self.options_shape.read("options", {} if options is None else options)
+        content = self.content_shape.read("content", content)
+        sending = _sending(task_id, headers, priority, countdown, eta, expires)
+        self.__attrs_init__(share_id, options, content, **sending)
 
     def wire_content(self) -> Mapping[str, Any]:
         """Return the content as it is on the wire."""

@@ -73,7 +73,6 @@ def encode(
     else:
         route, body = _share_call(task, preferred) or _call(task, preferred)
         name, routing_key = route.name, route.routing_key
-    check_route(exchange, routing_key)
     if task.task_id is None:
         task_id = new_id()
         short = b"$" + task_id.encode()  # 36 characters
@@ -82,9 +81,10 @@ def encode(
         short = amqp.short_string("task_id", task_id)
     running = _running() if "celery" in sys.modules else None
     if not (trace or running or isinstance(task, CeleryTask)) and task.ordinary:
-        before, between, after = _template(name)
+        before, between, after = _template(name, exchange, routing_key)
         properties = b"".join((before, short, between, short, after, short, short))
         return Envelope(task_id, task.task_type, exchange, routing_key, properties, body)
+    check_route(exchange, routing_key)
     entries, expiration = _lineage(task_id, short, running), None
     if isinstance(task, CeleryTask) or not task.ordinary:
         now = now or datetime.now(timezone.utc)
@@ -117,13 +117,12 @@ def _call(task: MLTask, preferred: PreferredBackends) -> tuple[Route, bytes]:
 
 def _share_call(task: MLTask, preferred: PreferredBackends) -> tuple[Route, bytes] | None:
     """Do what `_call` does, piece by piece, where that is faster: for one text and no options."""
-    if not isinstance(task, SummarizationTask) or task.options or strict_json.fast() is not None:
+    if not isinstance(task, SummarizationTask) or task.options:
         return None
     content = task.content
-    if len(content) > 1:
+    if len(content) > 1 or strict_json.fast() is not None:
         return None
-    backend = task.backend(preferred)
-    quoted = strict_json.quoted
+    backend, quoted = preferred.llm, strict_json.quoted
     pieces = (
         b'[[],{"share_id":',
         quoted("share_id", task.share_id),
@@ -146,8 +145,12 @@ def check_route(exchange: str, routing_key: str) -> None:
 
 
 @lru_cache(_REMEMBERED)
-def _template(name: str) -> tuple[bytes, bytes, bytes]:
-    """Encode what is around the ids, which have a fixed length, of a task without options."""
+def _template(name: str, exchange: str, routing_key: str) -> tuple[bytes, bytes, bytes]:
+    """Encode what is around the ids, which have a fixed length, of a task without options.
+
+    :raises InvalidMessageError: exchange or routing key is not a short string
+    """
+    check_route(exchange, routing_key)
     short = b"$" + b"0" * 36
     entries = _lineage("", short, None)
     start, middle = _around_headers(None)

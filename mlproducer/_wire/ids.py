@@ -14,7 +14,11 @@ from collections import deque
 from mlproducer import _forks as forks
 
 _BLOCK_SIZE = 256
-_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+_DIGITS, _LENGTH = 32, 36
+_DASHED = b"00000000-0000-0000-0000-000000000000"
+_COLUMNS = [column for column in range(_LENGTH) if _DASHED[column : column + 1] != b"-"]
+_VERSION = bytes(0x40 | (each & 0x0F) for each in range(256))
+_VARIANT = bytes(0x80 | (each & 0x3F) for each in range(256))
 
 _block: deque[str] = deque()
 
@@ -30,12 +34,16 @@ def new_id() -> str:
 
 
 def _new_block() -> list[str]:
-    digits = os.urandom(16 * _BLOCK_SIZE).hex()
-    return [
-        f"{digits[at : at + 8]}-{digits[at + 8 : at + 12]}-4{digits[at + 13 : at + 16]}"
-        f"-{_VARIANT[digits[at + 16]]}{digits[at + 17 : at + 20]}-{digits[at + 20 : at + 32]}"
-        for at in range(0, len(digits), 32)
-    ]
+    """Make ids together: what Python does for each digit's column, it would do for each id."""
+    numbers = bytearray(os.urandom(16 * _BLOCK_SIZE))
+    numbers[6::16] = numbers[6::16].translate(_VERSION)
+    numbers[8::16] = numbers[8::16].translate(_VARIANT)
+    digits = numbers.hex().encode()
+    lines = bytearray(_DASHED * _BLOCK_SIZE)
+    for place, column in enumerate(_COLUMNS):
+        lines[column::_LENGTH] = digits[place::_DIGITS]
+    text = lines.decode()
+    return [text[at : at + _LENGTH] for at in range(0, len(text), _LENGTH)]
 
 
 forks.in_child(_block.clear)
