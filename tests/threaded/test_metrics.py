@@ -312,13 +312,11 @@ def test_what_is_missing_is_asked_for_once(
     mood = Queues(3, *missing, *([] if exchange else ["bookmarkai.ml"]))
     producer = produce(serve(mood), health_check_interval=0.02)
     checked = told(producer_of(producer), events.HealthChecked, lambda event: event.alive)
-    checked.wait_until(lambda: len(checked.seen) > 4)  # some may begin before the first has ended
-    before = [mood.asked_for.count(queue) for queue in missing]
     checked.wait_until(lambda: len(checked.seen) > 16)
     assert all(checked.seen)
     if exchange:
-        assert [mood.asked_for.count(queue) for queue in missing] == before
-        assert max(before) <= 4
+        # Some checks may begin before the first has ended.
+        assert all(1 <= mood.asked_for.count(queue) <= 4 for queue in missing)
         assert depths(registry) == dict.fromkeys(ROUTING_KEYS[2:], 3)
     else:
         assert mood.asked_for == []
