@@ -101,13 +101,22 @@ class Lab:
             self.notes.append(text)
 
     def contest(
-        self, names: Sequence[str], *, way: str, workers: int = 1, rounds: int | None = None
+        self,
+        names: Sequence[str],
+        *,
+        way: str,
+        workers: int = 1,
+        rounds: int | None = None,
+        **options: Any,
     ) -> Match:
-        """Let contestants alternate; one that is not installed is left out, and said to be."""
+        """Let contestants alternate; one that is not installed is left out, and said to be.
+
+        :param options: what the module of each of them takes besides
+        """
         with ExitStack() as stack:
             players = []
             for name in names:
-                contestant = self.contestant(name, workers=workers)
+                contestant = self.contestant(name, workers=workers, **options)
                 if contestant is not None:
                     stack.enter_context(contestant)
                     players.append(Player(name, contestant, way, workers))

@@ -12,8 +12,8 @@ from mlproducer.contrib.celery import install, producer_of, uninstall
 class Client(celery_app.Client):
     """A Celery application with `install`."""
 
-    def __init__(self, url: str, workers: int = 1) -> None:
-        super().__init__(url, workers)
+    def __init__(self, url: str, workers: int = 1, *, delay: bool = False) -> None:
+        super().__init__(url, workers, delay=delay)
         install(self.app)
         producer_of(self.app).start()
         if not producer_of(self.app).wait_connected(20.0):

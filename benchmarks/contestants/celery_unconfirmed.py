@@ -11,6 +11,6 @@ from benchmarks.contestants import celery_app
 class Client(celery_app.Client):
     """A Celery application that waits for no confirm."""
 
-    def __init__(self, url: str, workers: int = 1) -> None:
-        super().__init__(url, workers)
+    def __init__(self, url: str, workers: int = 1, *, delay: bool = False) -> None:
+        super().__init__(url, workers, delay=delay)
         self.app.conf.broker_transport_options = {}

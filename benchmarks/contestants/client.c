@@ -22,7 +22,7 @@ static unsigned char *open_tags; /* a ring: whether a tag is in flight */
 static uint64_t sent, oldest = 1, in_flight;
 
 static amqp_basic_properties_t properties;
-static amqp_table_entry_t headers[14];
+static amqp_table_entry_t headers[7];
 static char id[] = "0a1b2c3d-1111-4222-8333-000000000000", tag[21];
 
 enum { CHANNEL = 1, RING = 1 << 17, MAX_FRAME = 131072, LAST_GROUP = 24 };
@@ -79,35 +79,22 @@ static void describe(void) {
     properties.content_type = amqp_cstring_bytes("application/json");
 }
 
-static amqp_field_value_t *header(const char *name, uint8_t kind) {
+static void text(const char *name, const char *value) {
     amqp_table_entry_t *entry = &headers[properties.headers.num_entries++];
     entry->key = amqp_cstring_bytes(name);
-    entry->value.kind = kind;
-    return &entry->value;
-}
-
-static void text(const char *name, const char *value) {
-    header(name, AMQP_FIELD_KIND_UTF8)->value.bytes = amqp_cstring_bytes(value);
+    entry->value.kind = AMQP_FIELD_KIND_UTF8;
+    entry->value.value.bytes = amqp_cstring_bytes(value);
 }
 
 static void add_headers(const char *task, const char *origin) {
-    static amqp_field_value_t limits[] = {{.kind = AMQP_FIELD_KIND_VOID},
-                                          {.kind = AMQP_FIELD_KIND_VOID}};
     properties.headers.entries = headers;
     text("lang", "py");
     text("task", task);
-    header("group", AMQP_FIELD_KIND_VOID);
-    header("retries", AMQP_FIELD_KIND_I32)->value.i32 = 0;
-    header("timelimit", AMQP_FIELD_KIND_ARRAY)->value.array = (amqp_array_t){2, limits};
-    header("parent_id", AMQP_FIELD_KIND_VOID);
     text("argsrepr", "(...)");
     text("kwargsrepr", "{...}");
-    header("ignore_result", AMQP_FIELD_KIND_BOOLEAN)->value.boolean = 0;
     text("origin", origin);
     text("id", id);
     text("root_id", id);
-    header("eta", AMQP_FIELD_KIND_VOID);
-    header("expires", AMQP_FIELD_KIND_VOID);
 }
 
 static void describe_task(const char *task) {

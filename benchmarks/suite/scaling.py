@@ -17,6 +17,7 @@ Runs on: the main thread, and one that empties the queue.
 from __future__ import annotations
 
 import statistics
+import sys
 import threading
 import tracemalloc
 import uuid
@@ -30,6 +31,7 @@ from benchmarks.report import Figure, Plot, Report, Series, at_least, at_most, r
 from mlproducer import Receipt
 
 FEW = 10_000
+ID = sys.getsizeof(str(uuid.UUID(int=0)))
 MANY, QUICK_MANY = 1_000_000, 50_000
 PURGE_INTERVAL = 1.0
 JOIN_LIMIT = 30.0
@@ -72,6 +74,7 @@ def _lengths(lab: Lab, contestant: Contestant) -> tuple[list[Figure], Plot]:
         Figure("memory per message / a receipt's", [long.growth / receipt], target=at_most(1.2)),
         Figure("memory per message", [long.growth], "bytes"),
         Figure("a receipt", [receipt], "bytes"),
+        Figure("a receipt over its id", [receipt - ID], "bytes", at_most(200)),
         Figure(f"pace, {many:,} messages", paces, "messages/s"),
         Figure(f"rate, {FEW:,} messages", [each.rate for each in short], "messages/s"),
     ]

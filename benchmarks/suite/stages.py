@@ -52,7 +52,8 @@ def _parts(count: int) -> list[Figure]:
     _, kwargs = task.call(preferred)
     parts: dict[str, Callable[[], object]] = {
         "of which: arguments": lambda: task.call(preferred),
-        "of which: JSON": lambda: strict_json.dumps("kwargs", kwargs),
+        "of which: the text as JSON": lambda: strict_json.quoted("text", TEXT),
+        "beside it: json's own encoder": lambda: strict_json.dumps("kwargs", kwargs),
         "beside it: str(uuid4())": lambda: str(uuid.uuid4()),
     }
     return [Figure(name, _time(part, count), UNIT) for name, part in parts.items()]

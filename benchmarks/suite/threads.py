@@ -21,7 +21,7 @@ NAMES = (OURS, C, C_HEADERS, *PEERS)
 def run(lab: Lab) -> Report:
     """Compare rates."""
     match = lab.contest(NAMES, way=BLOCKING, workers=WORKERS)
-    targets = {C: at_least(0.6), "Celery": at_least(4.0)}
+    targets = {C_HEADERS: at_least(0.75), "Celery": at_least(5.0)}
     figures = [
         *rate_ratios(match, NAMES, targets),
         *_best_peer(match),
@@ -37,4 +37,4 @@ def _best_peer(match: Match) -> list[Figure]:
         return []
     best = [max(each) for each in zip(*peers, strict=True)]
     name = f"rate, {OURS} / best Python client"
-    return [Figure(name, ratios(match.rates(OURS), best), target=at_least(1.3))]
+    return [Figure(name, ratios(match.rates(OURS), best), target=at_least(1.6))]
