@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Protocol
 
 from attrs import evolve, frozen
@@ -41,6 +41,7 @@ Wanted = Collection[str] | Callable[[Letter], bool] | None
 Page = list[tuple[Row, Letter]]
 Fate = tuple[Letter, PublishError | None]
 Told = Callable[[Letter, PublishError | None], object]
+Whole = Callable[[], AbstractContextManager[object]]
 
 _NEVER = 1_000_000
 """A circuit breaker's threshold: one full queue must not stop the letters for others."""
@@ -78,12 +79,18 @@ class Place(Protocol):
         """Yield letters."""
 
     def replay(
-        self, wanted: Wanted = None, told: Told = _ignore, target: Target | None = None
+        self,
+        wanted: Wanted = None,
+        told: Told = _ignore,
+        target: Target | None = None,
+        whole: Whole = nullcontext,
     ) -> int:
         """Publish letters to their original route, and return how many could not be sent.
 
         :param told: called for each letter, with the error if it stays
         :param target: another route
+        :param whole: entered for each batch, from its publishing until all its letters are told:
+            one that is cut in between is published once more by the next replay
         """
 
     def purge(self, wanted: Wanted = None, told: Told = _ignore) -> int:
@@ -127,19 +134,29 @@ class DeadLetters:
                 yield from _chosen(batch, wanted)
 
     def replay(
-        self, wanted: Wanted = None, told: Told = _ignore, target: Target | None = None
+        self,
+        wanted: Wanted = None,
+        told: Told = _ignore,
+        target: Target | None = None,
+        whole: Whole = nullcontext,
     ) -> int:
         """Publish letters to their original route, and return how many could not be sent."""
         stayed = 0
         with self._open() as box, _producer(self._settings) as producer:
             for batch in box.take():
-                for letter, error in self._dead_end.republish(
-                    producer, _chosen(batch, wanted), target
-                ):
-                    if error is None:
-                        box.ack(letter)
-                    stayed += error is not None
-                    told(letter, error)
+                chosen = _chosen(batch, wanted)
+                with whole():
+                    fates = list(self._dead_end.republish(producer, chosen, target))
+                    settled: list[Fate] = []
+                    try:
+                        for letter, error in fates:  # all of them before `told`, which may raise
+                            if error is None:
+                                box.ack(letter)
+                            settled.append((letter, error))
+                    finally:
+                        for letter, error in settled:
+                            stayed += error is not None
+                            told(letter, error)
         return stayed
 
     def purge(self, wanted: Wanted = None, told: Told = _ignore) -> int:
@@ -181,7 +198,11 @@ class StoredDeadLetters:
                     yield letter
 
     def replay(
-        self, wanted: Wanted = None, told: Told = _ignore, target: Target | None = None
+        self,
+        wanted: Wanted = None,
+        told: Told = _ignore,
+        target: Target | None = None,
+        whole: Whole = nullcontext,
     ) -> int:
         """Publish letters to their original route, and return how many could not be sent.
 
@@ -192,9 +213,10 @@ class StoredDeadLetters:
         with self._open() as store, _producer(self._settings) as producer:
             producer.wait_connected(_QUICK)
             for page in self._pages(store, wanted):
-                for letter, error in self._send(store, producer, page, target):
-                    stayed += error is not None
-                    told(letter, error)
+                with whole():
+                    for letter, error in self._send(store, producer, page, target):
+                        stayed += error is not None
+                        told(letter, error)
         return stayed
 
     def purge(self, wanted: Wanted = None, told: Told = _ignore) -> int:

@@ -213,7 +213,9 @@ def _replay(arguments: argparse.Namespace, where: Sequence[Place], console: Cons
             console.detail(f"replayed  {plain(letter.message_id)}  to {sent_to}")
 
     wanted = _wanted(arguments)
-    well = _visit(where, lambda place: place.replay(wanted, tell, target), console)
+    well = _visit(
+        where, lambda place: place.replay(wanted, tell, target, console.undivided), console
+    )
     console.say(f"{count.gone} replayed, {count.stayed} stayed")
     return _all_found(arguments.ids, count.seen, console) and count.stayed == 0 and well
 

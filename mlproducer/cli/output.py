@@ -16,7 +16,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from types import FrameType
+from typing import Any, TextIO
 
 BAR_WIDTH = 24
 BAR_INTERVAL = 0.1
@@ -87,6 +88,35 @@ class Console:
             yield
         finally:
             self._defers = defers
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Raise `Terminated` and `KeyboardInterrupt` not within the block, but at its end.
+
+        A second Ctrl-C does not wait for it.
+        """
+        interrupted: list[int] = []
+
+        def on_sigint(number: int, frame: FrameType | None) -> None:
+            if interrupted:
+                signal.default_int_handler(number, frame)
+            interrupted.append(number)
+
+        defers, self._defers = self._defers, True
+        before: Any = None
+        try:
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                with suppress(ValueError):  # not the main thread, which alone gets signals
+                    before = signal.signal(signal.SIGINT, on_sigint)
+            yield
+        finally:
+            self._defers = defers
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
+        if interrupted:
+            raise KeyboardInterrupt
+        if self.terminated and not defers:
+            raise Terminated
 
     def say(self, text: str = "") -> None:
         """Print a line for people."""

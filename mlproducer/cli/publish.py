@@ -146,6 +146,8 @@ class Publication:
         self._size = _size(stream)
         self._read = 0
         self._taken: list[_Line] = []
+        self._answered: Iterator[tuple[_Line, Receipt | PublishError]] = iter(())
+        self._silent = False
         self._given_back: list[_Line] = []
         self._deferred: list[_Deferred] = []
         self._number = 0
@@ -166,6 +168,7 @@ class Publication:
                     self._collect()
                 self._wait_for_deferred()
         except (KeyboardInterrupt, OSError):
+            self._count_the_rest()
             self._console.error(
                 f"{self.counts.confirmed} confirmed; "
                 f"of the {len(self._taken) + len(self._deferred)} read last it is not known"
@@ -197,8 +200,12 @@ class Publication:
         """Print the counts, and return whether every line was delivered."""
         counts = self.counts
         delivered = counts.confirmed == counts.lines and not self._stopped
-        self._console.table((name, str(value)) for name, value in counts.rows())
-        self._console.emit({"summary": {**asdict(counts), "stopped": self._stopped or None}})
+        try:
+            self._console.table((name, str(value)) for name, value in counts.rows())
+            self._console.emit({"summary": {**asdict(counts), "stopped": self._stopped or None}})
+        except OSError:
+            self._console.error(", ".join(f"{value} {name}" for name, value in counts.rows()))
+            raise
         if self._stopped:
             self._console.error(self._stopped)
         return delivered
@@ -211,13 +218,22 @@ class Publication:
         self._hope.clear()
         results = self._producer.publish_many(self._take(lines))
         taken, self._taken = self._taken, []
-        for line, result in zip(taken, results, strict=True):
+        self._answered = zip(taken, results, strict=True)
+        self._account()
+        return bool(taken)
+
+    def _account(self) -> None:
+        for line, result in self._answered:
             if isinstance(result, CircuitOpenError):
                 self._given_back.append(line)
                 self._retry_after = result.retry_after
             else:
                 self._settle(line.number, result)
-        return bool(taken)
+
+    def _count_the_rest(self) -> None:
+        """Count what has been answered and could not be printed."""
+        self._silent = True
+        self._account()
 
     def _take(self, lines: Iterable[_Line]) -> Iterator[Task]:
         for line in lines:
@@ -367,6 +383,8 @@ class Publication:
         self, outcome: str, number: int, error: Exception | None, *, stored: bool = False
     ) -> None:
         setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
+        if self._silent:
+            return
         text = f"line {number}: {outcome.replace('_', '-')}: {error}"
         self._console.error(text + ("; " + _KEPT if stored else ""))
         self._emit(number, outcome, getattr(error, "message_id", None), error, stored=stored)
@@ -380,6 +398,8 @@ class Publication:
         *,
         stored: bool = False,
     ) -> None:
+        if self._silent:
+            return
         record: dict[str, Any] = {"line": number, "outcome": outcome, "message_id": message_id}
         if error is not None:
             record |= {"error": type(error).__name__, "text": str(error)}

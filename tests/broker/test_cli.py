@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mlproducer.cli.check import STEPS
+from mlproducer.cli.publish import CHUNK
 from mlproducer.testing import CeleryWorker, Certificates, RabbitMQNode, RedisServer
 from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
@@ -494,9 +495,30 @@ def test_output_that_cannot_be_written(
     assert "Traceback" not in result.stderr
     assert "Exception ignored" not in result.stderr
     if redirection != ">&-":
-        assert "confirmed; of the" in result.stderr
         lines = [each for each in result.stderr.splitlines() if not each.startswith("[")]
+        known = re.match(r"mlproducer: (\d+) confirmed; of the (\d+) read last", lines[0])
+        assert known is not None
+        confirmed, unknown = map(int, known.groups())
+        assert confirmed + unknown >= CHUNK
+        assert confirmed <= drain(rabbitmq_vhost.url).total() <= confirmed + unknown
         assert len(lines) == 2  # besides the progress, which a slow machine shows
+
+
+def test_a_table_that_cannot_be_written(rabbitmq_vhost: VirtualHost) -> None:
+    """Its counts are on standard error then."""
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        result = subprocess.run(
+            [*COMMAND, "publish", "-"],
+            env=environ_of(rabbitmq_vhost.url, {}),
+            input=_lines(EMBEDDING) * 3,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert "mlproducer: 3 lines, 3 confirmed, " in result.stderr
 
 
 def test_standard_input_that_is_closed(rabbitmq_vhost: VirtualHost) -> None:

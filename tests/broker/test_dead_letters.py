@@ -17,7 +17,9 @@ from typing import Any
 import pika
 import pytest
 
-from mlproducer import CeleryTask, Message
+from mlproducer import CeleryTask, Message, MLProducer, Settings
+from mlproducer.cli import main
+from mlproducer.cli.output import Console
 from mlproducer.errors import RetriesExhaustedError
 from mlproducer.testing import Proxy, RabbitMQNode
 from mlproducer.testing.audit import drain, open_channel
@@ -420,8 +422,8 @@ def _check_all_there(url: str, names: list[str], kills: int) -> None:
     assert copies.total() - len(copies) <= kills * PREFETCH
 
 
-def _bury_many(connect: Connect, url: str) -> list[str]:
-    names = [str(number) for number in range(MANY)]
+def _bury_many(connect: Connect, url: str, many: int = MANY) -> list[str]:
+    names = [str(number) for number in range(many)]
     producer = connect()
     assert producer.wait_connected(LIMIT)
     with open_channel(url) as channel:
@@ -467,6 +469,43 @@ def test_a_replay_whose_broker_is_killed(
     for queue in ("ml.embed", DEAD):
         mortal_node.queue_depth(rabbitmq_vhost.name, queue)  # waits for its leader
     _check_all_there(url, names, 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (0, 1)])
+def test_a_replay_that_is_ended(
+    number: int,
+    code: int,
+    rabbitmq_vhost: VirtualHost,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Letters whose copies are confirmed are none any more: a next replay sends them not again.
+
+    That also holds where the output is closed, at which the command ends with the first letter.
+    """
+    url = rabbitmq_vhost.url
+    _bury_many(connect, url, 50)
+    publish_many = MLProducer.publish_many
+
+    def ended(producer: MLProducer, tasks: Any, **options: Any) -> Any:
+        results = publish_many(producer, tasks, **options)
+        if number:
+            signal.raise_signal(number)
+        return results
+
+    def closed(_console: Console, _value: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(MLProducer, "publish_many", ended)
+    if not number:
+        monkeypatch.setattr(Console, "emit", closed)
+    settings = Settings(url=url, prefetch=PREFETCH)
+    assert main(["dead-letters", "replay", "--json"], settings=lambda: settings) == code
+    if number:
+        assert len(documents(capfd.readouterr().out)) == PREFETCH
+    assert drain(url, ["ml.embed"]).total() == PREFETCH
+    assert drain(url, [DEAD]).total() == 50 - PREFETCH
 
 
 # --- purge -----------------------------------------------------------------------------------

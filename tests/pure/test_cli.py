@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import shutil
+import signal
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -247,6 +248,45 @@ def test_what_the_output_cannot_encode(encoding: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
     output.Console(as_json=False).say("\u65e5 \u20ac")
     assert written.getvalue() == b"\\u65e5 \\u20ac\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGTERM, output.Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_what_belongs_together_is_not_cut(
+    number: signal.Signals, kind: type[KeyboardInterrupt]
+) -> None:
+    """A signal ends the command behind the block, and only there."""
+    console = output.Console(as_json=False)
+    steps = []
+
+    def work() -> None:
+        with console.undivided():
+            signal.raise_signal(number)
+            steps.append("the rest")
+
+    with console.handling_sigterm(), pytest.raises(KeyboardInterrupt) as caught:
+        work()
+    assert caught.type is kind
+    assert steps == ["the rest"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_waits_for_nothing() -> None:
+    """The first one waits for the end of the block."""
+    steps = []
+
+    def work() -> None:
+        with output.Console(as_json=False).undivided():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("the first")
+            signal.raise_signal(signal.SIGINT)
+            steps.append("the second")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == ["the first"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_people_and_programs_read_different_things(capsys: pytest.CaptureFixture[str]) -> None:
