@@ -229,6 +229,17 @@ def test_it_starts_over_when_it_closes() -> None:
     assert made.state is CLOSED
 
 
+def test_what_was_forgotten_is_not_forgotten_twice() -> None:
+    """Ten seconds after it closed, attempts count as ever."""
+    made = opened(trip=Adaptive())
+    made.succeeded([delivery()], 1.0)
+    for _ in range(19):
+        made.failed(delivery(), 20.0)
+    assert made.state is CLOSED
+    made.failed(delivery(), 20.0)
+    assert made.state is OPEN
+
+
 STEPS = st.lists(
     st.tuples(st.floats(0.0, 3.0), st.integers(0, 12), st.integers(0, 12)), max_size=30
 )

@@ -204,3 +204,14 @@ def test_only_the_core_sets_fields_of_a_delivery() -> None:
         if target.rpartition(".")[2] in FIELDS and target.rpartition(".")[0] in names
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("attempt", [AttemptState.QUEUED, AttemptState.SCHEDULED])
+def test_another_connection_gets_it(attempt: AttemptState) -> None:
+    """What was queued waits in a mailbox again; what is due stays so."""
+    delivery = make_delivery()
+    delivery.attempt = attempt
+    delivery.hand_over(owner := object())  # type: ignore[arg-type]
+    assert delivery.owner is owner
+    queued = attempt is AttemptState.QUEUED
+    assert delivery.attempt is (AttemptState.MAILBOX if queued else attempt)

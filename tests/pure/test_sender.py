@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlproducer import Outcome
+from mlproducer._core.delivery import Doubt
 from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer.errors import (
     BrokerBlockedError,
@@ -256,3 +257,25 @@ def test_not_sent_after_its_lease(world: World) -> None:
     assert world.channel.written == []
     assert delivery.attempt is AttemptState.SCHEDULED
     assert world.window.left == [delivery]
+    assert delivery.doubt is Doubt.POSSIBLE
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_what_waits_to_be_written_is_told(world: World, good: bool) -> None:
+    """Also that a suspect does: the I/O thread writes on then, and else not."""
+    settle = world.sender.acked if good else world.sender.nacked
+    world.send("a")
+    assert not settle(1, 0.0, multiple=False)
+    world.channel.room_left = 1
+    world.send("b", "c", "c2")
+    assert settle(2, 0.0, multiple=False)
+    assert world.sender.pump(0.0), "there was room for one"
+    world.channel.room_left = PLENTY
+    assert not world.sender.pump(0.0)
+    assert not world.sender.pump(0.0), "there is nothing"
+    world.send("d")
+    world.down(403)
+    world.up()
+    assert world.sender.pump(0.0), "one suspect at a time"
+    world.channel.room_left = 0
+    assert settle(1, 0.0, multiple=False)

@@ -318,8 +318,10 @@ def test_it_confirms_until_three_timeouts_in_a_row() -> None:
     settle(world, "a")
     world.sender.expire(sent[2], 5.0)
     assert world.sender.confirming
-    for delivery in world.send("e", "f"):
-        world.sender.expire(delivery, 5.0)
+    [fifth, sixth] = world.send("e", "f")
+    world.sender.expire(fifth, 5.0)
+    assert world.sender.confirming
+    world.sender.expire(sixth, 5.0)
     assert not world.sender.confirming
     settle(world, "b")
     assert world.sender.confirming

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mlproducer._core import sender
-from mlproducer._core.delivery import Delivery
-from mlproducer._core.delivery_states import AttemptState, RowState
+from mlproducer._core.delivery import Delivery, Doubt
+from mlproducer._core.delivery_states import AnswerState, AttemptState, RowState
 from mlproducer.errors import (
     AuthenticationError,
     BrokerRejectedError,
@@ -19,7 +19,7 @@ from mlproducer.errors import (
     StoreError,
     UnroutableError,
 )
-from mlproducer.message import Fate
+from mlproducer.message import Envelope, Fate
 from tests.helpers import make_delivery
 from tests.pure.fakes import FakeChannel, World, error_of, receipt_of
 
@@ -248,6 +248,20 @@ def test_withdrawn_is_never_sent(world: World) -> None:
     assert delivery.attempt is AttemptState.RETIRED
 
 
+@pytest.mark.parametrize("row", [RowState.NONE, RowState.AHEAD])
+def test_withdrawn_in_the_mailbox(world: World, row: RowState) -> None:
+    """It has no slot any more, and no row."""
+    delivery = make_delivery("a")
+    delivery.row = row
+    assert delivery.withdraw()
+    world.sender.accept([delivery], 0.0)
+    world.sender.pump(0.0)
+    assert world.channel.written == []
+    assert world.window.left == [delivery]
+    assert delivery.attempt is AttemptState.RETIRED
+    assert world.retry_worker.settled == ([] if row is RowState.NONE else [delivery])
+
+
 def test_accepted_cannot_be_withdrawn(world: World) -> None:
     """Once the sender has it, it is too late to cancel."""
     [delivery] = world.send("a")
@@ -279,6 +293,26 @@ def test_store_fails(world: World, error: Exception) -> None:
     assert error_of(delivery).possibly_sent
     assert delivery.attempt is AttemptState.RETIRED
     assert world.window.left == [delivery]
+
+
+def test_stored_after_it_was_refused(world: World) -> None:
+    """Its publisher has got it back: the row that is there after all is deleted."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.sender.not_stored(delivery, StoreError("locked"), 0.0)
+    assert world.retry_worker.settled == []
+    world.sender.stored([delivery], 1.0)
+    assert world.retry_worker.settled == [delivery]
+
+
+def test_the_store_does_not_answer_before_the_first_attempt(world: World) -> None:
+    """What was to be stored before it is sent goes back when its time is up, not sent."""
+    delivery = make_delivery("a")
+    world.sender.expire(delivery, 5.0)
+    error = error_of(delivery)
+    assert isinstance(error, StoreError)
+    assert "not answered in time" in str(error)
+    assert not error.possibly_sent
 
 
 @pytest.mark.parametrize("gone", [True, False])
@@ -395,6 +429,24 @@ def test_its_publisher_leaves_while_the_store_is_silent(world: World, suspect: b
     assert world.retry_worker.rows == {}
 
 
+@pytest.mark.parametrize(
+    ("retries", "ended", "dead"), [(0, True, True), (1, True, False), (0, False, False)]
+)
+def test_its_publisher_leaves_before_it_is_told(retries: int, ended: bool, dead: bool) -> None:
+    """It relies on the library then: a retry is left, the tag is open, or a letter is made."""
+    world = World(max_retries=retries)
+    world.up()
+    [delivery] = world.send("a", retry=False)
+    delivery.__class__ = Leaving
+    if ended:
+        world.nack(1)
+    else:
+        world.sender.expire(delivery, 5.0)
+    assert delivery.dead == dead
+    assert list(world.retry_worker.rows) == [delivery]
+    assert not delivery.waiter.done()
+
+
 def test_its_publisher_leaves_while_it_is_to_be_stored_ahead(world: World) -> None:
     """It is sent once it is stored; until then there is nothing to be done."""
     delivery = make_delivery("a")
@@ -452,11 +504,36 @@ def test_rejected_while_its_row_comes_back(world: World) -> None:
     delivery = written_ahead(world, leased_until=20.0)
     world.down(404)
     assert world.retry_worker.withdrawn == [delivery]
+    assert world.window.left == [delivery]
     world.sender.readmit(delivery, 1.0)
+    assert world.window.left == [delivery] * 2, "for the sweep had let it in again"
     assert not delivery.waiter.done()
     world.sender.withdrawn([delivery], 1.0, gone=True)
     assert isinstance(error_of(delivery), BrokerRejectedError)
     assert world.sender.waiting == 0
+
+
+@pytest.mark.parametrize("leased_until", [5.1, 5.2])
+def test_the_store_is_silent_about_what_was_never_written(
+    world: World, leased_until: float
+) -> None:
+    """It was not sent here; once its row is not this process's any more, another may send it."""
+    world.sender.block(blocked=True)
+    [delivery] = world.send("a")
+    world.sender.expire(delivery, 5.0)
+    delivery.lease(leased_until)
+    world.sender.store_is_late(delivery, 5.2)
+    assert error_of(delivery).possibly_sent == (leased_until < 5.2)
+
+
+def test_a_row_that_is_gone_was_not_sent(world: World) -> None:
+    """Although its lease was over: another process has had nothing that it could send."""
+    world.sender.block(blocked=True)
+    [delivery] = world.send("a")
+    world.sender.expire(delivery, 5.0)
+    delivery.lease(5.1)
+    world.sender.withdrawn([delivery], 5.2, gone=True)
+    assert not error_of(delivery).possibly_sent
 
 
 def test_taken_over_while_it_is_being_stored(world: World) -> None:
@@ -467,6 +544,59 @@ def test_taken_over_while_it_is_being_stored(world: World) -> None:
     assert not delivery.waiter.done()
     world.sender.taken_over([delivery], 1.0)
     assert receipt_of(delivery).durable
+
+
+def test_taken_over_while_it_is_in_flight(world: World) -> None:
+    """It stays there, since its confirm would come first; but another process may have sent it."""
+    delivery = written_ahead(world, leased_until=9.0)
+    world.sender.taken_over([delivery], 1.0)
+    assert delivery.in_flight
+    assert delivery.doubt is Doubt.POSSIBLE
+
+
+def test_taken_over_after_it_was_told(world: World) -> None:
+    """That it is deferred is no news."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.store(delivery)
+    before = list(world.events.log)
+    world.sender.taken_over([delivery], 1.0)
+    assert world.events.log == before
+
+
+def test_ended_elsewhere_while_it_waits(world: World) -> None:
+    """It leaves the queue, and is confirmed without being written here."""
+    world.channel.room_left = 0
+    delivery = written_ahead(world, leased_until=9.0)
+    assert world.sender.waiting == 1
+    world.sender.ended_elsewhere([delivery], 1.0, dead=False)
+    assert world.sender.waiting == 0
+    assert receipt_of(delivery).confirmed
+
+
+def test_its_lease_ends_while_it_waits(world: World) -> None:
+    """It is to be seen whose row it is; until then it does not go back to its publisher."""
+    world.channel.room_left = 0
+    delivery = written_ahead(world, leased_until=4.0)
+    world.channel.room_left = 100
+    world.sender.pump(4.1)
+    assert (delivery.attempt, delivery.row) == (AttemptState.SCHEDULED, RowState.WRITING)
+    assert world.retry_worker.withdrawn == []
+
+
+def test_vanished(world: World) -> None:
+    """The store has lost a message of which no copy is here, and its publisher is told."""
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.store(delivery)
+    receipt = receipt_of(delivery)
+    for _ in range(2):
+        world.sender.vanished([delivery])
+    with pytest.raises(StoreError, match="gone from the store") as caught:
+        receipt.result(0)
+    assert caught.value.possibly_sent, "another process may have claimed its row"
+    assert delivery.row is RowState.GONE
+    assert [event for event, _ in world.events.log if event == "given back"] == ["given back"]
 
 
 def test_promised_and_interrupted_at_the_end(world: World) -> None:
@@ -534,6 +664,7 @@ def test_what_is_entrusted_is_told(world: World, answers_deferral: bool) -> None
     world.nack(1)
     world.store(delivery)
     assert delivery.waiter.done() == answers_deferral
+    assert (delivery.answer is AnswerState.DEFERRED) == (delivery.row is RowState.HELD)
     world.sender.shutdown._durable = True
     world.sender.shutdown.end([delivery], (), 3.0)
     receipt = receipt_of(delivery)
@@ -542,6 +673,16 @@ def test_what_is_entrusted_is_told(world: World, answers_deferral: bool) -> None
     assert receipt.elapsed == (0.0 if answers_deferral else 3.0)
     with pytest.raises(TimeoutError):
         receipt.result(60)  # at once
+
+
+def test_nothing_is_sent_once_a_close_has_begun(world: World) -> None:
+    """What comes then goes into the store, like what was there."""
+    world.retry_worker.durable = True
+    world.sender.shutdown._durable = True
+    world.sender.shutdown.store_rest(0.0)
+    [late] = world.send("late")
+    assert world.channel.written == []
+    assert list(world.retry_worker.rows) == [late]
 
 
 def test_abandon_at_close(world: World) -> None:
@@ -565,6 +706,23 @@ def test_abandon_at_close(world: World) -> None:
     assert world.sender.in_flight == world.sender.waiting == 0
     [late] = world.send("late")
     assert isinstance(error_of(late), ProducerClosedError)
+
+
+def test_tags_that_are_settled_singly() -> None:
+    """The channel says which: a confirm of several does not speak of them."""
+
+    class Apart(FakeChannel):
+        def publish(self, batch: list[tuple[Envelope, int]]) -> list[int]:
+            super().publish(batch)
+            return [2]
+
+    world = World()
+    world.up(Apart())
+    [one, two, three] = world.send("a", "b", "c")
+    world.ack(3, multiple=True)
+    assert (one.waiter.done(), two.waiter.done(), three.waiter.done()) == (True, False, True)
+    world.ack(2)
+    assert receipt_of(two).confirmed
 
 
 def test_overdue(world: World) -> None:

@@ -75,7 +75,11 @@ def test_a_row_comes_back_whose_delivery_waits() -> None:
     assert not stored_rows.regain(row, 20.0)
     assert stored_rows.take(row, 20.0, 0.0) is delivery
     stored_rows.park(delivery, Claim(1, 3))
-    assert not stored_rows.regain(Row(Claim(1, 4), row.record), 21.0)
+    row = Row(Claim(1, 4), evolve(row.record, doubtful=True))
+    assert not stored_rows.regain(row, 21.0)
+    assert delivery.doubt is Doubt.NONE
+    assert stored_rows.take(row, 21.0, 0.0) is delivery
+    assert delivery.doubt is Doubt.POSSIBLE, "as another process has noted"
 
 
 def test_a_letter_that_could_not_be_noted_stays_one() -> None:
