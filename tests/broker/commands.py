@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-LIMIT = 120.0
+LIMIT = 300.0
 COMMAND = [sys.executable, "-m", "mlproducer"]
 
 

@@ -410,11 +410,11 @@ def sweeps_of(producer: MLProducer) -> Happenings:
     """Watch the retry thread's sweeps."""
     seen = Happenings()
     retry_worker = io_of(producer)._retry_worker
-    sweep = retry_worker.thread._errand
+    sweep = retry_worker.thread._job
 
     def note() -> None:
         sweep()
         seen.note(time.monotonic())
 
-    retry_worker.thread._errand = note
+    retry_worker.thread._job = note
     return seen
