@@ -306,7 +306,7 @@ def _values(data: bytes, dice: random.Random) -> list[Any]:
     values: list[Any] = []
     for piece in data.split(_SPLIT):
         made: Any = piece.decode("utf-8", "replace").replace("\0", "")
-        if dice.random() < 0.95 and made.lstrip("-").isascii() and made.lstrip("-").isdigit():
+        if dice.random() < 0.95 and re.fullmatch("-?[0-9]+", made):
             made = max(-(2**63), min(2**63 - 1, int(made[:25])))
         elif dice.random() < 0.05:
             made = dice.choice((None, 1.5, -1, 2**62, float("inf"), piece, ""))
