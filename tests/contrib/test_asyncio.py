@@ -32,8 +32,12 @@ fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-LAG = 0.3
-"""Seconds for which nothing of ours may hold up the event loop; a call that waits has 1 s."""
+LAG = 0.05
+"""Seconds for which nothing of ours may hold up the event loop."""
+
+PAUSE, PAUSES = 0.3, 3
+"""Seconds and number of pauses that are not ours, such as the garbage collector's. A call that
+waits takes longer than one; calls that each hold up the loop a little are more than that."""
 
 TICK = 0.01
 WINDOW = 20
@@ -71,7 +75,7 @@ def make_app(producer: MLProducer, lags: list[float]) -> Any:
             watch = Stopwatch()
             await asyncio.sleep(TICK)
             lags.append(watch.own() - TICK)
-        return {"longest": max(lags)}
+        return sorted(lags)
 
     return app
 
@@ -102,7 +106,7 @@ def serving(app: Any) -> Iterator[str]:
 def test_the_event_loop_is_never_held_up() -> None:
     """The window is full and nothing is confirmed: requests wait, or are refused; the loop runs."""
 
-    async def ask(address: str) -> tuple[list[Any], float]:
+    async def ask(address: str) -> tuple[list[Any], list[float]]:
         async with httpx.AsyncClient(base_url=address, timeout=30) as client:
             await client.post("/submitted/0")
             filling = [client.post(f"/submitted/{n}") for n in range(1, WINDOW)]
@@ -110,18 +114,19 @@ def test_the_event_loop_is_never_held_up() -> None:
             measuring = asyncio.ensure_future(client.get("/lag"))
             ways = [f"/{way}/{n}" for n in range(10) for way in ("awaited", "submitted")]
             answers = await asyncio.gather(*map(client.post, ways))
-            return list(answers), (await measuring).json()["longest"]
+            return list(answers), (await measuring).json()
 
     with FakeBroker(Frozen()) as broker:
         settings = Settings(url=broker.url, max_in_flight=WINDOW)
         producer = MLProducer(settings)
         producer.wait_connected(LIMIT)
         with serving(make_app(producer, [])) as address:
-            answers, longest = asyncio.run(ask(address))
+            answers, lags = asyncio.run(ask(address))
         producer.close(0.0)
     assert [each.status_code for each in answers[1::2]] == [503] * 10
     assert {each.json()["outcome"] for each in answers[::2]} == {"deferred"}
-    assert longest < LAG
+    assert lags[-1] < PAUSE
+    assert lags[-1 - PAUSES] < LAG
 
 
 def test_page(recording_producer: RecordingProducer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,45 +214,50 @@ class Nacking(Behaviour):
             connection.nack(channel, tag)
 
 
-MAIN = """
-import asyncio, os
-from contextlib import asynccontextmanager
+ASGI = """
+import asyncio
 from fastapi import FastAPI
-from mlproducer import MLProducer, Settings, SummarizationTask
+from mlproducer import MLProducer, SummarizationTask
 
-producer = MLProducer(Settings(url=os.environ["URL"]))
-application = None
+producer = MLProducer()
 get_asgi_application = FastAPI
 {snippet}
-web = app if application is None else django
 
-@web.post("/{{number}}")
-async def submit(number: int):
-    return producer.submit(SummarizationTask(number, {{"text": "a"}}), timeout=0).message_id
-
-application = application or app
+@django.post("/shares/{{share_id}}/later")
+async def later(share_id: int):
+    task = SummarizationTask(share_id, {{"text": "a"}})
+    return {{"id": producer.submit(task, timeout=0).message_id}}
 """
 
 
-@pytest.mark.parametrize("number", [2, 3], ids=["lifespan", "asgi.py"])
-def test_what_is_in_flight_when_uvicorn_ends(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("program", "number", "app"),
+    [("{snippet}", 0, "app"), (ASGI, 2, "application")],
+    ids=["lifespan", "asgi.py"],
+)
+def test_what_is_in_flight_when_uvicorn_ends(
+    tmp_path: Path, program: str, number: int, app: str
+) -> None:
     """With what the page shows it is delivered, although uvicorn runs no exit functions."""
     page = Path(contrib.__file__).with_name("asyncio.rst")
     snippet = snippets(page.read_text())[number]
-    (tmp_path / "main.py").write_text(MAIN.format(snippet=snippet))
+    (tmp_path / "main.py").write_text(program.format(snippet=snippet))
     behaviour = Nacking()
     with FakeBroker(behaviour) as broker, socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        listener.close()
-        argv = [sys.executable, "-m", "uvicorn", "main:application", "--port", str(port)]
-        environ = {**os.environ, "URL": broker.url}
-        server = subprocess.Popen(argv, cwd=tmp_path, env=environ)
+        port, number = listener.getsockname()[1], listener.fileno()
+        server = subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", f"main:{app}", "--fd", str(number)],
+            cwd=tmp_path,
+            env={**os.environ, "RABBITMQ_URL": broker.url},
+            pass_fds=[number],
+        )
+        listener.close()  # connections wait while the server starts, and are refused if it ends
         try:
-            transport = httpx.HTTPTransport(retries=12)  # while it starts
-            with httpx.Client(transport=transport, timeout=60) as client:
+            with httpx.Client(timeout=60) as client:
                 for each in range(5):
-                    client.post(f"http://127.0.0.1:{port}/{each}").raise_for_status()
-            broker.wait_for_messages(5, 10)
+                    answer = client.post(f"http://127.0.0.1:{port}/shares/{each}/later")
+                    answer.raise_for_status()
+            broker.wait_for_messages(5, LIMIT)
             behaviour.takes = True
             server.terminate()
             server.wait(30)
