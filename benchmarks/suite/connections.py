@@ -28,6 +28,8 @@ WORKERS = 32
 WINDOW, SMALL_WINDOW = 1000, 100
 DELAY = 0.02
 ROUND_TRIP = "round-trip"
+ROUNDS = 3
+"""Fewer than elsewhere, since a turn of each takes longest here."""
 
 
 def run(lab: Lab) -> Report:
@@ -47,7 +49,7 @@ def _near(lab: Lab) -> list[Figure]:
         players = _producers(lab, stack, None)
         for way, workers, title in ((PIPELINED, 1, "pipelined"), (BLOCKING, WORKERS, "32 threads")):
             match = lab.play(
-                [Player(each.label, each.contestant, way, workers) for each in players]
+                [Player(each.label, each.contestant, way, workers) for each in players], ROUNDS
             )
             figures += _compared(match, f"one node, {title}")
     return figures
@@ -82,7 +84,7 @@ def _compared(match: Match, where: str) -> list[Figure]:
 def _far_node(lab: Lab) -> list[Figure]:
     with ExitStack() as stack:
         url = _delayed(lab.broker.url, stack)
-        match = lab.play(_windowed(lab, url, [WINDOW], stack))
+        match = lab.play(_windowed(lab, url, [WINDOW], stack), ROUNDS)
     return _against_the_window(match, [WINDOW], "far node")
 
 
@@ -94,7 +96,7 @@ def _far_cluster(lab: Lab, cluster: RabbitMQCluster) -> list[Figure]:
         urls = [_delayed(node.url, stack) for node in cluster.nodes]
         players = _windowed(lab, urls[0], windows, stack)
         players += _producers(lab, stack, ",".join(urls))
-        match = lab.play(players, broker=leader)
+        match = lab.play(players, ROUNDS, broker=leader)
     return [*_against_the_window(match, windows, where), *_compared(match, where)]
 
 
