@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import logging
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
-from mlproducer import MLProducer, Settings
+from mlproducer import CloseReport, MLProducer, Settings
 from mlproducer._store_url import NAME, read_postgresql
 from mlproducer.cli.output import Console, UsageError
 from mlproducer.errors import StoreError
@@ -79,9 +79,23 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
         report = _relay(settings, arguments, console)
         if console.terminated:
             console.terminated = False  # that was the order to end, and it has been obeyed
-    console.say(f"ended: {report['confirmed']} confirmed at the end, {report['stored']} wait")
-    console.emit({"ok": True, **report})
+    confirmed, waiting = report.confirmed, _waiting(settings)
+    if isinstance(waiting, StoreError):
+        console.say(f"ended: {confirmed} confirmed at the end; what waits is not known: {waiting}")
+        console.emit({"ok": False, "confirmed": confirmed, "stored": None, "error": str(waiting)})
+        return False
+    console.say(f"ended: {confirmed} confirmed at the end, {waiting} wait")
+    console.emit({"ok": True, "confirmed": confirmed, "stored": waiting})
     return True
+
+
+def _waiting(settings: Settings) -> int | StoreError:
+    """Return how many rows wait; where the store cannot be asked, the error."""
+    try:
+        with closing(open_store(settings)) as store:
+            return store.depth().stored
+    except StoreError as error:
+        return error
 
 
 def _table(settings: Settings, console: Console, *, create: bool) -> bool:
@@ -105,9 +119,7 @@ def _table(settings: Settings, console: Console, *, create: bool) -> bool:
     return True
 
 
-def _relay(
-    settings: Settings, arguments: argparse.Namespace, console: Console
-) -> dict[str, int | str]:
+def _relay(settings: Settings, arguments: argparse.Namespace, console: Console) -> CloseReport:
     producer = MLProducer(settings)
     with ExitStack() as stack:
         try:
@@ -128,7 +140,7 @@ def _relay(
         finally:
             producer.rest()
             report = producer.close(DRAIN)
-    return {"confirmed": report.confirmed, "stored": report.stored}
+    return report
 
 
 def _wait(mover: Mover | None, interval: float, console: Console) -> None:

@@ -121,6 +121,20 @@ def test_relays_share_the_work_and_drain(
     producer.close(0)
 
 
+def test_a_store_that_was_never_there(broker: FakeBroker) -> None:
+    """At the end it does not say that 0 wait: that is not known."""
+    environ = environ_of(broker.url, {"ML_STORE_URL": "postgresql://app:private@127.0.0.1:1/app"})
+    with subprocess.Popen(
+        [*COMMAND, "relay"], env=environ, stdout=subprocess.PIPE, text=True
+    ) as relay:
+        read_until(relay.stdout, "relaying")
+        relay.send_signal(signal.SIGTERM)
+        said = read_until(relay.stdout, "ended")
+        assert relay.wait(LIMIT) == 1
+    assert "not known" in said
+    assert "private" not in said
+
+
 def test_rows_that_wait_do_not_delay_the_end(broker: FakeBroker, tmp_path: Path) -> None:
     """At SIGTERM nothing is claimed any more, and what is not in flight is left to others."""
     path = tmp_path / "store.db"
