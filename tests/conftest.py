@@ -40,9 +40,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         _coverage.save()
 
 
-@pytest.fixture
-def audible_ctrl_c() -> Iterator[None]:
-    """Let programs hear SIGINT also where pytest, started in a shell's background, ignores it."""
+@pytest.fixture(scope="session", autouse=True)
+def _audible_ctrl_c() -> Iterator[None]:
+    """Hear SIGINT, here and in programs, also where a shell's background has it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -352,7 +352,6 @@ def test_filters(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
     assert drain(url, ["later"]) == {"b.x": 1}
 
 
-@pytest.mark.usefixtures("audible_ctrl_c")
 @pytest.mark.parametrize("how", ["silent", "ctrl-c"])
 @pytest.mark.parametrize(
     "argv", [["list"], ["replay"], ["purge", "--yes"]], ids=lambda argv: argv[0]

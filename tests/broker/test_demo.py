@@ -50,7 +50,6 @@ def test_demo_on_a_broker_of_yours(rabbitmq_vhost: VirtualHost, tmp_path: Path) 
     assert drain(url) == {other: 1}
 
 
-@pytest.mark.usefixtures("audible_ctrl_c")
 @pytest.mark.parametrize(
     ("how", "code", "moment"),
     [

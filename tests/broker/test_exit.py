@@ -150,7 +150,6 @@ def test_sigterm_handler_that_closes(
         assert len(report["abandoned"]) <= 2  # what the interrupted loop had in its hands
 
 
-@pytest.mark.usefixtures("audible_ctrl_c")
 def test_ctrl_c_in_publish(rabbitmq_vhost: VirtualHost, proxy: Proxy) -> None:
     """Ctrl-C leaves publish() at once; the message arrives at most once, the producer works."""
     with script("signals", "ctrl_c", url=proxy.url(rabbitmq_vhost.url)) as program:
@@ -170,7 +169,6 @@ def test_ctrl_c_in_publish(rabbitmq_vhost: VirtualHost, proxy: Proxy) -> None:
     assert seen == Counter(["first", "next"])
 
 
-@pytest.mark.usefixtures("audible_ctrl_c")
 def test_many_interrupts(rabbitmq_vhost: VirtualHost) -> None:
     """500 interrupts at random points lose no slot and no confirmed message; none is sent twice."""
     ended = run("signals", "interrupts", url=rabbitmq_vhost.url)

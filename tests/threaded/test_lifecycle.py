@@ -402,7 +402,6 @@ def test_the_process_ends_while_a_daemon_closes(serve: Serve) -> None:
     assert len(broker.messages) == 50
 
 
-@pytest.mark.usefixtures("audible_ctrl_c")
 def test_ctrl_c_in_close(serve: Serve) -> None:
     """The next close() drains, reports and tells; so does the end of the process."""
     broker = serve(Silent())
@@ -468,7 +467,6 @@ def test_twenty_producers_end_within_one_limit(serve: Serve) -> None:
     assert "messages lost that lived in memory: 20" in errors
 
 
-@pytest.mark.usefixtures("audible_ctrl_c")
 def test_ctrl_c_at_exit(serve: Serve) -> None:
     """It is not waited any longer, everything is ended, and what is lost is told."""
     broker = serve(Silent())
