@@ -408,9 +408,11 @@ def test_pika_is_reset_within_the_handshake() -> None:
         connection = pika.BlockingConnection(parameters)
         handshake = proxy.passed("s2c")
         connection.close()
+        # pika raises ValueError where the reset comes before it has looked at what it connected.
+        reset = (pika.exceptions.AMQPConnectionError, ValueError)
         for n in (0, 1, 8, handshake // 2, handshake - 1):
             proxy.cut_after(n, "s2c")
-            with pytest.raises(pika.exceptions.AMQPConnectionError):
+            with pytest.raises(reset):
                 pika.BlockingConnection(parameters)
         proxy.cut_after(handshake + 1, "s2c")
         with pytest.raises(pika.exceptions.AMQPConnectionError):
