@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import secrets
 import threading
@@ -212,6 +213,19 @@ def test_a_postgresql_that_is_silent(worker: Worker, postgresql_server: PostgreS
         for _ in range(3):
             assert worker.run("shop.work", "1", "x") == "SUCCESS"
         assert time.monotonic() - started < LIMIT
+
+
+def test_notes_that_are_garbage_close_their_connection(
+    postgresql_server: PostgreSQLServer,
+) -> None:
+    """In a cycle too, where the connection itself, which would warn, may be finalised first."""
+    made = notes.notes_at(f"{postgresql_server.url}?table=t{secrets.token_hex(4)}")
+    assert isinstance(made, notes.PostgreSQLNotes)
+    assert not made.has("1")
+    closing = made._own.connection
+    closing.it.cycle = closing
+    del made, closing
+    gc.collect()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,11 +132,14 @@ class _Closing:
 
     def __init__(self, it: Any) -> None:
         self.it = it
-        self._pid = os.getpid()
+        # Not ``__del__``: where this is garbage in a cycle, the connection's may be called first,
+        # and warns.
+        weakref.finalize(self, _close, it, os.getpid())
 
-    def __del__(self) -> None:
-        if self._pid == os.getpid():
-            self.it.close()
+
+def _close(connection: Any, pid: int) -> None:
+    if pid == os.getpid():
+        connection.close()
 
 
 class PostgreSQLNotes(_OnServer):
