@@ -32,7 +32,9 @@ LOG_LEVEL = logging.WARNING
 DRAIN = 10.0
 """Seconds for what is under way at the end."""
 
-IDLE = 3600.0
+IDLE = 1.0
+"""Seconds after which the order to end is looked for: Python drops what a signal handler raises
+where it interrupts a finaliser."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +148,7 @@ def _relay(settings: Settings, arguments: argparse.Namespace, console: Console) 
 def _wait(mover: Mover | None, interval: float, console: Console) -> None:
     """Wait for the order to end, and move rows meanwhile where there is an outbox of SQLite's."""
     told = ""
-    while True:
+    while not console.terminated:
         problem, moved = "", 0
         if mover is not None:
             try:
