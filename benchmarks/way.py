@@ -15,18 +15,18 @@ from typing import Any
 
 from benchmarks.contestants.work import TEXT
 from mlproducer import Settings, SummarizationTask
+from mlproducer._answers import Answer, finish
 from mlproducer._core.breaker import Breaker, Consecutive
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.sender import Sender
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.io_loop import Mailbox
-from mlproducer._latch import Relay
-from mlproducer._waiting import Answer, finish
+from mlproducer._synchronization import Relay
 from mlproducer._wire.amqp import FRAME_MAX
 from mlproducer._wire.encode import Encoder
 from mlproducer._wire.frames import FrameWriter
 from mlproducer.message import Envelope
-from mlproducer.observe.events import Fanout
+from mlproducer.observe.sinks import Fanout
 
 BURST = 32
 """Messages that one wake-up of the I/O thread finds in the mailbox."""

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from mlproducer import _clock as time
-from mlproducer._guard import guarded, write
-from mlproducer._latch import Watch
+from mlproducer._foreign_calls import guarded, write
+from mlproducer._synchronization import Watch
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from attrs import define, field
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
-from mlproducer._guard import guarded, write
+from mlproducer._foreign_calls import guarded, write
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication

@@ -22,7 +22,7 @@ from string import Template
 from typing import Any
 
 from mlproducer._core.states import ConnectionState
-from mlproducer.observe.recent import HISTORY, Incident, Rates
+from mlproducer.observe.recent_history import HISTORY, Incident, Rates
 from mlproducer.producer import MLProducer
 from mlproducer.status import Status
 

@@ -171,7 +171,7 @@ class DeadLetters:
         return purged
 
     def _open(self) -> DeadLetterReader:
-        session = Session(Endpoints(self._settings).routes, self._settings.connection_timeout)
+        session = Session(Endpoints(self._settings).known, self._settings.connection_timeout)
         return DeadLetterReader(session, self._queue, self._settings.prefetch)
 
 

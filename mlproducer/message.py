@@ -21,9 +21,9 @@ from typing import Any
 from attrs import define, field, frozen
 
 from mlproducer import _clock as time
-from mlproducer import _schema as shapes
-from mlproducer._latch import Watch, seconds
-from mlproducer._schema import Check
+from mlproducer import _field_checks as checks
+from mlproducer._field_checks import Check
+from mlproducer._synchronization import Watch, seconds
 from mlproducer.errors import PublishError, frameless_init
 
 RAW_TASK_TYPE = "raw"
@@ -86,12 +86,12 @@ class Message:
     def __attrs_post_init__(self) -> None:
         """Check types, and copy what the caller may change later."""
         if type(self.body) is not bytes:
-            object.__setattr__(self, "body", shapes.body("body", self.body))
-        shapes.a_str("routing_key", self.routing_key)
-        shapes.boolean("persistent", self.persistent)
-        shapes.boolean("mandatory", self.mandatory)
+            object.__setattr__(self, "body", checks.body("body", self.body))
+        checks.a_str("routing_key", self.routing_key)
+        checks.boolean("persistent", self.persistent)
+        checks.boolean("mandatory", self.mandatory)
         if self.headers is not None:
-            object.__setattr__(self, "headers", shapes.headers("headers", self.headers))
+            object.__setattr__(self, "headers", checks.headers("headers", self.headers))
         given = vars(self)
         for name, check in _OPTIONAL:
             value = given[name]
@@ -106,7 +106,7 @@ class Message:
     @property
     def seconds(self) -> int | None:
         """The timestamp in seconds since 1970."""
-        return None if self.timestamp is None else shapes.timestamp("timestamp", self.timestamp)
+        return None if self.timestamp is None else checks.timestamp("timestamp", self.timestamp)
 
     def payload(self) -> bytes:
         """Return the body, as the consumer gets it; for tests."""
@@ -114,12 +114,12 @@ class Message:
 
 
 _OPTIONAL: tuple[tuple[str, Check], ...] = (
-    *((name, shapes.a_str) for name in ("exchange", "content_type", "content_encoding")),
-    *((name, shapes.a_str) for name in ("message_id", "correlation_id", "type", "reply_to")),
-    *((name, shapes.a_str) for name in ("app_id", "user_id")),
-    ("priority", shapes.an_int),
-    ("expiration", shapes.a_number),
-    ("timestamp", shapes.timestamp),
+    *((name, checks.a_str) for name in ("exchange", "content_type", "content_encoding")),
+    *((name, checks.a_str) for name in ("message_id", "correlation_id", "type", "reply_to")),
+    *((name, checks.a_str) for name in ("app_id", "user_id")),
+    ("priority", checks.an_int),
+    ("expiration", checks.a_number),
+    ("timestamp", checks.timestamp),
 )
 
 

@@ -25,7 +25,7 @@ from attrs import evolve
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import NAME, TABLE, check_table, read_postgresql
 from mlproducer._wire.encode import Task
 from mlproducer.errors import ConfigurationError, frameless

@@ -22,12 +22,12 @@ from uuid import UUID
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
+from mlproducer._answers import Answer, PendingAnswers, finish
 from mlproducer._core.delivery import Delivery, Waiter
 from mlproducer._core.states import CircuitState
 from mlproducer._engine.lifecycle import Lifecycle, Plan
-from mlproducer._guard import guarded
-from mlproducer._latch import seconds
-from mlproducer._waiting import Answer, Line, finish
+from mlproducer._foreign_calls import guarded
+from mlproducer._synchronization import seconds
 from mlproducer._wire.encode import Encoder, Task
 from mlproducer.errors import (
     BufferFullError,
@@ -39,8 +39,8 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Envelope, Receipt
 from mlproducer.observe.callbacks import Callbacks, DeliveryFuture, Event, EventName
-from mlproducer.observe.lines import Lines
-from mlproducer.observe.recent import Recent
+from mlproducer.observe.limited_logger import LimitedLogger
+from mlproducer.observe.recent_history import RecentHistory
 from mlproducer.settings import RetryPolicy, Settings, redact
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores import anchored
@@ -49,7 +49,7 @@ from mlproducer.topology import Declaration
 
 if TYPE_CHECKING:
     from mlproducer._engine.engine import Engine
-    from mlproducer.observe.meter import Meter
+    from mlproducer.observe.producer_metrics import ProducerMetrics
     from mlproducer.stores.protocol import Claim, Store
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class MLProducer:
         self._encoder = Encoder(self.settings)
         self._callbacks = Callbacks()
         self._hooks: list[Hook] = []
-        self._lines = Lines(logger)
+        self._lines = LimitedLogger(logger)
         self._plan = Plan(self.settings, store, registry, self._callbacks)
         holder = weakref.ref(self)
         self._life = Lifecycle(self._plan, lambda: holder() is not None)
@@ -209,7 +209,7 @@ class MLProducer:
         :returns: the receipt or the error of each task, in order
         """
         runtime = self._life.started()
-        line = Line()
+        line = PendingAnswers()
         try:
             for task in line.taken_from(tasks):
                 engine = runtime.choose()
@@ -326,7 +326,7 @@ class MLProducer:
             )
         return retry
 
-    def _meter(self) -> Meter:
+    def _meter(self) -> ProducerMetrics:
         return self._plan.meter()
 
     def before_publish(self, hook: Hook) -> None:
@@ -466,7 +466,7 @@ class MLProducer:
         """Return whether messages get through: connected, breaker not open, not blocked."""
         return self.status().healthy
 
-    def recent(self) -> Recent:
+    def recent(self) -> RecentHistory:
         """Return rates, errors and dead letters of the last minutes, without asking the broker."""
         return self._plan.recorder.recent()
 
@@ -564,6 +564,6 @@ class MLProducer:
 def _awaiting() -> ModuleType:
     """Import what needs asyncio, which a program without an event loop need not load."""
     with forks.importing():
-        from mlproducer import _awaiting as awaiting  # noqa: PLC0415 - asyncio is slow to import
+        from mlproducer import _async_answers as awaiting  # noqa: PLC0415 - asyncio is slow to import
 
     return awaiting

@@ -16,13 +16,13 @@ from uuid import UUID
 
 from attrs import field, frozen
 
-from mlproducer import _schema as shapes
-from mlproducer._schema import Schema
+from mlproducer import _field_checks as checks
+from mlproducer._field_checks import Schema
 from mlproducer.errors import InvalidTaskError, frameless
 
 API, LOCAL = "api", "local"
 
-_PRIORITY = shapes.integer(0, 255)
+_PRIORITY = checks.integer(0, 255)
 
 PROTOCOL_HEADERS = frozenset(
     {"lang", "task", "id", "root_id", "parent_id", "group", "retries", "eta", "expires"}
@@ -108,24 +108,24 @@ def _sending(
         return _ORDINARY
     if eta is not None and countdown is not None:
         raise InvalidTaskError("eta and countdown are both given: give one of them")
-    optional = shapes.optional
+    optional = checks.optional
     return {
-        "task_id": optional(shapes.task_id, "task_id", task_id),
+        "task_id": optional(checks.task_id, "task_id", task_id),
         "headers": _checked_headers(headers) if headers else {},
         "priority": optional(_PRIORITY, "priority", priority),
-        "countdown": optional(shapes.seconds, "countdown", countdown),
-        "eta": optional(shapes.moment, "eta", eta),
-        "expires": optional(shapes.moment_or_seconds, "expires", expires),
+        "countdown": optional(checks.seconds, "countdown", countdown),
+        "eta": optional(checks.moment, "eta", eta),
+        "expires": optional(checks.moment_or_seconds, "expires", expires),
     }
 
 
 def _checked_headers(headers: Mapping[str, Any]) -> Any:
-    kept = shapes.headers("headers", headers)
+    kept = checks.headers("headers", headers)
     taken = RESERVED_HEADERS.intersection(kept)
     taken |= {name for name in kept if name.startswith("_")}
     if taken:
         raise InvalidTaskError(
-            f"headers has {', '.join(sorted(map(shapes.word, taken)))}; accepted are names that "
+            f"headers has {', '.join(sorted(map(checks.word, taken)))}; accepted are names that "
             "Celery's workers do not use"
         )
     return kept
@@ -224,7 +224,7 @@ class _ContentTask(_ShareTask):
         eta: datetime | None = None,
         expires: float | datetime | None = None,
     ) -> None:
-        share_id = shapes.share("share_id", share_id)
+        share_id = checks.share("share_id", share_id)
         options = self.options_shape.read("options", {} if options is None else options)
         content = self.content_shape.read("content", content)
         sending = _sending(task_id, headers, priority, countdown, eta, expires)
@@ -252,8 +252,8 @@ class SummarizationTask(_ContentTask):
         API: Route("ml.summarize", "llm_service.tasks.summarize_content"),
         LOCAL: Route("ml.summarize_local", "llm_service.tasks.summarize_content_local"),
     }
-    content_shape = shapes.SUMMARY_CONTENT
-    options_shape = shapes.SUMMARY_OPTIONS
+    content_shape = checks.SUMMARY_CONTENT
+    options_shape = checks.SUMMARY_OPTIONS
 
 
 @frozen(init=False, slots=False)
@@ -291,9 +291,9 @@ class TranscriptionTask(_ShareTask):
         expires: float | datetime | None = None,
     ) -> None:
         self.__attrs_init__(
-            shapes.share("share_id", share_id),
-            shapes.TRANSCRIPTION_OPTIONS.read("options", {} if options is None else options),
-            shapes.line("media_url", media_url),
+            checks.share("share_id", share_id),
+            checks.TRANSCRIPTION_OPTIONS.read("options", {} if options is None else options),
+            checks.line("media_url", media_url),
             **_sending(task_id, headers, priority, countdown, eta, expires),
         )
 
@@ -320,8 +320,8 @@ class EmbeddingTask(_ContentTask):
     routes: ClassVar[Mapping[str, Route]] = dict.fromkeys(
         (API, LOCAL), Route("ml.embed", "vector_service.tasks.generate_embeddings")
     )
-    content_shape = shapes.EMBEDDING_CONTENT
-    options_shape = shapes.EMBEDDING_OPTIONS
+    content_shape = checks.EMBEDDING_CONTENT
+    options_shape = checks.EMBEDDING_OPTIONS
 
 
 @frozen(init=False, slots=False)
@@ -350,9 +350,9 @@ class EmbeddingBatchTask(MLTask):
         expires: float | datetime | None = None,
     ) -> None:
         if not isinstance(items, (list, tuple)):
-            shapes.refuse("items", items, "a list or a tuple")
+            checks.refuse("items", items, "a list or a tuple")
         if not items:
-            shapes.refuse("items", items, "at least one item", " but empty")
+            checks.refuse("items", items, "at least one item", " but empty")
         self.__attrs_init__(
             tuple(map(_batch_item, range(len(items)), items)),
             **_sending(task_id, headers, priority, countdown, eta, expires),
@@ -377,10 +377,10 @@ def _batch_item(index: int, item: Any) -> EmbeddingTask:
             )
         return item
     if isinstance(item, Mapping):
-        item = shapes.BATCH_ITEM.read(name, item)
+        item = checks.BATCH_ITEM.read(name, item)
         item = item.get("share_id"), item.get("content"), item.get("options")
     if not isinstance(item, (list, tuple)) or not 2 <= len(item) <= 3:
-        shapes.refuse(name, item, "a tuple of share_id, content and, optionally, options")
+        checks.refuse(name, item, "a tuple of share_id, content and, optionally, options")
     try:
         return EmbeddingTask(*item)
     except InvalidTaskError as error:
@@ -442,20 +442,20 @@ class CeleryTask(_Sending):
         time_limit: float | None = None,
         soft_time_limit: float | None = None,
     ) -> None:
-        optional = shapes.optional
-        kept_args, plain_args = shapes.json_sequence("args", () if args is None else args)
-        kept_kwargs, plain_kwargs = shapes.json_mapping("kwargs", {} if kwargs is None else kwargs)
+        optional = checks.optional
+        kept_args, plain_args = checks.json_sequence("args", () if args is None else args)
+        kept_kwargs, plain_kwargs = checks.json_mapping("kwargs", {} if kwargs is None else kwargs)
         self.__attrs_init__(
-            shapes.line("name", name),
+            checks.line("name", name),
             kept_args,
             kept_kwargs,
-            shapes.short("routing_key", routing_key),
-            optional(shapes.short, "exchange", exchange),
-            optional(shapes.short, "reply_to", reply_to),
-            shapes.string("argsrepr", argsrepr),
-            shapes.string("kwargsrepr", kwargsrepr),
-            optional(shapes.limit, "time_limit", time_limit),
-            optional(shapes.limit, "soft_time_limit", soft_time_limit),
+            checks.short("routing_key", routing_key),
+            optional(checks.short, "exchange", exchange),
+            optional(checks.short, "reply_to", reply_to),
+            checks.string("argsrepr", argsrepr),
+            checks.string("kwargsrepr", kwargsrepr),
+            optional(checks.limit, "time_limit", time_limit),
+            optional(checks.limit, "soft_time_limit", soft_time_limit),
             **_sending(task_id, headers, priority, countdown, eta, expires),
         )
         if self.time_limit and self.soft_time_limit and self.soft_time_limit > self.time_limit:

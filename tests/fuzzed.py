@@ -30,7 +30,7 @@ from mlproducer._engine.connection import Connection, EventLoop, IOServices
 from mlproducer._engine.dead_letter_reader import Letter, stored_letter
 from mlproducer._engine.endpoints import Endpoints
 from mlproducer._wire.encode import Encoder
-from mlproducer.cli import lines
+from mlproducer.cli import task_lines
 from mlproducer.errors import ConfigurationError, InvalidTaskError, PublishError
 from mlproducer.message import Envelope, Message
 from mlproducer.settings import RetryPolicy
@@ -562,9 +562,9 @@ def _lines() -> Target:
 
 def _read_line(encoder: Encoder, data: bytes, dice: random.Random) -> str:
     answer = "empty"
-    for line in lines.read_lines(io.BytesIO(data), 90_000):
+    for line in task_lines.read_lines(io.BytesIO(data), 90_000):
         try:
-            encoder.encode(lines.parse(line, 90_000))
+            encoder.encode(task_lines.parse(line, 90_000))
             answer = ACCEPTED
         except (InvalidTaskError, PublishError) as error:
             _clear(str(error))

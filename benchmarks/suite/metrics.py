@@ -17,10 +17,10 @@ from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer.message import Envelope
 from mlproducer.observe.counters import Tally
-from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
-from mlproducer.observe.meter import Meter
-from mlproducer.observe.recent import Recorder
+from mlproducer.observe.producer_metrics import ProducerMetrics
+from mlproducer.observe.recent_history import Recorder
+from mlproducer.observe.sinks import Fanout
 
 BURSTS = (1, 10, 1000)
 MESSAGES = 50_000
@@ -29,7 +29,7 @@ LIMIT = 2.0
 
 def run(lab: Lab) -> Report:
     """Count messages in bursts of several sizes."""
-    sink = Fanout([LogSink(), Meter(Tally()).sink(), Recorder().sink(list)])
+    sink = Fanout([LogSink(), ProducerMetrics(Tally()).sink(), Recorder().sink(list)])
     return Report(
         figures=[
             Figure(

@@ -42,7 +42,13 @@ from mlproducer._engine.close_reasons import (
 )
 from mlproducer._engine.dead_letter_channel import Batch, DeadLetterChannel, Tags
 from mlproducer._engine.declarer import TopologyDeclarer
-from mlproducer._engine.endpoints import Address, Identity, Route, UnreachableError, Way
+from mlproducer._engine.endpoints import (
+    Address,
+    Endpoint,
+    Identity,
+    ResolvedEndpoint,
+    UnreachableError,
+)
 from mlproducer._engine.interfaces import ConnectionOwner
 from mlproducer._engine.io_loop import EventLoop, shut_down
 from mlproducer._wire.amqp import NOT_MANDATORY
@@ -219,26 +225,28 @@ def _credentials(mechanism: str, identity: Identity) -> Any:
     return PlainCredentials(identity.user, identity.password)
 
 
-def parameters(way: Way, timeouts: tuple[float, float]) -> pika.ConnectionParameters:
-    """Put a way as pika wants it.
+def parameters(
+    resolved: ResolvedEndpoint, timeouts: tuple[float, float]
+) -> pika.ConnectionParameters:
+    """Put an endpoint as pika wants it.
 
     :param timeouts: seconds for TCP, and for TCP, TLS and AMQP together
     """
-    route = way.route
-    server_name = (route.tls and route.tls.settings.server_name) or route.broker.host
+    endpoint = resolved.endpoint
+    server_name = (endpoint.tls and endpoint.tls.settings.server_name) or endpoint.broker.host
     return pika.ConnectionParameters(
-        host=route.broker.host,
-        port=route.broker.port,
-        virtual_host=route.broker.virtual_host,
-        credentials=_credentials(route.broker.auth_mechanism, way.identity),
-        heartbeat=route.broker.heartbeat,
+        host=endpoint.broker.host,
+        port=endpoint.broker.port,
+        virtual_host=endpoint.broker.virtual_host,
+        credentials=_credentials(endpoint.broker.auth_mechanism, resolved.identity),
+        heartbeat=endpoint.broker.heartbeat,
         socket_timeout=timeouts[0],
         stack_timeout=timeouts[1],
-        ssl_options=way.context and pika.SSLOptions(way.context, server_name),
+        ssl_options=resolved.context and pika.SSLOptions(resolved.context, server_name),
         client_properties={
             "product": "mlproducer",
             "version": _VERSION,
-            "connection_name": route.connection_name or _program(),
+            "connection_name": endpoint.connection_name or _program(),
         },
     )
 
@@ -261,19 +269,19 @@ def _program() -> str:
     return f"{shown if shown not in ('', '-c') else 'python'}:{os.getpid()}"
 
 
-def blocking_connection(route: Route) -> Any:
+def blocking_connection(endpoint: Endpoint) -> Any:
     """Open a connection of pika's blocking kind, for commands that ask questions.
 
     :raises NotConnectedError: it cannot be opened; the text says why
     """
     try:
-        found = parameters(route.find(), (route.broker.connection_timeout,) * 2)
+        found = parameters(endpoint.find(), (endpoint.broker.connection_timeout,) * 2)
         return pika.BlockingConnection(found, _impl_class=BrokerConnection)
     except UnreachableError as error:
         loss = error.loss
     except (exceptions.AMQPError, AMQPConnectorException, OSError) as error:
-        tls = route.tls is not None
-        loss = translate(route.broker.address, error, route.broker.hint, tls=tls)
+        tls = endpoint.tls is not None
+        loss = translate(endpoint.broker.address, error, endpoint.broker.hint, tls=tls)
     raise NotConnectedError(loss.text, kind=loss.kind.value, reply_code=loss.reply_code)
 
 
@@ -353,7 +361,7 @@ class ConfirmChannel:
 class Connection:
     """One connection, and on it one channel at a time for publishing.
 
-    :param address: of those that the way has
+    :param address: one of the endpoint's
     :param timeouts: seconds until TCP must be connected, and until all must be ready
     :param skipped: declarations that the broker has answered with the end of a connection
     :param probes: whether the broker has a channel for questions beside the one for publishing
@@ -363,7 +371,7 @@ class Connection:
     def __init__(
         self,
         loop: EventLoop,
-        way: Way,
+        resolved: ResolvedEndpoint,
         address: Address,
         timeouts: tuple[float, float],
         owner: ConnectionOwner,
@@ -372,8 +380,8 @@ class Connection:
         probes: bool = True,
     ) -> None:
         self._loop = loop
-        self._route = way.route
-        self._address = way.route.broker.address
+        self._endpoint = resolved.endpoint
+        self._address = resolved.endpoint.broker.address
         self._owner: ConnectionOwner | None = owner
         self._skipped = tuple(skipped)
         self._closing = False
@@ -393,7 +401,7 @@ class Connection:
         self._start_timer(timeouts[1])
         self._services = IOServices(loop, address, self._on_beginning_failed)
         self._connection = BrokerConnection(
-            parameters(way, timeouts),
+            parameters(resolved, timeouts),
             self._on_open,
             self._on_open_error,
             self._on_close,
@@ -449,8 +457,10 @@ class Connection:
         self._drop(Loss(f"{self._address}: no connection can be made: {why}"))
 
     def _on_open_error(self, _connection: PikaConnection, error: BaseException | str) -> None:
-        route = self._route
-        self._fail(translate(self._address, error, route.broker.hint, tls=route.tls is not None))
+        endpoint = self._endpoint
+        self._fail(
+            translate(self._address, error, endpoint.broker.hint, tls=endpoint.tls is not None)
+        )
 
     def _on_close(self, _connection: PikaConnection, error: BaseException) -> None:
         if self._closing:  # also where the broker did not answer it in time
@@ -499,8 +509,8 @@ class Connection:
     def _declare(self) -> None:
         """Declare the topology on a new channel, which is then for publishing."""
         self._is_set_up = False
-        self._declared = len(self._route.added)
-        wanted = [*self._route.declarations, *self._route.added[: self._declared]]
+        self._declared = len(self._endpoint.added)
+        wanted = [*self._endpoint.declarations, *self._endpoint.added[: self._declared]]
         self._setup = self._round(wanted, self._confirm)
         self._open_channel()
 
@@ -513,7 +523,7 @@ class Connection:
 
     def _added(self) -> Sequence[Declaration]:
         """Take what was added since this was asked last."""
-        added = self._route.added[self._declared :]
+        added = self._endpoint.added[self._declared :]
         self._declared += len(added)
         return added
 
@@ -556,9 +566,9 @@ class Connection:
         self._stop_timer()
         if self._owner is not None and self._channel is not None:
             confirming = ConfirmChannel(self._channel, self._connection)
-            if self.probes and self._route.letters:
+            if self.probes and self._endpoint.letters:
                 confirming.letters = DeadLetterChannel(
-                    self._route.letters, self._open_letters, self._write_letters, self._owner
+                    self._endpoint.letters, self._open_letters, self._write_letters, self._owner
                 )
             self._confirming = confirming
             self._owner.connection_ready(confirming)
@@ -624,7 +634,7 @@ class Connection:
     def _on_return(
         self, channel: Channel, method: Any, properties: spec.BasicProperties, _body: bytes
     ) -> None:
-        if method.exchange in self._route.delayed and "x-delay" in (properties.headers or ()):
+        if method.exchange in self._endpoint.delayed and "x-delay" in (properties.headers or ()):
             return  # the plugin has taken it, and delivers it later; it answers so all the same
         attempt = str(properties.cluster_id)
         letters = self._confirming.letters if self._confirming is not None else None
@@ -654,7 +664,7 @@ class Connection:
             return
         if confirming is None or not confirming.used:
             self._vain += 1
-        self._start_timer(self._route.broker.connection_timeout)
+        self._start_timer(self._endpoint.broker.connection_timeout)
         if confirming is not None:
             self._owner.channel_lost(loss)
         if self._vain >= VAIN_CHANNELS:

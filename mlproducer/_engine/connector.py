@@ -27,11 +27,11 @@ from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import LINK_MOVES, ConnectionEvent, ConnectionState, Machine
 from mlproducer._engine.close_reasons import NOT_ALLOWED
 from mlproducer._engine.connection import Connection
-from mlproducer._engine.endpoints import Address, Identity, Route, Way
+from mlproducer._engine.endpoints import Address, Endpoint, Identity, ResolvedEndpoint
 from mlproducer._engine.interfaces import ConnectorOwner
 from mlproducer._engine.io_loop import EventLoop
 from mlproducer._engine.resolver import Resolver
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Connector:
         self.stable = False
         self._delays = 0
         self.failures = 0
-        self._way: Way | None = None
+        self._resolved: ResolvedEndpoint | None = None
         self._addresses: deque[Address] = deque()
         self._address: Address | None = None
         self._good: set[Address] = set()
@@ -124,10 +124,14 @@ class Connector:
         return self.idle or (self._refused and time.monotonic() - self._begun_at >= CALL_AFTER)
 
     @property
-    def route(self) -> Route:
-        """The route now in use, or tried last; anyone may look."""
-        routes = self._resolver.directory.routes
-        return self._way.route if self._way is not None else routes[self._turn % len(routes)]
+    def endpoint(self) -> Endpoint:
+        """The endpoint now in use, or tried last; anyone may look."""
+        endpoints = self._resolver.directory.known
+        return (
+            self._resolved.endpoint
+            if self._resolved is not None
+            else endpoints[self._turn % len(endpoints)]
+        )
 
     @property
     def connection(self) -> Connection | None:
@@ -162,8 +166,8 @@ class Connector:
                 self._good.add(self._address)
             self._step(ConnectionEvent.OPENED)
             self._set_timer(STABLE_AFTER, self.settle)
-            if self._way is not None:
-                self._renew_before(self._way.identity)
+            if self._resolved is not None:
+                self._renew_before(self._resolved.identity)
 
     def settle(self) -> None:
         """Note that the connection is stable: it was confirmed on, or has lasted."""
@@ -188,7 +192,7 @@ class Connector:
             self._open()
         else:
             self._forget_address()
-            self._route_failed(loss)
+            self._endpoint_failed(loss)
 
     def give_up(self, why: str) -> None:
         """Drop a connection that is of no use although it stands."""
@@ -197,7 +201,7 @@ class Connector:
 
     def without_probes(self) -> bool:
         """Ask this broker no more questions beside publishing; false if that was known."""
-        address = self.route.broker.address
+        address = self.endpoint.broker.address
         known = address in self._without_probes
         self._without_probes.add(address)
         return not known
@@ -257,44 +261,48 @@ class Connector:
         self._seek()
 
     def _seek(self) -> None:
-        """Have the way to the next broker looked up, within its time."""
-        self._way = None
-        timeout = self.route.broker.connection_timeout
+        """Have the next endpoint resolved, within its time."""
+        self._resolved = None
+        timeout = self.endpoint.broker.connection_timeout
         self._deadline = time.monotonic() + timeout
         self._set_timer(timeout, self._not_found_in_time)
         found = partial(self._on_found, self._timer)
-        self._resolver.find(self._turn, lambda way: self._owner.order(partial(found, way)))
+        self._resolver.find(self._turn, lambda what: self._owner.order(partial(found, what)))
 
     def _not_found_in_time(self) -> None:
         self._timer = None
         self._resolver.replace()
-        text = f"{self.route.broker.address}: host name or credentials were not found in time"
-        self._route_failed(Loss(text, kind=LossKind.TIMEOUT))
+        text = f"{self.endpoint.broker.address}: host name or credentials were not found in time"
+        self._endpoint_failed(Loss(text, kind=LossKind.TIMEOUT))
 
-    def _on_found(self, asked: object, way: Way | Loss) -> None:
+    def _on_found(self, asked: object, resolved: ResolvedEndpoint | Loss) -> None:
         if asked is not self._timer or self.state is not ConnectionState.CONNECTING:
             return  # too late
         self._cancel_timer()
-        if isinstance(way, Loss):
-            self._route_failed(way)
+        if isinstance(resolved, Loss):
+            self._endpoint_failed(resolved)
         else:
-            self._way = way
+            self._resolved = resolved
             # those that were good before go first: sorting keeps the resolver's order
-            self._addresses = deque(sorted(way.addresses, key=lambda each: each not in self._good))
+            self._addresses = deque(
+                sorted(resolved.addresses, key=lambda each: each not in self._good)
+            )
             self._open()
 
     def _open(self) -> None:
         """Open a connection at the next address, with its share of the time that is left."""
-        if self._loop is None or self._way is None:
+        if self._loop is None or self._resolved is None:
             return
         left = max(0.0, self._deadline - time.monotonic())
-        share = max(left / len(self._addresses), self._way.route.broker.connection_timeout / 100)
+        share = max(
+            left / len(self._addresses), self._resolved.endpoint.broker.connection_timeout / 100
+        )
         self._address = self._addresses.popleft()
-        known = self._way.route.broker.address
+        known = self._resolved.endpoint.broker.address
         connect = min(share, NEXT_ADDRESS_AFTER) if self._addresses else share
         self._connection = Connection(
             self._loop,
-            self._way,
+            self._resolved,
             self._address,
             (connect, share),
             self._owner,
@@ -306,12 +314,12 @@ class Connector:
         if self._address is not None:
             self._good.discard(self._address)
 
-    def _route_failed(self, loss: Loss) -> None:
-        loss = evolve(loss, address=loss.address or self.route.broker.address)
+    def _endpoint_failed(self, loss: Loss) -> None:
+        loss = evolve(loss, address=loss.address or self.endpoint.broker.address)
         self._tried += 1
         self._turn += 1
         self._refused = loss.kind is LossKind.AUTHENTICATION and loss.reply_code != NOT_ALLOWED
-        if self._tried < len(self._resolver.directory.routes):
+        if self._tried < len(self._resolver.directory.known):
             self._seek()
         else:
             self._step(ConnectionEvent.LOST)
@@ -338,12 +346,12 @@ class Connector:
 
         That is no failure: each time one declaration fewer is left.
         """
-        self._skipped.append((self.route.broker.address, declaration))
+        self._skipped.append((self.endpoint.broker.address, declaration))
         self._cancel_timer()
         if self.state is ConnectionState.CONNECTED:
             self._step(ConnectionEvent.LOST)
         elif self._address is not None:
-            self._deadline = time.monotonic() + self.route.broker.connection_timeout
+            self._deadline = time.monotonic() + self.endpoint.broker.connection_timeout
             self._addresses.appendleft(self._address)
             self._set_timer(self._patience.backoff.initial, self._open_again)
             return
@@ -387,10 +395,10 @@ class Connector:
 
     def _renew(self) -> None:
         self._renewal = None
-        if self._way is not None:
+        if self._resolved is not None:
             renewed = partial(self._on_renewed, self._connection)
             self._resolver.identify(
-                self._way.route, lambda found: self._owner.order(partial(renewed, found))
+                self._resolved.endpoint, lambda found: self._owner.order(partial(renewed, found))
             )
 
     def _on_renewed(self, connection: Connection | None, found: Identity | Loss) -> None:
@@ -407,9 +415,9 @@ class Connector:
             self._renew_before(found)
 
     def _renew_again(self, loss: Loss) -> None:
-        if self._way is None or self._loop is None:
+        if self._resolved is None or self._loop is None:
             return
-        delay = max(1.0, self._way.identity.lifetime * RENEW_AGAIN)
+        delay = max(1.0, self._resolved.identity.lifetime * RENEW_AGAIN)
         write(
             logger,
             logging.WARNING,

@@ -4,7 +4,7 @@ Host names, files and the user's callable may each take their time, so all of it
 the I/O thread, for each attempt: a name may lead elsewhere by then, a password or certificate may
 have been renewed.
 
-Runs on: the resolver thread, and the threads of commands; `Directory.routes` on any.
+Runs on: the resolver thread, and the threads of commands; `Endpoints.known` on any.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlproducer import _clock as time
 from mlproducer._broker_url import Broker, TLSSettings
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._engine.tls import TLSFiles
-from mlproducer._guard import stopped
+from mlproducer._foreign_calls import stopped
 from mlproducer.errors import ConfigurationError
 from mlproducer.settings import Credentials, Settings
 from mlproducer.topology import Declaration, Topology
@@ -52,7 +52,7 @@ class Identity:
 
 
 @frozen
-class Route:
+class Endpoint:
     """One broker, how to speak to it, and what to declare there.
 
     :ivar credentials: the user's callable; ``None``: the broker's URL or a file has them
@@ -70,12 +70,12 @@ class Route:
     letters: str = ""
     added: Sequence[Declaration] = ()
 
-    def find(self) -> Way:
+    def find(self) -> ResolvedEndpoint:
         """Look up everything that an attempt needs.
 
         :raises UnreachableError: something cannot be found
         """
-        return Way(
+        return ResolvedEndpoint(
             self,
             self.addresses(),
             self.identity(),
@@ -114,17 +114,17 @@ class Route:
 
 
 @frozen
-class Way:
-    """A route with all that an attempt needs to know."""
+class ResolvedEndpoint:
+    """An endpoint with all that an attempt needs to know."""
 
-    route: Route
+    endpoint: Endpoint
     addresses: tuple[Address, ...]
     identity: Identity
     context: Any = field(default=None, repr=False)
 
 
 class Endpoints:
-    """The routes of a producer, in an order of this process's own, so that a runtime spreads.
+    """The endpoints of a producer, in an order of this process's own, so that a runtime spreads.
 
     :param added: what is to be declared beside the topology; others may append to it
     :raises ConfigurationError: no URL is set, a file is of no use, or the TLS files are
@@ -141,43 +141,43 @@ class Endpoints:
         delayed = topology.exchange_type == "x-delayed-message"
         self._delayed = frozenset([topology.exchange] if delayed else [])
         self._letters = topology.dead_letter_exchange
-        self._routes = self._read()
+        self._endpoints = self._read()
 
     @property
-    def routes(self) -> tuple[Route, ...]:
-        """The routes that are known now; at least one."""
-        return self._routes
+    def known(self) -> tuple[Endpoint, ...]:
+        """The endpoints that are known now; at least one."""
+        return self._endpoints
 
-    def find(self, turn: int) -> Way:
-        """Look up the route whose turn it is.
+    def find(self, turn: int) -> ResolvedEndpoint:
+        """Look up the endpoint whose turn it is.
 
         :raises UnreachableError: something cannot be found
         """
         if self._settings.url_file is not None or self._settings.password_file is not None:
             self._refresh()
-        routes = self._routes
-        return routes[turn % len(routes)].find()
+        endpoints = self._endpoints
+        return endpoints[turn % len(endpoints)].find()
 
     def _refresh(self) -> None:
-        """Read the files again; one that cannot be used leaves the routes as they were."""
+        """Read the files again; one that cannot be used leaves the endpoints as they were."""
         try:
-            self._routes = self._read()
+            self._endpoints = self._read()
         except ConfigurationError as error:
-            text = f"{self._routes[0].broker.address}: {error}"
+            text = f"{self._endpoints[0].broker.address}: {error}"
         else:
             return
         raise UnreachableError(Loss(text, kind=LossKind.CREDENTIALS))
 
-    def _read(self) -> tuple[Route, ...]:
+    def _read(self) -> tuple[Endpoint, ...]:
         brokers = sorted(self._settings.brokers, key=self._rank)
-        return tuple(self._route(broker) for broker in brokers)
+        return tuple(self._endpoint(broker) for broker in brokers)
 
     def _rank(self, broker: Broker) -> float:
         """Give a broker its place, which it keeps when the files are read again."""
         return self._ranks.setdefault((broker.address, broker.virtual_host), self._random.random())
 
-    def _route(self, broker: Broker) -> Route:
-        return Route(
+    def _endpoint(self, broker: Broker) -> Endpoint:
+        return Endpoint(
             broker=broker,
             declarations=self._declarations,
             credentials=self._settings.credentials,

@@ -28,8 +28,8 @@ from mlproducer._engine.gate import Gate
 from mlproducer._engine.io_thread import IOThread
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
-from mlproducer._guard import write
-from mlproducer._latch import Latch, Watch
+from mlproducer._foreign_calls import write
+from mlproducer._synchronization import Latch, Watch
 from mlproducer.errors import CircuitOpenError, ProducerClosedError, PublishError
 from mlproducer.observe.callbacks import Dispatcher
 from mlproducer.observe.spans import Spans
@@ -333,5 +333,5 @@ class Engine:
             pending_confirms=self._io.sender.in_flight,
             blocked=self._io.sender.blocked,
             confirming=self._io.sender.confirming,
-            broker=connector.route.broker.address,
+            broker=connector.endpoint.broker.address,
         )

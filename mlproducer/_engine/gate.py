@@ -20,7 +20,7 @@ from typing import Protocol
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
-from mlproducer._latch import Latch, Watch
+from mlproducer._synchronization import Latch, Watch
 from mlproducer.errors import WouldDeadlockError
 
 MAX_BYTES = 64 * 1024 * 1024

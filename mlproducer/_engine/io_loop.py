@@ -31,7 +31,7 @@ from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import AttemptState
 from mlproducer._engine.threads import IDLE
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from mlproducer._engine.io_loop import EventLoop, IOLoop
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.threads import TimerThread
-from mlproducer._latch import Latch, Relay, Watch
+from mlproducer._synchronization import Latch, Relay, Watch
 from mlproducer._wire.delay import Delays
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
 from mlproducer.settings import Settings
@@ -545,7 +545,7 @@ class IOThread:
                 self.sender.timeouts = 0  # nothing is left that could be confirmed
             self.is_connected = True
             self._connected.changed()
-            self._emit(events.Connected(self.connector.route.broker.address))
+            self._emit(events.Connected(self.connector.endpoint.broker.address))
         self.pump()
         self._invite()
         self._retry_worker.sweep_soon()

@@ -27,7 +27,7 @@ from mlproducer._core.states import ConnectionState
 from mlproducer._engine import process_hooks as process
 from mlproducer._engine import threads
 from mlproducer._engine.threads import CLOSE_MARGIN, REST_LIMIT
-from mlproducer._latch import Watch
+from mlproducer._synchronization import Watch
 from mlproducer.errors import (
     ConfigurationError,
     MLProducerError,
@@ -35,13 +35,13 @@ from mlproducer.errors import (
     ProducerClosedError,
     WouldDeadlockError,
 )
-from mlproducer.observe.recent import Recorder
+from mlproducer.observe.recent_history import Recorder
 from mlproducer.status import CloseReport, Status
 
 if TYPE_CHECKING:
     from mlproducer._engine.runtime import Runtime
     from mlproducer.observe.callbacks import Callbacks
-    from mlproducer.observe.meter import Meter
+    from mlproducer.observe.producer_metrics import ProducerMetrics
     from mlproducer.settings import Settings
     from mlproducer.stores.protocol import Store
     from mlproducer.topology import Declaration
@@ -89,7 +89,7 @@ class Plan:
         self._settings = settings
         self._store = store
         self._callbacks = callbacks
-        self._meter: Meter | None = None
+        self._meter: ProducerMetrics | None = None
 
     def prepare(self) -> None:
         """Import what is needed, on the caller's thread, which may be in an import itself."""
@@ -108,7 +108,7 @@ class Plan:
             self.added,
         )
 
-    def meter(self) -> Meter:
+    def meter(self) -> ProducerMetrics:
         """Return the meter of the registry, with its families registered."""
         if self._meter is None:
             with forks.importing():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 
 from mlproducer._engine.threads import here
-from mlproducer._guard import guarded
+from mlproducer._foreign_calls import guarded
 
 
 class OurThreads(logging.Filter):

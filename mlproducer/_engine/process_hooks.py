@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 
 logger = logging.getLogger(__name__)
 

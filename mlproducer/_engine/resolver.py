@@ -15,9 +15,15 @@ from functools import partial
 
 from mlproducer import _clock as time
 from mlproducer._core.interfaces import Loss
-from mlproducer._engine.endpoints import Endpoints, Identity, Route, UnreachableError, Way
+from mlproducer._engine.endpoints import (
+    Endpoint,
+    Endpoints,
+    Identity,
+    ResolvedEndpoint,
+    UnreachableError,
+)
 from mlproducer._engine.threads import TimerThread, join_all
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +68,13 @@ class Resolver:
         """Wait for the thread, but hardly for one that is stuck in a look-up."""
         join_all(self.threads, min(deadline, time.monotonic() + STUCK_AT_THE_END))
 
-    def find(self, turn: int, done: Callable[[Way | Loss], object]) -> None:
-        """Look up the route whose turn it is, and say what was found."""
+    def find(self, turn: int, done: Callable[[ResolvedEndpoint | Loss], object]) -> None:
+        """Look up the endpoint whose turn it is, and say what was found."""
         self._worker.order(partial(self._find, turn, done))
 
-    def identify(self, route: Route, done: Callable[[Identity | Loss], object]) -> None:
+    def identify(self, endpoint: Endpoint, done: Callable[[Identity | Loss], object]) -> None:
         """Look up the user to connect as, and report what was found."""
-        self._worker.order(partial(self._identify, route, done))
+        self._worker.order(partial(self._identify, endpoint, done))
 
     def replace(self) -> None:
         """Leave a thread that is stuck in a look-up to itself, and go on with another."""
@@ -83,9 +89,9 @@ class Resolver:
         else:
             stuck.stop()
 
-    def _find(self, turn: int, done: Callable[[Way | Loss], object]) -> None:
+    def _find(self, turn: int, done: Callable[[ResolvedEndpoint | Loss], object]) -> None:
         try:
-            found: Way | Loss = self.directory.find(turn)
+            found: ResolvedEndpoint | Loss = self.directory.find(turn)
         except UnreachableError as error:
             found = error.loss
         except BaseException as error:  # noqa: BLE001 - the user's callable may raise anything
@@ -93,9 +99,9 @@ class Resolver:
             found = Loss(f"looking up the broker failed ({type(error).__name__})")
         done(found)
 
-    def _identify(self, route: Route, done: Callable[[Identity | Loss], object]) -> None:
+    def _identify(self, endpoint: Endpoint, done: Callable[[Identity | Loss], object]) -> None:
         try:
-            found: Identity | Loss = route.identity()
+            found: Identity | Loss = endpoint.identity()
         except UnreachableError as error:
             found = error.loss
         done(found)

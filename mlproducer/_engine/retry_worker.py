@@ -26,11 +26,11 @@ from mlproducer._core.delivery import Delivery, Owner
 from mlproducer._core.delivery_states import ROW_KNOWN, RowState
 from mlproducer._core.events import Emit
 from mlproducer._engine.gate import Gate
-from mlproducer._engine.store_orders import End, Note, Put
+from mlproducer._engine.store_orders import Delete, Put, Update
 from mlproducer._engine.store_writer import StoreWriter
 from mlproducer._engine.stored_rows import StoredRows, record_of, wall_clock
 from mlproducer._engine.threads import TimerThread
-from mlproducer._latch import Latch
+from mlproducer._synchronization import Latch
 from mlproducer.errors import StoreError, UnroutableError
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Claim, Depth, Entry, Store
@@ -127,7 +127,7 @@ class RetryWorker:
         if before in ROW_KNOWN:
             new = before is RowState.AHEAD
             told = new and delivery.leased_until < now
-            self._store_writer.order(Note(delivery, record, delay, first=new, told=told))
+            self._store_writer.order(Update(delivery, record, delay, first=new, told=told))
             return False
         entry = Entry(record, delay)
         if self._put_now(delivery, entry, now):
@@ -137,11 +137,13 @@ class RetryWorker:
 
     def settle(self, delivery: Delivery) -> None:
         """Delete the row of a message that has found its end."""
-        self._store_writer.order(End(delivery, delivery.dead, waited=delivery.in_store))
+        self._store_writer.order(Delete(delivery, delivery.dead, waited=delivery.in_store))
 
     def withdraw(self, delivery: Delivery) -> None:
         """Delete the row of a message, and report that."""
-        self._store_writer.order(End(delivery, delivery.dead, waited=delivery.in_store, told=True))
+        self._store_writer.order(
+            Delete(delivery, delivery.dead, waited=delivery.in_store, told=True)
+        )
 
     def verify(self) -> None:
         """See soon that the rows are still there, and store what has none although it should."""
@@ -274,7 +276,7 @@ class RetryWorker:
             delivery = self.stored_rows.take(row, now, epoch)
             if not delivery.open:
                 # it was given back, and its row left to the process that held it
-                self._store_writer.order(End(delivery, row.record.dead, waited=True))
+                self._store_writer.order(Delete(delivery, row.record.dead, waited=True))
             elif delivery.in_flight:
                 continue  # its row was another process's for a while; its tag decides
             elif not full and self._enter(delivery):
@@ -284,7 +286,7 @@ class RetryWorker:
                 # all that becomes free, one that is too large must not stop those that fit.
                 full = full or self._gate.spare() > 0
                 self.hurries = True
-                self._store_writer.order(Note(delivery, row.record, 0.0, first=False))
+                self._store_writer.order(Update(delivery, row.record, 0.0, first=False))
         self._hand_out(taken, ready)
         if full:
             self._give_back()

@@ -35,13 +35,13 @@ from mlproducer._engine.pika_logging import quieten_pika
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.threads import CLOSE_MARGIN, REST_LIMIT
-from mlproducer._latch import Latch, Watch
+from mlproducer._synchronization import Latch, Watch
 from mlproducer.errors import ProducerClosedError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher
-from mlproducer.observe.events import Fanout
 from mlproducer.observe.log import LogSink
-from mlproducer.observe.meter import Meter
-from mlproducer.observe.recent import Recorder
+from mlproducer.observe.producer_metrics import ProducerMetrics
+from mlproducer.observe.recent_history import Recorder
+from mlproducer.observe.sinks import Fanout
 from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
@@ -64,7 +64,7 @@ class Runtime:
         settings: Settings,
         store: Store,
         callbacks: Callbacks,
-        meter: Meter,
+        meter: ProducerMetrics,
         recorder: Recorder,
         tend: Callable[[], None],
         added: Sequence[Declaration] = (),
@@ -387,7 +387,7 @@ class Runtime:
             return self._still_open()
         stored_rows = self._retry_worker.stored_rows
         held = dict.fromkeys([*self.gate.inside(), *stored_rows.rowless])
-        stored = stored_rows.has_row, stored_rows.astray.__contains__
+        stored = stored_rows.has_row, stored_rows.lost_rows.__contains__
         return [each for each in held if each.open and not any(has(each) for has in stored)]
 
     def rest(self) -> None:
@@ -419,7 +419,7 @@ def assemble(
     settings: Settings,
     store: Store | None,
     callbacks: Callbacks,
-    meter: Meter,
+    meter: ProducerMetrics,
     recorder: Recorder,
     tend: Callable[[], None],
     added: Sequence[Declaration] = (),

@@ -22,7 +22,7 @@ from mlproducer import _clock as time
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._engine.close_reasons import closed_by_broker, translate
 from mlproducer._engine.connection import blocking_connection
-from mlproducer._engine.endpoints import Route
+from mlproducer._engine.endpoints import Endpoint
 from mlproducer.errors import NotConnectedError
 
 CLOSE_LIMIT = 1.0
@@ -57,15 +57,15 @@ class Outcome:
 class Session:
     """A channel for questions, as a context manager.
 
-    :param routes: brokers, the first of which that answers is used
+    :param endpoints: brokers, the first of which that answers is used
     :param limit: seconds for each answer
     :raises NotConnectedError: none of them answers; by every method: the broker does not in time,
         goes away, or refuses what it is asked
     """
 
-    def __init__(self, routes: Sequence[Route], limit: float) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], limit: float) -> None:
         self._limit = limit
-        self._route, self._connection = _open(routes)
+        self._endpoint, self._connection = _open(endpoints)
         _tolerate(self._connection)
         try:
             self._channel: Any = self._new_channel()
@@ -76,7 +76,7 @@ class Session:
     @property
     def address(self) -> str:
         """The broker's host and port."""
-        return self._route.broker.address
+        return self._endpoint.broker.address
 
     def __enter__(self) -> Session:
         return self
@@ -200,11 +200,11 @@ def _be_late() -> None:
     raise _LateError
 
 
-def _open(routes: Sequence[Route]) -> tuple[Route, Any]:
+def _open(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, Any]:
     errors = []
-    for route in routes:
+    for endpoint in endpoints:
         try:
-            return route, blocking_connection(route)
+            return endpoint, blocking_connection(endpoint)
         except NotConnectedError as error:
             errors.append(error)
     if len(errors) == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from attrs import define, field
 
 from mlproducer._core.delivery import Delivery
-from mlproducer._latch import Latch
+from mlproducer._synchronization import Latch
 from mlproducer.errors import PublishError
 from mlproducer.stores.protocol import Entry, Record
 
@@ -38,7 +38,7 @@ class Put:
 
 
 @define(eq=False)
-class Note:
+class Update:
     """Note in a message's row what came of the last attempt.
 
     :ivar first: the row did not count among those that wait before
@@ -63,7 +63,7 @@ class Note:
 
 
 @define(eq=False)
-class End:
+class Delete:
     """Delete the row of a message that has found its end, or goes back to its publisher.
 
     :ivar waited: the message waited for a retry, or is dead

@@ -23,7 +23,7 @@ from mlproducer._core.delivery import Delivery, Owner
 from mlproducer._core.events import Emit
 from mlproducer._core.shutdown import CLOSED
 from mlproducer._engine.gate import Gate
-from mlproducer._engine.store_orders import End, Note, Put
+from mlproducer._engine.store_orders import Delete, Put, Update
 from mlproducer._engine.stored_rows import StoredRows, record_of
 from mlproducer.errors import BufferFullError, ProducerClosedError, PublishError, StoreError
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, RowFate, Store
@@ -47,7 +47,7 @@ class _Count:
     new: dict[Delivery, bool] = field(factory=dict)
 
 
-Order = TypeVar("Order", Put, Note, End)
+Order = TypeVar("Order", Put, Update, Delete)
 
 _ENDS = (RowFate.CONFIRMED, RowFate.DEAD_LETTERED)
 
@@ -78,7 +78,7 @@ class StoreWriter:
         self._gate = gate
         self._emit = emit
         self._ring = ring
-        self._orders: deque[Put | Note | End] = deque()
+        self._orders: deque[Put | Update | Delete] = deque()
         self._rung = False
         # By how much rows become more or fewer, by whether they are dead. I/O threads order at the
         # same time, and to add is more than one step; so each thread has a sum of its own.
@@ -106,9 +106,9 @@ class StoreWriter:
             count.depth.ahead,
         )
 
-    def order(self, order: Put | Note | End) -> None:
+    def order(self, order: Put | Update | Delete) -> None:
         """Have something written."""
-        if isinstance(order, End):
+        if isinstance(order, Delete):
             # A row that is not there yet is not counted, and must not be subtracted from others.
             order.counted = order.waited and self._stored_rows.claim_of(order.delivery) is not None
         if not isinstance(order, Put):
@@ -156,12 +156,12 @@ class StoreWriter:
         self._rung = False
         orders = [self._orders.popleft() for _ in range(len(self._orders))]
         puts = [order for order in orders if isinstance(order, Put)]
-        notes = [order for order in orders if isinstance(order, Note)]
-        ends = [order for order in orders if isinstance(order, End)]
+        updates = [order for order in orders if isinstance(order, Update)]
+        deletes = [order for order in orders if isinstance(order, Delete)]
         steps = (
             self._attempt(self._put, puts, again=False),  # it has told those whom it refused
-            self._attempt(self._note, notes),
-            self._attempt(self._end, ends),
+            self._attempt(self._update, updates),
+            self._attempt(self._delete, deletes),
         )
         return all(steps)
 
@@ -210,7 +210,7 @@ class StoreWriter:
         there = [put for put in left if rows.claim_of(put.delivery) is not None]
         if there:
             puts = [put for put in puts if put not in there]
-            sure = [put.delivery for put in there if put.delivery not in rows.astray]
+            sure = [put.delivery for put in there if put.delivery not in rows.lost_rows]
             self._tell(sure, lambda owner, some: owner.stored(some))
         taken: list[Put] = []
         entries = self._wanted(puts, taken)
@@ -260,12 +260,12 @@ class StoreWriter:
             elif delivery.claim() or (delivery.open and delivery.relied_on):
                 ahead.append(delivery)
             else:  # its publisher has given up while it was being stored
-                self.order(End(delivery, dead=False, waited=False))
+                self.order(Delete(delivery, dead=False, waited=False))
         _open(puts)
         self._gate.leave([put.delivery for put in puts if put.entry.delay is not None])
         for delivery in self._tell(kept, lambda owner, some: owner.stored(some)):
             if not delivery.open:
-                self.order(End(delivery, delivery.dead, waited=True))
+                self.order(Delete(delivery, delivery.dead, waited=True))
         self._part(self._tell(ahead, lambda owner, some: owner.stored_ahead(some)), now)
         if kept:
             self._count_again()
@@ -276,7 +276,7 @@ class StoreWriter:
             if delivery.open and delivery.retry:
                 delivery.release(now)
                 continue
-            self.order(End(delivery, delivery.dead, waited=False))
+            self.order(Delete(delivery, delivery.dead, waited=False))
             if delivery.open:
                 message_id = delivery.envelope.message_id
                 self._fail_late(delivery, ProducerClosedError(CLOSED, message_id=message_id))
@@ -309,36 +309,38 @@ class StoreWriter:
             return error
         return StoreError(f"the store {self._store.name} failed: {type(error).__name__}")
 
-    def _note(self, notes: Sequence[Note]) -> None:
-        held = [(note, self._stored_rows.claims.get(note.delivery)) for note in notes]
-        known = [(note, claim) for note, claim in held if claim is not None]
+    def _update(self, updates: Sequence[Update]) -> None:
+        held = [(update, self._stored_rows.claims.get(update.delivery)) for update in updates]
+        known = [(update, claim) for update, claim in held if claim is not None]
         lost = set(
-            self._store.release([Change(claim, note.record, note.delay) for note, claim in known])
+            self._store.release(
+                [Change(claim, update.record, update.delay) for update, claim in known]
+            )
         )
         sure = []
-        for note, claim in held:
-            delivery = note.delivery
+        for update, claim in held:
+            delivery = update.delivery
             if claim is None or claim in lost:
-                self._miss(note)
-                astray = self._stored_rows.astray.get(delivery)
-                safe = astray is not None and astray.told
+                self._miss(update)
+                lost_row = self._stored_rows.lost_rows.get(delivery)
+                safe = lost_row is not None and lost_row.told
             else:
                 safe = True
                 self._stored_rows.ahead.discard(delivery)
-                if note.delay is not None:
+                if update.delay is not None:
                     self._stored_rows.park(delivery, claim)
-            if note.told and safe:
+            if update.told and safe:
                 sure.append(delivery)
-        self._done(notes)
+        self._done(updates)
         self._tell(sure, lambda owner, some: owner.stored(some))
 
-    def _miss(self, note: Note) -> None:
+    def _miss(self, update: Update) -> None:
         """Remember what is to be stored of a message, should its row turn out to be gone."""
-        delivery = note.delivery
+        delivery = update.delivery
         self._stored_rows.lose(delivery)
-        put = Put(delivery, Entry(note.record, note.delay), restores=True)
-        if delivery in self._stored_rows.astray:
-            self._stored_rows.astray[delivery].put = put
+        put = Put(delivery, Entry(update.record, update.delay), restores=True)
+        if delivery in self._stored_rows.lost_rows:
+            self._stored_rows.lost_rows[delivery].put = put
         elif delivery in self._stored_rows.rowless or (
             delivery.relied_on and not self._stored_rows.claim_of(delivery)
         ):
@@ -350,7 +352,7 @@ class StoreWriter:
         These are rows whose claim was lost, and those that wait, and that another process may have
         delivered, as far as a publisher can be told.
         """
-        asked = self._stored_rows.astray_and_waiting()
+        asked = self._stored_rows.lost_and_waiting()
         for begin in range(0, len(asked), TRACED):
             piece = asked[begin : begin + TRACED]
             fates = self._store.trace([claim for _, claim in piece])
@@ -368,13 +370,13 @@ class StoreWriter:
         for delivery in by_fate[RowFate.MISSING]:
             if self._stored_rows.expects(delivery):
                 continue  # its transaction is not over, or was rolled back
-            astray = self._stored_rows.astray.get(delivery)
+            lost_row = self._stored_rows.lost_rows.get(delivery)
             self._stored_rows.drop(delivery)
-            if astray is None:
+            if lost_row is None:
                 vanished.append(delivery)
             elif delivery.open:
                 delivery.lease(math.inf)  # there is nothing that another could have
-                self._stored_rows.rowless[delivery] = astray.put or self._restoring(delivery)
+                self._stored_rows.rowless[delivery] = lost_row.put or self._restoring(delivery)
         self._tell(vanished, lambda owner, some: owner.vanished(some))
         for fate in _ENDS:
             for delivery in by_fate[fate]:
@@ -385,16 +387,20 @@ class StoreWriter:
         record = record_of(delivery, time.monotonic())
         return Put(delivery, Entry(record, ahead=not delivery.in_store), restores=True)
 
-    def _end(self, ends: Sequence[End]) -> None:
-        claims = [self._stored_rows.claim_of(end.delivery) for end in ends]
+    def _delete(self, deletes: Sequence[Delete]) -> None:
+        claims = [self._stored_rows.claim_of(delete.delivery) for delete in deletes]
         self._store.done([claim for claim in claims if claim is not None])
-        told = [(end.delivery, claim) for end, claim in zip(ends, claims, strict=True) if end.told]
+        told = [
+            (delete.delivery, claim)
+            for delete, claim in zip(deletes, claims, strict=True)
+            if delete.told
+        ]
         fates = self._fates([claim for _, claim in told])
-        for end in ends:
-            self._stored_rows.drop(end.delivery)
-            self._stored_rows.rowless.pop(end.delivery, None)
+        for delete in deletes:
+            self._stored_rows.drop(delete.delivery)
+            self._stored_rows.rowless.pop(delete.delivery, None)
         self._withdraw([delivery for delivery, _ in told], fates)
-        self._done(ends)
+        self._done(deletes)
 
     def _fates(self, claims: Sequence[Claim | None]) -> list[RowFate]:
         """Ask what became of rows that have just been deleted, unless they were another's by then.
@@ -421,11 +427,11 @@ class StoreWriter:
         dead = fate is RowFate.DEAD_LETTERED
         self._tell(deliveries, lambda owner, some: owner.ended_elsewhere(some, dead=dead))
 
-    def _done(self, orders: Sequence[Note] | Sequence[End]) -> None:
+    def _done(self, orders: Sequence[Update] | Sequence[Delete]) -> None:
         """Count again, if it can be done, where the orders have made a difference."""
         for order in orders:
             self._carried[order.dead] += order.change
-        if any(isinstance(order, Note) or order.waited for order in orders):
+        if any(isinstance(order, Update) or order.waited for order in orders):
             self._count_again()
 
     def _count_again(self) -> None:

@@ -36,7 +36,7 @@ SAFETY = 0.9
 
 
 @define(eq=False)
-class Astray:
+class LostRow:
     """A row whose claim was lost: it is gone, or another process's.
 
     :ivar put: what is to be stored should it be gone; ``None``: the message as it is then
@@ -59,7 +59,7 @@ class StoredRows:
     :param lease: seconds for which a claim holds
     :ivar claims: the claim of each row that is this process's now
     :ivar ahead: those stored ahead of their first attempt, which is under way
-    :ivar astray: those whose claim was lost, until their fate is known
+    :ivar lost_rows: those whose claim was lost, until their fate is known
     :ivar rowless: those that are ours and have no row, though they should
     :ivar renew_at: monotonic time at which leases have to be renewed
     """
@@ -73,7 +73,7 @@ class StoredRows:
         self._expected: WeakKeyDictionary[Delivery, Claim] = WeakKeyDictionary()
         self.claims: dict[Delivery, Claim] = {}
         self.ahead: set[Delivery] = set()
-        self.astray: dict[Delivery, Astray] = {}
+        self.lost_rows: dict[Delivery, LostRow] = {}
         self.rowless: dict[Delivery, Put] = {}
 
     @property
@@ -88,20 +88,20 @@ class StoredRows:
     def deliveries(self) -> list[Delivery]:
         """Return all that are remembered."""
         if not isinstance(self._parked, WeakValueDictionary):
-            kept = [*self.claims, *self.astray, *self.rowless, *self._parked.values()]
+            kept = [*self.claims, *self.lost_rows, *self.rowless, *self._parked.values()]
             return list(dict.fromkeys(kept))
         alive = [reference() for reference in self._parked.valuerefs()]
         waiting = (delivery for delivery in alive if delivery is not None)
-        return list(dict.fromkeys([*self.claims, *self.astray, *self.rowless, *waiting]))
+        return list(dict.fromkeys([*self.claims, *self.lost_rows, *self.rowless, *waiting]))
 
-    def astray_and_waiting(self) -> list[tuple[Delivery, Claim]]:
+    def lost_and_waiting(self) -> list[tuple[Delivery, Claim]]:
         """Return the last claims of rows that another process may have, or have ended."""
-        astray = [(delivery, row.claim) for delivery, row in self.astray.items()]
+        lost = [(delivery, row.claim) for delivery, row in self.lost_rows.items()]
         if not self._durable:
-            return astray
+            return lost
         waiting = [(each, claim) for each, claim in self._last.items() if each.open]
         expected = [(each, claim) for each, claim in self._expected.items() if each.open]
-        return astray + waiting + expected
+        return lost + waiting + expected
 
     def expect(self, delivery: Delivery, claim: Claim) -> None:
         """Remember a row of a transaction that is not over: it comes with the COMMIT, or never."""
@@ -114,7 +114,7 @@ class StoredRows:
 
     def first_seen_taken(self, delivery: Delivery) -> bool:
         """Note that another process has a row; false where that is no news, or does no harm."""
-        row = self.astray.get(delivery)
+        row = self.lost_rows.get(delivery)
         if row is None or row.told:
             return False
         row.told = True
@@ -145,7 +145,7 @@ class StoredRows:
         if claim is not None:
             delivery.lease(-math.inf)
             self.ahead.discard(delivery)
-            self.astray[delivery] = Astray(claim)
+            self.lost_rows[delivery] = LostRow(claim)
             self._parked[claim.key] = delivery
 
     def _begin_lease(self, delivery: Delivery, now: float) -> None:
@@ -162,10 +162,10 @@ class StoredRows:
 
     def claim_of(self, delivery: Delivery) -> Claim | None:
         """Return the last claim of its row, which holds if no process has claimed it since."""
-        astray = self.astray.get(delivery)
+        lost_row = self.lost_rows.get(delivery)
         claim = self.claims.get(delivery) or self._last.get(delivery)
         claim = claim or self._expected.get(delivery)
-        return claim or (None if astray is None else astray.claim)
+        return claim or (None if lost_row is None else lost_row.claim)
 
     def regain(self, row: Row, now: float) -> bool:
         """Hold a row again whose delivery has been with its connection all the time.
@@ -178,10 +178,10 @@ class StoredRows:
         delivery = self._parked.get(row.claim.key)
         if delivery is None or not delivery.open:
             return False
-        astray = self.astray.get(delivery)
-        if astray is None or not astray.decided_by_connection:
+        lost_row = self.lost_rows.get(delivery)
+        if lost_row is None or not lost_row.decided_by_connection:
             return False
-        del self.astray[delivery]
+        del self.lost_rows[delivery]
         self._parked.pop(row.claim.key)
         if row.record.doubtful:
             delivery.suspect(Doubt.POSSIBLE)
@@ -201,7 +201,7 @@ class StoredRows:
         else:
             self._last.pop(delivery, None)
             self._expected.pop(delivery, None)
-            self.astray.pop(delivery, None)
+            self.lost_rows.pop(delivery, None)
             record = row.record
             delivery.reload(
                 record.envelope,
@@ -218,7 +218,7 @@ class StoredRows:
         claim = self.claim_of(delivery)
         self.claims.pop(delivery, None)
         self.ahead.discard(delivery)
-        waited = self._last.pop(delivery, None) or self.astray.pop(delivery, None)
+        waited = self._last.pop(delivery, None) or self.lost_rows.pop(delivery, None)
         waited = self._expected.pop(delivery, None) or waited
         if waited is not None and claim is not None:
             self._parked.pop(claim.key, None)

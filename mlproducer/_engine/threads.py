@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import ssl
 from pathlib import Path
 
 from mlproducer._broker_url import TLSSettings
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from datetime import datetime
 from math import isfinite
 from typing import Any
 
-from mlproducer._schema import NO_HISTORY, is_history
+from mlproducer._field_checks import NO_HISTORY, is_history
 from mlproducer.errors import InvalidMessageError, MessageTooLargeError
 
 FRAME_MAX = 131_072

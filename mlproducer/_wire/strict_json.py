@@ -1,9 +1,9 @@
 """Strict JSON (RFC 8259) in UTF-8, which every stock reader decodes to the same values.
 
 Python's own encoder is used, or orjson's. The values of a task were checked when it was made
-(`mlproducer._schema`); what still cannot be encoded is refused with an error that shows the field's
-name and type, never its content. Types that JSON lacks are encoded as by kombu, whose decoder in a
-stock Celery worker restores them.
+(`mlproducer._field_checks`); what still cannot be encoded is refused with an error that shows the
+field's name and type, never its content. Types that JSON lacks are encoded as by kombu, whose
+decoder in a stock Celery worker restores them.
 
 Runs on: any thread.
 """

@@ -136,7 +136,7 @@ def _broker_steps(producer: MLProducer) -> Iterator[Step]:
 def _session_steps(producer: MLProducer) -> Iterator[Step]:
     settings = producer.settings
     topology = Topology.of(settings)
-    with Session(Endpoints(settings).routes, settings.connection_timeout) as session:
+    with Session(Endpoints(settings).known, settings.connection_timeout) as session:
         declared = _declare(session, topology, settings)
         yield declared
         yield from _publish(producer)

@@ -27,8 +27,8 @@ from attrs import asdict, define, field, frozen
 
 from mlproducer import ConnectionState, MLProducer, Receipt
 from mlproducer.cli import connectivity
-from mlproducer.cli.lines import TASKS, Task, parse, read_lines
 from mlproducer.cli.output import Console, Terminated
+from mlproducer.cli.task_lines import TASKS, Task, parse, read_lines
 from mlproducer.errors import (
     CircuitOpenError,
     InvalidMessageError,

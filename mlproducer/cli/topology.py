@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     """
     settings: Settings = arguments.settings()
     topology = Topology.of(settings)
-    with Session(Endpoints(settings).routes, settings.connection_timeout) as session:
+    with Session(Endpoints(settings).known, settings.connection_timeout) as session:
         findings = list(compare(session, topology, apply=arguments.apply))
     _show(findings, console)
     advice = [line for each in findings for line in _advise(each, topology, settings)]

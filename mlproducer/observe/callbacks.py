@@ -25,12 +25,12 @@ from attrs import frozen
 from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.states import CircuitState
-from mlproducer._guard import guarded
+from mlproducer._foreign_calls import guarded
 from mlproducer.message import Fate, Receipt
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.counters import Cells
-from mlproducer.observe.events import Sink, Table
-from mlproducer.observe.lines import Lines
+from mlproducer.observe.limited_logger import LimitedLogger
+from mlproducer.observe.sinks import Sink, Table
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class CallbackThread:
         self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._unstarted = [None]
         self._ended = False
-        self._lines = Lines(logger)
+        self._lines = LimitedLogger(logger)
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:

@@ -22,8 +22,8 @@ from mlproducer._core import events
 from mlproducer._core.events import Event
 from mlproducer._core.interfaces import LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
-from mlproducer.observe.events import Sink, Table
-from mlproducer.observe.lines import Lines
+from mlproducer.observe.limited_logger import LimitedLogger
+from mlproducer.observe.sinks import Sink, Table
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class LogSink(Sink):
         loggers = {
             kind: logging.root.getChild(f"mlproducer.{name}") for kind, name in LOGGERS.items()
         }
-        self._lines = Lines(logger, clock, loggers)
+        self._lines = LimitedLogger(logger, clock, loggers)
 
     def table(self) -> Table:
         """Return what logs lines, and what ends with the producer."""

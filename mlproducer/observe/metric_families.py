@@ -1,7 +1,7 @@
 """Every metric family: names, kinds, labels, buckets.
 
-`mlproducer.observe.meter` counts them. A test holds the dashboard and the alert rules against this
-list.
+`mlproducer.observe.producer_metrics` counts them. A test holds the dashboard and the alert rules
+against this list.
 
 Runs on: any thread; everything here is frozen.
 """

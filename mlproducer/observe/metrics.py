@@ -41,8 +41,7 @@ from prometheus_client.utils import floatToGoString
 from mlproducer import _forks as forks
 from mlproducer.errors import ConfigurationError
 from mlproducer.observe.counters import Labels, Tally
-from mlproducer.observe.lines import Lines
-from mlproducer.observe.meter import Meter, Watched
+from mlproducer.observe.limited_logger import LimitedLogger
 from mlproducer.observe.metric_families import (
     CONNECTION_STATE,
     FAMILIES,
@@ -51,6 +50,7 @@ from mlproducer.observe.metric_families import (
     Kind,
     Merge,
 )
+from mlproducer.observe.producer_metrics import ProducerMetrics, Watched
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ MULTIPROCESS = bool(
 """Whether prometheus-client writes into files, which it decided when it was imported."""
 
 
-def meter(registry: CollectorRegistry | None = None) -> Meter:
+def meter(registry: CollectorRegistry | None = None) -> ProducerMetrics:
     """Return the meter of a registry, with its families registered.
 
     :param registry: ``None`` is prometheus-client's default one
@@ -76,7 +76,7 @@ def meter(registry: CollectorRegistry | None = None) -> Meter:
     :raises ConfigurationError: the directory of multiprocess mode cannot be used
     """
     if MULTIPROCESS:
-        return _file_meter()
+        return _file_metrics()
     registry = REGISTRY if registry is None else registry
     fresh = _Collector(Tally())
     collector = _collectors.setdefault(registry, fresh)
@@ -121,8 +121,8 @@ def _source(registry: CollectorRegistry | None) -> Iterator[CollectorRegistry]:
     if not MULTIPROCESS:
         yield REGISTRY if registry is None else registry
         return
-    if _file_meter.cache_info().currsize:
-        _file_meter().catch_up()
+    if _file_metrics.cache_info().currsize:
+        _file_metrics().catch_up()
     try:
         source = CollectorRegistry()
         MultiProcessCollector(source)  # type: ignore[no-untyped-call]
@@ -146,7 +146,7 @@ class _Collector:
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
         self._earlier: Any = None
-        self.meter = Meter(tally)
+        self.meter = ProducerMetrics(tally)
 
     def register(self, registry: CollectorRegistry) -> None:
         """Register, in place of an earlier import's collector, if there is one.
@@ -236,7 +236,7 @@ class _Writer:
 
     def __init__(self) -> None:
         self._lock = _lock_of(values.ValueClass)
-        self._lines = Lines(logger)
+        self._lines = LimitedLogger(logger)
         self._busy: set[int] = set()
         self._waiting: deque[Callable[[], object]] = deque(maxlen=MAX_WAITING)
 
@@ -397,7 +397,7 @@ def _shared(family: Family, merge: str) -> Any:
     return Gauge(family.name, family.help, family.labels, registry=None, multiprocess_mode=mode)
 
 
-class _FileMeter(Meter):
+class _FileMetrics(ProducerMetrics):
     """The meter of a process in multiprocess mode, whose gauges are written to files.
 
     If the directory is emptied, or its disk is full, counts become wrong, and nothing else happens.
@@ -450,10 +450,10 @@ class _FileMeter(Meter):
 
 
 @lru_cache(1)
-def _file_meter() -> _FileMeter:
+def _file_metrics() -> _FileMetrics:
     writer = _Writer()
     try:
-        return _FileMeter(_Files(writer), writer)
+        return _FileMetrics(_Files(writer), writer)
     except OSError as error:
         raise ConfigurationError(
             f"{DIRECTORY} must name a directory that can be written to: {error.strerror}"
@@ -470,8 +470,8 @@ def _in_child() -> None:
         registry._lock = lock  # noqa: SLF001 - it has no public way to release it
     for collector in list(_collectors.values()):
         collector.forked()
-    if _file_meter.cache_info().currsize:
-        _file_meter().forked()
+    if _file_metrics.cache_info().currsize:
+        _file_metrics().forked()
 
 
 forks.in_child(_in_child)

@@ -29,12 +29,12 @@ from weakref import WeakKeyDictionary
 from mlproducer import tracing
 from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
-from mlproducer._guard import guarded
+from mlproducer._foreign_calls import guarded
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.message import Envelope
 from mlproducer.observe.callbacks import Dispatcher
-from mlproducer.observe.events import Sink, Table
-from mlproducer.observe.lines import Lines
+from mlproducer.observe.limited_logger import LimitedLogger
+from mlproducer.observe.sinks import Sink, Table
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class Spans(Sink):
     def __init__(self, dispatcher: Dispatcher, *, durable: bool = False) -> None:
         self._dispatcher = dispatcher
         self._durable = durable
-        self._lines = Lines(logger)
+        self._lines = LimitedLogger(logger)
         self._open: WeakKeyDictionary[Delivery, OpenSpan] = WeakKeyDictionary()
         self._tracer: ModuleType | None = None
         self._usable = True

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from attrs import frozen
 
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer.errors import StoreError
 from mlproducer.stores.protocol import Claim, Entry
 

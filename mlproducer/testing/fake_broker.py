@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import final
 
 from mlproducer.testing.fake_connection import Behaviour, FakeConnection, ReceivedMessage
-from mlproducer.testing.loop import Listener, Loop
+from mlproducer.testing.socket_loop import Listener, Loop
 
 __all__ = ["Behaviour", "FakeBroker", "FakeConnection", "ReceivedMessage"]
 

@@ -19,7 +19,7 @@ from attrs import field, frozen
 from pika import exceptions, frame, spec
 
 from mlproducer.testing.fake_frames import FRAME_HEADER, Channel, take_frame
-from mlproducer.testing.loop import Loop, Stream
+from mlproducer.testing.socket_loop import Loop, Stream
 
 __all__ = ["Behaviour", "FakeConnection", "ReceivedMessage"]
 

@@ -21,7 +21,7 @@ from functools import partial
 
 from attrs import define, field, frozen, validators
 
-from mlproducer.testing.loop import READ_SIZE, Loop, reset_on_close
+from mlproducer.testing.socket_loop import READ_SIZE, Loop, reset_on_close
 
 __all__ = ["Connection", "Faults", "Flow", "Pipe"]
 

@@ -23,11 +23,11 @@ from attrs import field, frozen
 
 from mlproducer._broker_url import Defaults, parse
 from mlproducer.settings import Settings
-from mlproducer.testing.differences import are_tasks, differences, is_task
 from mlproducer.testing.node import RabbitMQError, RabbitMQNode, RabbitMQNotInstalled
 from mlproducer.testing.postgresql_server import PostgreSQLServer
 from mlproducer.testing.recording import RecordingProducer
 from mlproducer.testing.redis_server import RedisServer
+from mlproducer.testing.task_differences import are_tasks, differences, is_task
 
 __all__ = [
     "GivenBroker",

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from attrs import asdict, evolve
 
-from mlproducer.testing.loop import Address, Listener, Loop
 from mlproducer.testing.pipes import Connection, Faults, Flow, Pipe
+from mlproducer.testing.socket_loop import Address, Listener, Loop
 
 __all__ = ["Direction", "Proxy"]
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from mlproducer._core.states import ConnectionState
-from mlproducer._latch import seconds
+from mlproducer._synchronization import seconds
 from mlproducer._wire.encode import Task
 from mlproducer.errors import (
     BufferFullError,
@@ -37,7 +37,7 @@ from mlproducer.producer import MLProducer, Retry
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
 from mlproducer.stores.protocol import Store
-from mlproducer.testing.differences import differences
+from mlproducer.testing.task_differences import differences
 from mlproducer.topology import Declaration
 
 __all__ = ["RecordingProducer"]

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from mlproducer.errors import BufferFullError
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate, Store
-from mlproducer.testing.store_kit import (
+from mlproducer.testing.store_dead_letters import Counts, Letters
+from mlproducer.testing.store_helpers import (
     LIMIT,
     PATIENCE,
     StoreTests,
@@ -38,7 +39,6 @@ from mlproducer.testing.store_kit import (
     record_of,
     records,
 )
-from mlproducer.testing.store_letters import Counts, Letters
 
 NO_WAITER = Claim(2**40, 1)
 

@@ -28,7 +28,7 @@ from kombu import Exchange, Queue
 
 from mlproducer._store_url import read_redis
 from mlproducer.contrib.celery import PublishFailedError, install, producer_of, uninstall
-from mlproducer.contrib.celery.notes import RedisNotes
+from mlproducer.contrib.celery.completed_tasks import RedisCompletedTasks
 from mlproducer.testing import Certificates, RabbitMQNode, RedisServer
 from mlproducer.testing.audit import open_channel
 from mlproducer.testing.plugin import VirtualHost
@@ -361,7 +361,7 @@ def test_what_is_noted_is_left_out(shop: Shop) -> None:
     script = "import celery_shop; celery_shop.late.apply_async((), task_id='{}')"
     environ = shop.environ(installed=True)
     counter = redis.Redis.from_url(shop.backend)
-    notes = RedisNotes(read_redis(f"{shop.backend}?prefix=notes"))
+    notes = RedisCompletedTasks(read_redis(f"{shop.backend}?prefix=notes"))
     notes.add("noted:shop.late:0:0", 60.0)
 
     def send(name: str) -> None:

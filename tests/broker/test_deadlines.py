@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 from attrs import frozen
 
-from mlproducer import Message, MLProducer, _waiting
+from mlproducer import Message, MLProducer, _answers
 from mlproducer.errors import (
     BrokerBlockedError,
     ConfirmTimeoutError,
@@ -189,7 +189,7 @@ def test_no_publish_outlasts_its_deadline(
             LONGEST[name, timeout] = longest = max(took for _, took, _ in answers)
             assert longest - waited < timeout + SLACK
             # Only an I/O thread that has no CPU gives back what it could have kept.
-            assert waited > _waiting.GRACE or not any(given_back for _, _, given_back in answers)
+            assert waited > _answers.GRACE or not any(given_back for _, _, given_back in answers)
         with in_time(0.3 + GRACE):
             producer.close(0.3)
 

@@ -29,7 +29,7 @@ from mlproducer._core.delivery import Delivery
 from mlproducer._engine import runtime
 from mlproducer.contrib.celery import PublishFailedError, install, uninstall
 from mlproducer.errors import ConfirmTimeoutError, PublishError
-from mlproducer.observe.events import Fanout, Sink, Table
+from mlproducer.observe.sinks import Fanout, Sink, Table
 from mlproducer.testing import CeleryWorker, Proxy
 from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost

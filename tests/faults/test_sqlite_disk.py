@@ -21,7 +21,7 @@ import pytest
 from mlproducer.errors import StoreError
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Record, RowFate
 from mlproducer.stores.sqlite import SQLiteStore
-from mlproducer.stores.sqlite.reserve import SIZE
+from mlproducer.stores.sqlite.disk_reserve import SIZE
 from tests.helpers import LIMIT, make_envelope
 
 Disk = Callable[[str], Path]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mlproducer"
 
 LAYERS = [
-    {"errors", "_guard", "_clock", "_latch", "_forks"},
+    {"errors", "_foreign_calls", "_clock", "_synchronization", "_forks"},
     {
         "settings",
         "message",
@@ -21,12 +21,12 @@ LAYERS = [
         "topology",
         "tracing",
         "_broker_url",
-        "_schema",
+        "_field_checks",
         "_store_url",
     },
     {"_core", "_wire", "status"},
     {"observe", "stores"},
-    {"_engine", "_waiting", "_awaiting"},
+    {"_engine", "_answers", "_async_answers"},
     {
         "__init__",
         "producer",

@@ -17,7 +17,7 @@ NOT_NEEDED = {
     "sqlite3",
     "redis",
     "psycopg",
-    "mlproducer._awaiting",
+    "mlproducer._async_answers",
     "mlproducer._store_url",
     "mlproducer.cli",
     "mlproducer.contrib",

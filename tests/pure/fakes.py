@@ -17,7 +17,7 @@ from mlproducer._core.interfaces import Loss
 from mlproducer._core.sender import Sender
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope, Receipt
-from mlproducer.observe.events import Sink, Table
+from mlproducer.observe.sinks import Sink, Table
 from tests.helpers import make_delivery
 
 PLENTY = 1 << 20

@@ -14,7 +14,7 @@ from functools import partial
 
 from attrs import evolve
 
-from mlproducer import _waiting as waiting
+from mlproducer import _answers as waiting
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_errors import silent_store
 from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState, RowState
@@ -24,7 +24,7 @@ from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.store_orders import Put
-from mlproducer._latch import Latch
+from mlproducer._synchronization import Latch
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.message import Envelope
 from tests.helpers import make_delivery

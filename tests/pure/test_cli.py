@@ -25,11 +25,11 @@ from mlproducer import (
 from mlproducer.cli import COMMANDS, main, output
 from mlproducer.cli.connectivity import advise
 from mlproducer.cli.demo_result import Progress
-from mlproducer.cli.lines import parse, read_lines
 from mlproducer.cli.reliability import SCENARIOS, Report, show_totals
-from mlproducer.cli.reliability.account import Account
-from mlproducer.cli.reliability.steps import Step
+from mlproducer.cli.reliability.figures import Figures
+from mlproducer.cli.reliability.scenario import Step
 from mlproducer.cli.sample_texts import MAX_CHARACTERS, MIN_CHARACTERS, STANDARD_LIBRARY, texts
+from mlproducer.cli.task_lines import parse, read_lines
 from mlproducer.errors import (
     AuthenticationError,
     BrokerRejectedError,
@@ -438,12 +438,12 @@ def test_an_account_has_what_is_lost_leaked_and_double() -> None:
     journal.note("doubtful", NackError("x"))
     journal.note("unsent", NotConnectedError("x"))
     found = Counter({"there": 1, "twice": 2, "leaked": 1, "doubtful": 1})
-    account = Account.of(journal, found, Counter(["dead"]))
-    assert (account.taken_over, account.delivered, account.dead_lettered) == (4, 3, 1)
-    assert (account.given_back, account.leaked, account.duplicates) == (3, 1, 1)
-    assert account.rate == 0.75
-    assert not account.well
-    assert (account + account).duplicates == 2
+    figures = Figures.of(journal, found, Counter(["dead"]))
+    assert (figures.taken_over, figures.delivered, figures.dead_lettered) == (4, 3, 1)
+    assert (figures.given_back, figures.leaked, figures.duplicates) == (3, 1, 1)
+    assert figures.rate == 0.75
+    assert not figures.well
+    assert (figures + figures).duplicates == 2
 
 
 def test_the_totals_name_the_rate_and_what_was_skipped(
@@ -454,11 +454,11 @@ def test_the_totals_name_the_rate_and_what_was_skipped(
     for name in "abc":
         journal.note(name, _receipt(name))
     journal.longest = 1.5
-    account = Account.of(journal, Counter("abb"), Counter())
+    figures = Figures.of(journal, Counter("abb"), Counter())
     first, second = list(SCENARIOS.values())[:2]
     failed, skipped = Step("d", "e", "s", ok=False), Step("d", "e", "s", ok=None)
-    reports = [Report(first, (failed, skipped), account), Report(second, (skipped,), Account())]
-    show_totals(reports, account, 2.0, output.Console(as_json=False))
+    reports = [Report(first, (failed, skipped), figures), Report(second, (skipped,), Figures())]
+    show_totals(reports, figures, 2.0, output.Console(as_json=False))
     rows = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines())
     told = {name: value.strip() for name, value in rows.items()}
     assert told["delivery rate over the faults"] == "66.67%"

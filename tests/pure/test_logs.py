@@ -17,10 +17,10 @@ from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import NackError, StoreError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher, Event
-from mlproducer.observe.events import Fanout, Sink, Table
+from mlproducer.observe.limited_logger import LimitedLogger
 from mlproducer.observe.limiter import Limiter
-from mlproducer.observe.lines import Lines
 from mlproducer.observe.log import LOGGERS, MAX_WORDS, LogSink
+from mlproducer.observe.sinks import Fanout, Sink, Table
 from tests.helpers import make_delivery
 from tests.pure.witnesses import Clock
 
@@ -196,7 +196,7 @@ def test_traceback_of_a_crash(caplog: pytest.LogCaptureFixture, sink: LogSink) -
 
 def test_lines_go_to_the_logger_they_are_given(caplog: pytest.LogCaptureFixture) -> None:
     """Other modules limit their own lines, on their own loggers."""
-    lines = Lines(logging.getLogger("mlproducer.other"), Clock().monotonic)
+    lines = LimitedLogger(logging.getLogger("mlproducer.other"), Clock().monotonic)
     lines.log(logging.ERROR, "a callback raised")
     assert caplog.record_tuples == [("mlproducer.other", logging.ERROR, "a callback raised")]
 

@@ -48,9 +48,9 @@ from mlproducer.message import Envelope
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe import metrics
 from mlproducer.observe.counters import Cells
-from mlproducer.observe.events import Sink
-from mlproducer.observe.meter import Meter
 from mlproducer.observe.metric_families import FAMILIES, Kind
+from mlproducer.observe.producer_metrics import ProducerMetrics
+from mlproducer.observe.sinks import Sink
 from tests.helpers import make_delivery
 
 CONTRACT = {
@@ -117,13 +117,13 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def meter(registry: CollectorRegistry) -> Meter:
+def meter(registry: CollectorRegistry) -> ProducerMetrics:
     """The meter of the test's registry."""
     return metrics.meter(registry)
 
 
 @pytest.fixture
-def sink(meter: Meter) -> Sink:
+def sink(meter: ProducerMetrics) -> Sink:
     """The sink of one engine."""
     return meter.sink()
 
@@ -154,7 +154,9 @@ def test_families_are_the_documented_ones() -> None:
     assert listed == CONTRACT
 
 
-def test_complete_before_the_first_publish(registry: CollectorRegistry, meter: Meter) -> None:
+def test_complete_before_the_first_publish(
+    registry: CollectorRegistry, meter: ProducerMetrics
+) -> None:
     """Every family is there at once, those without labels with their series, at zero."""
     producer = Producer(Status(connection_state=DISCONNECTED))
     meter.watch(producer)
@@ -268,7 +270,7 @@ def test_dead_lettered(registry: CollectorRegistry, sink: Sink) -> None:
 )
 def test_refused(
     registry: CollectorRegistry,
-    meter: Meter,
+    meter: ProducerMetrics,
     task: object,
     error: MLProducerError,
     labels: tuple[str, str],
@@ -320,7 +322,7 @@ def test_connection(
 ) -> None:
     """Losses and failed attempts count by their kind, a closing does not; outages are measured."""
     now = iter([100.0, 103.0])
-    monkeypatch.setattr("mlproducer.observe.meter.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("mlproducer.observe.producer_metrics.time.monotonic", lambda: next(now))
     sink.take(events.Connected("h:5672"))
     assert value(registry, "reconnect_duration_seconds_count") == 0
     sink.take(events.Disconnected(Loss("", kind=LossKind.HEARTBEAT)))
@@ -350,7 +352,7 @@ def test_states(registry: CollectorRegistry, sink: Sink) -> None:
     assert value(registry, "store_errors_total") == 1
 
 
-def test_closed_label_sets(registry: CollectorRegistry, sink: Sink, meter: Meter) -> None:
+def test_closed_label_sets(registry: CollectorRegistry, sink: Sink, meter: ProducerMetrics) -> None:
     """Whatever happens, a label with a closed set has one of the words that the catalog lists."""
     for kind in LossKind:
         sink.take(events.ConnectFailed(Loss("", kind=kind)))
@@ -373,7 +375,7 @@ def _all_errors(root: type[MLProducerError]) -> Iterator[type[MLProducerError]]:
 # --- gauges ------------------------------------------------------------------------------------
 
 
-def test_gauges_of_one_producer(registry: CollectorRegistry, meter: Meter) -> None:
+def test_gauges_of_one_producer(registry: CollectorRegistry, meter: ProducerMetrics) -> None:
     """Each gauge shows what the status says, at the moment of the scrape."""
     producer = Producer()
     meter.watch(producer)
@@ -400,7 +402,9 @@ def test_gauges_of_one_producer(registry: CollectorRegistry, meter: Meter) -> No
     assert value(registry, "circuit_breaker_open") == 0
 
 
-def test_producers_that_share_a_registry(registry: CollectorRegistry, meter: Meter) -> None:
+def test_producers_that_share_a_registry(
+    registry: CollectorRegistry, meter: ProducerMetrics
+) -> None:
     """Sizes add up, flags are those of any, the state is the least healthy one of those open."""
     assert metrics.meter(registry) is meter
     first, second, third = Producer(), Producer(), Producer()
@@ -420,7 +424,7 @@ def test_producers_that_share_a_registry(registry: CollectorRegistry, meter: Met
     assert value(registry, "pending_confirms") == 0
 
 
-def test_stores_that_are_shared(registry: CollectorRegistry, meter: Meter) -> None:
+def test_stores_that_are_shared(registry: CollectorRegistry, meter: ProducerMetrics) -> None:
     """What several producers see of one durable store counts once; memory stores add up."""
     producers = [Producer() for _ in range(6)]
     for producer, store in zip(producers, ["a.db", "a.db", "b.db", "a.db", "", ""], strict=True):
@@ -509,7 +513,7 @@ def what_is_new() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("what_is_new")
-def test_dropped_producer(registry: CollectorRegistry, meter: Meter) -> None:
+def test_dropped_producer(registry: CollectorRegistry, meter: ProducerMetrics) -> None:
     """A producer without references is collected, and shows no more; its counts stay."""
     producer = Producer()
     meter.watch(producer)
@@ -539,7 +543,7 @@ def depth(registry: CollectorRegistry, queue: str = "ml.embed") -> float | None:
     return value(registry, "queue_depth", queue_name=queue)
 
 
-def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: Sink) -> None:
+def test_queue_depths(registry: CollectorRegistry, meter: ProducerMetrics, sink: Sink) -> None:
     """The last reading of each queue is shown, for as long as it is one."""
     producer = Producer()
     meter.watch(producer)
@@ -560,7 +564,7 @@ def test_queue_depths(registry: CollectorRegistry, meter: Meter, sink: Sink) -> 
 
 @pytest.mark.parametrize("state", [each for each in ConnectionState if each is not CONNECTED])
 def test_queue_depth_is_gone_with_its_connection(
-    registry: CollectorRegistry, meter: Meter, sink: Sink, state: ConnectionState
+    registry: CollectorRegistry, meter: ProducerMetrics, sink: Sink, state: ConnectionState
 ) -> None:
     """Each connection has readings of its own, of which the greatest is shown."""
     producer, other = Producer(), meter.sink()
@@ -610,7 +614,7 @@ class Moving:
 def test_a_gauge_is_not_written_over_by_what_was_read_before() -> None:
     """A connection that moves while its gauges are written is shown where it is now."""
     shown, producer = Shown(), Moving()
-    meter = metrics._FileMeter(shown, metrics._Writer())  # type: ignore[arg-type]
+    meter = metrics._FileMetrics(shown, metrics._Writer())  # type: ignore[arg-type]
     meter.watch(producer)
 
     def connect() -> None:
@@ -624,7 +628,7 @@ def test_a_gauge_is_not_written_over_by_what_was_read_before() -> None:
 def test_a_queue_that_is_not_read_any_more_is_zero_in_a_file() -> None:
     """A series cannot be taken out of a file; with its connection gone, a queue's shows nothing."""
     shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
-    meter = metrics._FileMeter(shown, metrics._Writer())  # type: ignore[arg-type]
+    meter = metrics._FileMetrics(shown, metrics._Writer())  # type: ignore[arg-type]
     meter.watch(producer)
     sink = meter.sink()
     sink.take(events.QueueDepth("ml.embed", 7))
@@ -640,7 +644,7 @@ def test_files_that_cannot_be_written_are_told_a_few_times(
 ) -> None:
     """Gauges that cannot be written, and refusals that cannot be counted, raise nothing."""
     shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
-    meter = metrics._FileMeter(shown, metrics._Writer())  # type: ignore[arg-type]
+    meter = metrics._FileMetrics(shown, metrics._Writer())  # type: ignore[arg-type]
     meter.watch(producer)
 
     def fail() -> None:

@@ -14,7 +14,7 @@ import pytest
 from mlproducer._core.states import ConnectionState
 from mlproducer.cli import main
 from mlproducer.monitoring import ALERTS_FILE, DASHBOARD_FILE, files
-from mlproducer.observe import meter
+from mlproducer.observe import producer_metrics
 from mlproducer.observe.metric_families import FAMILIES, Kind
 from tests.pure.tables import each_row
 
@@ -144,7 +144,7 @@ def test_states_have_the_words_of_the_code() -> None:
     }
     assert words_of("Breaker state") == {
         str(number): state.name.lower().replace("_", "-")
-        for state, number in meter._CIRCUIT_NUMBERS.items()
+        for state, number in producer_metrics._CIRCUIT_NUMBERS.items()
     }
 
 

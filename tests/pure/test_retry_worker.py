@@ -14,11 +14,11 @@ from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
 from mlproducer._engine.gate import MAX_BYTES, Gate
 from mlproducer._engine.retry_worker import RetryWorker
-from mlproducer._engine.store_orders import End
+from mlproducer._engine.store_orders import Delete
 from mlproducer._engine.stored_rows import SAFETY, record_of
 from mlproducer.errors import BufferFullError, PublishError, StoreError
 from mlproducer.message import Fate
-from mlproducer.observe.events import Fanout
+from mlproducer.observe.sinks import Fanout
 from mlproducer.settings import RetryPolicy
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row
@@ -254,7 +254,7 @@ def test_no_sweep_after_the_store_is_closed(bench: Bench, monkeypatch: pytest.Mo
     assert done == ["close"]
 
 
-class Divided(End):
+class Divided(Delete):
     """An end whose count is read while another thread orders the end of another message."""
 
     meanwhile: Callable[[], None]

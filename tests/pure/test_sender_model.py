@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mlproducer import _waiting as waiting
+from mlproducer import _answers as waiting
 from mlproducer._core.delivery import Delivery, Doubt, NoWaiter
 from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState
 from mlproducer._core.states import CircuitState

@@ -24,7 +24,7 @@ def test_a_claim_that_was_lost_comes_back() -> None:
     stored_rows.hold(delivery, Claim(1, 1), 0.0)
     stored_rows.ahead.add(delivery)
     stored_rows.renewed([Claim(1, 1)], 10.0)
-    assert (list(stored_rows.astray), stored_rows.claims, stored_rows.ahead) == (
+    assert (list(stored_rows.lost_rows), stored_rows.claims, stored_rows.ahead) == (
         [delivery],
         {},
         set(),
@@ -33,7 +33,7 @@ def test_a_claim_that_was_lost_comes_back() -> None:
     row = Row(Claim(1, 3), Record(delivery.envelope, attempts=1))
     assert stored_rows.take(row, 20.0, 0.0) is delivery
     assert (delivery.attempts, delivery.doubt) == (2, Doubt.POSSIBLE)
-    assert (stored_rows.astray, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
+    assert (stored_rows.lost_rows, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
     assert 40.0 < delivery.leased_until < 50.0
 
 
@@ -47,11 +47,11 @@ def test_a_row_comes_back_whose_delivery_is_with_its_connection() -> None:
     put = Put(delivery, Entry(record_of(delivery, 0.0), None), restores=True)
     row = Row(Claim(1, 3), Record(make_delivery().envelope, attempts=9, dead=True))
     for noted in (None, put):  # the second one has its tag open
-        stored_rows.astray[delivery].put = noted
+        stored_rows.lost_rows[delivery].put = noted
         assert stored_rows.regain(row, 20.0)
         assert (delivery.envelope, delivery.attempts, delivery.dead) == (envelope, 0, False)
         assert delivery.doubt is Doubt.NONE
-        assert (stored_rows.astray, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
+        assert (stored_rows.lost_rows, stored_rows.claims) == ({}, {delivery: Claim(1, 3)})
         assert delivery.leased_until == 20.0 + 27.0
         assert not stored_rows.regain(row, 30.0), "its key is known no more"
         stored_rows.lose(delivery)
@@ -71,7 +71,7 @@ def test_a_row_comes_back_whose_delivery_waits() -> None:
     stored_rows.hold(delivery, Claim(1, 1), 0.0)
     stored_rows.lose(delivery)
     put = Put(delivery, Entry(record_of(delivery, 0.0), 1.0), restores=True)
-    stored_rows.astray[delivery].put = put
+    stored_rows.lost_rows[delivery].put = put
     assert not stored_rows.regain(row, 20.0)
     assert stored_rows.take(row, 20.0, 0.0) is delivery
     stored_rows.park(delivery, Claim(1, 3))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlproducer import _schema as shapes
+from mlproducer import _field_checks as checks
 from mlproducer._wire.strict_json import dumps, quoted
 from mlproducer.errors import InvalidMessageError, InvalidTaskError
 
@@ -50,7 +50,7 @@ def looped() -> list[Any]:
 
 def encode(value: Any) -> bytes:
     """Encode a value of free form, as a publisher does."""
-    kept = shapes.json_sequence("args", [value])[0]
+    kept = checks.json_sequence("args", [value])[0]
     return dumps("args", kept[0])
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, frozen
 
+from mlproducer._answers import Answer
 from mlproducer._core import events
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.breaker import Breaker, Consecutive
@@ -21,11 +22,10 @@ from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import RowState
 from mlproducer._core.states import CircuitState
 from mlproducer._engine.retry_worker import RetryWorker
-from mlproducer._latch import Relay
-from mlproducer._waiting import Answer
+from mlproducer._synchronization import Relay
 from mlproducer.errors import BrokerRejectedError, PublishError, StoreError
 from mlproducer.message import Envelope, Receipt
-from mlproducer.observe.events import Sink, Table
+from mlproducer.observe.sinks import Sink, Table
 from mlproducer.stores.memory import MemoryStore, _Slot
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 
@@ -229,8 +229,8 @@ class Listener(Sink):
         record = self._producer.record(delivery)
         stored = self._producer.retry_worker.stored_rows.claim_of(delivery) or record.stolen
         assert stored, "I20: deferred before it was stored"
-        astray = self._producer.retry_worker.stored_rows.astray.get(delivery)
-        known = astray is None or astray.told or record.elsewhere
+        lost_row = self._producer.retry_worker.stored_rows.lost_rows.get(delivery)
+        known = lost_row is None or lost_row.told or record.elsewhere
         assert known, "I20: deferred while it is not known where its row is"
         assert record.retry, "I2: retry=False, and deferred"
         assert not isinstance(record.told, PublishError), "I4: deferred after the call has raised"
@@ -249,8 +249,8 @@ class Listener(Sink):
         if isinstance(said, Receipt) and not record.robbed:
             assert self._producer.closing, "I2: the call has returned, and it is dropped"
             assert record.stolen or not said.durable, "I20: durable, and given back"
-        astray = self._producer.retry_worker.stored_rows.astray.get(delivery)
-        if isinstance(error, StoreError) and astray is not None and astray.told:
+        lost_row = self._producer.retry_worker.stored_rows.lost_rows.get(delivery)
+        if isinstance(error, StoreError) and lost_row is not None and lost_row.told:
             wanted = record.retry and delivery.retry and not self._producer.closing
             assert not wanted, "I2: given back, and another process has it"
         self._end(delivery, "given back")

@@ -19,8 +19,8 @@ import pika.exceptions
 import pytest
 
 from mlproducer.testing.fake_broker import FakeBroker
-from mlproducer.testing.loop import Loop
 from mlproducer.testing.proxy import Proxy
+from mlproducer.testing.socket_loop import Loop
 from tests.stopwatch import in_time
 
 LIMIT = 30.0

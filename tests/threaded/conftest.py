@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlproducer import MLProducer, Settings, _awaiting, _waiting
+from mlproducer import MLProducer, Settings, _answers, _async_answers
 from mlproducer._engine import io_thread
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 from tests.helpers import LIMIT
@@ -50,8 +50,8 @@ def no_hurry(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     ``hurry``.
     """
     if request.node.get_closest_marker("hurry") is None:
-        monkeypatch.setattr(_waiting, "GRACE", LIMIT)
-        monkeypatch.setattr(_awaiting, "GRACE", LIMIT)
+        monkeypatch.setattr(_answers, "GRACE", LIMIT)
+        monkeypatch.setattr(_async_answers, "GRACE", LIMIT)
         monkeypatch.setattr(io_thread, "STORE_LIMIT", LIMIT)
 
 

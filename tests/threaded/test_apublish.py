@@ -12,11 +12,11 @@ from typing import Any, cast
 import pytest
 
 from mlproducer import MLProducer, Outcome, Receipt
-from mlproducer import _awaiting as awaiting
-from mlproducer._awaiting import AwaitedAnswer
+from mlproducer import _async_answers as awaiting
+from mlproducer._async_answers import AwaitedAnswer
 from mlproducer._core.delivery import Delivery
 from mlproducer._engine.engine import Engine
-from mlproducer._latch import Relay
+from mlproducer._synchronization import Relay
 from mlproducer.errors import (
     BufferFullError,
     ConfirmTimeoutError,

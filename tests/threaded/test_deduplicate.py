@@ -16,7 +16,7 @@ from celery import Celery
 from celery.app.trace import build_tracer
 from celery.exceptions import Reject
 
-from mlproducer.contrib.celery import deduplicate, deduplication, notes
+from mlproducer.contrib.celery import completed_tasks, deduplicate, deduplication
 from mlproducer.errors import ConfigurationError
 from mlproducer.testing import PostgreSQLServer, Proxy, RedisServer
 from tests.helpers import LIMIT, Background
@@ -146,8 +146,8 @@ def test_a_place_that_is_away(
 
 def test_sqlite_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is too old is deleted now and then."""
-    monkeypatch.setattr(notes, "SWEEP", 10)
-    made = notes.SQLiteNotes(str(tmp_path / "notes.db"))
+    monkeypatch.setattr(completed_tasks, "SWEEP", 10)
+    made = completed_tasks.SQLiteCompletedTasks(str(tmp_path / "notes.db"))
     for number in range(20):
         made.add(f"k{number}", 1e-9)
     left = made._connection().execute("SELECT COUNT(*) FROM completed").fetchone()
@@ -158,7 +158,7 @@ def test_redis(redis_server: RedisServer) -> None:
     """Notes end by themselves; a connection that was closed meanwhile is made again."""
     with Proxy((redis_server.host, redis_server.port)) as proxy:
         url = redis_server.url.replace(str(redis_server.port), str(proxy.port))
-        made = notes.notes_at(f"{url}?prefix=dedup")
+        made = completed_tasks.completed_tasks_at(f"{url}?prefix=dedup")
         made.add("a", 60.0)
         assert made.has("a")
         assert not made.has("b")
@@ -176,13 +176,13 @@ def test_postgresql(
     worker: Worker, postgresql_server: PostgreSQLServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers make the table together; old notes are deleted; an ended connection is made again."""
-    monkeypatch.setattr(notes, "SWEEP", 3)
+    monkeypatch.setattr(completed_tasks, "SWEEP", 3)
     url = f"{postgresql_server.url}?table=t{secrets.token_hex(4)}"
     background = Background()
     for name in "abcdefgh":
-        background.call(notes.notes_at(url).add, name, 60.0)
+        background.call(completed_tasks.completed_tasks_at(url).add, name, 60.0)
     background.gather()
-    made = notes.notes_at(url)
+    made = completed_tasks.completed_tasks_at(url)
     assert all(map(made.has, "abcdefgh"))
     assert not made.has("x")
     made.add("x", 0.01)
@@ -219,8 +219,10 @@ def test_notes_that_are_garbage_close_their_connection(
     postgresql_server: PostgreSQLServer,
 ) -> None:
     """In a cycle too, where the connection itself, which would warn, may be finalised first."""
-    made = notes.notes_at(f"{postgresql_server.url}?table=t{secrets.token_hex(4)}")
-    assert isinstance(made, notes.PostgreSQLNotes)
+    made = completed_tasks.completed_tasks_at(
+        f"{postgresql_server.url}?table=t{secrets.token_hex(4)}"
+    )
+    assert isinstance(made, completed_tasks.PostgreSQLCompletedTasks)
     assert not made.has("1")
     closing = made._own.connection
     closing.it.cycle = closing

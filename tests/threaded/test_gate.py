@@ -18,7 +18,7 @@ import pytest
 
 from mlproducer._core.delivery import Delivery
 from mlproducer._engine.gate import Gate
-from mlproducer._latch import Watch
+from mlproducer._synchronization import Watch
 from mlproducer.errors import PublishError, WouldDeadlockError
 from tests.helpers import LIMIT, Background, make_delivery, make_message
 from tests.stopwatch import in_time

@@ -23,7 +23,7 @@ from mlproducer import ConnectionState, MLProducer, Settings
 from mlproducer._core.delivery import Delivery
 from mlproducer._engine import lifecycle, process_hooks
 from mlproducer._engine.engine import Engine
-from mlproducer._latch import Latch
+from mlproducer._synchronization import Latch
 from mlproducer.errors import (
     ConfigurationError,
     ConfirmTimeoutError,

@@ -33,7 +33,7 @@ from mlproducer.errors import (
 )
 from mlproducer.observe import metrics
 from mlproducer.observe.counters import Tally
-from mlproducer.observe.meter import Meter
+from mlproducer.observe.producer_metrics import ProducerMetrics
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
 from mlproducer.topology import ROUTING_KEYS
 from tests.helpers import LIMIT, make_delivery, make_message
@@ -380,7 +380,7 @@ def test_import_is_light() -> None:
 def test_threads_lose_no_count() -> None:
     """Threads that count at the same time, while another adds up, lose nothing."""
     each, burst, tally = 5000, [make_delivery()], Tally()
-    sink = Meter(tally).sink()
+    sink = ProducerMetrics(tally).sink()
     start = threading.Barrier(5, timeout=LIMIT)
 
     def count() -> None:

@@ -24,7 +24,7 @@ from mlproducer import ConnectionState, MLProducer, Settings
 from mlproducer._broker_url import Broker
 from mlproducer._engine import connector as connector_module
 from mlproducer._engine import io_loop as io_loop_module
-from mlproducer._engine.endpoints import Endpoints, Route, UnreachableError
+from mlproducer._engine.endpoints import Endpoint, Endpoints, UnreachableError
 from mlproducer._engine.runtime import Runtime
 from mlproducer.errors import AuthenticationError, NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection
@@ -210,9 +210,9 @@ def test_closing_waits_for_no_look_up(connect: Connect, names: Names) -> None:
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".test", ".test"])
 def test_a_name_that_is_none(host: str) -> None:
     """What cannot be encoded as a host name is said in words, not raised by the loop."""
-    route = Route(Broker(host=host, port=5672), declarations=())
+    endpoint = Endpoint(Broker(host=host, port=5672), declarations=())
     with pytest.raises(UnreachableError, match=r"is no host name: .*longer than 63|not resolve"):
-        route.addresses()
+        endpoint.addresses()
 
 
 def test_a_name_that_is_none_fails_no_loop(
@@ -630,14 +630,14 @@ def test_brokers_keep_their_order_when_files_are_read_again(tmp_path: Path) -> N
     hosts = [f"host{number}" for number in range(20)]
     file.write_text(",".join(f"amqp://u:p@{host}/" for host in hosts))
     directory = Endpoints(Settings(url_file=str(file)))
-    before = [route.broker.host for route in directory.routes]
+    before = [endpoint.broker.host for endpoint in directory.known]
     file.write_text(",".join(f"amqp://u:q@{host}/" for host in reversed(hosts)))
     with pytest.raises(UnreachableError):
         directory.find(0)
-    after = [route.broker.host for route in directory.routes]
+    after = [endpoint.broker.host for endpoint in directory.known]
     assert after == before
     assert sorted(before) == sorted(hosts)
-    assert {route.broker.password for route in directory.routes} == {"q"}
+    assert {endpoint.broker.password for endpoint in directory.known} == {"q"}
 
 
 def test_a_loop_without_descriptors_comes_back(

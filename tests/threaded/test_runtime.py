@@ -12,7 +12,7 @@ import pytest
 from mlproducer import CircuitState, ConnectionState, Message, MLProducer, Outcome, Settings
 from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
-from mlproducer._latch import Latch
+from mlproducer._synchronization import Latch
 from mlproducer.errors import NackError
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.testing.fake_broker import (

@@ -59,5 +59,5 @@ def test_the_handshake_has_a_limit() -> None:
 
 
 def _ask(settings: Settings) -> None:
-    with Session(Endpoints(settings).routes, settings.connection_timeout) as session:
+    with Session(Endpoints(settings).known, settings.connection_timeout) as session:
         session.ask("queue_declare", "q", passive=True)

@@ -28,9 +28,9 @@ from mlproducer.cli.reliability import (
     message_retry,
     publisher_confirms,
 )
-from mlproducer.cli.reliability.account import Account
-from mlproducer.cli.reliability.environment import Lab
-from mlproducer.cli.reliability.steps import Scenario, Step, Trial, UnexpectedError
+from mlproducer.cli.reliability.figures import Figures
+from mlproducer.cli.reliability.scenario import Scenario, Step, Trial, UnexpectedError
+from mlproducer.cli.reliability.scenario_setup import ScenarioSetup
 from mlproducer.errors import MLProducerError
 from mlproducer.testing import RabbitMQError
 
@@ -70,7 +70,7 @@ class Report:
 
     scenario: Scenario
     steps: tuple[Step, ...]
-    account: Account
+    figures: Figures
 
     @property
     def ok(self) -> bool | None:
@@ -81,8 +81,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
         steps = [{**asdict(step), "seconds": round(step.seconds, 3)} for step in self.steps]
-        account = self.account.to_json()
-        return {"scenario": self.scenario.name, "ok": self.ok, "steps": steps, "account": account}
+        figures = self.figures.to_json()
+        return {"scenario": self.scenario.name, "ok": self.ok, "steps": steps, "account": figures}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     chosen = [SCENARIOS[name] for name in SCENARIOS if arguments.scenario in (ALL, name)]
     settings = Settings.from_env() if os.environ.get("RABBITMQ_URL") else None
     reports = [_scenario(scenario, settings, console) for scenario in chosen]
-    total = sum((report.account for report in reports), Account())
+    total = sum((report.figures for report in reports), Figures())
     well = all(report.ok is not False for report in reports)
     seconds = time.monotonic() - started
     show_totals(reports, total, seconds, console)
@@ -124,32 +124,32 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
 
 def _scenario(scenario: Scenario, settings: Settings | None, console: Console) -> Report:
     console.say(f"{scenario.name}: {scenario.summary}")
-    with Lab(settings) as lab:
+    with ScenarioSetup(settings) as setup:
         steps = []
-        for step in _steps(scenario, lab):
+        for step in _steps(scenario, setup):
             _show(step, console)
             steps.append(step)
-        account = Account()
-        if lab.journal.receipts:
-            arrived, account = _settle(lab)
+        figures = Figures()
+        if setup.journal.receipts:
+            arrived, figures = _settle(setup)
             _show(arrived, console)
             steps.append(arrived)
     console.say()
-    return Report(scenario, tuple(steps), account)
+    return Report(scenario, tuple(steps), figures)
 
 
-def _steps(scenario: Scenario, lab: Lab) -> Iterator[Step]:
+def _steps(scenario: Scenario, setup: ScenarioSetup) -> Iterator[Step]:
     for trial in scenario.trials:
-        if lab.lacks(trial.need):
+        if setup.lacks(trial.need):
             yield Step(trial.done, trial.expected, trial.need.value, None)
         else:
-            yield _try(trial, lab)
+            yield _try(trial, setup)
 
 
-def _try(trial: Trial, lab: Lab) -> Step:
+def _try(trial: Trial, setup: ScenarioSetup) -> Step:
     started = time.monotonic()
     try:
-        ok, seen = True, trial.run(lab)
+        ok, seen = True, trial.run(setup)
     except UnexpectedError as error:
         ok, seen = False, str(error)
     except _FAILURES as error:
@@ -157,19 +157,19 @@ def _try(trial: Trial, lab: Lab) -> Step:
     return Step(trial.done, trial.expected, seen, ok, time.monotonic() - started)
 
 
-def _settle(lab: Lab) -> tuple[Step, Account]:
+def _settle(setup: ScenarioSetup) -> tuple[Step, Figures]:
     """Hold the journal against the queues, as a step of its own."""
-    accounts: list[Account] = []
+    accounts: list[Figures] = []
 
-    def settle(lab: Lab) -> str:
-        accounts.append(account := lab.account())
-        if not account.well:
-            raise UnexpectedError(f"{account}, {account.leaked} leaked")
-        return str(account)
+    def settle(setup: ScenarioSetup) -> str:
+        accounts.append(figures := setup.figures())
+        if not figures.well:
+            raise UnexpectedError(f"{figures}, {figures.leaked} leaked")
+        return str(figures)
 
     trial = Trial("compare the answers of publish() with the queues", "everything arrived", settle)
-    step = _try(trial, lab)
-    return step, accounts[0] if accounts else Account(taken_over=len(lab.journal.receipts))
+    step = _try(trial, setup)
+    return step, accounts[0] if accounts else Figures(taken_over=len(setup.journal.receipts))
 
 
 def _show(step: Step, console: Console) -> None:
@@ -187,7 +187,7 @@ def _word(ok: bool | None) -> str:
 
 
 def show_totals(
-    reports: Sequence[Report], total: Account, seconds: float, console: Console
+    reports: Sequence[Report], total: Figures, seconds: float, console: Console
 ) -> None:
     """Print how each scenario went, and the sums of all messages."""
     steps = [step.ok for report in reports for step in report.steps]

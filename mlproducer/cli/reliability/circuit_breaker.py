@@ -12,8 +12,8 @@ import time
 from collections import Counter
 
 from mlproducer import CircuitState
-from mlproducer.cli.reliability.environment import BACK, TIMERS, Lab
-from mlproducer.cli.reliability.steps import Scenario, Trial, expect, see
+from mlproducer.cli.reliability.scenario import Scenario, Trial, expect, wait_until
+from mlproducer.cli.reliability.scenario_setup import BACK, TIMERS, ScenarioSetup
 from mlproducer.errors import CircuitOpenError
 
 THRESHOLD = 10
@@ -28,14 +28,14 @@ AT_ONCE = 32
 TIMEOUT = 0.2
 
 
-def _opens(lab: Lab) -> str:
-    producer = lab.shared()
-    lab.check(producer)
-    opened = lab.events(producer, "circuit_opened")
-    lab.node.freeze()
-    lab.publish_at_once(producer, THRESHOLD - 1, timeout=TIMEOUT, retry=False)
+def _opens(setup: ScenarioSetup) -> str:
+    producer = setup.shared()
+    setup.check(producer)
+    opened = setup.events(producer, "circuit_opened")
+    setup.node.freeze()
+    setup.publish_at_once(producer, THRESHOLD - 1, timeout=TIMEOUT, retry=False)
     before = producer.status()
-    lab.publish_at_once(producer, 1, timeout=TIMEOUT, retry=False)
+    setup.publish_at_once(producer, 1, timeout=TIMEOUT, retry=False)
     opened.get(timeout=BACK)
     after = producer.status()
     failures = before.consecutive_failures
@@ -44,12 +44,12 @@ def _opens(lab: Lab) -> str:
     return expect(well and after.circuit_breaker_open, seen)
 
 
-def _fails_fast(lab: Lab) -> str:
-    producer = lab.shared()
+def _fails_fast(setup: ScenarioSetup) -> str:
+    producer = setup.shared()
     seconds, kinds = [], set()
     for _ in range(CALLS):
         started = time.monotonic()
-        kinds.add(type(lab.journal.publish(producer, lab.message())))
+        kinds.add(type(setup.journal.publish(producer, setup.message())))
         seconds.append(time.monotonic() - started)
     slow = sum(each >= FAST for each in seconds)
     median, longest = statistics.median(seconds) * 1000, max(seconds) * 1000
@@ -57,39 +57,39 @@ def _fails_fast(lab: Lab) -> str:
     return expect(kinds == {CircuitOpenError} and slow <= OUTLIERS, seen)
 
 
-def _cools(lab: Lab) -> str:
-    producer = lab.shared()
-    answer = lab.journal.publish(producer, lab.message())
+def _cools(setup: ScenarioSetup) -> str:
+    producer = setup.shared()
+    answer = setup.journal.publish(producer, setup.message())
     left = answer.retry_after if isinstance(answer, CircuitOpenError) else 0.0
-    seconds = see(lambda: _is(lab, CircuitState.HALF_OPEN), COOLDOWN + MARGIN, "half-open")
+    seconds = wait_until(lambda: _is(setup, CircuitState.HALF_OPEN), COOLDOWN + MARGIN, "half-open")
     seen = f"retry_after was {left:.2f} s; half-open {seconds:.2f} s later, without a publish()"
     return expect(abs(seconds - left) < MARGIN, seen)
 
 
-def _probes(lab: Lab) -> str:
-    answers = lab.publish_at_once(lab.shared(), AT_ONCE, timeout=TIMEOUT, retry=False)
+def _probes(setup: ScenarioSetup) -> str:
+    answers = setup.publish_at_once(setup.shared(), AT_ONCE, timeout=TIMEOUT, retry=False)
     written = sum(answer.attempts for answer in answers)
     kinds = Counter(type(answer).__name__ for answer in answers)
-    state = lab.shared().status().circuit_state
+    state = setup.shared().status().circuit_state
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     seen = f"{written} message written ({told}); then {state.name}"
     return expect(written == 1 and state is CircuitState.OPEN, seen)
 
 
-def _closes(lab: Lab) -> str:
-    producer = lab.shared()
-    closed = lab.events(producer, "circuit_closed")
-    lab.node.thaw()
+def _closes(setup: ScenarioSetup) -> str:
+    producer = setup.shared()
+    closed = setup.events(producer, "circuit_closed")
+    setup.node.thaw()
     # A late confirm of what is in flight closes it at once; where there is none, the probe's does.
-    see(lambda: not _is(lab, CircuitState.OPEN), COOLDOWN + MARGIN, "half-open or closed")
-    lab.check(producer)
+    wait_until(lambda: not _is(setup, CircuitState.OPEN), COOLDOWN + MARGIN, "half-open or closed")
+    setup.check(producer)
     closed.get(timeout=BACK)
     state = producer.status().circuit_state
     return expect(state is CircuitState.CLOSED, f"a message was confirmed; then {state.name}")
 
 
-def _is(lab: Lab, state: CircuitState) -> bool:
-    return lab.shared().status().circuit_state is state
+def _is(setup: ScenarioSetup, state: CircuitState) -> bool:
+    return setup.shared().status().circuit_state is state
 
 
 SCENARIO = Scenario(

@@ -12,8 +12,8 @@ import time
 
 from mlproducer import Receipt
 from mlproducer.cli import connectivity
-from mlproducer.cli.reliability.environment import BACK, TIMERS, Lab
-from mlproducer.cli.reliability.steps import Need, Scenario, Trial, expect, hear
+from mlproducer.cli.reliability.scenario import Need, Scenario, Trial, expect, wait_for_event
+from mlproducer.cli.reliability.scenario_setup import BACK, TIMERS, ScenarioSetup
 
 TIMES = 5
 RESTART = 30.0
@@ -21,72 +21,72 @@ BREAKER = 1_000_000
 LATE = float(TIMERS["publish_timeout"]) + 0.25
 
 
-def _killed(lab: Lab) -> str:
-    producer = lab.producer(circuit_breaker_threshold=BREAKER)
-    lab.check(producer)
-    lab.node.save_queues()
-    connected = lab.events(producer, "connected")
-    with lab.traffic(producer):
-        lab.node.kill()
-        lab.node.start(RESTART)
-        seconds = hear(connected, BACK, "connected again")
-        lab.check(producer)
+def _killed(setup: ScenarioSetup) -> str:
+    producer = setup.producer(circuit_breaker_threshold=BREAKER)
+    setup.check(producer)
+    setup.node.save_queues()
+    connected = setup.events(producer, "connected")
+    with setup.traffic(producer):
+        setup.node.kill()
+        setup.node.start(RESTART)
+        seconds = wait_for_event(connected, BACK, "connected again")
+        setup.check(producer)
     return f"connected again {seconds:.2f} s after the broker was up"
 
 
-def _closed(lab: Lab) -> str:
-    producer = lab.producer(circuit_breaker_threshold=BREAKER)
-    connected = lab.events(producer, "connected")
-    with lab.traffic(producer):
+def _closed(setup: ScenarioSetup) -> str:
+    producer = setup.producer(circuit_breaker_threshold=BREAKER)
+    connected = setup.events(producer, "connected")
+    with setup.traffic(producer):
         longest = 0.0
         for _ in range(TIMES):
-            lab.node.close_all_connections()
-            longest = max(longest, hear(connected, BACK, "connected again"))
+            setup.node.close_all_connections()
+            longest = max(longest, wait_for_event(connected, BACK, "connected again"))
     return f"connected again each time, within {longest:.2f} s"
 
 
-def _reset(lab: Lab) -> str:
-    proxy = lab.proxy()
-    producer = lab.producer(lab.through(proxy), circuit_breaker_threshold=BREAKER)
-    connected = lab.events(producer, "connected")
-    with lab.traffic(producer):
+def _reset(setup: ScenarioSetup) -> str:
+    proxy = setup.proxy()
+    producer = setup.producer(setup.through(proxy), circuit_breaker_threshold=BREAKER)
+    connected = setup.events(producer, "connected")
+    with setup.traffic(producer):
         longest = 0.0
         for _ in range(TIMES):
             proxy.reset()
-            longest = max(longest, hear(connected, BACK, "connected again"))
-            lab.check(producer)
+            longest = max(longest, wait_for_event(connected, BACK, "connected again"))
+            setup.check(producer)
     return f"connected again each time, within {longest:.2f} s"
 
 
-def _deaf(lab: Lab) -> str:
-    proxy = lab.proxy()
-    producer = lab.producer(lab.through(proxy), circuit_breaker_threshold=BREAKER)
-    connected = lab.events(producer, "connected")
+def _deaf(setup: ScenarioSetup) -> str:
+    proxy = setup.proxy()
+    producer = setup.producer(setup.through(proxy), circuit_breaker_threshold=BREAKER)
+    connected = setup.events(producer, "connected")
     proxy.deaf()
     proxy.reset()
     started = time.monotonic()
-    if lab.private:
-        answer = lab.journal.publish(producer, lab.message())
+    if setup.private:
+        answer = setup.journal.publish(producer, setup.message())
         expect(isinstance(answer, Receipt), f"given back: {type(answer).__name__}")
     else:
         connectivity.probe(producer, LATE)
     answered = time.monotonic() - started
     proxy.accept()
-    seconds = hear(connected, BACK, "connected again")
-    lab.check(producer)
+    seconds = wait_for_event(connected, BACK, "connected again")
+    setup.check(producer)
     seen = f"publish() answered after {answered:.2f} s; connected {seconds:.2f} s after the fault"
     return expect(answered <= LATE, seen)
 
 
-def _several(lab: Lab) -> str:
-    gone = lab.proxy()
+def _several(setup: ScenarioSetup) -> str:
+    gone = setup.proxy()
     gone.refuse()
     longest = 0.0
     for _ in range(TIMES):  # each in an order of its own
         started = time.monotonic()
-        producer = lab.producer(f"{lab.through(gone)},{lab.url}")
+        producer = setup.producer(f"{setup.through(gone)},{setup.url}")
         longest = max(longest, time.monotonic() - started)
-        lab.check(producer)
+        setup.check(producer)
         producer.close()
     return expect(longest < BACK, f"{TIMES} producers connected, each within {longest:.2f} s")
 

@@ -9,47 +9,56 @@ import queue
 from typing import Any
 
 from mlproducer import MLProducer, Receipt
-from mlproducer.cli.reliability.environment import BACK, SETTLING, Lab
-from mlproducer.cli.reliability.steps import Need, Scenario, Trial, UnexpectedError, expect, hear
+from mlproducer.cli.reliability.scenario import (
+    Need,
+    Scenario,
+    Trial,
+    UnexpectedError,
+    expect,
+    wait_for_event,
+)
+from mlproducer.cli.reliability.scenario_setup import BACK, SETTLING, ScenarioSetup
 
 INTERVAL = 1.0
 PROBE_LIMIT = 5.0
 FOUND = INTERVAL + PROBE_LIMIT + 1.0
 
 
-def _producer(lab: Lab, url: str | None = None) -> tuple[MLProducer, queue.SimpleQueue[Any]]:
-    producer = lab.producer(url, health_check_interval=INTERVAL)
-    return producer, lab.events(producer, "disconnected")
+def _producer(
+    setup: ScenarioSetup, url: str | None = None
+) -> tuple[MLProducer, queue.SimpleQueue[Any]]:
+    producer = setup.producer(url, health_check_interval=INTERVAL)
+    return producer, setup.events(producer, "disconnected")
 
 
-def _frozen(lab: Lab) -> str:
-    producer, disconnected = _producer(lab)
-    connected = lab.events(producer, "connected")
-    with lab.node.frozen():
-        found = hear(disconnected, FOUND, "found dead")
-    back = hear(connected, BACK, "connected again")
-    lab.check(producer)
+def _frozen(setup: ScenarioSetup) -> str:
+    producer, disconnected = _producer(setup)
+    connected = setup.events(producer, "connected")
+    with setup.node.frozen():
+        found = wait_for_event(disconnected, FOUND, "found dead")
+    back = wait_for_event(connected, BACK, "connected again")
+    setup.check(producer)
     return f"found dead after {found:.2f} s, connected {back:.2f} s after it went on"
 
 
-def _one_way(lab: Lab) -> str:
-    proxy = lab.proxy()
-    producer, disconnected = _producer(lab, lab.through(proxy))
-    connected = lab.events(producer, "connected")
+def _one_way(setup: ScenarioSetup) -> str:
+    proxy = setup.proxy()
+    producer, disconnected = _producer(setup, setup.through(proxy))
+    connected = setup.events(producer, "connected")
     proxy.hole("s2c")
-    found = hear(disconnected, FOUND, "found dead")
+    found = wait_for_event(disconnected, FOUND, "found dead")
     proxy.heal()
-    back = hear(connected, BACK, "connected again")
-    lab.check(producer)
+    back = wait_for_event(connected, BACK, "connected again")
+    setup.check(producer)
     return f"found dead after {found:.2f} s, connected {back:.2f} s after the path was mended"
 
 
-def _alarmed(lab: Lab) -> str:
-    producer, disconnected = _producer(lab)
-    blocked = lab.events(producer, "blocked")
-    with lab.node.memory_alarm():
-        receipts = [lab.journal.publish(producer, lab.message()) for _ in range(2)]
-        hear(blocked, BACK, "blocked")
+def _alarmed(setup: ScenarioSetup) -> str:
+    producer, disconnected = _producer(setup)
+    blocked = setup.events(producer, "blocked")
+    with setup.node.memory_alarm():
+        receipts = [setup.journal.publish(producer, setup.message()) for _ in range(2)]
+        wait_for_event(blocked, BACK, "blocked")
         try:
             disconnected.get(timeout=FOUND)
         except queue.Empty:
@@ -59,7 +68,7 @@ def _alarmed(lab: Lab) -> str:
     taken = [each for each in receipts if isinstance(each, Receipt)]
     for receipt in taken:
         receipt.result(SETTLING)
-    once = lab.once({receipt.message_id for receipt in taken})
+    once = setup.once({receipt.message_id for receipt in taken})
     seen = f"left alone for {FOUND:.1f} s, is_healthy() {healthy}; afterwards {once}"
     return expect(not healthy and len(taken) == len(receipts), seen)
 

@@ -8,8 +8,15 @@ from __future__ import annotations
 import threading
 
 from mlproducer import Receipt, Settings
-from mlproducer.cli.reliability.environment import BACK, DEAD_LETTERS, QUEUES, SETTLING, TIMERS, Lab
-from mlproducer.cli.reliability.steps import Scenario, Trial, UnexpectedError, expect
+from mlproducer.cli.reliability.scenario import Scenario, Trial, UnexpectedError, expect
+from mlproducer.cli.reliability.scenario_setup import (
+    BACK,
+    DEAD_LETTERS,
+    QUEUES,
+    SETTLING,
+    TIMERS,
+    ScenarioSetup,
+)
 from mlproducer.dead_letters import DeadLetters
 from mlproducer.errors import RetriesExhaustedError, UnroutableError
 
@@ -33,24 +40,24 @@ def _deferred(answer: object) -> Receipt:
     return answer
 
 
-def _healed(lab: Lab) -> str:
-    producer = lab.shared()
+def _healed(setup: ScenarioSetup) -> str:
+    producer = setup.shared()
     unbound = QUEUES[1]
-    lab.node.eval(_BINDING.format("remove", unbound, unbound))
-    message = lab.message(unbound)
-    receipt = _deferred(lab.journal.publish(producer, message))
+    setup.node.eval(_BINDING.format("remove", unbound, unbound))
+    message = setup.message(unbound)
+    receipt = _deferred(setup.journal.publish(producer, message))
     expect(isinstance(receipt.reason, UnroutableError), type(receipt.reason).__name__)
-    lab.node.eval(_BINDING.format("add", unbound, unbound))
+    setup.node.eval(_BINDING.format("add", unbound, unbound))
     settled = receipt.result(SETTLING)
-    once = lab.once({receipt.message_id})
+    once = setup.once({receipt.message_id})
     return f"DEFERRED (UnroutableError), then confirmed at attempt {settled.attempts}; {once}"
 
 
-def _buried(lab: Lab) -> str:
-    producer = lab.shared()
-    dead = lab.events(producer, "dead_lettered")
-    message = lab.message("nobody.listens")
-    receipt = _deferred(lab.journal.publish(producer, message))
+def _buried(setup: ScenarioSetup) -> str:
+    producer = setup.shared()
+    dead = setup.events(producer, "dead_lettered")
+    message = setup.message("nobody.listens")
+    receipt = _deferred(setup.journal.publish(producer, message))
     try:
         receipt.result(SETTLING)
     except RetriesExhaustedError as error:
@@ -58,39 +65,39 @@ def _buried(lab: Lab) -> str:
     else:
         raise UnexpectedError("confirmed")
     expect(dead.get(timeout=BACK).message_id == receipt.message_id, "another message's event")
-    expect(lab.copies(DEAD_LETTERS)[receipt.message_id] == 1, "not among the dead letters")
-    (letter,) = DeadLetters(Settings(url=lab.url)).list([receipt.message_id])
+    expect(setup.copies(DEAD_LETTERS)[receipt.message_id] == 1, "not among the dead letters")
+    (letter,) = DeadLetters(Settings(url=setup.url)).list([receipt.message_id])
     as_before = letter.body == message.body and letter.routing_key == message.routing_key
     seen = f"RetriesExhaustedError after {attempts} attempts; the letter says: {letter.reason}"
     return expect(as_before and attempts == letter.attempts == RETRIES + 1, seen)
 
 
-def _late(lab: Lab) -> str:
-    producer = lab.shared()
-    with lab.node.frozen():
+def _late(setup: ScenarioSetup) -> str:
+    producer = setup.shared()
+    with setup.node.frozen():
         over = threading.Event()
         timer = threading.Timer(FROZEN, over.set)
         timer.start()
-        receipts = [_deferred(each) for each in lab.publish_at_once(producer, PUBLISHERS)]
+        receipts = [_deferred(each) for each in setup.publish_at_once(producer, PUBLISHERS)]
         over.wait(FROZEN)
         timer.join(FROZEN)
     attempts = {receipt.result(SETTLING).attempts for receipt in receipts}
-    once = lab.once({receipt.message_id for receipt in receipts})
+    once = setup.once({receipt.message_id for receipt in receipts})
     return expect(attempts == {1}, f"all confirmed late, attempts {sorted(attempts)}; {once}")
 
 
-def _cut_off(lab: Lab) -> str:
-    proxy = lab.proxy()
-    producer = lab.producer(lab.through(proxy))
-    disconnected = lab.events(producer, "disconnected")
+def _cut_off(setup: ScenarioSetup) -> str:
+    proxy = setup.proxy()
+    producer = setup.producer(setup.through(proxy))
+    disconnected = setup.events(producer, "disconnected")
     proxy.refuse()
     proxy.reset()
     disconnected.get(timeout=BACK)
-    receipts = [_deferred(lab.journal.publish(producer, lab.message())) for _ in range(CUT_OFF)]
+    receipts = [_deferred(setup.journal.publish(producer, setup.message())) for _ in range(CUT_OFF)]
     written = {receipt.attempts for receipt in receipts}
     proxy.accept()
     attempts = {receipt.result(SETTLING).attempts for receipt in receipts}
-    once = lab.once({receipt.message_id for receipt in receipts})
+    once = setup.once({receipt.message_id for receipt in receipts})
     seen = f"attempts {sorted(written)} while cut off, {sorted(attempts)} in the end; {once}"
     return expect((written, attempts) == ({0}, {1}), seen)
 

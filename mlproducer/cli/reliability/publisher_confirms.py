@@ -10,8 +10,8 @@ from typing import Any
 
 from mlproducer import Message, Receipt
 from mlproducer.cli import connectivity
-from mlproducer.cli.reliability.environment import BACK, QUEUES, SETTLING, Lab
-from mlproducer.cli.reliability.steps import Need, Scenario, Trial, expect
+from mlproducer.cli.reliability.scenario import Need, Scenario, Trial, expect
+from mlproducer.cli.reliability.scenario_setup import BACK, QUEUES, SETTLING, ScenarioSetup
 from mlproducer.errors import NackError, PublishError, UnroutableError
 from mlproducer.testing import Behaviour, FakeBroker
 
@@ -21,46 +21,46 @@ TRIES = 1000
 LIMIT = f'{{"max-length": {FULL}, "overflow": "reject-publish"}}'
 
 
-def _acked(lab: Lab) -> str:
-    messages = [lab.message() for _ in range(MANY)]
-    results = lab.shared().publish_many(messages)
+def _acked(setup: ScenarioSetup) -> str:
+    messages = [setup.message() for _ in range(MANY)]
+    results = setup.shared().publish_many(messages)
     for message, result in zip(messages, results, strict=True):
-        lab.journal.note(message.message_id, result)
+        setup.journal.note(message.message_id, result)
     ids = {str(message.message_id) for message in messages}
     confirmed = sum(isinstance(each, Receipt) and each.reason is None for each in results)
-    return expect(confirmed == MANY, f"{confirmed} of {MANY} confirmed; {lab.once(ids)}")
+    return expect(confirmed == MANY, f"{confirmed} of {MANY} confirmed; {setup.once(ids)}")
 
 
-def _nacked(lab: Lab) -> str:
-    producer, limited = lab.shared(), QUEUES[2]
-    lab.node.ctl("set_policy", "--apply-to", "queues", "full", f"^{limited}$", LIMIT)
+def _nacked(setup: ScenarioSetup) -> str:
+    producer, limited = setup.shared(), QUEUES[2]
+    setup.node.ctl("set_policy", "--apply-to", "queues", "full", f"^{limited}$", LIMIT)
     confirmed: set[str] = set()
     answer: object = None
     for _ in range(TRIES):
-        answer = lab.journal.publish(producer, lab.message(limited), retry=False)
+        answer = setup.journal.publish(producer, setup.message(limited), retry=False)
         if not isinstance(answer, Receipt):
             break
         confirmed.add(answer.message_id)
-    lab.node.ctl("clear_policy", "full")
-    seen = f"{len(confirmed)} confirmed, then {type(answer).__name__}; {lab.once(confirmed)}"
+    setup.node.ctl("clear_policy", "full")
+    seen = f"{len(confirmed)} confirmed, then {type(answer).__name__}; {setup.once(confirmed)}"
     return expect(isinstance(answer, NackError) and len(confirmed) >= FULL, seen)
 
 
-def _returned(lab: Lab) -> str:
+def _returned(setup: ScenarioSetup) -> str:
     keys = (QUEUES[0], "nobody.listens")
-    messages = [lab.message(keys[number % 2]) for number in range(MANY)]
-    futures = [lab.shared().submit(message, retry=False) for message in messages]
-    answers = [lab.journal.note(each.message_id, _answer(each)) for each in futures]
+    messages = [setup.message(keys[number % 2]) for number in range(MANY)]
+    futures = [setup.shared().submit(message, retry=False) for message in messages]
+    answers = [setup.journal.note(each.message_id, _answer(each)) for each in futures]
     right = sum(
         isinstance(answer, (Receipt, UnroutableError)[number % 2])
         for number, answer in enumerate(answers)
     )
-    once = lab.once({answer.message_id for answer in answers if isinstance(answer, Receipt)})
+    once = setup.once({answer.message_id for answer in answers if isinstance(answer, Receipt)})
     return expect(right == MANY, f"{right} of {MANY} answers were right; {once}")
 
 
-def _comes_back(lab: Lab) -> str:
-    error = connectivity.probe(lab.producer(), BACK)
+def _comes_back(setup: ScenarioSetup) -> str:
+    error = connectivity.probe(setup.producer(), BACK)
     return expect(error is None, "returned (312), then acked" if error is None else str(error))
 
 
@@ -71,9 +71,9 @@ class _Silent(Behaviour):
         """Do nothing."""
 
 
-def _multiple(lab: Lab) -> str:
+def _multiple(setup: ScenarioSetup) -> str:
     with FakeBroker(_Silent()) as broker:
-        producer = lab.producer(broker.url, exchange="x", declare_topology="off")
+        producer = setup.producer(broker.url, exchange="x", declare_topology="off")
         futures = [
             producer.submit(Message(body=b"x", routing_key="k"), retry=False) for _ in range(MANY)
         ]

@@ -21,9 +21,9 @@ from celery.exceptions import Ignore
 from celery.signals import celeryd_after_setup, task_failure, task_retry, task_success
 
 from mlproducer import _clock as time
-from mlproducer._guard import write
-from mlproducer._latch import seconds
-from mlproducer.contrib.celery.notes import Notes, notes_at
+from mlproducer._foreign_calls import write
+from mlproducer._synchronization import seconds
+from mlproducer.contrib.celery.completed_tasks import CompletedTasks, completed_tasks_at
 from mlproducer.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)
@@ -51,16 +51,16 @@ def deduplicate(app: Celery, url: str, ttl: float = 86400) -> None:
         raise ConfigurationError("ttl must be above 0")
     before = app.__dict__.get(KEY)
     if before is not None:
-        before.notes, before.ttl = notes_at(url), ttl
+        before.notes, before.ttl = completed_tasks_at(url), ttl
         return
-    completed = app.__dict__[KEY] = Completed(app, notes_at(url), ttl)
+    completed = app.__dict__[KEY] = Completed(app, completed_tasks_at(url), ttl)
     app.on_after_finalize.connect(completed.watch)
 
 
 class Completed:
     """Checks and notes the tasks of one app."""
 
-    def __init__(self, app: Celery, notes: Notes, ttl: float) -> None:
+    def __init__(self, app: Celery, notes: CompletedTasks, ttl: float) -> None:
         self._app = app
         self.notes = notes
         self.ttl = ttl

@@ -38,12 +38,12 @@ from kombu.serialization import dumps
 from mlproducer import ConnectionState, Message, MLProducer, Receipt
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
-from mlproducer._guard import guarded
+from mlproducer._foreign_calls import guarded
 from mlproducer.contrib.celery import brokers
 from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
 from mlproducer.errors import ConfigurationError, MLProducerError
 from mlproducer.observe import metric_families as catalog
-from mlproducer.observe.lines import Lines
+from mlproducer.observe.limited_logger import LimitedLogger
 from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class Installed:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
-        self.lines = Lines(logger)
+        self.lines = LimitedLogger(logger)
         self.given: MLProducer | None = None
         self.rollout: Rollout | None = None
         self._made: MLProducer | None = None

@@ -16,7 +16,7 @@ from typing import Any, cast
 from django.conf import settings
 
 from mlproducer import MLProducer
-from mlproducer.contrib import hosting
+from mlproducer.contrib import configured_producer
 from mlproducer.errors import ConfigurationError
 
 SETTING = "MLPRODUCER"
@@ -25,7 +25,7 @@ SETTING = "MLPRODUCER"
 def in_tests() -> bool:
     """Return whether tests run: by Django's runners, pytest-django, pytest or unittest."""
     state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
-    return hasattr(state, "saved_data") or hosting.in_test_run()
+    return hasattr(state, "saved_data") or configured_producer.in_test_run()
 
 
 class ProcessProducer:
@@ -96,7 +96,7 @@ class ProcessProducer:
         given = getattr(settings, SETTING, {})
         if not isinstance(given, dict):
             raise ConfigurationError(f"{SETTING} must be a dict, got {type(given).__name__}")
-        made = hosting.make(given, SETTING, testing=testing)
+        made = configured_producer.make(given, SETTING, testing=testing)
         for method, arguments in self._additions:
             getattr(made, method)(*arguments)
         return made

@@ -17,7 +17,7 @@ from django.db import transaction
 
 from mlproducer import MLProducer, Receipt, outbox
 from mlproducer import _clock as time
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import read_postgresql
 from mlproducer._wire.encode import Task
 from mlproducer.contrib.django.process import one, producer

@@ -26,7 +26,7 @@ from flask.cli import with_appcontext
 
 from mlproducer import MLProducer, Settings
 from mlproducer.cli import main
-from mlproducer.contrib import hosting
+from mlproducer.contrib import configured_producer
 from mlproducer.wsgi import make_app
 
 __all__ = ["MLProducerExtension"]
@@ -95,8 +95,8 @@ def _producer_of(app: Flask) -> MLProducer:
         for key, value in app.config.items()
         if key.startswith(PREFIX)
     }
-    testing = bool(app.config.get("TESTING")) or hosting.in_test_run()
-    if testing and hosting.PRODUCER not in given:
+    testing = bool(app.config.get("TESTING")) or configured_producer.in_test_run()
+    if testing and configured_producer.PRODUCER not in given:
         return _own(app, given)
     return _shared_one(given)
 
@@ -104,16 +104,19 @@ def _producer_of(app: Flask) -> MLProducer:
 def _own(app: Flask, given: dict[str, Any]) -> MLProducer:
     own: dict[str, MLProducer] = app.extensions[EXTENSION]
     if "recording" not in own:
-        own.setdefault("recording", hosting.make(given, "app.config", testing=True))
+        own.setdefault("recording", configured_producer.make(given, "app.config", testing=True))
     return own["recording"]
 
 
 def _shared_one(given: dict[str, Any]) -> MLProducer:
-    wanted = hosting.settings_of(given, "app.config"), given.get(hosting.PRODUCER)
+    wanted = (
+        configured_producer.settings_of(given, "app.config"),
+        given.get(configured_producer.PRODUCER),
+    )
     for *key, made in _shared:
         if tuple(key) == wanted:
             return made
-    _shared.append((*wanted, hosting.make(given, "app.config", testing=False)))
+    _shared.append((*wanted, configured_producer.make(given, "app.config", testing=False)))
     return next(made for *key, made in _shared if tuple(key) == wanted)
 
 

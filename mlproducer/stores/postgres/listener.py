@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 
 from mlproducer import _clock as time
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import PostgreSQLAddress
 from mlproducer.stores.postgres import sql
 from mlproducer.stores.postgres.session import CONNECT_TIMEOUT, FOREIGN, describe, dial

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlproducer import _clock as time
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import read_postgresql
 from mlproducer.errors import StoreError, frameless
 from mlproducer.stores.postgres import sql

@@ -11,7 +11,7 @@ import logging
 import ssl
 from pathlib import Path
 
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import NAME, RedisAddress, read_redis
 from mlproducer.errors import ConfigurationError, frameless
 

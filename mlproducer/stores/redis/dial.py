@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import RedisAddress
 from mlproducer.errors import ConfigurationError
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlproducer import _clock as time
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import check_prefix
 from mlproducer.errors import StoreError, frameless
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate

@@ -21,12 +21,12 @@ from typing import TypeVar
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
-from mlproducer._latch import Token
+from mlproducer._synchronization import Token
 from mlproducer.errors import StoreError
 from mlproducer.stores.sqlite import rows as rows_of
+from mlproducer.stores.sqlite.disk_reserve import PAGE, Reserve, need, size_on
 from mlproducer.stores.sqlite.file import Connections, corrupt, is_there, open_file
 from mlproducer.stores.sqlite.owners import Owner
-from mlproducer.stores.sqlite.reserve import PAGE, Reserve, need, size_on
 from mlproducer.stores.sqlite.rows import Fence
 
 T = TypeVar("T")

@@ -21,8 +21,8 @@ from attrs import field, frozen
 
 from mlproducer.errors import StoreError
 from mlproducer.stores.sqlite import path_checks as place
+from mlproducer.stores.sqlite.disk_reserve import PAGE, size_on
 from mlproducer.stores.sqlite.owners import Owner, boot_id
-from mlproducer.stores.sqlite.reserve import PAGE, size_on
 from mlproducer.stores.sqlite.rows import MIGRATION, OWNERS, SCHEMA
 
 APPLICATION_ID = 0x6D6C7072

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer.errors import StoreError
 from mlproducer.stores.sqlite.owners import Owner
 

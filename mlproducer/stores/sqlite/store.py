@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mlproducer import _clock as time
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer.stores.protocol import Change, Claim, Depth, Entry, Row, RowFate
 from mlproducer.stores.sqlite import rows as rows_of
 from mlproducer.stores.sqlite.database import Connection, Database

@@ -31,9 +31,9 @@ from prometheus_client import REGISTRY
 
 from mlproducer import MLProducer, SummarizationTask
 from mlproducer.contrib import django as contrib
+from mlproducer.contrib.configured_producer import settings_of
 from mlproducer.contrib.django import producer, publish_in_transaction, publish_on_commit
 from mlproducer.contrib.django.process import one
-from mlproducer.contrib.hosting import settings_of
 from mlproducer.errors import (
     ConfigurationError,
     InvalidMessageError,

@@ -15,9 +15,9 @@ from typing import NoReturn
 
 import pytest
 
+from mlproducer._answers import Answer
 from mlproducer._engine.io_thread import SLOW
-from mlproducer._latch import Latch, Relay, Token
-from mlproducer._waiting import Answer
+from mlproducer._synchronization import Latch, Relay, Token
 from mlproducer.errors import StoreError
 from mlproducer.message import Fate, Receipt
 from mlproducer.stores.sqlite.database import Database, _forks

@@ -76,7 +76,7 @@ def expect(well: bool, seen: str) -> str:
     return seen
 
 
-def hear(events: queue.SimpleQueue[Any], limit: float, what: str) -> float:
+def wait_for_event(events: queue.SimpleQueue[Any], limit: float, what: str) -> float:
     """Wait for an event, and return how many seconds it took.
 
     :raises UnexpectedError: it did not come within ``limit`` seconds
@@ -89,7 +89,7 @@ def hear(events: queue.SimpleQueue[Any], limit: float, what: str) -> float:
     return time.monotonic() - started
 
 
-def see(come_about: Callable[[], bool], limit: float, what: str) -> float:
+def wait_until(come_about: Callable[[], bool], limit: float, what: str) -> float:
     """Look until something has come about, and return how many seconds it took.
 
     :raises UnexpectedError: it did not within ``limit`` seconds

@@ -18,8 +18,8 @@ from mlproducer.errors import (
     StoreError,
     UnroutableError,
 )
-from mlproducer.observe.events import Sink
-from mlproducer.observe.recent import KEPT, MAX_TEXT, Rates, Recorder
+from mlproducer.observe.recent_history import KEPT, MAX_TEXT, Rates, Recorder
+from mlproducer.observe.sinks import Sink
 from tests.helpers import make_delivery
 
 

@@ -3,7 +3,7 @@
 The broker is a private node; or the one in RABBITMQ_URL, on which nothing is declared, and nothing
 published but probes that come back (see `mlproducer.cli.connectivity`).
 
-Runs on: the main thread; `Lab.traffic` publishes on threads ``reliability``.
+Runs on: the main thread; `ScenarioSetup.traffic` publishes on threads ``reliability``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from attrs import evolve
 
 from mlproducer import Message, MLProducer, Receipt, Settings
 from mlproducer.cli import connectivity
-from mlproducer.cli.reliability.account import Account
-from mlproducer.cli.reliability.steps import Need, UnexpectedError, expect, see
+from mlproducer.cli.reliability.figures import Figures
+from mlproducer.cli.reliability.scenario import Need, UnexpectedError, expect, wait_until
 from mlproducer.dead_letters import DeadLetters
 from mlproducer.errors import PublishError
 from mlproducer.observe.callbacks import EventName
@@ -60,7 +60,7 @@ UNDER_WAY = 40
 """Messages that were taken before a fault begins."""
 
 
-class Lab:
+class ScenarioSetup:
     """The set-up of one scenario; everything ends with the ``with`` block.
 
     :param settings: of the broker that is used; ``None`` starts a private node
@@ -74,7 +74,7 @@ class Lab:
         self._node: RabbitMQNode | None = None
         self._shared: MLProducer | None = None
 
-    def __enter__(self) -> Lab:
+    def __enter__(self) -> ScenarioSetup:
         with contextlib.ExitStack() as stack:
             if self.private:
                 self._node = stack.enter_context(RabbitMQNode())
@@ -187,7 +187,7 @@ class Lab:
         with ThreadPoolExecutor(PUBLISHERS, "reliability") as pool:
             publishers = [pool.submit(publish) for _ in range(PUBLISHERS)]
             try:
-                see(lambda: len(self.journal.receipts) >= enough, CONNECTING, "under way")
+                wait_until(lambda: len(self.journal.receipts) >= enough, CONNECTING, "under way")
                 yield
             finally:
                 stop.set()
@@ -205,13 +205,13 @@ class Lab:
                 found.update(letter.message_id for letter in box.list())
         return found
 
-    def account(self) -> Account:
+    def figures(self) -> Figures:
         """Wait for taken messages to arrive, and return the figures."""
         if not (self.private and self.journal.receipts):
-            return Account()
+            return Figures()
         with contextlib.suppress(UnexpectedError):  # the figures will show what is missing
-            see(self._settled, SETTLING, "all settled")
-        return Account.of(self.journal, self.copies(), self.copies(DEAD_LETTERS))
+            wait_until(self._settled, SETTLING, "all settled")
+        return Figures.of(self.journal, self.copies(), self.copies(DEAD_LETTERS))
 
     def _settled(self) -> bool:
         return all(_decided(receipt) for receipt in self.journal.receipts)

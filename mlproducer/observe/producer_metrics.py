@@ -29,8 +29,8 @@ from mlproducer.errors import (
 from mlproducer.message import Message
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.counters import Counts, Labels, Series
-from mlproducer.observe.events import Sink, Table
 from mlproducer.observe.metric_families import Family, Merge
+from mlproducer.observe.sinks import Sink, Table
 from mlproducer.status import Status
 from mlproducer.tasks import CeleryTask, MLTask
 
@@ -45,7 +45,7 @@ class Watched(Protocol):
         """Return the status, without I/O."""
 
 
-class Meter:
+class ProducerMetrics:
     """The metrics of the producers that share a registry.
 
     :ivar counts: where counters and histograms are kept
@@ -153,7 +153,7 @@ COUNTED: Mapping[type[Event], Callable[[Any], tuple[Family, Labels] | None]] = {
 class MetricsSink(Sink):
     """Counts the events of one connection."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: ProducerMetrics) -> None:
         self._meter = meter
         self._task_type = meter.task_type
         self._series = meter.counts.series

@@ -27,7 +27,7 @@ from mlproducer._core.interfaces import LossKind
 from mlproducer._core.states import CircuitState
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.counters import Cells
-from mlproducer.observe.events import Sink, Table
+from mlproducer.observe.sinks import Sink, Table
 
 KEPT = 20
 """How many errors, and how many dead letters, are kept."""
@@ -77,7 +77,7 @@ class Rates:
 
 
 @frozen
-class Recent:
+class RecentHistory:
     """The last minutes of one producer in this process.
 
     :ivar dead_lettered: messages whose dead letter the broker has confirmed, since the start
@@ -123,10 +123,10 @@ class Recorder:
             counts = [sink.counts() for sink in self._sinks]
             self._samples.append((now, [sum(each) for each in zip(*counts, strict=True)]))
 
-    def recent(self) -> Recent:
+    def recent(self) -> RecentHistory:
         """Return what is recorded."""
         self.sample()
-        return Recent(
+        return RecentHistory(
             dead_lettered=sum(sink.dead_letters for sink in self._sinks),
             rates=tuple(_rates(list(self._samples), self._clock())),
             errors=tuple(reversed(list(self._errors.values()))),

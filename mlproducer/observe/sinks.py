@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, get_args
 
 from mlproducer._core.events import Event
-from mlproducer._guard import stopped
-from mlproducer.observe.lines import Lines
+from mlproducer._foreign_calls import stopped
+from mlproducer.observe.limited_logger import LimitedLogger
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Fanout:
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._lines = Lines(logger)
+        self._lines = LimitedLogger(logger)
         tables = [(sink, sink.table()) for sink in sinks]
         self._takers = {
             kind: [(table[kind], sink.wants(kind)) for sink, table in tables if kind in table]

@@ -14,7 +14,7 @@ from mlproducer.testing.audit import Journal
 
 
 @frozen
-class Account:
+class Figures:
     """The figures.
 
     :ivar taken_over: calls that returned: the message is the library's
@@ -35,7 +35,7 @@ class Account:
     longest_publish: float = 0.0
 
     @classmethod
-    def of(cls, journal: Journal, found: Counter[str], dead_letters: Counter[str]) -> Account:
+    def of(cls, journal: Journal, found: Counter[str], dead_letters: Counter[str]) -> Figures:
         """Hold a journal against what is in the queues and among the dead letters."""
         receipts = journal.receipts
         audit = journal.check(found + dead_letters)
@@ -59,10 +59,10 @@ class Account:
         """Whether nothing was lost, and nothing sent that was said not to be."""
         return self.delivered == self.taken_over and self.leaked == 0
 
-    def __add__(self, other: Account) -> Account:
+    def __add__(self, other: Figures) -> Figures:
         sums = {name: value + getattr(other, name) for name, value in asdict(self).items()}
         sums["longest_publish"] = max(self.longest_publish, other.longest_publish)
-        return Account(**sums)
+        return Figures(**sums)
 
     def __str__(self) -> str:
         return (

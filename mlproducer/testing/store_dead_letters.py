@@ -11,7 +11,7 @@ import pytest
 
 from mlproducer.message import Envelope
 from mlproducer.stores.protocol import Change, Depth, Entry, Record, Store
-from mlproducer.testing.store_kit import (
+from mlproducer.testing.store_helpers import (
     PATIENCE,
     StoreTests,
     entries_of,

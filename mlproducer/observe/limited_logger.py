@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from mlproducer import _clock as time
-from mlproducer._guard import write
+from mlproducer._foreign_calls import write
 from mlproducer.observe.limiter import Limiter
 
 
-class Lines:
+class LimitedLogger:
     """Logs lines of several kinds, a limited number of each.
 
     :param to: the logger of the module

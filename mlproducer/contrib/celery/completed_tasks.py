@@ -29,7 +29,7 @@ SWEEP = 1000
 """Notes after which a process deletes expired ones from an SQLite file."""
 
 
-class Notes(Protocol):
+class CompletedTasks(Protocol):
     """A set of names, each of which is forgotten after a while.
 
     :ivar name: the host or path, for logs
@@ -46,7 +46,7 @@ class Notes(Protocol):
         """Note it for so many seconds."""
 
 
-def notes_at(url: str) -> Notes:
+def completed_tasks_at(url: str) -> CompletedTasks:
     """Return the notes at a URL; nothing is opened yet.
 
     :raises ConfigurationError: the URL is for no kind of notes; it is not quoted
@@ -54,12 +54,12 @@ def notes_at(url: str) -> Notes:
     store_url.check(url, NAME)
     scheme = url.partition("://")[0]
     if scheme == "sqlite":
-        return SQLiteNotes(store_url.read_local(url).path)
+        return SQLiteCompletedTasks(store_url.read_local(url).path)
     if scheme == "postgresql":
-        return PostgreSQLNotes(store_url.read_postgresql(url))
+        return PostgreSQLCompletedTasks(store_url.read_postgresql(url))
     if scheme == "memory":
         raise ConfigurationError(f"{NAME} must be redis://, postgresql:// or sqlite:///")
-    return RedisNotes(store_url.read_redis(url))
+    return RedisCompletedTasks(store_url.read_redis(url))
 
 
 class _Own(threading.local):
@@ -93,7 +93,7 @@ class _OnServer:
         raise NotImplementedError
 
 
-class RedisNotes(_OnServer):
+class RedisCompletedTasks(_OnServer):
     """Notes in Redis, one key each, which Redis forgets by itself."""
 
     def __init__(self, address: RedisAddress) -> None:
@@ -142,7 +142,7 @@ def _close(connection: Any, pid: int) -> None:
         connection.close()
 
 
-class PostgreSQLNotes(_OnServer):
+class PostgreSQLCompletedTasks(_OnServer):
     """Notes in a table, which is made with the first one."""
 
     def __init__(self, address: PostgreSQLAddress) -> None:
@@ -210,7 +210,7 @@ class _Connection(sqlite3.Connection):
             self.close()
 
 
-class SQLiteNotes:
+class SQLiteCompletedTasks:
     """Notes in an SQLite file, which the workers of one machine share."""
 
     def __init__(self, path: str) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlproducer import _clock as time
+from mlproducer._answers import GRACE, MOMENT, Answer, returned, stop_waiting
 from mlproducer._core.delivery import Delivery
-from mlproducer._latch import Relay
-from mlproducer._waiting import GRACE, MOMENT, Answer, returned, stop_waiting
+from mlproducer._synchronization import Relay
 from mlproducer.errors import PublishError
 from mlproducer.message import Receipt
 

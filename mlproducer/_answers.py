@@ -16,7 +16,7 @@ from mlproducer import _clock as time
 from mlproducer._core.delivery import NO_WAITER, Delivery
 from mlproducer._core.delivery_errors import failure
 from mlproducer._core.delivery_states import AnswerState
-from mlproducer._latch import Latch, Relay
+from mlproducer._synchronization import Latch, Relay
 from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.message import Fate, Receipt
 
@@ -145,7 +145,7 @@ def stop_waiting(engine: Engine, delivery: Delivery) -> tuple[Receipt | PublishE
     return error, False
 
 
-class Line:
+class PendingAnswers:
     """The waits of `publish_many`, in the order of its tasks, and their results."""
 
     def __init__(self) -> None:
