@@ -5,6 +5,7 @@ Runs on: any thread.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -139,6 +140,10 @@ class TimerThread:
         if after_order and patience == 0.0:
             return self._job, False
         try:
+            # Before Python 3.13 a queue that is empty and has not just been found so takes a turn
+            # before it sleeps, and sleeps for ever if its timeout is over by then.
+            with contextlib.suppress(queue.Empty):
+                return self._orders.get_nowait(), True
             return self._orders.get(timeout=patience), True
         except queue.Empty:
             return (_nothing if self.due is None else self._job), False

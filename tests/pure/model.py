@@ -385,7 +385,7 @@ class ModelProducer:
             if self.stuck:
                 return
             if not orders.empty():
-                orders.get(timeout=0)()
+                orders.get_nowait()()
             elif due is not None and due <= self.clock.now:
                 self.retry_worker.sweep()
         except NoAnswerError as silence:

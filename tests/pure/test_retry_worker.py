@@ -110,7 +110,7 @@ class Bench:
     def work(self) -> None:
         """Let the thread carry out its orders."""
         while not self.retry_worker.thread._orders.empty():
-            self.retry_worker.thread._orders.get(timeout=0)()
+            self.retry_worker.thread._orders.get_nowait()()
 
     def wait_for(self, delivery: Delivery, limit: float = 20.0) -> float | None:
         """Sweep all the time, and say how long it took until it went out."""

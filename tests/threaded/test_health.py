@@ -12,11 +12,12 @@ from pika import spec
 from mlproducer import MLProducer
 from mlproducer._core import events
 from mlproducer._engine import health
+from mlproducer._engine.threads import TimerThread
 from mlproducer.errors import ConfirmTimeoutError
 from mlproducer.testing.fake_broker import FakeConnection
 from mlproducer.testing.proxy import Proxy
 from mlproducer.topology import Topology
-from tests.helpers import LIMIT, make_message
+from tests.helpers import LIMIT, Background, make_message
 from tests.stopwatch import Stopwatch, in_time
 from tests.threaded.brokers import ack
 from tests.threaded.conftest import Connect, Serve
@@ -317,3 +318,23 @@ def probes_of(producer: MLProducer) -> Happenings:
 
     checks._probe = note
     return asked
+
+
+def test_a_check_that_is_due_at_once_is_not_slept_over() -> None:
+    """Before Python 3.13 a queue may sleep for ever if a short timeout ends as it begins to wait.
+
+    One in a thousand does; the thread of such a check was never heard of again.
+    """
+
+    def wait() -> int:
+        for _ in range(20_000):
+            thread = TimerThread(lambda: None)
+            thread.due = time.monotonic() + 5e-6
+            task, ordered = thread._next(after_order=False)
+            assert task is thread._job
+            assert not ordered
+        return 20_000
+
+    background = Background()
+    background.call(wait)
+    assert background.gather() == [20_000]

@@ -110,7 +110,7 @@ class Program:
         self._reader.join(timeout)
         reports = []
         while not self._reports.empty():
-            report = self._reports.get(timeout=0)
+            report = self._reports.get_nowait()
             if report is not None:
                 reports.append(report)
         return Ended(returncode, reports, self.stderr())
