@@ -25,8 +25,8 @@ from benchmarks.contestants import native
 from benchmarks.contestants.work import ROUTING_KEY
 from benchmarks.harness import Contestant, Match, NativeContestant, Player, play
 from mlproducer import Settings
+from mlproducer.settings import topology_of
 from mlproducer.testing import RabbitMQNode
-from mlproducer.topology import Topology
 
 OURS, C, C_HEADERS = "mlproducer", "C", "C, same headers"
 
@@ -198,7 +198,7 @@ class Broker:
 
 def declare_topology(channel: Any) -> None:
     """Declare the library's exchange and queues, so that every contestant finds them."""
-    for declaration in Topology.of(Settings()).declarations("active"):
+    for declaration in topology_of(Settings()).declarations("active"):
         getattr(channel, declaration.method)(**declaration.arguments)
 
 

@@ -28,10 +28,9 @@ from mlproducer.errors import (
 )
 from mlproducer.message import Message
 from mlproducer.producer import MLProducer
-from mlproducer.settings import Settings
+from mlproducer.settings import Settings, topology_of
 from mlproducer.stores import open_store
 from mlproducer.stores.protocol import Change, Row, Store
-from mlproducer.topology import Topology
 
 __all__ = ["DeadLetters", "Letter", "Place", "StoredDeadLetters", "Target", "places"]
 
@@ -122,7 +121,7 @@ class DeadLetters:
     """
 
     def __init__(self, settings: Settings, queue: str | None = None) -> None:
-        topology = Topology.of(settings)
+        topology = topology_of(settings)
         self._settings = settings
         self._queue = topology.dead_letter_queue if queue is None else queue
         self._dead_end = _DeadEnd(topology.dead_letter_exchange, self._queue)
@@ -186,7 +185,7 @@ class StoredDeadLetters:
     """
 
     def __init__(self, settings: Settings) -> None:
-        topology = Topology.of(settings)
+        topology = topology_of(settings)
         self._settings = settings
         self._dead_end = _DeadEnd(topology.dead_letter_exchange, topology.dead_letter_queue)
 

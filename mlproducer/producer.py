@@ -91,7 +91,7 @@ class MLProducer:
         self._plan = Plan(self.settings, store, registry, self._callbacks)
         holder = weakref.ref(self)
         self._life = Lifecycle(self._plan, lambda: holder() is not None)
-        self._plan.watched = weakref.ref(self._life)
+        self._plan.lifecycle = weakref.ref(self._life)
         made.add(self)
         if "prometheus_client" in sys.modules or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             self._meter()  # otherwise nothing reads metrics yet, and the import can wait

@@ -312,6 +312,12 @@ class Settings:
         return cls.from_mapping({}, environ)
 
 
+def topology_of(settings: Settings) -> Topology:
+    """Return the topology of settings, with their prefix and delivery limit applied."""
+    chosen = settings.topology or Topology(exchange=settings.exchange)
+    return chosen.prefixed(settings.queue_prefix or "", settings.delivery_limit)
+
+
 def _url_of(given: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     url = given.get("url", values.get("url"))
     return url if isinstance(url, str) else ""

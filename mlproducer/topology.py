@@ -11,7 +11,7 @@ Runs on: any thread; everything here is frozen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from attrs import Attribute, Factory, evolve, field, frozen
 
@@ -35,19 +35,6 @@ _NO_LIMIT = 2**31 - 1
 QueueType = Literal["quorum", "classic", "stream"]
 _TYPES = ("quorum", "classic", "stream")
 _EXCHANGE_TYPES = ("topic", "direct", "fanout", "headers")
-
-
-class _Names(Protocol):
-    """The fields of `mlproducer.Settings` that describe the topology."""
-
-    @property
-    def exchange(self) -> str: ...
-    @property
-    def delivery_limit(self) -> int: ...
-    @property
-    def queue_prefix(self) -> str: ...
-    @property
-    def topology(self) -> Topology | None: ...
 
 
 def _check_name(_instance: Any, attribute: Attribute[Any], value: Any) -> None:
@@ -172,18 +159,13 @@ class Topology:
     )
     dead_letter_queue: str = field(default="ml.dead_letter", validator=_check_name)
 
-    @classmethod
-    def of(cls, settings: _Names) -> Topology:
-        """Return the topology of settings, with their prefix and delivery limit applied."""
-        chosen = settings.topology
-        if chosen is None:
-            chosen = cls(exchange=settings.exchange)
-        prefix, limit = settings.queue_prefix or "", settings.delivery_limit
+    def prefixed(self, prefix: str, delivery_limit: int) -> Topology:
+        """Return it with a prefix before its names, and a limit for queues that have none."""
         return evolve(
-            chosen,
-            queues=tuple(_prefixed(queue, prefix, limit) for queue in chosen.queues),
-            dead_letter_exchange=prefix + chosen.dead_letter_exchange,
-            dead_letter_queue=prefix + chosen.dead_letter_queue,
+            self,
+            queues=tuple(_prefixed(queue, prefix, delivery_limit) for queue in self.queues),
+            dead_letter_exchange=prefix + self.dead_letter_exchange,
+            dead_letter_queue=prefix + self.dead_letter_queue,
         )
 
     def declarations(self, mode: str) -> Iterator[Declaration]:

@@ -22,8 +22,8 @@ from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._engine.tls import TLSFiles
 from mlproducer._foreign_calls import stopped
 from mlproducer.errors import ConfigurationError
-from mlproducer.settings import Credentials, Settings
-from mlproducer.topology import Declaration, Topology
+from mlproducer.settings import Credentials, Settings, topology_of
+from mlproducer.topology import Declaration
 
 Address = tuple[Any, ...]
 """A record of `socket.getaddrinfo`."""
@@ -136,7 +136,7 @@ class Endpoints:
         self._random = random.SystemRandom()
         self._ranks: dict[tuple[str, str], float] = {}
         self._tls: dict[TLSSettings, TLSFiles] = {}
-        topology = Topology.of(settings)
+        topology = topology_of(settings)
         self._declarations = tuple(topology.declarations(settings.declare_topology))
         delayed = topology.exchange_type == "x-delayed-message"
         self._delayed = frozenset([topology.exchange] if delayed else [])

@@ -43,8 +43,8 @@ from mlproducer._engine.threads import TimerThread
 from mlproducer._synchronization import Latch, Relay, Watch
 from mlproducer._wire.delay import Delays
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
-from mlproducer.settings import Settings
-from mlproducer.topology import Declaration, Topology
+from mlproducer.settings import Settings, topology_of
+from mlproducer.topology import Declaration
 
 TICK = 1.0
 """Seconds between looks at what is overdue."""
@@ -97,7 +97,7 @@ class IOThread:
         self._connected = connected
         self.relay = Relay(self._remind)
         self.is_connected = False
-        self._topology = Topology.of(settings)
+        self._topology = topology_of(settings)
         self._health_probe = HealthProbe(self._topology, emit)
         self._health = Health(settings.health_check_interval, self.order, self.probe, self.silent)
         self._cooldown = BreakerTimer(partial(self.order, self.cool))

@@ -6,8 +6,8 @@ which the next caller finishes:
 - *start* is made on a thread of its own, which no signal interrupts; callers only wait for it;
 - *close* is steps that may be taken again, and by several threads at once: the shortest limit of
   those who close decides how long is waited, and all have the same report;
-- *exit* takes the same steps for all producers of the process;
-- *fork* makes it new in the child.
+- *exit* takes the same steps for all producers of the process, on the main thread;
+- *fork* makes it new in the child, on the thread that forked.
 
 No lock is held on the way, so that a signal handler or a finaliser may call in at any moment.
 
@@ -16,7 +16,11 @@ Runs on: the users' threads; the start on a thread ``mlproducer-start``.
 
 from __future__ import annotations
 
+import atexit
+import logging
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -24,17 +28,11 @@ from typing import TYPE_CHECKING, Any
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
 from mlproducer._core.states import ConnectionState
-from mlproducer._engine import process_hooks as process
 from mlproducer._engine import threads
+from mlproducer._engine.start import CLAIM_LIMIT, Start, fresh
 from mlproducer._engine.threads import CLOSE_MARGIN, REST_LIMIT
-from mlproducer._synchronization import Watch
-from mlproducer.errors import (
-    ConfigurationError,
-    MLProducerError,
-    NotConnectedError,
-    ProducerClosedError,
-    WouldDeadlockError,
-)
+from mlproducer._foreign_calls import write
+from mlproducer.errors import ProducerClosedError, WouldDeadlockError
 from mlproducer.observe.recent_history import Recorder
 from mlproducer.status import CloseReport, Status
 
@@ -46,11 +44,7 @@ if TYPE_CHECKING:
     from mlproducer.stores.protocol import Store
     from mlproducer.topology import Declaration
 
-START_LIMIT = 30.0
-"""Seconds for which a call waits for the start, which takes a few milliseconds."""
-
-CLAIM_LIMIT = 0.1
-"""Seconds after which a thread that was to start it, and has not begun, is taken for lost."""
+logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 10.0
 """Seconds that a close may take to deliver what is inside, unless it is told otherwise."""
@@ -73,11 +67,11 @@ def _assemble() -> Callable[..., Runtime]:
 class Plan:
     """What is needed to make a producer's runtime; it has no reference to the producer.
 
-    :ivar watched: returns what the metrics read; a weak reference
+    :ivar lifecycle: a weak reference to the one whose status the metrics read
     :ivar added: declarations besides the topology
     """
 
-    watched: Callable[[], Lifecycle | None]
+    lifecycle: Callable[[], Lifecycle | None]
 
     def __init__(
         self, settings: Settings, store: Store | None, registry: Any, callbacks: Callbacks
@@ -114,9 +108,9 @@ class Plan:
             with forks.importing():
                 from mlproducer.observe import metrics  # noqa: PLC0415 - slow, not needed before
 
-            meter, watched = metrics.meter(self.registry), self.watched()
-            if watched is not None:
-                meter.watch(watched, durable=self.stores_durably())
+            meter, lifecycle = metrics.meter(self.registry), self.lifecycle()
+            if lifecycle is not None:
+                meter.watch(lifecycle.status, durable=self.stores_durably())
             self._meter = meter
         return self._meter
 
@@ -145,12 +139,12 @@ class Lifecycle:
         self.closed = False
         self._left: Runtime | None = None
         self._begin()
-        process.remember(self)
+        _producers.remember(self)
 
     def _begin(self) -> None:
         self.runtime: Runtime | None = None
         self._made: Runtime | None = None  # the same, from before it is started, for a fork
-        self._starts: dict[str, _Start] = {}  # the one under way, if there is one
+        self._starts: dict[str, Start] = {}  # the one under way, if there is one
         self._reports: list[CloseReport] = []  # the first counts
 
     # --- start ---------------------------------------------------------------------------------
@@ -179,39 +173,39 @@ class Lifecycle:
             self._plan.prepare()
         except ImportError as error:  # by a signal handler in the middle of the same import
             raise WouldDeadlockError(f"the library is being imported: {error}") from None
-        start = self._starts.setdefault("now", _Start(self._make_and_start))
+        start = self._starts.setdefault("now", Start(self._make_and_start))
         runtime = start.wait(self)
         if runtime is None:
             if self._starts.get("now") is start:
                 del self._starts["now"]
             if start.is_over():  # which is the last thing that its thread does: wait for its end
                 threads.join_all(start.threads, time.monotonic() + CLAIM_LIMIT)
-            raise _fresh(start.error)
+            raise fresh(start.error)
         self._check_open()
         return runtime
 
     def _check_open(self) -> None:
         if self.closed:
             raise ProducerClosedError("the producer is closed")
-        if process.is_over():
+        if _producers.over:
             raise ProducerClosedError(ENDED)
 
     def _make_and_start(self) -> Runtime:
         """Make and start it; on a thread that no signal interrupts."""
-        process.finish_in_children()
+        _finish_in_children()
         with forks.importing():  # the store's modules
             runtime = self._made = self._plan.make(self._tend)
-        process.hold(self)
+        _producers.hold(self)
         try:
             runtime.start()
         except BaseException:
             self._made = None
-            process.release(self)
+            _producers.release(self)
             raise
         self.runtime = runtime
-        if self.closed or process.is_over():  # by one who did not wait, and may not have seen it
+        if self.closed or _producers.over:  # by one who did not wait, and may not have seen it
             runtime.close(0.0)
-            process.release(self)
+            _producers.release(self)
         return runtime
 
     def _tend(self) -> None:
@@ -262,7 +256,7 @@ class Lifecycle:
         # Callbacks do not wait: a start that found the producer closed waits for their threads.
         if start is not None and threads.here.owner is None:
             threads.join_all(start.threads, deadline)
-        process.release(self)
+        _producers.release(self)
         return self._reports[0]
 
     # --- what the process tells ----------------------------------------------------------------
@@ -305,78 +299,93 @@ class Lifecycle:
         return Status(connection_state=closed)
 
 
-class _Start:
-    """One attempt to start, carried out once by the first of the threads that come to do it."""
+class _Producers:
+    """The producers of this process: told when it forks, and closed when it ends.
 
-    def __init__(self, make: Callable[[], Runtime]) -> None:
-        self._make = make
-        self._unclaimed = [None]
-        self._runtime: Runtime | None = None
-        self.error: Exception | None = None
-        self.threads: list[threading.Thread] = []
-        self.over = Watch()
+    One that runs is held until it is closed: its messages are delivered, also at the end of the
+    process, although nothing of the program holds it any more.
 
-    def is_over(self) -> bool:
-        """Whether it has come to an end, good or bad."""
-        return self._runtime is not None or self.error is not None
+    :ivar over: the process ends, and starts nothing any more
+    """
 
-    def wait(self, owner: object) -> Runtime | None:
-        """Wait until it is over; ``None`` where it failed.
+    def __init__(self) -> None:
+        self._known: dict[weakref.ref[Lifecycle], None] = {}
+        self._running: dict[Lifecycle, None] = {}
+        self.over = False
 
-        A caller may be interrupted before it has a thread do it, or in the middle of having one do
-        it; so each caller sees to it that there is one.
-        """
-        deadline = time.monotonic() + START_LIMIT
-        while not self.is_over() and time.monotonic() < deadline:
-            if self._unclaimed:
+    def remember(self, lifecycle: Lifecycle) -> None:
+        self._known[weakref.ref(lifecycle, self._forget)] = None
+
+    def _forget(self, lifecycle: weakref.ref[Lifecycle]) -> None:
+        self._known.pop(lifecycle, None)
+
+    def hold(self, lifecycle: Lifecycle) -> None:
+        self._running[lifecycle] = None
+
+    def release(self, lifecycle: Lifecycle) -> None:
+        self._running.pop(lifecycle, None)
+
+    def forked(self) -> None:
+        """Begin afresh in a child: all of them first, since letting go may fail."""
+        known = [reference() for reference in list(self._known)]
+        every = dict.fromkeys(each for each in [*known, *self._running] if each is not None)
+        self._running = {}
+        self.over = False
+        for step in ("forked", "disown"):
+            for each in every:
+                _take(getattr(each, step))
+
+    def exiting(self) -> None:
+        """Close all that run, within one limit: drain all, end all, then join all."""
+        self.over = True
+        started = time.monotonic()
+        running = [each for each in list(self._running) if each.running]
+        deadlines = {each: started + each.exit_timeout for each in running}
+        interrupt: BaseException | None = None
+        for step, grace in (("drain", 0.0), ("end", 0.0), ("join", CLOSE_MARGIN)):
+            for each in running:
+                deadline = started if interrupt else deadlines[each]
+                late = time.monotonic() if interrupt else 0.0
                 try:
-                    self.threads.append(threads.spawn("start", 1, self._run, owner))
-                except RuntimeError as error:  # Python 3.12 and later at the end of the interpreter
-                    self._fail(NotConnectedError(f"no thread can be started: {error}"))
-                    break
-            self.over.wait_for(self.is_over, time.monotonic() + CLAIM_LIMIT)
-        return self._runtime
-
-    def withdraw(self) -> bool:
-        """Have it not made any more; false if it is under way, or over."""
-        if not self._claim():
-            return False
-        self._fail(ProducerClosedError("the producer is closed"))
-        self.over.changed()
-        return True
-
-    def _claim(self) -> bool:
-        """Decide what becomes of it; true for one thread only."""
-        try:
-            self._unclaimed.pop()
-        except IndexError:
-            return False
-        return True
-
-    def _run(self) -> None:
-        if not self._claim():
-            return
-        try:
-            self._runtime = self._make()
-        except MLProducerError as error:
-            self._fail(error)
-        except RuntimeError as error:
-            self._fail(NotConnectedError(f"no thread can be started: {error}"))
-        except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
-            why = getattr(error, "strerror", None) or "out of descriptors"
-            self._fail(NotConnectedError(f"the producer cannot be started: {why}"))
-        except BaseException as error:  # noqa: BLE001 - the callers have to be told whatever it is
-            self._fail(NotConnectedError(f"the producer cannot be started: {type(error).__name__}"))
-        self.over.changed()
-
-    def _fail(self, error: Exception) -> None:
-        self.error = error
+                    _take(getattr(each, step), max(deadline, late) + grace)
+                except BaseException as error:  # noqa: BLE001 - Ctrl-C: wait no longer, but end all
+                    interrupt = error
+        lost = sum(each.lost() for each in running)
+        if lost:
+            text = "the process ends: messages lost that lived in memory: %d"
+            write(logger, logging.ERROR, text, lost)
+        if interrupt is not None:
+            raise interrupt
 
 
-def _fresh(error: Exception | None) -> Exception:
-    """Give an error of its own to each caller."""
-    if isinstance(error, (ConfigurationError, NotConnectedError, ProducerClosedError)):
-        return type(error)(str(error))
-    if error is not None:
-        return error.with_traceback(None)
-    return NotConnectedError("the start takes too long")
+def _take(step: Callable[..., object], *arguments: float) -> None:
+    """Take a step; one that fails must not keep other producers from theirs."""
+    try:
+        step(*arguments)
+    except Exception as error:  # noqa: BLE001 - see the docstring
+        text = "a producer could not be %s; going on with the others"
+        write(logger, logging.ERROR, text, step.__name__, error=error)
+
+
+_producers = _Producers()
+
+_finalizers: dict[str, Any] = {}
+"""By module: one is enough for all producers; a child's are its own."""
+
+
+def _finish_in_children() -> None:
+    """Be told of the end also where the process ends without ``atexit``.
+
+    A process of multiprocessing, or of Celery's billiard, leaves by ``os._exit`` after finalizers
+    of its own. A child of Celery's prefork pool runs neither: it has a signal for its end.
+    """
+    for name in ("multiprocessing.util", "billiard.util"):
+        module, finalizer = sys.modules.get(name), _finalizers.get(name)
+        # Both forget all of them when the target of a process begins.
+        if module is not None and (finalizer is None or not finalizer.still_active()):
+            _finalizers[name] = module.Finalize(None, _producers.exiting, exitpriority=100)
+
+
+forks.in_child(_producers.forked)
+forks.in_child(_finalizers.clear)
+atexit.register(_producers.exiting)

@@ -10,7 +10,7 @@ from mlproducer._wire import celery, raw
 from mlproducer._wire.delay import Delays
 from mlproducer.errors import InvalidMessageError, MessageTooLargeError, frameless
 from mlproducer.message import Envelope, Message
-from mlproducer.settings import Settings
+from mlproducer.settings import Settings, topology_of
 from mlproducer.tasks import (
     CeleryTask,
     EmbeddingBatchTask,
@@ -19,7 +19,6 @@ from mlproducer.tasks import (
     SummarizationTask,
     TranscriptionTask,
 )
-from mlproducer.topology import Topology
 
 TASKS = (SummarizationTask, TranscriptionTask, EmbeddingTask, EmbeddingBatchTask, CeleryTask)
 Task = (
@@ -36,7 +35,7 @@ class Encoder:
     """The encoder of one producer."""
 
     def __init__(self, settings: Settings) -> None:
-        topology = Topology.of(settings)
+        topology = topology_of(settings)
         self._exchange = topology.exchange
         self._delays = Delays.of(topology, settings.queue_prefix)
         self._max_bytes = settings.max_message_bytes

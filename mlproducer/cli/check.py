@@ -38,6 +38,7 @@ from mlproducer.errors import (
     PublishError,
     StoreError,
 )
+from mlproducer.settings import topology_of
 from mlproducer.stores import anchored, open_store
 from mlproducer.stores.protocol import Entry, Record
 from mlproducer.topology import Declaration
@@ -135,7 +136,7 @@ def _broker_steps(producer: MLProducer) -> Iterator[Step]:
 
 def _session_steps(producer: MLProducer) -> Iterator[Step]:
     settings = producer.settings
-    topology = Topology.of(settings)
+    topology = topology_of(settings)
     with Session(Endpoints(settings).known, settings.connection_timeout) as session:
         declared = _declare(session, topology, settings)
         yield declared

@@ -26,6 +26,7 @@ from mlproducer import Settings, Topology
 from mlproducer._engine.endpoints import Endpoints
 from mlproducer._engine.session import Session
 from mlproducer.cli.output import Console
+from mlproducer.settings import topology_of
 from mlproducer.topology import Declaration
 
 HELP = "show what the settings declare, and how the broker differs"
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace, console: Console) -> bool:
     :raises NotConnectedError: no broker answers
     """
     settings: Settings = arguments.settings()
-    topology = Topology.of(settings)
+    topology = topology_of(settings)
     with Session(Endpoints(settings).known, settings.connection_timeout) as session:
         findings = list(compare(session, topology, apply=arguments.apply))
     _show(findings, console)

@@ -50,7 +50,8 @@ from mlproducer.observe.metric_families import (
     Kind,
     Merge,
 )
-from mlproducer.observe.producer_metrics import ProducerMetrics, Watched
+from mlproducer.observe.producer_metrics import ProducerMetrics
+from mlproducer.status import Status
 
 logger = logging.getLogger(__name__)
 
@@ -409,14 +410,14 @@ class _FileMetrics(ProducerMetrics):
         self._writer = writer
         self._shown: set[tuple[Family, Labels]] = set()
 
-    def watch(self, producer: Watched, *, durable: bool = False) -> None:
+    def watch(self, status: Callable[[], Status], *, durable: bool = False) -> None:
         """Read a producer's gauges; the first producer decides how those of stores are merged."""
-        if not self._watched:
+        if not self._statuses:
             self._files.durable = durable
             for family in FAMILIES:
                 if family.merge is Merge.BY_STORE:
                     self._files.series(family).begin()
-        super().watch(producer, durable=durable)
+        super().watch(status, durable=durable)
 
     def refresh(self) -> None:
         """Write the gauges, and again if a connection changed its state meanwhile.

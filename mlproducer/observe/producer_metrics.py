@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from mlproducer import _clock as time
 from mlproducer._core import events
@@ -38,13 +38,6 @@ MAX_NAME = 200
 """Characters that a task type may have to get a series of its own."""
 
 
-class Watched(Protocol):
-    """What gauges need of a producer."""
-
-    def status(self) -> Status:
-        """Return the status, without I/O."""
-
-
 class ProducerMetrics:
     """The metrics of the producers that share a registry.
 
@@ -53,17 +46,18 @@ class ProducerMetrics:
 
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
-        self._watched: dict[weakref.ref[Watched], None] = {}
+        self._statuses: dict[weakref.WeakMethod[Callable[[], Status]], None] = {}
         self._task_types: dict[str, str] = {}
         self._admitted = itertools.count()
         self._depths: dict[weakref.ref[MetricsSink], dict[str, int]] = {}
 
-    def watch(self, producer: Watched, *, durable: bool = False) -> None:
+    def watch(self, status: Callable[[], Status], *, durable: bool = False) -> None:
         """Read a producer's gauges for as long as it is alive.
 
+        :param status: a method of the producer, which gives its status without I/O
         :param durable: its messages wait in a store that other producers may share
         """
-        self._watched[weakref.ref(producer, self._forget)] = None
+        self._statuses[weakref.WeakMethod(status, self._forget)] = None
 
     def sink(self) -> Sink:
         """Return a sink for the events of one connection."""
@@ -88,8 +82,8 @@ class ProducerMetrics:
 
     def readings(self) -> Mapping[Family, Mapping[Labels, float]]:
         """Return the value of every gauge."""
-        watched = [producer() for producer in self._watched.copy()]
-        statuses = [producer.status() for producer in watched if producer is not None]
+        alive = [status() for status in self._statuses.copy()]
+        statuses = [status() for status in alive if status is not None]
         is_open = [s for s in statuses if s.connection_state is not ConnectionState.CLOSED]
         readings: dict[Family, Mapping[Labels, float]] = {
             family: {(): _merge(family, is_open)} for family in _READ
@@ -118,8 +112,8 @@ class ProducerMetrics:
             return catalog.OTHER
         return self._task_types.setdefault(name, name)
 
-    def _forget(self, producer: weakref.ref[Watched]) -> None:
-        self._watched.pop(producer, None)
+    def _forget(self, status: weakref.WeakMethod[Callable[[], Status]]) -> None:
+        self._statuses.pop(status, None)
 
     def _forget_depths(self, sink: weakref.ref[MetricsSink]) -> None:
         self._depths.pop(sink, None)

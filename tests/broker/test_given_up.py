@@ -15,6 +15,7 @@ import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
 from mlproducer import CeleryTask, Message, Queue, Settings, Topology
+from mlproducer.settings import topology_of
 from mlproducer.testing import CeleryWorker, RabbitMQNode
 from mlproducer.testing.audit import drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
@@ -217,4 +218,4 @@ def test_a_topology_of_ones_own(rabbitmq_vhost: VirtualHost, connect: Connect) -
             method, _, _ = channel.basic_get(queue)
             channel.basic_reject(method.delivery_tag, requeue=False)
     _eventually(lambda: drain(url, ["test.ml.dead_letter"]).keys() >= {"a"})
-    assert Topology.of(Settings(queue_prefix="test.")).queues[0].name == "test.ml.summarize"
+    assert topology_of(Settings(queue_prefix="test.")).queues[0].name == "test.ml.summarize"

@@ -159,7 +159,7 @@ def test_complete_before_the_first_publish(
 ) -> None:
     """Every family is there at once, those without labels with their series, at zero."""
     producer = Producer(Status(connection_state=DISCONNECTED))
-    meter.watch(producer)
+    meter.watch(producer.status)
     shown = {
         family.name: family
         for family in text_string_to_metric_families(metrics.exposition(registry).decode())
@@ -378,7 +378,7 @@ def _all_errors(root: type[MLProducerError]) -> Iterator[type[MLProducerError]]:
 def test_gauges_of_one_producer(registry: CollectorRegistry, meter: ProducerMetrics) -> None:
     """Each gauge shows what the status says, at the moment of the scrape."""
     producer = Producer()
-    meter.watch(producer)
+    meter.watch(producer.status)
     producer.set(
         reconnect_attempts=2,
         consecutive_failures=3,
@@ -409,7 +409,7 @@ def test_producers_that_share_a_registry(
     assert metrics.meter(registry) is meter
     first, second, third = Producer(), Producer(), Producer()
     for producer in (first, second, third):
-        meter.watch(producer)
+        meter.watch(producer.status)
     first.set(pending_confirms=2, retry_queue_size=1)
     second.set(pending_confirms=3, blocked=True, connection_state=DISCONNECTED)
     third.set(pending_confirms=100, connection_state=CLOSED)
@@ -428,7 +428,7 @@ def test_stores_that_are_shared(registry: CollectorRegistry, meter: ProducerMetr
     """What several producers see of one durable store counts once; memory stores add up."""
     producers = [Producer() for _ in range(6)]
     for producer, store in zip(producers, ["a.db", "a.db", "b.db", "a.db", "", ""], strict=True):
-        meter.watch(producer)
+        meter.watch(producer.status)
         producer.set(retry_queue_size=40, dead_letters=3, store=store)
     producers[0].set(retry_queue_size=39)  # it has asked a moment earlier
     assert value(registry, "retry_queue_size") == 40 + 40 + 40 + 40
@@ -438,7 +438,7 @@ def test_stores_that_are_shared(registry: CollectorRegistry, meter: ProducerMetr
 def test_the_package_imported_twice(registry: CollectorRegistry, sink: Sink) -> None:
     """A later import counts on, beside producers of the earlier one, and hides nothing of them."""
     old = Producer(Status(connection_state=CONNECTED, pending_confirms=2, retry_queue_size=4))
-    metrics.meter(registry).watch(old)
+    metrics.meter(registry).watch(old.status)
     sink.take(events.Confirmed([of_type("a", started=0.0)], 3.0))
     again, status, its = imported_again(
         "mlproducer.observe.metrics", "mlproducer.status", "mlproducer._core.events"
@@ -447,7 +447,7 @@ def test_the_package_imported_twice(registry: CollectorRegistry, sink: Sink) -> 
     assert again.meter(registry) is second is not metrics.meter(registry)
     state = status.ConnectionState.DISCONNECTED
     new = Producer(status.Status(connection_state=state, pending_confirms=1, retry_queue_size=3))
-    second.watch(new)
+    second.watch(new.status)
     second.sink().take(its.Confirmed([of_type("a"), of_type("b")], 0.0))
     sink.take(events.Confirmed([of_type("a")], 0.0))
     assert sent(registry) == {("a", "success"): 3, ("b", "success"): 1}
@@ -516,7 +516,7 @@ def what_is_new() -> Iterator[None]:
 def test_dropped_producer(registry: CollectorRegistry, meter: ProducerMetrics) -> None:
     """A producer without references is collected, and shows no more; its counts stay."""
     producer = Producer()
-    meter.watch(producer)
+    meter.watch(producer.status)
     producer.set(pending_confirms=7)
     gone = weakref.ref(producer)
     meter.sink().take(events.Confirmed([of_type("a")], 0.0))
@@ -546,7 +546,7 @@ def depth(registry: CollectorRegistry, queue: str = "ml.embed") -> float | None:
 def test_queue_depths(registry: CollectorRegistry, meter: ProducerMetrics, sink: Sink) -> None:
     """The last reading of each queue is shown, for as long as it is one."""
     producer = Producer()
-    meter.watch(producer)
+    meter.watch(producer.status)
     sink.take(events.QueueDepth("ml.embed", 3))
     sink.take(events.QueueDepth("ml.summarize", 9))
     sink.take(events.QueueDepth("ml.embed", 4))
@@ -568,7 +568,7 @@ def test_queue_depth_is_gone_with_its_connection(
 ) -> None:
     """Each connection has readings of its own, of which the greatest is shown."""
     producer, other = Producer(), meter.sink()
-    meter.watch(producer)
+    meter.watch(producer.status)
     sink.take(events.QueueDepth("ml.embed", 7))
     other.take(events.QueueDepth("ml.embed", 0))
     assert depth(registry) == 7
@@ -615,7 +615,7 @@ def test_a_gauge_is_not_written_over_by_what_was_read_before() -> None:
     """A connection that moves while its gauges are written is shown where it is now."""
     shown, producer = Shown(), Moving()
     meter = metrics._FileMetrics(shown, metrics._Writer())  # type: ignore[arg-type]
-    meter.watch(producer)
+    meter.watch(producer.status)
 
     def connect() -> None:
         producer.state = ConnectionState.CONNECTED
@@ -629,7 +629,7 @@ def test_a_queue_that_is_not_read_any_more_is_zero_in_a_file() -> None:
     """A series cannot be taken out of a file; with its connection gone, a queue's shows nothing."""
     shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
     meter = metrics._FileMetrics(shown, metrics._Writer())  # type: ignore[arg-type]
-    meter.watch(producer)
+    meter.watch(producer.status)
     sink = meter.sink()
     sink.take(events.QueueDepth("ml.embed", 7))
     meter.refresh()
@@ -645,7 +645,7 @@ def test_files_that_cannot_be_written_are_told_a_few_times(
     """Gauges that cannot be written, and refusals that cannot be counted, raise nothing."""
     shown, producer = Shown(), Moving(ConnectionState.CONNECTED)
     meter = metrics._FileMetrics(shown, metrics._Writer())  # type: ignore[arg-type]
-    meter.watch(producer)
+    meter.watch(producer.status)
 
     def fail() -> None:
         raise OSError("a path that stays where it is")

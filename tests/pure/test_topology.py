@@ -10,6 +10,7 @@ import pytest
 
 from mlproducer import Queue, Settings, Topology
 from mlproducer.errors import ConfigurationError
+from mlproducer.settings import topology_of
 from mlproducer.topology import Declaration
 from tests.pages import ROOT
 
@@ -81,7 +82,7 @@ def test_off() -> None:
 
 def test_named_by_the_settings() -> None:
     """Another exchange has dead letters of its own."""
-    topology = Topology.of(Settings(exchange="mine"))
+    topology = topology_of(Settings(exchange="mine"))
     assert (topology.exchange, topology.dead_letter_exchange) == ("mine", "mine.dlx")
     assert [queue.name for queue in topology.queues] == KEYS
     arguments = _of("queue_declare", list(topology.declarations("active")))[1]["arguments"]
@@ -90,7 +91,7 @@ def test_named_by_the_settings() -> None:
 
 def test_prefix() -> None:
     """The prefix goes before queues and the dead-letter exchange; routing keys stay."""
-    topology = Topology.of(Settings(queue_prefix="staging."))
+    topology = topology_of(Settings(queue_prefix="staging."))
     declared = list(topology.declarations("active"))
     assert {each.target for each in declared} == {
         "bookmarkai.ml",
@@ -108,7 +109,7 @@ def test_prefix() -> None:
 def test_delivery_limit() -> None:
     """The setting's limit holds for each quorum queue that has none of its own."""
     queues = (Queue("a"), Queue("b", arguments={"x-delivery-limit": 3}), Queue("c", type="classic"))
-    topology = Topology.of(Settings(delivery_limit=7, topology=Topology(queues=queues)))
+    topology = topology_of(Settings(delivery_limit=7, topology=Topology(queues=queues)))
     limits = [
         each["arguments"].get("x-delivery-limit")
         for each in _of("queue_declare", list(topology.declarations("active")))
@@ -130,7 +131,7 @@ def test_a_topology_of_ones_own() -> None:
         dead_letter_exchange="graveyard",
         dead_letter_queue="graves",
     )
-    declared = list(Topology.of(Settings(topology=own)).declarations("active"))
+    declared = list(topology_of(Settings(topology=own)).declarations("active"))
     assert _of("exchange_declare", declared)[0]["exchange_type"] == "direct"
     arguments = {each["queue"]: each["arguments"] for each in _of("queue_declare", declared)}
     assert arguments["orders"] == {**QUORUM, "x-dead-letter-exchange": "graveyard"}

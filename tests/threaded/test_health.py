@@ -14,9 +14,9 @@ from mlproducer._core import events
 from mlproducer._engine import health
 from mlproducer._engine.threads import TimerThread
 from mlproducer.errors import ConfirmTimeoutError
+from mlproducer.settings import topology_of
 from mlproducer.testing.fake_broker import FakeConnection
 from mlproducer.testing.proxy import Proxy
-from mlproducer.topology import Topology
 from tests.helpers import LIMIT, Background, make_message
 from tests.stopwatch import Stopwatch, in_time
 from tests.threaded.brokers import ack
@@ -74,7 +74,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
 
 def queues(producer: MLProducer) -> tuple[str, ...]:
     """The queues whose depth is read."""
-    return tuple(queue.name for queue in Topology.of(producer.settings).queues)
+    return tuple(queue.name for queue in topology_of(producer.settings).queues)
 
 
 # --- silence -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pytest
 
 from mlproducer import ConnectionState, MLProducer, Settings
 from mlproducer._core.delivery import Delivery
-from mlproducer._engine import lifecycle, process_hooks
+from mlproducer._engine import lifecycle
 from mlproducer._engine.engine import Engine
 from mlproducer._synchronization import Latch
 from mlproducer.errors import (
@@ -600,7 +600,7 @@ def test_one_finalizer_for_all(connect: Connect, serve: Serve) -> None:
 
     before = finalizers()
     assert [finalizers(), finalizers()] == [before, before]
-    for finalizer in process_hooks._finalizers.values():
+    for finalizer in lifecycle._finalizers.values():
         assert registry.pop(finalizer._key, None)
     assert finalizers() == before
 

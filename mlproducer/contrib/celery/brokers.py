@@ -18,6 +18,7 @@ from kombu import Connection
 
 from mlproducer import MLProducer, Settings, TLSSettings, Topology
 from mlproducer.errors import ConfigurationError
+from mlproducer.settings import topology_of
 from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def producer_of_settings(app: Celery) -> MLProducer:
     if login == "EXTERNAL":
         environ["RABBITMQ_AUTH_MECHANISM"] = login
     settings = Settings.from_env(environ)
-    names = Topology.of(settings)
+    names = topology_of(settings)
     return MLProducer(
         evolve(
             settings,
@@ -82,7 +83,7 @@ def producer_of_settings(app: Celery) -> MLProducer:
 
 def dead_letters(settings: Settings) -> list[Declaration]:
     """Return what is to be declared for dead letters, of such a producer's settings."""
-    declarations = Topology.of(settings).declarations("active")
+    declarations = topology_of(settings).declarations("active")
     return [each for each in declarations if each.target != ALWAYS_THERE]
 
 
