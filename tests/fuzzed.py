@@ -211,19 +211,19 @@ def _frames() -> Target:
     ]
     shaken = b"".join(handshake)
     seeds = [shaken, *later, b"".join(later[:8]), b"".join(later[:3]), returned + later[-2] * 3]
-    [route] = Endpoints(Settings(url="amqp://u:p@127.0.0.1/", declare_topology="off")).routes
-    way = route.find()
+    [endpoint] = Endpoints(Settings(url="amqp://u:p@127.0.0.1/", declare_topology="off")).known
+    resolved = endpoint.find()
     marks = (b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\xce", b"S", b"F", b"A", b"T", b"D", b"x")
-    read = partial(_read_frames, way, shaken)
+    read = partial(_read_frames, resolved, shaken)
     return Target(seeds, [*handshake, *later, *later, *marks], read)
 
 
-def _read_frames(way: Any, shaken: bytes, data: bytes, dice: random.Random) -> str:
+def _read_frames(resolved: Any, shaken: bytes, data: bytes, dice: random.Random) -> str:
     if not data.startswith(shaken[:11]):
         data = shaken + data
     loop, owner = EventLoop(), _Owner()
     with patch.object(connections, "IOServices", _Services):
-        Connection(loop, way, way.addresses[0], (10.0, 20.0), owner)
+        Connection(loop, resolved, resolved.addresses[0], (10.0, 20.0), owner)
     for _ in range(10):  # its steps until there is a stream
         loop.process_timeouts()
     transport = _Services.last.transport

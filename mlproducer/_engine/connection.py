@@ -40,6 +40,7 @@ from mlproducer._engine.close_reasons import (
     printable,
     translate,
 )
+from mlproducer._engine.connection_owner import ConnectionOwner
 from mlproducer._engine.dead_letter_channel import Batch, DeadLetterChannel, Tags
 from mlproducer._engine.declarer import TopologyDeclarer
 from mlproducer._engine.endpoints import (
@@ -49,7 +50,6 @@ from mlproducer._engine.endpoints import (
     ResolvedEndpoint,
     UnreachableError,
 )
-from mlproducer._engine.interfaces import ConnectionOwner
 from mlproducer._engine.io_loop import EventLoop, shut_down
 from mlproducer._wire.amqp import NOT_MANDATORY
 from mlproducer._wire.frames import FrameWriter

@@ -22,13 +22,15 @@ from typing import Any
 from attrs import evolve, frozen
 
 from mlproducer import _clock as time
+from mlproducer._core import events
 from mlproducer._core.backoff import Backoff
+from mlproducer._core.events import Emit
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import LINK_MOVES, ConnectionEvent, ConnectionState, Machine
 from mlproducer._engine.close_reasons import NOT_ALLOWED
 from mlproducer._engine.connection import Connection
+from mlproducer._engine.connection_owner import ConnectionOwner
 from mlproducer._engine.endpoints import Address, Endpoint, Identity, ResolvedEndpoint
-from mlproducer._engine.interfaces import ConnectorOwner
 from mlproducer._engine.io_loop import EventLoop
 from mlproducer._engine.resolver import Resolver
 from mlproducer._foreign_calls import write
@@ -75,16 +77,32 @@ class Patience:
 class Connector:
     """Opens connections, one at a time.
 
+    :param owner: is told what happens on each connection
+    :param order: has something done on the I/O thread
+    :param attempt_failed: is told when no broker of the list could be reached
+    :param finished: is called when the connection is closed for good
     :param turn: with which broker of the list to begin, so that connections spread over them
     :ivar failures: attempts that failed since the connection was last stable
     """
 
     def __init__(
-        self, resolver: Resolver, patience: Patience, owner: ConnectorOwner, turn: int = 0
+        self,
+        resolver: Resolver,
+        patience: Patience,
+        owner: ConnectionOwner,
+        order: Callable[[Callable[[], None]], bool],
+        emit: Emit,
+        attempt_failed: Callable[[Loss], None],
+        finished: Callable[[], None],
+        turn: int,
     ) -> None:
         self._resolver = resolver
         self._patience = patience
         self._owner = owner
+        self._order = order
+        self._emit = emit
+        self._attempt_failed = attempt_failed
+        self._finished = finished
         self._machine = Machine(LINK_MOVES, ConnectionState.DISCONNECTED)
         self._turn = turn
         self._tried = 0
@@ -207,7 +225,7 @@ class Connector:
         return not known
 
     def close(self) -> None:
-        """Close for good; `ConnectorOwner.finished` follows."""
+        """Close for good; ``finished`` is called when that is done."""
         if not self._machine.allows(ConnectionEvent.CLOSE):
             return
         self._cancel_timer()
@@ -249,7 +267,7 @@ class Connector:
     def _finish(self) -> None:
         self._cancel_timer()
         self._step(ConnectionEvent.GONE)
-        self._owner.finished()
+        self._finished()
 
     # --- one attempt ---------------------------------------------------------------------------
 
@@ -267,7 +285,7 @@ class Connector:
         self._deadline = time.monotonic() + timeout
         self._set_timer(timeout, self._not_found_in_time)
         found = partial(self._on_found, self._timer)
-        self._resolver.find(self._turn, lambda what: self._owner.order(partial(found, what)))
+        self._resolver.find(self._turn, lambda what: self._order(partial(found, what)))
 
     def _not_found_in_time(self) -> None:
         self._timer = None
@@ -323,7 +341,7 @@ class Connector:
             self._seek()
         else:
             self._step(ConnectionEvent.LOST)
-            self._owner.attempt_failed(loss)
+            self._attempt_failed(loss)
             self._count_failure(loss)
 
     # --- after it ------------------------------------------------------------------------------
@@ -376,7 +394,7 @@ class Connector:
         if self._patience.rare is not None:
             self._redial_after(self._patience.rare, 0)
         if not told:
-            self._owner.gave_up(loss)
+            self._emit(events.GaveUp(self.failures, loss))
 
     def _start_over(self) -> None:
         if self.idle:
@@ -398,7 +416,7 @@ class Connector:
         if self._resolved is not None:
             renewed = partial(self._on_renewed, self._connection)
             self._resolver.identify(
-                self._resolved.endpoint, lambda found: self._owner.order(partial(renewed, found))
+                self._resolved.endpoint, lambda found: self._order(partial(renewed, found))
             )
 
     def _on_renewed(self, connection: Connection | None, found: Identity | Loss) -> None:
@@ -448,4 +466,4 @@ class Connector:
         self._renewal = None
 
     def _step(self, event: ConnectionEvent) -> None:
-        self._owner.state_changed(self._machine.step(event))
+        self._emit(events.StateChanged(self._machine.step(event)))

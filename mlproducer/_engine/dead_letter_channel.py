@@ -19,7 +19,7 @@ from pika import spec
 
 from mlproducer._core.interfaces import Loss
 from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
-from mlproducer._engine.interfaces import ConnectionOwner
+from mlproducer._engine.connection_owner import ConnectionOwner
 from mlproducer.message import Envelope
 
 Batch = Sequence[tuple[Envelope, int]]

@@ -125,7 +125,7 @@ class Engine:
             self._threads[role] = threads.spawn(role, self._ordinal, timer.run, owner)
 
     def _spawn_io(self) -> None:
-        self._threads["io"] = threads.spawn("io", self._ordinal, self._io.io_loop.run, self._owner)
+        self._threads["io"] = threads.spawn("io", self._ordinal, self._io.run, self._owner)
 
     def watch(self) -> None:
         """Replace an I/O thread that died in spite of everything."""

@@ -23,13 +23,11 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 from pika.adapters.select_connection import IOLoop as PikaLoop
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
-from mlproducer._core.delivery_states import AttemptState
 from mlproducer._engine.threads import IDLE
 from mlproducer._foreign_calls import write
 
@@ -220,30 +218,18 @@ class Mailbox:
         return True
 
 
-class IOLoopOwner(Protocol):
-    """Who works on the loop: `IOThread`, which stands above it."""
-
-    def begin(self, loop: EventLoop) -> None:
-        """Use this loop, the first one or the next."""
-
-    def accept(self, deliveries: Sequence[Delivery]) -> None:
-        """Take deliveries from the mailbox."""
-
-    def pump(self) -> None:
-        """Write what a burst has brought."""
-
-    def failed(self, error: BaseException) -> None:
-        """Leave everything that belonged to a loop that failed."""
-
-    def ended(self) -> None:
-        """No loop runs any more, and no timer fires."""
-
-
 class IOLoop:
-    """The mailbox, and the loop that empties it."""
+    """The mailbox, and the loop that empties it.
 
-    def __init__(self, owner: IOLoopOwner) -> None:
-        self._owner = owner
+    :param accept: takes deliveries from the mailbox
+    :param pump: writes what a burst has brought
+    """
+
+    def __init__(
+        self, accept: Callable[[Sequence[Delivery]], None], pump: Callable[[], None]
+    ) -> None:
+        self._accept = accept
+        self._pump = pump
         self._loop = EventLoop()
         self._in_hand: list[Delivery] = []
         self._open = True
@@ -274,26 +260,33 @@ class IOLoop:
             self._loop.call_later(delay, function)
         return self._open
 
-    def run(self) -> None:
-        """Run until `stop`; survive whatever a callback raises."""
+    def run(
+        self,
+        begin: Callable[[EventLoop], None],
+        failed: Callable[[BaseException, list[Delivery]], None],
+    ) -> None:
+        """Run until `stop`; survive whatever a callback raises.
+
+        :param begin: uses a loop, the first one or the next
+        :param failed: leaves everything of a loop that failed; gets what was being handed over
+        """
         self._thread = threading.get_ident()
         while self._open:
             self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
-            self._owner.begin(self._loop)
+            begin(self._loop)
             self.mailbox.ring()
             try:
                 self._loop.start()
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
                 if not self._left:
-                    self._owner.failed(error)
-                    self._put_back()
+                    in_hand, self._in_hand = self._in_hand, []
+                    failed(error, in_hand)
             while self._left:
                 self._never.wait(IDLE)
             self._clear_away()
             if self._open:
                 self._loop = self._next_loop()
         self._handle(self.mailbox.close())
-        self._owner.ended()
 
     def _next_loop(self) -> EventLoop:
         """Make another loop, once there are descriptors for one."""
@@ -327,7 +320,7 @@ class IOLoop:
             self._loop.stop()
             return
         self._handle(self.mailbox.drain())
-        self._owner.pump()
+        self._pump()
 
     def _handle(self, items: Iterable[Item]) -> None:
         """Hand over deliveries together, as far as no order stands between them."""
@@ -338,21 +331,13 @@ class IOLoop:
                 self._hand_over()
                 item()
         if self._in_hand:  # as `_hand_over`, without a call
-            self._owner.accept(self._in_hand)
+            self._accept(self._in_hand)
             self._in_hand.clear()
 
     def _hand_over(self) -> None:
         if self._in_hand:
-            self._owner.accept(self._in_hand)
+            self._accept(self._in_hand)
             self._in_hand.clear()
-
-    def _put_back(self) -> None:
-        in_hand, self._in_hand = self._in_hand, []
-        here: object = self._owner
-        for delivery in in_hand:
-            handed_over = delivery.owner is not None and delivery.owner is not here
-            if delivery.attempt is AttemptState.MAILBOX and not handed_over:
-                self.mailbox.put(delivery)
 
     def _clear_away(self) -> None:
         """Close the loop, after a last turn in which pika sees and closes what is still open."""

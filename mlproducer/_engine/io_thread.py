@@ -92,7 +92,7 @@ class IOThread:
         self._emit = emit
         self._gate = gate
         self._retry_worker = retry_worker
-        self.io_loop = IOLoop(self)
+        self.io_loop = IOLoop(self.accept, self.pump)
         self.order = self.io_loop.order
         self._connected = connected
         self.relay = Relay(self._remind)
@@ -126,7 +126,16 @@ class IOThread:
             gate.leave,
             emit,
         )
-        self.connector = Connector(resolver, _patience(settings), self, number)
+        self.connector = Connector(
+            resolver,
+            _patience(settings),
+            owner=self,
+            order=self.order,
+            emit=emit,
+            attempt_failed=self._attempt_failed,
+            finished=self._finished,
+            turn=number,
+        )
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
         self._closes = False
@@ -194,9 +203,14 @@ class IOThread:
         for thread in self.timers().values():
             thread.leave()
 
-    # --- what the I/O loop tells ----------------------------------------------------------------
+    # --- the loop ------------------------------------------------------------------------------
 
-    def begin(self, loop: EventLoop) -> None:
+    def run(self) -> None:
+        """Run until `close` has ended everything."""
+        self.io_loop.run(self._begin, self._failed)
+        self.relay.hurry()  # for publishers whose turn would have come by a timer
+
+    def _begin(self, loop: EventLoop) -> None:
         """Connect on a new loop, at once or, where an earlier loop failed, after a delay."""
         self.connector.attach(loop)
         self._breathing = False
@@ -248,8 +262,8 @@ class IOThread:
         connection = self.connector.connection
         return None if connection is None or not self.is_connected else connection.declaring_channel
 
-    def failed(self, error: BaseException) -> None:
-        """Tell those who wait that the loop failed."""
+    def _failed(self, error: BaseException, in_hand: Sequence[Delivery]) -> None:
+        """Tell those who wait that the loop failed; put back what was being handed over."""
         self._emit(events.LoopFailed(error))
         self.is_connected = False
         self._delayed.forget()
@@ -257,6 +271,9 @@ class IOThread:
         self._channel = None
         self.sender.down(Loss("the I/O loop failed"), time.monotonic())
         self.sender.disconnected()
+        for delivery in in_hand:
+            if delivery.attempt is AttemptState.MAILBOX and delivery.owner in (None, self):
+                self.io_loop.mailbox.put(delivery)
 
     def _give(self, delivery: Delivery) -> bool:
         """Let another connection accept a delivery, if there is one that is better off."""
@@ -300,10 +317,6 @@ class IOThread:
     def _breathe(self) -> None:
         self._breathing = False
         self.pump()
-
-    def ended(self) -> None:
-        """Let publishers through whose turn would have come by a timer."""
-        self.relay.hurry()
 
     def _remind(self) -> None:
         """See that publishers come through; asked by any thread that has an answer for one."""
@@ -499,7 +512,7 @@ class IOThread:
 
     # --- what the connector tells -----------------------------------------------------------------
 
-    def attempt_failed(self, loss: Loss) -> None:
+    def _attempt_failed(self, loss: Loss) -> None:
         """Fail what waits for a connection that does not come."""
         self._emit(events.ConnectFailed(loss))
         if loss.kind is LossKind.AUTHENTICATION:
@@ -509,15 +522,7 @@ class IOThread:
         self.relieve(Standing.REFUSES)
         self.sender.refuse(error, time.monotonic())
 
-    def gave_up(self, loss: Loss) -> None:
-        """Say that attempts are rare from now on, until a call starts them over."""
-        self._emit(events.GaveUp(self.connector.failures, loss))
-
-    def state_changed(self, state: ConnectionState) -> None:
-        """Pass it on as an event."""
-        self._emit(events.StateChanged(state))
-
-    def finished(self) -> None:
+    def _finished(self) -> None:
         """End the thread."""
         self.is_connected = False
         self.io_loop.stop()

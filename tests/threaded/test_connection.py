@@ -10,9 +10,9 @@ import pytest
 from pika import frame, spec
 
 from mlproducer import ConnectionState, MLProducer
-from mlproducer._core.states import LINK_MOVES
+from mlproducer._core.states import LINK_MOVES, ConnectionEvent
 from mlproducer._engine import connection
-from mlproducer._engine.io_thread import IOThread
+from mlproducer._engine.connector import Connector
 from mlproducer.errors import AuthenticationError, BrokerRejectedError, NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from mlproducer.testing.proxy import Proxy
@@ -30,7 +30,13 @@ class States:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen = [ConnectionState.DISCONNECTED]
-        monkeypatch.setattr(IOThread, "state_changed", lambda _, state: self.seen.append(state))
+        step = Connector._step
+
+        def noted(connector: Connector, event: ConnectionEvent) -> None:
+            step(connector, event)
+            self.seen.append(connector.state)
+
+        monkeypatch.setattr(Connector, "_step", noted)
 
     def check(self) -> None:
         """Only legal moves were made (I18)."""

@@ -691,14 +691,14 @@ def test_publishers_come_through_after_the_end(connect: Connect, serve: Serve) -
     assert producer.wait_connected(LIMIT)
     io = io_of(producer)
     latches = [Latch() for _ in range(4)]
-    finished = io.finished
+    finished = io.connector._finished
 
     def finish() -> None:
         io.relay.open(latches[0])
         io.relay.open(latches[1])
         finished()
 
-    io.finished = finish
+    io.connector._finished = finish
     producer.close(LIMIT)
     io.relay.open(latches[2])
     io.relay.open(latches[3])

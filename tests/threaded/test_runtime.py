@@ -378,16 +378,16 @@ def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None
     assert all_connected(producer)
     engines: Any = producer._life.runtime.engines  # type: ignore[union-attr]
     io, thread = engines[0].io, engines[0]._threads["io"]
-    begin = io.begin
+    attach = io.connector.attach
 
     def die(_loop: Any) -> None:
-        io.begin = begin
+        io.connector.attach = attach
         raise SystemExit
 
     def fail() -> None:
         raise ValueError("bug")
 
-    io.begin = die
+    io.connector.attach = die
     lost = producer.submit(make_message())
     io.order(fail)
     thread.join(LIMIT)
@@ -447,7 +447,13 @@ def test_a_deadline_while_a_message_is_handed_over(
     producer.start()
     runtime: Any = producer._life.runtime
     one, two = (engine.io for engine in runtime.engines)
-    monkeypatch.setattr(two, "failed", crashes.append)
+    emit = two._emit
+
+    def listen(event: Any) -> None:
+        crashes.extend([event.error] if isinstance(event, events.LoopFailed) else [])
+        emit(event)
+
+    monkeypatch.setattr(two, "_emit", listen)
     put, asked = two.io_loop.mailbox.put, threading.Event()
 
     def put_late(item: Any) -> Any:

@@ -1,17 +1,14 @@
-"""What a connection and its connector tell the I/O thread, which stands above them.
+"""What a connection tells its owner: `IOThread`, or a test that feeds it broken frames.
 
-`IOThread` is their owner. Its class in their place would import them in a circle.
-
-Runs on: the I/O thread; `ConnectorOwner.order` on any.
+Runs on: the I/O thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from mlproducer._core.interfaces import Channel, Loss
-from mlproducer._core.states import ConnectionState
 from mlproducer.topology import Declaration
 
 
@@ -47,22 +44,3 @@ class ConnectionOwner(Protocol):
 
     def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
         """The broker does not take dead letters, over which it has closed their own channel."""
-
-
-class ConnectorOwner(ConnectionOwner, Protocol):
-    """Who is told how dialling goes."""
-
-    def order(self, order: Callable[[], None]) -> bool:
-        """Have something done on the I/O thread; false if that has ended. From any thread."""
-
-    def attempt_failed(self, loss: Loss) -> None:
-        """No broker of the list could be reached."""
-
-    def gave_up(self, loss: Loss) -> None:
-        """The attempts are used up; now they are rare, until `Connector.dial` starts over."""
-
-    def state_changed(self, state: ConnectionState) -> None:
-        """The connection moved."""
-
-    def finished(self) -> None:
-        """The connection is closed for good."""
