@@ -12,6 +12,7 @@ import random
 import re
 import socket
 import sqlite3
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -386,7 +387,9 @@ def _sqlite_rows() -> Target:
     row |= {"key": 1, "token": 2}
     insert = f"INSERT INTO messages VALUES ({', '.join('?' * len(names))})"
     read = partial(_read_sqlite_row, connection, insert, names)
-    return Target([_joined([row[name] for name in names])], _SQL_WORDS, read)
+    target = Target([_joined([row[name] for name in names])], _SQL_WORDS, read)
+    weakref.finalize(target, connection.close)
+    return target
 
 
 def _read_sqlite_row(
@@ -528,7 +531,8 @@ def _read_environment(data: bytes, dice: random.Random) -> str:
 
 
 def _secret(name: str, value: str) -> bool:
-    return name == "RABBITMQ_SSL_KEY_PASSWORD" or _is_password(value)
+    url = name in ("RABBITMQ_URL", "ML_STORE_URL")  # in others it is a part of a name
+    return name == "RABBITMQ_SSL_KEY_PASSWORD" or (url and _is_password(value))
 
 
 # --- lines, dead letters, requests -------------------------------------------------------------
