@@ -52,7 +52,7 @@ from mlproducer._engine.endpoints import (
 )
 from mlproducer._engine.io_loop import EventLoop, shut_down
 from mlproducer._wire.amqp import NOT_MANDATORY
-from mlproducer._wire.frames import FrameWriter
+from mlproducer._wire.frames import ConfirmReader, FrameWriter
 from mlproducer.errors import NotConnectedError
 from mlproducer.message import Envelope
 from mlproducer.topology import Declaration
@@ -69,22 +69,24 @@ Answer = Callable[..., None]
 LONGEST = 512 * 1024 * 1024
 """Bytes of a message that comes in, all of which pika collects; RabbitMQ takes no longer ones."""
 
+READ = 65_536
+"""Bytes that are read at once, at most."""
+
 _FRAME_HEADER = struct.Struct(">BHL")
 _BODY_SIZE = slice(11, 19)  # in the frame of a content header
 
 
 class IOServices(SelectorIOServicesAdapter):
-    """pika's services for one connection, which save a thread and a turn of the loop.
+    """pika's services for one connection, which save a thread and know the socket.
 
-    The address was looked up before, so that pika starts no thread for it. What is written to a
-    plain socket is sent at once, and not when the loop has found that it may be.
+    The address was looked up before, so that pika starts no thread for it.
 
     :param address: where to connect
     :param failed: told what pika raises while it begins, which would end the loop
+    :ivar plain: the socket, where what is sent is not encrypted
     """
 
-    _stream: int | None = None
-    _unsent = False
+    plain: socket.socket | None = None
 
     def __init__(
         self, loop: EventLoop, address: Address, failed: Callable[[Exception], None]
@@ -92,26 +94,6 @@ class IOServices(SelectorIOServicesAdapter):
         super().__init__(loop)
         self._address = address
         self._failed = failed
-
-    def set_writer(self, fd: int, on_writable: Callable[[], None]) -> None:
-        """Have a descriptor written; what it does not take now, when it can."""
-        self._unsent = True
-        if fd == self._stream:
-            on_writable()  # which ends in `remove_writer` if everything was taken
-        if self._unsent:
-            super().set_writer(fd, on_writable)
-
-    def remove_writer(self, fd: int) -> bool:
-        """Have it written no longer; false if it was not to be."""
-        self._unsent = False
-        return bool(super().remove_writer(fd))
-
-    def connect_socket(
-        self, sock: socket.socket, resolved_addr: Any, on_done: Callable[[Any], None]
-    ) -> Any:
-        """Connect; the socket may have the number of an earlier one, whose stream has failed."""
-        self._stream = None
-        return super().connect_socket(sock, resolved_addr, on_done)
 
     def sever(self) -> None:
         """Shut down this connection's socket, so that pika sees its end at once."""
@@ -140,7 +122,7 @@ class IOServices(SelectorIOServicesAdapter):
         self, protocol_factory: Any, sock: socket.socket, on_done: Callable[[Any], None], **tls: Any
     ) -> Any:
         """Give ``on_done`` a stream, or an error; a reset may have come since the connect."""
-        self._stream = None if tls.get("ssl_context") else sock.fileno()
+        self.plain = None if tls.get("ssl_context") else sock
         try:
             return super().create_streaming_connection(protocol_factory, sock, on_done, **tls)
         except ValueError as error:  # pika's word for a socket that is not connected any more
@@ -153,8 +135,16 @@ class BrokerConnection(pika.SelectConnection):
     """pika's connection, which keeps the broker's reply code, and believes no absurd length.
 
     It overrides methods that are private to pika. Where a later pika has others, they are merely
-    not called: then a refusal counts as a lost connection, and a frame without end as silence.
+    not called: then a refusal counts as a lost connection, a frame without end as silence, and
+    confirms take longer.
+
+    :ivar confirms: reads those of the channel for publishing; ``None``: there is none yet
+    :ivar on_settled: takes what it has read
     """
+
+    confirms: ConfirmReader | None = None
+    on_settled: Callable[[bool, int, bool], None]
+    _plain: socket.socket | None = None
 
     @property
     def _client_properties(self) -> dict[str, Any]:
@@ -169,6 +159,39 @@ class BrokerConnection(pika.SelectConnection):
             super()._on_connection_close_from_broker(method_frame)
         else:
             self._terminate_stream(ClosedInWaiterError(method.reply_code, method.reply_text))
+
+    def _proto_connection_made(self, transport: Any) -> None:
+        self._plain = getattr(self._nbio, "plain", None)  # pika's blocking kind has other services
+        if self._plain is not None:
+            # One read for each time that the loop says that there is something: pika would go on
+            # until a read fails, which takes longer than the read before it.
+            transport._MAX_CONSUME_BYTES = 1  # noqa: SLF001 - see the class
+            transport._MAX_RECV_BYTES = READ  # noqa: SLF001
+        super()._proto_connection_made(transport)
+
+    def send(self, data: bytes) -> None:
+        """Send at once what the socket takes, and leave the rest to pika, in order."""
+        if self._plain is not None and not self._get_write_buffer_size():
+            try:
+                sent = self._plain.send(data)
+            except OSError:
+                sent = 0  # full; or broken, which pika finds, too
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._output_marshaled_frames([data])
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        """Read the confirms that come first without pika, whose way to a callback is 60 calls."""
+        if self.confirms is not None and not self._frame_buffer:
+            settled, rest = self.confirms.read(data_in)
+            self.bytes_received += len(data_in) - len(rest)  # by which pika notices a silence
+            for confirm in settled:
+                self.on_settled(*confirm)
+            if not rest:
+                return
+            data_in = rest
+        super()._on_data_available(data_in)
 
     def _read_frame(self) -> Any:
         buffer: bytes = self._frame_buffer
@@ -298,7 +321,7 @@ class ConfirmChannel:
     :ivar tags: which of the sender's tags are here
     """
 
-    def __init__(self, channel: Channel, connection: pika.SelectConnection) -> None:
+    def __init__(self, channel: Channel, connection: BrokerConnection) -> None:
         self._channel = channel
         self.used = False
         self.letters: DeadLetterChannel | None = None
@@ -307,8 +330,9 @@ class ConfirmChannel:
         self.longest_properties = self._frames.longest_properties
         # pika's own encoder takes half of the time of a publish; where its inside has changed,
         # its public call is used instead.
-        self._emit = getattr(connection, "_output_marshaled_frames", None)
+        private = hasattr(connection, "_output_marshaled_frames")
         self._buffered = getattr(connection, "_get_write_buffer_size", None)
+        self._send = connection.send if private and self._buffered is not None else None
 
     def room(self) -> int:
         """Bytes that may be written before the buffer is too full."""
@@ -325,8 +349,8 @@ class ConfirmChannel:
                     break
         if self.letters is None or not letters:
             self.used = True
-            if self._emit is not None:  # as `write` does, without a call
-                self._emit([self._frames.publish(batch)])
+            if self._send is not None:  # as `write` does, without a call
+                self._send(self._frames.publish(batch))
             else:
                 self.write(batch)
             return ()
@@ -341,11 +365,11 @@ class ConfirmChannel:
     def write(self, batch: Batch) -> None:
         """Write messages, each with its delivery tag, in one piece."""
         self.used = True
-        if self._emit is None:
+        if self._send is None:
             for envelope, tag in batch:
                 self._publish_by_pika(envelope, tag)
         else:
-            self._emit([self._frames.publish(batch)])
+            self._send(self._frames.publish(batch))
 
     def _publish_by_pika(self, envelope: Envelope, tag: int) -> None:
         properties = spec.BasicProperties().decode(self._frames.properties(envelope, tag))
@@ -407,6 +431,7 @@ class Connection:
             self._on_close,
             self._services,
         )
+        self._connection.on_settled = self._on_settled
 
     # --- how it ends ---------------------------------------------------------------------------
 
@@ -571,6 +596,7 @@ class Connection:
                     self._endpoint.letters, self._open_letters, self._write_letters, self._owner
                 )
             self._confirming = confirming
+            self._connection.confirms = ConfirmReader(int(self._channel))
             self._owner.connection_ready(confirming)
 
     # --- what is added later -------------------------------------------------------------------
@@ -619,17 +645,21 @@ class Connection:
     # --- what the broker says ------------------------------------------------------------------
 
     def _on_confirm(self, frame: Any) -> None:
-        owner, method, confirming = self._owner, frame.method, self._confirming
+        """Take a confirm that pika has read, since another frame came before it."""
+        method = frame.method
+        self._on_settled(isinstance(method, spec.Basic.Ack), method.delivery_tag, method.multiple)
+
+    def _on_settled(self, is_ack: bool, tag: int, multiple: bool) -> None:
+        owner, confirming = self._owner, self._confirming
         if owner is None or confirming is None:
             return
         self._vain = 0
-        tag = method.delivery_tag
         if confirming.tags.skipped:
             tag = confirming.tags.sender(tag)
-        if isinstance(method, spec.Basic.Ack):
-            owner.acked(tag, multiple=method.multiple)
+        if is_ack:
+            owner.acked(tag, multiple=multiple)
         else:
-            owner.nacked(tag, multiple=method.multiple)
+            owner.nacked(tag, multiple=multiple)
 
     def _on_return(
         self, channel: Channel, method: Any, properties: spec.BasicProperties, _body: bytes

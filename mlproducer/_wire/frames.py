@@ -1,4 +1,4 @@
-"""The frames of ``Basic.Publish``, byte for byte as pika encodes them.
+"""The frames of ``Basic.Publish``, byte for byte as pika encodes them, and of confirms.
 
 The part that is constant for a route is encoded once, and that of a message was encoded on its
 publisher's thread. What is left for the I/O thread is to join them with the delivery tag.
@@ -22,7 +22,7 @@ from mlproducer.message import Envelope
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _END = b"\xce"
-_BASIC, _PUBLISH = 60, 40
+_BASIC, _PUBLISH, _ACK, _NACK = 60, 40, 80, 120
 _BITS = {False: b"\x00", True: b"\x01"}  # mandatory
 _MAX_ROUTES = 1024
 """Routes whose frames are kept; with more distinct routes than this, the cache is cleared."""
@@ -31,7 +31,11 @@ _LENGTHS = [bytes((length,)) for length in range(ATTEMPT_MAX)]
 
 _pack_frame = struct.Struct(">BHI").pack
 _pack_content = struct.Struct(">BHIHHQ").pack
+_pack_method = struct.Struct(">HH").pack
 _pack_ids = struct.Struct(">HHH").pack
+
+_CONFIRM = struct.Struct(">11sQB1s")  # up to the method's number; tag, bits, end
+_CONFIRM_PAYLOAD = 13
 
 
 def _sent(properties: bytes) -> bytes:
@@ -39,6 +43,33 @@ def _sent(properties: bytes) -> bytes:
     if properties[1] & NOT_MANDATORY:
         return properties[:1] + bytes((properties[1] & ~NOT_MANDATORY,)) + properties[2:]
     return properties
+
+
+class ConfirmReader:
+    """Reads the frames of ``Basic.Ack`` and ``Basic.Nack`` on one channel.
+
+    :param channel: the channel's number
+    """
+
+    def __init__(self, channel: int) -> None:
+        start = _pack_frame(_METHOD, channel, _CONFIRM_PAYLOAD)
+        self._kinds = {start + _pack_method(_BASIC, kind): kind == _ACK for kind in (_ACK, _NACK)}
+
+    def read(self, data: bytes) -> tuple[list[tuple[bool, int, bool]], bytes]:
+        """Return the confirms that come first, and what follows them.
+
+        :returns: of each whether it is an ack, the tag, and ``multiple``
+        """
+        confirms: list[tuple[bool, int, bool]] = []
+        at, last = 0, len(data) - _CONFIRM.size
+        while at <= last:
+            start, tag, bits, end = _CONFIRM.unpack_from(data, at)
+            is_ack = self._kinds.get(start)
+            if is_ack is None or end != _END:
+                break
+            confirms.append((is_ack, tag, bits & 1 == 1))
+            at += _CONFIRM.size
+        return confirms, data[at:]
 
 
 class FrameWriter:

@@ -22,11 +22,20 @@ NAMES: dict[str, dict[str, str]] = {
     "pika.connection": {
         "_client_properties": "pika adds itself and Python's version to what the broker shows",
         "_frame_buffer": "a frame without end counts as silence; an undecodable letter ends pika",
+        "_on_data_available": "confirms are read by pika, in three times as many calls",
         "_on_connection_close_from_broker": "a refusal counts as a lost connection",
         "_opened": "as for _on_connection_close_from_broker",
         "_output_marshaled_frames": "messages are written by basic_publish: twice the time",
         "_read_frame": "as for _frame_buffer",
         "_terminate_stream": "as for _on_connection_close_from_broker",
+    },
+    "pika.adapters.base_connection": {
+        "_nbio": "as for _proto_connection_made",
+        "_proto_connection_made": "messages are written by pika's transport, in one turn more",
+    },
+    "pika.adapters.utils.io_services_utils": {
+        "_MAX_CONSUME_BYTES": "a read that fails follows each read",
+        "_MAX_RECV_BYTES": "reads are shorter",
     },
     "pika.adapters.select_connection": {
         "_get_write_buffer_size": "pika's write buffer grows without a limit",

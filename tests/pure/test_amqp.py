@@ -17,7 +17,7 @@ from pika import frame, spec
 from pika.exceptions import ShortStringTooLong, UnsupportedAMQPFieldException
 
 from mlproducer._wire import amqp, raw
-from mlproducer._wire.frames import FrameWriter
+from mlproducer._wire.frames import ConfirmReader, FrameWriter
 from mlproducer.errors import (
     InvalidMessageError,
     InvalidTaskError,
@@ -192,6 +192,43 @@ def test_splits_a_body_as_pika_does(size: int) -> None:
     """Bodies at and around the frame's edge; an empty one has no body frame at all."""
     message = Message(body=b"x" * size, routing_key="q", exchange="", message_id="1")
     assert by_us(message, 1, 100) == by_pika(message, 1, 100)
+
+
+def marshalled(method: Any, channel: int = CHANNEL) -> bytes:
+    """Encode a frame as a broker does."""
+    return bytes(frame.Method(channel, method).marshal())
+
+
+tags = st.integers(0, 2**64 - 1)
+settled = st.lists(st.tuples(st.booleans(), tags, st.booleans()), max_size=5)
+others = st.sampled_from(
+    [
+        b"",
+        marshalled(spec.Basic.Reject(1)),
+        marshalled(spec.Basic.Ack(1), CHANNEL + 1),
+        marshalled(spec.Channel.Close(404, "no", 60, 40)),
+        bytes(frame.Heartbeat().marshal()),
+        marshalled(spec.Basic.Ack(1))[:-1],
+        marshalled(spec.Basic.Ack(1))[:-1] + b"\0",
+        b"\x01",
+    ]
+)
+
+
+@given(settled, others, settled)
+def test_reads_the_confirms_that_come_first(
+    first: list[tuple[bool, int, bool]], other: bytes, later: list[tuple[bool, int, bool]]
+) -> None:
+    """Up to the first frame that is another, or not all there; what follows is left to pika."""
+    before, behind = (
+        b"".join(
+            marshalled((spec.Basic.Ack if is_ack else spec.Basic.Nack)(tag, multiple))
+            for is_ack, tag, multiple in confirms
+        )
+        for confirms in (first, later)
+    )
+    expected = (first, other + behind) if other else (first + later, b"")
+    assert ConfirmReader(CHANNEL).read(before + other + behind) == expected
 
 
 @pytest.mark.parametrize("value", [bytearray(b"abc"), memoryview(b"abc"), b"abc"])

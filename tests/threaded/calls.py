@@ -15,12 +15,15 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
+import pika
+
 import mlproducer
 from mlproducer import MLProducer, Settings, SummarizationTask
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection, ReceivedMessage
 
 sys.modules["orjson"] = None  # type: ignore[assignment] # with this extra it is two calls more
 PACKAGE = Path(mlproducer.__file__).parent
+PIKA = Path(pika.__file__).parent
 MESSAGES = 40
 """So many are counted, and what each of them costs is told: what timers do meanwhile is little."""
 
@@ -50,13 +53,16 @@ class Calls:
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str, str]] = Counter()
         self.counting = False
+        self.of_pika = 0
 
     def note(self, frame: FrameType, event: str, _argument: object) -> None:
         """Take one event of the interpreter."""
         if self.counting and event == "call":
             code = frame.f_code
             path = code.co_filename
-            if path.startswith(str(PACKAGE)) and "/testing/" not in path:
+            if path.startswith(str(PIKA)):
+                self.of_pika += threading.current_thread().name == "mlproducer-io"
+            elif path.startswith(str(PACKAGE)) and "/testing/" not in path:
                 name = getattr(code, "co_qualname", code.co_name)
                 file = Path(path).relative_to(PACKAGE).as_posix()
                 self.counts[threading.current_thread().name, file, name] += 1
@@ -89,6 +95,7 @@ def main(behaviour: Behaviour) -> None:
         print(f"{count:3}  {thread:24} {file}  {name}")
     figures = {
         "calls": sum(found.values()),
+        "calls of pika": round(calls.of_pika / MESSAGES),
         "files": sorted({file for _, file, _ in found}),
         "threads": sorted({thread for thread, _, _ in found}),
     }

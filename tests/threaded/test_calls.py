@@ -1,7 +1,7 @@
 """How far a message goes: the Python calls that one of them costs, over all threads.
 
-What belongs to pika, to the standard library and to the fake broker is left out. Run with ``-s`` to
-see the list.
+What belongs to the standard library and to the fake broker is left out. Run with ``-s`` to see the
+list.
 
 Runs on: pytest's main thread; the messages are another process's.
 """
@@ -35,6 +35,7 @@ def test_a_confirmed_message() -> None:
     figures = count("confirmed")
     assert figures["threads"] == ["MainThread", "mlproducer-io"]
     assert figures["calls"] <= 59
+    assert figures["calls of pika"] <= 25
     assert len(figures["files"]) <= 23
 
 

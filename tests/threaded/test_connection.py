@@ -16,7 +16,7 @@ from mlproducer._engine.connector import Connector
 from mlproducer.errors import AuthenticationError, BrokerRejectedError, NotConnectedError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from mlproducer.testing.proxy import Proxy
-from tests.helpers import LIMIT, make_message
+from tests.helpers import LIMIT, make_message, wait_until
 from tests.pure.refusals import tells_nothing
 from tests.stopwatch import in_time
 from tests.threaded.brokers import FirstIsLost, Holding, Silent, ack
@@ -426,6 +426,35 @@ def test_gave_up_and_revived(connect: Connect, serve: Serve) -> None:
     assert producer.status().reconnect_attempts == 0
 
 
+class Busy(Behaviour):
+    """Reads nothing more, once it has the first message, until it may go on."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Basic.Ack, some time."""
+        assert self.may_go_on.wait(LIMIT)
+        super().on_publish(connection, channel, tag, message)
+
+
+def test_what_the_socket_does_not_take_is_sent_later(connect: Connect, serve: Serve) -> None:
+    """A message may be sent in part, and others wait behind it: all arrive whole, and in order."""
+    behaviour = Busy()
+    broker = serve(behaviour)
+    producer = connect(broker)
+    bodies = [bytes((number,)) * 1_000_000 for number in range(20)]  # sockets take a few of them
+    assert producer.wait_connected(LIMIT)
+    channel: Any = producer._life.runtime.engines[0]._io._channel  # type: ignore[union-attr]
+    futures = [producer.submit(make_message(body=body)) for body in bodies]
+    assert wait_until(lambda: channel.room() < connection.HIGH_WATER)  # something is left to pika
+    behaviour.may_go_on.set()
+    assert all(each.result(LIMIT).confirmed for each in futures)
+    assert [each.body for each in broker.wait_for_messages(20, LIMIT)] == bodies
+
+
 # --- another pika ------------------------------------------------------------------------------
 
 
@@ -437,7 +466,7 @@ def test_a_pika_without_what_is_private_today(
     class Plain(connection.ConfirmChannel):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            self._emit = self._buffered = None
+            self._send = self._buffered = None
 
     broker = serve()
     assert connect(broker).publish(make_message("m"), timeout=LIMIT).confirmed
