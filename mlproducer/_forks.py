@@ -4,8 +4,9 @@ Python runs hooks after ``os.fork``. A child that was forked by C code (uWSGI wi
 ``py-call-osafterfork``, an extension) runs none; this is noticed at the first call into the
 library, which then does the same. Where there is no fork (Windows), nothing happens.
 
-A fork also waits until other threads have imported what the library imports when it is first used:
-the child would have their half of the modules, locked by threads that it has not.
+A fork also waits until other threads have imported what the library imports when it is first used,
+and keeps them from importing more before it is over: the child would have their half of the
+modules, locked by threads that it has not.
 
 Runs on: the thread that forks; the only thread of a child; if no hooks were run, the first thread
 that calls the library.
@@ -18,7 +19,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from mlproducer import _clock as time
@@ -32,7 +33,7 @@ _WIPE_ON_FORK = 18
 
 
 IMPORT_LIMIT = 10.0
-"""Seconds for which a fork waits for other threads' imports."""
+"""Seconds for which a fork waits for other threads' imports, and they for a fork."""
 
 
 class _Byte(Protocol):
@@ -78,6 +79,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
+        self.holds: list[tuple[Callable[[], None], Callable[[], None]]] = []
         self.pid = os.getpid()
         self.begun = _byte()
         self.begun[0] = 1
@@ -88,8 +90,26 @@ class _Process:
         self._lock = threading.RLock()
         self._begins = False
 
+    def before(self) -> None:
+        """Have what a child could not go on with come to an end."""
+        try:
+            _imports.hold()
+        finally:  # also where a signal handler raises
+            with ExitStack() as steps:
+                # Read now: what has just been imported may have registered some.
+                for hold, _ in self.holds:
+                    steps.callback(hold)
+
+    def in_parent(self) -> None:
+        """Let what waited for the fork go on."""
+        with ExitStack() as steps:
+            steps.callback(_imports.let_go)
+            for _, let_go in self.holds:
+                steps.callback(let_go)
+
     def forked(self) -> None:
         """Reset, from the hook: the child has no other thread yet."""
+        self.pid = 0  # in a namespace of its own the child may have its parent's id
         self._begin_unlocked()
         self.begin()
 
@@ -121,6 +141,14 @@ def in_child(step: Callable[[], None]) -> None:
     _process.steps.append(step)
 
 
+def around(hold: Callable[[], None], let_go: Callable[[], None]) -> None:
+    """Register what is held during each fork, and released in the parent; it knows if it is held.
+
+    It may be registered in the middle of a fork, by a module that the fork waits for.
+    """
+    _process.holds.append((hold, let_go))
+
+
 def notice() -> None:
     """Reset, if this is a child whose fork ran no hooks."""
     if not begun[0]:
@@ -128,7 +156,10 @@ def notice() -> None:
 
 
 class _Imports:
-    """The threads that import modules of the library, or those that it needs."""
+    """The threads that import modules of the library, or those that it needs; and those that fork.
+
+    Each thread notes what it does before it looks at the others, so that one of two sees the other.
+    """
 
     def __init__(self) -> None:
         self.begin()
@@ -136,6 +167,7 @@ class _Imports:
     def begin(self) -> None:
         """Forget all, in a child, which has none of its parent's other threads."""
         self._threads: dict[int, None] = {}
+        self._forking: dict[int, None] = {}
         self._over = Watch()
 
     @contextmanager
@@ -146,21 +178,41 @@ class _Imports:
             yield
             return
         try:
-            self._threads[thread] = None
+            self._enter(thread)
             yield
         finally:
-            self._threads.pop(thread, None)
-            self._over.changed()
+            self._leave(thread)
 
-    def wait(self) -> None:
-        """Wait, before a fork, for all threads but this one."""
+    def _enter(self, thread: int) -> None:
+        """Begin, once no other thread is forking: it has looked already."""
+        deadline = time.monotonic() + IMPORT_LIMIT
+        while True:
+            self._threads[thread] = None
+            if _none_but(thread, self._forking) or time.monotonic() >= deadline:
+                return
+            self._leave(thread)
+            self._over.wait_for(lambda: _none_but(thread, self._forking), deadline)
+
+    def _leave(self, thread: int) -> None:
+        self._threads.pop(thread, None)
+        self._over.changed()
+
+    def hold(self) -> None:
+        """Wait, before a fork, for all threads but this one, and keep them from importing."""
         own = threading.get_ident()
-
-        def alone() -> bool:
-            return all(each == own for each in list(self._threads))
-
-        if not self._over.wait_for(alone, time.monotonic() + IMPORT_LIMIT):
+        self._forking[own] = None
+        deadline = time.monotonic() + IMPORT_LIMIT
+        if not self._over.wait_for(lambda: _none_but(own, self._threads), deadline):
             self._threads.clear()  # they hang, or an interrupt has left them: hold up no other fork
+
+    def let_go(self) -> None:
+        """Let other threads import, after a fork, in the parent."""
+        self._forking.pop(threading.get_ident(), None)
+        self._over.changed()
+
+
+def _none_but(thread: int, threads: dict[int, None]) -> bool:
+    return all(each == thread for each in list(threads))
 
 
 _imports = _Imports()
@@ -168,4 +220,8 @@ importing = _imports.importing
 in_child(_imports.begin)
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_imports.wait, after_in_child=_process.forked)
+    os.register_at_fork(
+        before=_process.before,
+        after_in_parent=_process.in_parent,
+        after_in_child=_process.forked,
+    )

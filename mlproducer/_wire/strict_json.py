@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
+from mlproducer import _forks as forks
 from mlproducer.errors import InvalidMessageError
 
 _SURROGATE = "holds a lone surrogate, which UTF-8 cannot encode"
@@ -59,7 +60,8 @@ _stock = json.JSONEncoder(
 def fast() -> Callable[[object], bytes] | None:
     """Return orjson's encoder (the extra ``fast``), if installed: it takes a third of the time."""
     try:
-        import orjson  # noqa: PLC0415 - an extra, not needed before the first message
+        with forks.importing():
+            import orjson  # noqa: PLC0415 - an extra, not needed before the first message
     except ImportError:
         return None
     dumps: Callable[[object], bytes] = orjson.dumps

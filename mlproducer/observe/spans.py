@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
+from mlproducer import _forks as forks
 from mlproducer import tracing
 from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
@@ -176,7 +177,8 @@ class Spans(Sink):
     def _traces(self) -> bool:
         if self._tracer is None and self._usable and "opentelemetry.trace" in sys.modules:
             try:
-                from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
+                with forks.importing():
+                    from mlproducer.observe import otel  # noqa: PLC0415 - it imports OpenTelemetry
             except Exception as error:  # noqa: BLE001 - an unsuitable version may raise anything
                 self._usable = False
                 self._report(error)

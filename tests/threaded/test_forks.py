@@ -37,7 +37,7 @@ def run_script(text: str, broker: FakeBroker, *, before: str = "", **settings: A
         [sys.executable, "-W", "ignore", "-c", head + textwrap.dedent(text)],
         capture_output=True,
         text=True,
-        timeout=30.0,
+        timeout=120.0,
         check=False,
     )
     print(ended.stderr)  # whole, where the assertion cuts it
@@ -238,16 +238,24 @@ def test_a_fork_without_epoll(serve: Serve) -> None:
     assert broker.accepted == 2
 
 
-@pytest.mark.parametrize("module", ["pika", "prometheus_client"])
+@pytest.mark.parametrize(
+    "module", ["pika", "prometheus_client", "orjson", "opentelemetry.propagate"]
+)
 def test_a_fork_in_the_middle_of_an_import(module: str, serve: Serve) -> None:
     """A child is forked once other threads have imported what a first use needs.
 
     A module that was half imported is locked in it for ever: its first publish() did not return.
     """
+    if "opentelemetry" in module:
+        pytest.importorskip("opentelemetry.trace")
     broker = serve()
     run_script(
         f"""
         import signal
+        from mlproducer import CeleryTask
+
+        def message(name):
+            return CeleryTask("t", [], routing_key="k", task_id=name)
 
         begun, forked = threading.Event(), threading.Event()
 
@@ -261,11 +269,11 @@ def test_a_fork_in_the_middle_of_an_import(module: str, serve: Serve) -> None:
         producer = MLProducer(settings)
         thread = threading.Thread(target=producer.publish, args=(message("parent"),))
         thread.start()
-        assert begun.wait(20)
+        assert begun.wait(60)
         child = os.fork()
         forked.set()
         if child == 0:
-            signal.alarm(20)  # ends it
+            signal.alarm(60)  # ends it
             assert producer.publish(message("child")).confirmed
             producer.close(1)
             os._exit(0)
@@ -274,8 +282,108 @@ def test_a_fork_in_the_middle_of_an_import(module: str, serve: Serve) -> None:
         producer.close()
         """,
         broker,
+        before="import opentelemetry.trace\n" if "opentelemetry" in module else "",
     )
     assert names(broker) == {"parent": 1, "child": 1}
+
+
+SLOW_HOOK = """
+import os, threading
+os.register_at_fork(before=lambda: threading.Event().wait(0.3))  # it runs after the library's
+"""
+
+
+def test_a_fork_in_the_middle_of_the_import_of_a_store(serve: Serve, tmp_path: Path) -> None:
+    """The store is not opened before the fork is over, though its module came amid the fork.
+
+    A child that was forked beside an open file could not use the store at all.
+    """
+    broker = serve()
+    run_script(
+        """
+        begun = threading.Event()
+
+        class Slow:
+            def find_spec(self, name, path=None, target=None):
+                if name == "mlproducer.stores.sqlite":
+                    begun.set()
+                    threading.Event().wait(0.2)  # until the fork has begun
+
+        sys.meta_path.insert(0, Slow())
+        producer = MLProducer(settings)
+        thread = threading.Thread(target=producer.publish, args=(message("parent"),))
+        thread.start()
+        assert begun.wait(60)
+        child = os.fork()
+        if child == 0:
+            assert producer.publish(message("child")).confirmed
+            producer.close(1)
+            os._exit(0)
+        wait_for(child)
+        thread.join()
+        producer.close()
+        """,
+        broker,
+        before=SLOW_HOOK,
+        store_url=f"sqlite:///{tmp_path}/s.db?write_ahead=1",
+    )
+    assert names(broker) == {"parent": 1, "child": 1}
+
+
+def test_a_fork_while_another_producer_is_made(serve: Serve, tmp_path: Path) -> None:
+    """A fork and a thread that makes a store do not wait for each other until one gives up."""
+    broker = serve()
+    run_script(
+        """
+        from mlproducer.stores.sqlite import database
+
+        begun = threading.Event()
+        add = database._forks.add
+
+        def slow(each):
+            begun.set()
+            threading.Event().wait(0.2)  # until the fork has begun
+            add(each)
+
+        database._forks.add = slow
+        producer = MLProducer(settings)
+        thread = threading.Thread(target=producer.start)
+        thread.start()
+        assert begun.wait(60)
+        with in_time(2.5):
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+        wait_for(child)
+        thread.join()
+        producer.close()
+        """,
+        broker,
+        store_url=f"sqlite:///{tmp_path}/s.db",
+    )
+
+
+def test_a_child_with_its_parents_process_id(serve: Serve) -> None:
+    """In a pid namespace of its own a child begins afresh too: each is process 1 of its own."""
+    broker = serve()
+    run_script(
+        """
+        producer = MLProducer(settings)
+        producer.publish(message("parent"))
+        child = os.fork()
+        if child == 0:
+            assert producer.publish(message("child")).confirmed
+            producer.close(1)
+            os._exit(0)
+        wait_for(child)
+        assert producer.publish(message("parent again")).confirmed
+        producer.close()
+        """,
+        broker,
+        before="import os; os.getpid = lambda: 1",
+    )
+    assert names(broker) == {"parent": 1, "child": 1, "parent again": 1}
+    assert broker.accepted == 2
 
 
 def test_a_fork_in_the_middle_of_the_start(serve: Serve) -> None:

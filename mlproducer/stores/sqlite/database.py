@@ -404,8 +404,7 @@ class _Forks:
 _forks = _Forks()
 
 forks.in_child(_forks.in_child)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_forks.before, after_in_parent=_forks.in_parent)
+forks.around(_forks.before, _forks.in_parent)
 
 
 # --- transactions -------------------------------------------------------------------------------
