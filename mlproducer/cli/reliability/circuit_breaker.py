@@ -7,12 +7,19 @@ Runs on: the main thread.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
 
 from mlproducer import CircuitState
-from mlproducer.cli.reliability.scenario import Scenario, Trial, expect, wait_until
+from mlproducer.cli.reliability.scenario import (
+    Scenario,
+    Trial,
+    expect,
+    wait_until,
+    waited_for_cpu,
+)
 from mlproducer.cli.reliability.scenario_setup import BACK, TIMERS, ScenarioSetup
 from mlproducer.errors import CircuitOpenError
 
@@ -21,8 +28,8 @@ COOLDOWN = float(TIMERS["circuit_breaker_cooldown"])
 MARGIN = 1.0
 FAST = 0.005
 CALLS = 200
-OUTLIERS = CALLS // 10
-"""Calls during which the machine may be busy with something else."""
+OUTLIERS = CALLS // 100
+"""Calls that may take longer: a virtual machine is stopped now and then, which nothing counts."""
 
 AT_ONCE = 32
 TIMEOUT = 0.2
@@ -46,14 +53,25 @@ def _opens(setup: ScenarioSetup) -> str:
 
 def _fails_fast(setup: ScenarioSetup) -> str:
     producer = setup.shared()
-    seconds, kinds = [], set()
-    for _ in range(CALLS):
-        started = time.monotonic()
-        kinds.add(type(setup.journal.publish(producer, setup.message())))
-        seconds.append(time.monotonic() - started)
+    seconds: list[float] = []
+    kinds: set[type] = set()
+    half_open_at = math.inf
+    while len(seconds) < CALLS and time.monotonic() < half_open_at - COOLDOWN / 2:
+        waited, started = (
+            waited_for_cpu(),
+            time.monotonic(),
+        )  # in this order, so that none is missed
+        answer = setup.journal.publish(producer, setup.message())
+        took = time.monotonic() - started
+        if isinstance(answer, CircuitOpenError):
+            half_open_at = started + answer.retry_after
+        elif started + took >= half_open_at:
+            break  # on a busy machine: it was the probe
+        kinds.add(type(answer))
+        seconds.append(max(0.0, took - (waited_for_cpu() - waited)))
     slow = sum(each >= FAST for each in seconds)
     median, longest = statistics.median(seconds) * 1000, max(seconds) * 1000
-    seen = f"{CALLS} calls: median {median:.3f} ms, longest {longest:.3f} ms"
+    seen = f"{len(seconds)} calls: median {median:.3f} ms, longest {longest:.3f} ms"
     return expect(kinds == {CircuitOpenError} and slow <= OUTLIERS, seen)
 
 

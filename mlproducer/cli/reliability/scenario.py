@@ -5,11 +5,13 @@ Runs on: the main thread.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from attrs import frozen
@@ -100,3 +102,15 @@ def wait_until(come_about: Callable[[], bool], limit: float, what: str) -> float
             raise UnexpectedError(f"not {what} within {limit:.1f} s")
         never.wait(LOOK)
     return time.monotonic() - started
+
+
+def waited_for_cpu() -> float:
+    """Return the seconds for which threads of this process, while they could run, had no CPU.
+
+    Any of them may hold the interpreter's lock meanwhile. Elsewhere than on Linux it is 0.
+    """
+    waited, threads = 0, Path("/proc/self/task")
+    for thread in threads.iterdir() if threads.is_dir() else ():
+        with contextlib.suppress(OSError):  # it has ended
+            waited += int((thread / "schedstat").read_text(encoding="ascii").split()[1])
+    return waited / 1e9
