@@ -21,7 +21,7 @@ from attrs import define, field, frozen
 from mlproducer import Message, MLProducer, Receipt
 from mlproducer.errors import PublishError, RetriesExhaustedError
 from mlproducer.observe.callbacks import Event
-from mlproducer.testing import Proxy
+from mlproducer.testing import Proxy, RabbitMQNode
 from mlproducer.testing.audit import Audit, Journal, drain, open_channel
 from mlproducer.testing.plugin import VirtualHost
 from mlproducer.topology import ROUTING_KEYS
@@ -47,18 +47,22 @@ LIGHT = {
 
 ALL = {**LIGHT, "kill": 1, "stop": 1}
 
+Place = tuple[RabbitMQNode, Proxy]
+
 
 class Nemesis:
-    """Plays faults.
+    """Plays faults, in a cluster each at a node and its proxy that it chooses.
 
+    :ivar seed: of its choices
     :ivar played: how often each fault was
     """
 
-    def __init__(self, vhost: VirtualHost, proxy: Proxy, seed: int) -> None:
+    def __init__(self, vhost: VirtualHost, proxy: Proxy, seed: int, *more: Place) -> None:
         self._vhost = vhost
-        self._node = vhost.node
-        self._proxy = proxy
+        self._places = [(vhost.node, proxy), *more]
+        self.seed = seed
         self._random = random.Random(seed)
+        self._roaming = random.Random(seed)
         self._never = threading.Event()
         self.played: Counter[str] = Counter()
 
@@ -68,15 +72,22 @@ class Nemesis:
         The journal keeps every answer to the end. Were the collector to look through all of them
         again and again, it would hold up every thread for seconds: 2.4 s after 600,000 messages.
         """
-        self._node.save_queues()
+        for node, _ in self._places:
+            node.save_queues()
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             [name] = self._random.choices(list(faults), list(faults.values()))
+            self._node, self._proxy = self._roaming.choice(self._places)
             getattr(self, f"_{name}")()
             self.played[name] += 1
             self._rest(0.1, 0.6)
             gc.freeze()
         gc.unfreeze()
+
+    def heal(self) -> None:
+        """Let everything through again."""
+        for _, proxy in self._places:
+            proxy.heal()
 
     def _rest(self, shortest: float, longest: float) -> None:
         self._never.wait(self._random.uniform(shortest, longest))

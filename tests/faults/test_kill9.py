@@ -35,6 +35,7 @@ from mlproducer.testing.redis_server import RedisServer
 from mlproducer.topology import ROUTING_KEYS
 from tests.broker.conftest import Connect
 from tests.faults.traffic import FIGURES, LIMIT
+from tests.long import GIVEN
 
 pytestmark = pytest.mark.broker
 
@@ -44,13 +45,14 @@ waited for."""
 
 LETTERS = "ml.dead_letter"
 FAULTS = ("none", "none", "none", "none", "freeze", "kill")
+LONG = GIVEN.times or 200
 INSTANTS = [
     pytest.param("sqlite", 6, 1, id="sqlite-6"),
-    pytest.param("sqlite", 200, 2, id="sqlite-200", marks=pytest.mark.slow),
+    pytest.param("sqlite", LONG, GIVEN.seed, id="sqlite-long", marks=pytest.mark.slow),
     pytest.param("redis", 5, 3, id="redis-5"),
-    pytest.param("redis", 200, 4, id="redis-200", marks=pytest.mark.slow),
+    pytest.param("redis", LONG, GIVEN.seed, id="redis-long", marks=pytest.mark.slow),
     pytest.param("postgresql", 5, 5, id="postgresql-5"),
-    pytest.param("postgresql", 200, 6, id="postgresql-200", marks=pytest.mark.slow),
+    pytest.param("postgresql", LONG, GIVEN.seed, id="postgresql-long", marks=pytest.mark.slow),
 ]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,11 +17,13 @@ from attrs import frozen
 
 from mlproducer import MLProducer
 from mlproducer.testing import Proxy, RabbitMQNode
+from mlproducer.testing.audit import drain
 from mlproducer.testing.plugin import VirtualHost
 from tests.broker.conftest import Connect
 from tests.broker.rows import message
 from tests.faults.test_losses import Connections
 from tests.faults.traffic import FIGURES, LIMIT
+from tests.long import GIVEN
 
 pytestmark = pytest.mark.broker
 
@@ -59,7 +64,7 @@ def reconnect(producer: MLProducer, proxy: Proxy, times: int) -> None:
         connections.wait_for(turn)
 
 
-@pytest.mark.parametrize("times", [30, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [30, pytest.param(GIVEN.times or 300, marks=pytest.mark.slow)])
 def test_reconnects(
     rabbitmq_vhost: VirtualHost,
     connect: Connect,
@@ -67,7 +72,7 @@ def test_reconnects(
     times: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """After 300 reconnects there is as much of everything as before the first (110)."""
+    """After any number of reconnects there is as much of everything as before the first (110)."""
     caplog.set_level(logging.CRITICAL)  # what pytest keeps of a log is memory, too
     node = rabbitmq_vhost.node
     producer = connect(proxy.url(rabbitmq_vhost.url), **FASTER)
@@ -81,6 +86,27 @@ def test_reconnects(
     )
     assert after == before
     assert grown < 10_000_000
+
+
+@pytest.mark.slow
+def test_forks(rabbitmq_vhost: VirtualHost, connect: Connect) -> None:
+    """Each child publishes on a connection of its own, and nothing piles up in the parent (86)."""
+    assert connect().wait_connected(LIMIT)
+    times = GIVEN.times or 300
+    told = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.faults.scripts.forks", str(times)],
+        env={**os.environ, "RABBITMQ_URL": rabbitmq_vhost.url},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    held = json.loads(told.stdout)
+    found = drain(rabbitmq_vhost.url)
+    FIGURES[f"{times} forks"] = (
+        f"{len(found)} messages, {found.total() - len(found)} duplicates, {held}"
+    )
+    sides = ("child", "parent")
+    assert found == {f"{side}-{number}": 1 for side in sides for number in range(times)}
+    assert held["after"] == held["before"]
 
 
 def test_failed_attempts(connect: Connect, proxy: Proxy, rabbitmq_vhost: VirtualHost) -> None:

@@ -27,6 +27,7 @@ from mlproducer.testing import PostgreSQLServer, RabbitMQNode
 from mlproducer.testing.audit import drain
 from tests.broker.commands import COMMAND, environ_of
 from tests.faults.traffic import FIGURES
+from tests.long import GIVEN
 
 LIMIT = 120.0
 LEASE = 2.0
@@ -41,7 +42,7 @@ round both applications are killed, each at an instant of its own."""
 
 INSTANTS = [
     pytest.param(len(CYCLE), 1, id="cycle"),
-    pytest.param(200, 2, id="200", marks=pytest.mark.slow),
+    pytest.param(GIVEN.times or 200, GIVEN.seed, id="long", marks=pytest.mark.slow),
 ]
 FRAMEWORKS = ("django", "sqlalchemy")
 
