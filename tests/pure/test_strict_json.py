@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlproducer import _field_checks as checks
+from mlproducer._wire import strict_json
 from mlproducer._wire.strict_json import dumps, quoted
 from mlproducer.errors import InvalidMessageError, InvalidTaskError
 
@@ -164,3 +165,17 @@ def test_refuses_what_json_cannot_carry() -> None:
 def test_dumps_alone_refuses_what_the_encoder_cannot_write(value: Any, word: str) -> None:
     """What was changed after it was checked is refused by its type."""
     refused(lambda: dumps("content", value), InvalidMessageError, "content", word, inside=True)
+
+
+def test_without_pythons_inner_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ``json`` has no C encoder, its documented one writes and refuses the same."""
+    values: list[Any] = [{"a": [1, 2.5, None, True, '\u2028"']}, [[]], Size.SMALL, "text"]
+    usual = [dumps("args", value, plain=False) for value in values]
+    monkeypatch.delattr(json.encoder, "c_make_encoder")
+    pieces = strict_json._reusable_encoder()
+    assert pieces is not strict_json._pieces
+    monkeypatch.setattr(strict_json, "_pieces", pieces)
+    assert [dumps("args", value, plain=False) for value in values] == usual
+    for wrong in (object(), float("nan"), "\ud800"):
+        with pytest.raises(InvalidMessageError):
+            dumps("args", wrong, plain=False)
