@@ -17,7 +17,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from mlproducer._engine.connection import decode_properties
+from mlproducer._engine.pika_adapters import decode_properties
 from mlproducer._engine.session import Session, Unreadable
 from mlproducer._wire.amqp import MAX_EXPIRATION
 from mlproducer._wire.dead_letter import EXPIRATION_HEADER

@@ -21,8 +21,8 @@ from pika import exceptions, frame, spec
 from mlproducer import _clock as time
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._engine.close_reasons import closed_by_broker, translate
-from mlproducer._engine.connection import blocking_connection
 from mlproducer._engine.endpoints import Endpoint
+from mlproducer._engine.pika_adapters import blocking_connection
 from mlproducer.errors import NotConnectedError
 
 CLOSE_LIMIT = 1.0
