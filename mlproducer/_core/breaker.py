@@ -156,6 +156,8 @@ class Breaker:
 
     def refuses(self) -> bool:
         """Whether nothing more may be sent now."""
+        # Publishers ask without a lock. The answer may be out of date by the next moment: what gets
+        # through all the same, the I/O thread refuses.
         if self.state is CircuitState.CLOSED:
             return False
         return self.state is CircuitState.OPEN or self._probe is not None
@@ -221,12 +223,12 @@ class Breaker:
             self._step(CircuitEvent.COOLED)
 
     def _open(self, event: CircuitEvent, now: float) -> None:
-        self.reopens_at = now + self._cooldown
+        self.reopens_at = now + self._cooldown  # first: publishers who see OPEN read it
         self._step(event)
         self._wake(self.reopens_at)
 
     def _step(self, event: CircuitEvent) -> None:
-        self._probe = None
+        self._probe = None  # before the state: half-open with an old probe would refuse everything
         self._trip.reset()
         self.state = self._machine.step(event)
         self._changed(self.state)

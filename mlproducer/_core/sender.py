@@ -106,6 +106,9 @@ class Sender:
 
     # --- what others may see -------------------------------------------------------------------
 
+    # Any thread may read these. Each reads attributes that only the I/O thread sets, or takes the
+    # length of what only that one changes: no lock, and an answer that may be old by a moment.
+
     @property
     def in_flight(self) -> int:
         """Messages written and neither confirmed nor lost."""

@@ -144,12 +144,11 @@ class Connector:
     @property
     def endpoint(self) -> Endpoint:
         """The endpoint now in use, or tried last; anyone may look."""
+        resolved = self._resolved  # read once: the I/O thread may forget it at any moment
+        if resolved is not None:
+            return resolved.endpoint
         endpoints = self._resolver.directory.known
-        return (
-            self._resolved.endpoint
-            if self._resolved is not None
-            else endpoints[self._turn % len(endpoints)]
-        )
+        return endpoints[self._turn % len(endpoints)]
 
     @property
     def connection(self) -> Connection | None:

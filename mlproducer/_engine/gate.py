@@ -59,7 +59,7 @@ class Gate:
         return len(self._inside)
 
     def room(self) -> int:
-        """How many more may come in, at most."""
+        """How many more may come in, at most; without the lock, so others may be first."""
         return max(0, self._limit - len(self._inside))
 
     def share(self, *, backlog: bool) -> None:
@@ -79,7 +79,7 @@ class Gate:
 
     def inside(self) -> list[Delivery]:
         """Return the deliveries that are inside now; without the lock, for signal handlers."""
-        return list(self._inside)
+        return list(self._inside)  # one step under the GIL
 
     def holds(self, delivery: Delivery) -> bool:
         """Whether a delivery has a slot."""

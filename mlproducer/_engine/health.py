@@ -62,7 +62,7 @@ class Health:
     def check(self) -> None:
         """Ask, wait for the answer, and have the connection replaced if there is none."""
         self.thread.due = time.monotonic() + self._interval
-        self._asked = False
+        self._asked = False  # before it asks: a confirm that is late after that has it asked again
         reply: Future[None] = Future()
         self._reply = reply
         if not self._order(partial(self._probe, reply)):

@@ -106,7 +106,7 @@ class EventLoop(PikaLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._timer = Timers()
+        self._timer = Timers()  # pika's own attribute; its loop asks it for all that is due
         self._watched: dict[int, None] = {}
 
     def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
@@ -169,6 +169,8 @@ class Mailbox:
 
     def put(self, item: Item) -> bool:
         """Hand something over; false if the box is not drained any more."""
+        # Added before `_closed` is read; `close` sets that before it takes what is left. So an item
+        # that comes at this moment is seen by one of the two, and `deque.remove` decides by which.
         self._items.append(item)
         if self._closed:
             return not self._take_back(item)
@@ -196,6 +198,8 @@ class Mailbox:
             self._ear.recv(4096)
         except BlockingIOError:
             pass
+        # Cleared before the items are counted: one that is added after that finds it cleared, and
+        # rings. The other way round it would lie here until the next one came.
         self._rung = False
         for _ in range(len(self._items)):
             yield self._items.popleft()
@@ -343,6 +347,7 @@ class IOLoop:
 
     def _clear_away(self) -> None:
         """Close the loop, after a last turn in which pika sees and closes what is still open."""
+        # pika learns of an end only by its own loop, and keeps the descriptor until it does.
         self._loop.sever(self.mailbox.fileno())
         self._loop.remove_handler(self.mailbox.fileno())
         self._loop.add_callback_threadsafe(self._loop.stop)

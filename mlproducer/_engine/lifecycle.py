@@ -173,6 +173,7 @@ class Lifecycle:
             self._plan.prepare()
         except ImportError as error:  # by a signal handler in the middle of the same import
             raise WouldDeadlockError(f"the library is being imported: {error}") from None
+        # setdefault() is one step under the GIL: all who come meanwhile wait for the same start.
         start = self._starts.setdefault("now", Start(self._make_and_start))
         runtime = start.wait(self)
         if runtime is None:
@@ -233,6 +234,8 @@ class Lifecycle:
 
         :param in_vain: monotonic time after which this ends where there is no broker
         """
+        # Set before the runtime is read below. A start sets the runtime before it reads this: so
+        # one of the two sees the other, and the runtime is closed.
         self.closed = True
         start = self._starts.get("now")
         if start is not None and not start.withdraw() and threads.here.owner is not self:
@@ -251,7 +254,7 @@ class Lifecycle:
         """Wait for the threads until a monotonic deadline."""
         if not self._reports:
             report = CloseReport() if self.runtime is None else self.runtime.join(deadline)
-            self._reports.append(report)
+            self._reports.append(report)  # of several that close, the first to come here counts
         start = self._starts.get("now")
         # Callbacks do not wait: a start that found the producer closed waits for their threads.
         if start is not None and threads.here.owner is None:

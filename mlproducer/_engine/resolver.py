@@ -78,6 +78,7 @@ class Resolver:
 
     def replace(self) -> None:
         """Leave a thread that is stuck in a look-up to itself, and go on with another."""
+        # Another list, not this one changed: a thread in `join` may be going through it.
         self.threads = [each for each in self.threads if each.is_alive()]
         if len(self.threads) >= STUCK_LIMIT:
             return

@@ -161,6 +161,7 @@ class RetryWorker:
 
     def wake(self) -> None:
         """Look soon for rows that others have brought; from any thread, as often as one likes."""
+        # Two threads may both find it unset; then there are two sweeps, which does no harm.
         if not self._woken:
             self._woken = True
             self.thread.order(self.sweep)
@@ -214,7 +215,7 @@ class RetryWorker:
 
     def sweep(self) -> None:
         """Hand what is due back to the sender, as far as connection and window have room."""
-        self._woken = False
+        self._woken = False  # before the store is asked: a row that comes after that wakes it again
         now = time.monotonic()
         self.thread.due = now + min(self._interval, max(MIN_PAUSE, self.stored_rows.renew_at - now))
         if self._watch is not None:

@@ -199,7 +199,7 @@ class Runtime:
                 stored.open()  # for another thread that closes at the same time
         for engine in self.engines:
             engine.end()
-        self._ended = True
+        self._ended = True  # before they are woken, and look
         self.gate.emptied.changed()  # for those in flush() and wait_connected()
         self._connected.changed()
 

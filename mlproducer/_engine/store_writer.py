@@ -94,6 +94,8 @@ class StoreWriter:
 
         Of those stored ahead these are other processes' alone; this one's are inside the window.
         """
+        # `_counted` is replaced as a whole, so that a reader has one count or the other; list()
+        # copies in one step what other threads add to.
         count = self._counted
         new = list(count.new.values())
         waiting = dead = 0
@@ -153,6 +155,8 @@ class StoreWriter:
 
     def carry_out(self) -> bool:
         """Do all that was ordered so far; what the store does not take now stays ordered."""
+        # Cleared first: an order that comes after that rings. Only this thread takes orders out, so
+        # there are at least as many as were counted.
         self._rung = False
         orders = [self._orders.popleft() for _ in range(len(self._orders))]
         puts = [order for order in orders if isinstance(order, Put)]

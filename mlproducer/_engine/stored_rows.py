@@ -87,6 +87,8 @@ class StoredRows:
 
     def deliveries(self) -> list[Delivery]:
         """Return all that are remembered."""
+        # Each `*` copies a dict in one step, whatever the retry thread does to it meanwhile. The
+        # values of a WeakValueDictionary are made one by one, so its references are copied instead.
         if not isinstance(self._parked, WeakValueDictionary):
             kept = [*self.claims, *self.lost_rows, *self.rowless, *self._parked.values()]
             return list(dict.fromkeys(kept))

@@ -67,6 +67,7 @@ forks.in_child(here.forked)
 
 def take_ordinal(owner: object) -> int:
     """Return the lowest number that no open producer of this process has; 1 is the first."""
+    # setdefault() is one step under the GIL: of two threads one gets the number.
     free = (n for n in itertools.count(1) if _ordinals.setdefault(n, owner) is owner)
     return next(free)
 

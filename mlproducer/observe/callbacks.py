@@ -120,7 +120,7 @@ class CallbackThread:
             self._make(function)
             return
         self._calls.put(function)
-        if self._ended:
+        if self._ended:  # read after the put: `_run` sets it before it empties the queue
             try:
                 self._spawn(self._role, self._make_all)
             except RuntimeError:  # the interpreter is shutting down
@@ -166,7 +166,9 @@ class EventThread(CallbackThread):
         self._on_drop = dropped
         self._dropped = Cells(catalog.EVENTS_DROPPED)  # several threads count at once
         self._reported = 0
-        self._accepting = [None]  # empty while events are being dropped
+        # Empty while events are being dropped. As with `_unstarted`, the pop() decides which thread
+        # logs that it begins; only the events' thread appends.
+        self._accepting = [None]
 
     def call(self, function: Call) -> None:
         """Have a callback called, unless too many calls wait."""
@@ -325,7 +327,7 @@ class CallbackSink(Sink):
         self._call(Event("blocked" if event.blocked else "unblocked", detail=event.reason))
 
     def _call(self, event: Event) -> None:
-        for callback in self._callbacks.of(event.name):
+        for callback in self._callbacks.of(event.name):  # to which `add` may append meanwhile
             self._dispatcher.events.call(partial(callback, event))
 
 
@@ -340,7 +342,7 @@ class DeliveryFuture(Fate):
 
     def add_done_callback(self, fn: Callable[[Future[Receipt]], object]) -> None:
         """Call ``fn`` once the message's fate is known; soon, where it is known already."""
-        if not self.done():
+        if not self.done():  # and before it is registered, from when on it may be called
             self._dispatcher.awaited.add(self)
         super().add_done_callback(partial(self._call_back, fn))
 

@@ -101,6 +101,8 @@ class Cells:
     def total(self) -> list[float]:
         """Return the sum over all threads."""
         total = [0.0] * self._width
+        # copy() is one step under the GIL; a loop over the dict itself would fail where a thread
+        # adds its cells meanwhile.
         for cells in self._of.copy().values():
             total = [a + b for a, b in zip(total, cells, strict=True)]
         return total

@@ -31,7 +31,9 @@ class Limiter:
 
     def admits(self, kind: str, now: float) -> bool:
         """Return whether a line of this kind may be logged at this (monotonic) time."""
-        window = self._windows.setdefault(kind, _Window(now))
+        window = self._windows.setdefault(
+            kind, _Window(now)
+        )  # one for all threads that come at once
         return next(window.seen) < self._limit
 
     def suppressed(self, now: float) -> list[tuple[str, int]]:

@@ -135,6 +135,8 @@ class Recorder:
 
     def note(self, kind: str, text: str) -> None:
         """Record an error; one that is known is counted, and becomes the newest."""
+        # On any connection's thread, without a lock: of two that note the same error at once, one
+        # may go uncounted; but each step is one under the GIL, so nothing is raised.
         key = (kind, text[:MAX_TEXT])
         known = self._errors.pop(key, None)
         times = 1 if known is None else known.times + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -479,3 +480,14 @@ def test_a_pika_without_what_is_private_today(
         plain.mandatory,
         plain.body,
     )
+
+
+def test_the_endpoint_is_asked_for_while_it_is_forgotten() -> None:
+    """A status that is read as the I/O thread begins another attempt has one or the other."""
+    endpoint = object()
+    found: list[Any] = [SimpleNamespace(endpoint=endpoint), None]
+
+    class Forgetful(Connector):
+        _resolved = property(lambda _: found.pop(0))  # type: ignore[assignment]
+
+    assert Forgetful.__new__(Forgetful).endpoint is endpoint
