@@ -20,7 +20,7 @@ from attrs import evolve
 from benchmarks import charts, machine
 from benchmarks.lab import FULL, QUICK, Lab
 from benchmarks.report import Report
-from benchmarks.suite import NAMES
+from benchmarks.suite import LONG, NAMES
 
 DEFAULT_OUT = Path(__file__).parent.parent / ".benchmarks"
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; 1 if a benchmark failed, whatever the figures say."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    unknown = set(options.names).difference(NAMES)
+    unknown = set(options.names).difference(NAMES, LONG)
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     scale = QUICK if options.quick else FULL
@@ -63,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         "of its own unless RABBITMQ_URL names a broker, whose queue ml.summarize it then empties.",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"which; all by default: {', '.join(NAMES)}"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which; by default {', '.join(NAMES)}; only by name: {', '.join(LONG)}",
     )
     parser.add_argument("--quick", action="store_true", help="a short form, under 2 minutes")
     parser.add_argument(

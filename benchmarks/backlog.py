@@ -1,12 +1,14 @@
-"""A backlog in a durable store: one process leaves it there, another one drains it.
+"""A backlog in a store: one process leaves it there, another one drains it; or one long stream.
 
-``python -m benchmarks.backlog leave|drain COUNT BROKER_URL STORE_URL`` prints one line of JSON.
+``python -m benchmarks.backlog leave|drain|stream COUNT BROKER_URL STORE_URL`` prints one line of
+JSON.
 
 Runs on: the main thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -22,11 +24,11 @@ LIMIT = 300.0
 
 
 def main(mode: str, count: int, broker: str, store: str) -> dict[str, Any]:
-    """Do one of the two."""
+    """Do one of the three."""
     producer = MLProducer(Settings(url=broker, store_url=store))
     producer.start()
     try:
-        return leave(producer, count) if mode == "leave" else drain(producer, count)
+        return {"leave": leave, "drain": drain, "stream": stream}[mode](producer, count)
     finally:
         producer.close(0.0)
 
@@ -53,6 +55,31 @@ def drain(producer: MLProducer, count: int) -> dict[str, Any]:
     if left:
         raise TimeoutError(f"{left} of {count} messages are left")
     return {"seconds": time.perf_counter() - begun, "grown": _memory() - before}
+
+
+def stream(producer: MLProducer, count: int) -> dict[str, Any]:
+    """Publish all in one call, from a generator, which looks at the memory on its way.
+
+    The receipts are in the list that the call returns, so memory grows by these; what is given is
+    by how much a message lets it grow, in the first half and in the second.
+    """
+    memory: dict[int, int] = {}
+
+    def tasks() -> Iterator[SummarizationTask]:
+        for number, task in enumerate(_tasks(count)):
+            if number in marks:
+                memory[number] = _memory()
+            yield task
+
+    marks = (count // 10, count // 2, count - 1)
+    producer.wait_connected(LIMIT)
+    begun = time.perf_counter()
+    for result in producer.publish_many(tasks()):
+        if isinstance(result, Exception) or not result.confirmed:
+            raise RuntimeError("not confirmed")
+    seconds = time.perf_counter() - begun
+    grown = [(memory[b] - memory[a]) / (b - a) for a, b in itertools.pairwise(marks)]
+    return {"seconds": seconds, "grown": grown}
 
 
 def _tasks(count: int) -> Iterator[SummarizationTask]:

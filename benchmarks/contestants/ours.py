@@ -21,29 +21,32 @@ CONNECT_LIMIT = 20.0
 
 
 class Client(ThreadedClient):
-    """A producer.
+    """A producer, or several.
 
     :param workers: how many threads will publish; of no interest here
+    :param producers: how many the threads share among them
     :param settings: what else to set
     :ivar marks: when each 10,000th task of the last pipelined job was taken
     """
 
-    def __init__(self, url: str, workers: int = 1, **settings: Any) -> None:
+    def __init__(self, url: str, workers: int = 1, *, producers: int = 1, **settings: Any) -> None:
         self.marks: list[float] = []
-        self._producer = MLProducer(Settings(url=url, **settings))
-        if not self._producer.wait_connected(CONNECT_LIMIT):
-            raise TimeoutError(f"not connected within {CONNECT_LIMIT:g} s")
+        self._producers = [MLProducer(Settings(url=url, **settings)) for _ in range(producers)]
+        for each in self._producers:
+            if not each.wait_connected(CONNECT_LIMIT):
+                raise TimeoutError(f"not connected within {CONNECT_LIMIT:g} s")
 
     def publish(self, worker: int, number: int) -> None:
         """Publish one."""
-        receipt = self._producer.publish(SummarizationTask(f"share-{number}", {"text": TEXT}))
+        producer = self._producers[worker % len(self._producers)]
+        receipt = producer.publish(SummarizationTask(f"share-{number}", {"text": TEXT}))
         if receipt.reason is not None:
             raise receipt.reason
 
     def pipelined(self, count: int) -> list[Receipt | PublishError]:
         """Publish many, from a generator; give the receipts."""
         self.marks.clear()
-        receipts = self._producer.publish_many(self._tasks(count))
+        receipts = self._producers[0].publish_many(self._tasks(count))
         for each in receipts:
             if isinstance(each, PublishError):
                 raise each
@@ -58,5 +61,6 @@ class Client(ThreadedClient):
             yield SummarizationTask(f"share-{number}", {"text": TEXT})
 
     def close(self) -> None:
-        """Close the producer."""
-        self._producer.close()
+        """Close the producers."""
+        for each in self._producers:
+            each.close()

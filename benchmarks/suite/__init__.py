@@ -21,3 +21,6 @@ NAMES = (
     "idle",
 )
 """In the order in which they run: those that want no broker first, while there is none."""
+
+LONG = ("growth",)
+"""Those that run only where they are asked for."""

@@ -56,10 +56,10 @@ def _lengths(lab: Lab, contestant: Contestant) -> tuple[list[Figure], Plot]:
 
     publish(FEW)
     short = [publish(FEW) for _ in range(lab.scale.rounds)]
-    with _emptying(lab.broker.purge):
+    with emptying(lab.broker.purge):
         long = Player(OURS, contestant, PIPELINED).play(many)
     short += [publish(FEW) for _ in range(lab.scale.rounds)]
-    receipt = _bytes_of_a_receipt()
+    receipt = bytes_of_a_receipt()
     paces = long.paces()
     tenth = max(1, len(paces) // 10)
     start, end = statistics.median(paces[:tenth]), statistics.median(paces[-tenth:])
@@ -101,7 +101,7 @@ def _threads(lab: Lab, contestant: Contestant) -> list[Figure]:
 
 
 @contextmanager
-def _emptying(purge: Callable[[], None]) -> Iterator[None]:
+def emptying(purge: Callable[[], None]) -> Iterator[None]:
     """Empty the queue every second."""
     over = threading.Event()
 
@@ -118,7 +118,7 @@ def _emptying(purge: Callable[[], None]) -> Iterator[None]:
         thread.join(JOIN_LIMIT)
 
 
-def _bytes_of_a_receipt() -> float:
+def bytes_of_a_receipt() -> float:
     """Weigh receipts with ids of their own, in a list."""
     tracemalloc.start()
     try:

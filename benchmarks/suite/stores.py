@@ -86,7 +86,7 @@ def _backlog(lab: Lab, folder: Path) -> list[Figure]:
     count = QUICK_BACKLOG if lab.scale.quick else BACKLOG
     store = f"sqlite:///{folder / 'backlog.db'}"
     nobody = f"amqp://guest:guest@127.0.0.1:{free_port()}/"
-    left = _process("leave", count, nobody, store)
+    left = process("leave", count, nobody, store)
     lab.broker.purge()
     emptied = drained(count, lab.broker.url, store)
     contestant = lab.contestant(OURS)
@@ -107,12 +107,13 @@ def _backlog(lab: Lab, folder: Path) -> list[Figure]:
 
 def drained(count: int, broker: str, store: str) -> dict[str, Any]:
     """Have a process of its own deliver a backlog, and give its figures."""
-    return _process("drain", count, broker, store)
+    return process("drain", count, broker, store)
 
 
-def _process(mode: str, count: int, broker: str, store: str) -> dict[str, Any]:
+def process(mode: str, count: int, broker: str, store: str, limit: float = LIMIT) -> dict[str, Any]:
+    """Have a process of its own do what `benchmarks.backlog` does, and give its figures."""
     command = [sys.executable, "-m", "benchmarks.backlog", mode, str(count), broker, store]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"benchmarks.backlog {mode} failed: {done.stderr[-1000:]}")
     result: dict[str, Any] = json.loads(done.stdout)
