@@ -16,7 +16,6 @@ from mlproducer._core.delivery import Delivery
 from mlproducer._core.delivery_states import ACCEPTED, AttemptEvent
 from mlproducer._core.interfaces import Channel
 from mlproducer._core.poison import PoisonIsolation
-from mlproducer._core.states import FLOW_MOVES, FlowEvent, FlowState, Machine
 
 
 class SendQueue:
@@ -32,12 +31,6 @@ class SendQueue:
         self.poison = PoisonIsolation()
         self.backlog: deque[Delivery] = deque()
         self.blocked = False
-        self._flow = Machine(FLOW_MOVES, FlowState.FLOWING)
-
-    def flow(self, event: FlowEvent) -> None:
-        """Note what the broker says of its resources; an Unblocked without a Blocked is nothing."""
-        if self._flow.allows(event):
-            self.blocked = self._flow.step(event) is FlowState.BLOCKED
 
     def add(self, delivery: Delivery) -> None:
         """Let a message wait for its turn."""

@@ -43,7 +43,7 @@ from mlproducer._core.interfaces import Channel, LeaveWindow, Loss, MakeDeadLett
 from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
 from mlproducer._core.send_queue import SendQueue
 from mlproducer._core.shutdown import CLOSED, Shutdown
-from mlproducer._core.states import CircuitState, FlowEvent
+from mlproducer._core.states import CircuitState
 from mlproducer.errors import (
     BrokerBlockedError,
     CircuitOpenError,
@@ -367,7 +367,7 @@ class Sender:
 
     def block(self, *, blocked: bool) -> None:
         """Stop or go on writing, as the broker's alarm comes or goes."""
-        self._send_queue.flow(FlowEvent.BLOCKED if blocked else FlowEvent.UNBLOCKED)
+        self._send_queue.blocked = blocked
 
     def _unknown_tag(self, tag: int) -> None:
         """Tell of a confirm that settles nothing."""
@@ -407,7 +407,7 @@ class Sender:
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""
-        self._send_queue.flow(FlowEvent.RECONNECTED)
+        self._send_queue.blocked = False
 
     def refuse(self, error: PublishError, now: float) -> None:
         """Fail what waits for a connection, and what follows: an attempt to connect has failed.

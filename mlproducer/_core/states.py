@@ -1,5 +1,4 @@
-"""The states of the connection, the broker's flow and the circuit breaker, as tables of legal
-moves.
+"""The states of the connection and of the circuit breaker, as tables of legal moves.
 
 Whatever is not in a table is illegal: it raises and changes nothing.
 
@@ -110,37 +109,6 @@ LINK_MOVES: Moves[ConnectionState, ConnectionEvent] = {
     },
     ConnectionState.CLOSING: {ConnectionEvent.GONE: ConnectionState.CLOSED},
     ConnectionState.CLOSED: {},
-}
-
-
-class FlowState(enum.Enum):
-    """Whether the broker reads what we publish (RabbitMQ guide, *Blocked Connections*).
-
-    Illegal: UNBLOCKED while FLOWING, which would mean that a Blocked was missed.
-    """
-
-    FLOWING = "flowing"
-    BLOCKED = "blocked"
-
-
-class FlowEvent(enum.Enum):
-    """What the broker says of its resources; a new connection starts unblocked."""
-
-    BLOCKED = enum.auto()
-    UNBLOCKED = enum.auto()
-    RECONNECTED = enum.auto()
-
-
-FLOW_MOVES: Moves[FlowState, FlowEvent] = {
-    FlowState.FLOWING: {
-        FlowEvent.BLOCKED: FlowState.BLOCKED,
-        FlowEvent.RECONNECTED: FlowState.FLOWING,
-    },
-    FlowState.BLOCKED: {
-        FlowEvent.BLOCKED: FlowState.BLOCKED,
-        FlowEvent.UNBLOCKED: FlowState.FLOWING,
-        FlowEvent.RECONNECTED: FlowState.FLOWING,
-    },
 }
 
 

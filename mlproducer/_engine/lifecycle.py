@@ -56,12 +56,12 @@ _inherited: list[object] = []
 
 
 @lru_cache(1)
-def _assemble() -> Callable[..., Runtime]:
+def _runtime_class() -> type[Runtime]:
     """Import the runtime, once: after a re-import of the package the name means another copy."""
     with forks.importing():
-        from mlproducer._engine.runtime import assemble  # noqa: PLC0415 - pika is slow to import
+        from mlproducer._engine.runtime import Runtime  # noqa: PLC0415 - pika is slow to import
 
-    return assemble
+    return Runtime
 
 
 class Plan:
@@ -87,12 +87,12 @@ class Plan:
 
     def prepare(self) -> None:
         """Import what is needed, on the caller's thread, which may be in an import itself."""
-        _assemble()
+        _runtime_class()
         self.meter()
 
     def make(self, tend: Callable[[], None]) -> Runtime:
         """Return a runtime that is not started."""
-        return _assemble()(
+        return _runtime_class()(
             self._settings,
             self._store,
             self._callbacks,

@@ -54,6 +54,10 @@ from mlproducer.topology import Declaration
 class Runtime:
     """Connections that are started, used and closed together, and what they share.
 
+    :param store: ``None`` is what the settings name
+    :param tend: is called at each sweep, on the retry thread
+    :param added: what is to be declared beside the topology; others may append to it
+    :raises ConfigurationError: the settings do not fit together
     :ivar engines: the connections, at least one
     :ivar only: the connection where there is one
     :ivar dispatcher: makes users' calls
@@ -62,13 +66,15 @@ class Runtime:
     def __init__(
         self,
         settings: Settings,
-        store: Store,
+        store: Store | None,
         callbacks: Callbacks,
         meter: ProducerMetrics,
         recorder: Recorder,
         tend: Callable[[], None],
-        added: Sequence[Declaration] = (),
+        added: Sequence[Declaration],
     ) -> None:
+        quieten_pika()
+        store = open_store(settings) if store is None else custom(store)
         self.gate = Gate(settings.max_in_flight)
         self.dispatcher = Dispatcher(self._spawn, self._event_dropped)
         self.durable = store.durable
@@ -413,27 +419,6 @@ class Runtime:
             dead_letters=depth.dead,
             store=self._retry_worker.name if self.durable else "",
         )
-
-
-def assemble(
-    settings: Settings,
-    store: Store | None,
-    callbacks: Callbacks,
-    meter: ProducerMetrics,
-    recorder: Recorder,
-    tend: Callable[[], None],
-    added: Sequence[Declaration] = (),
-) -> Runtime:
-    """Make the running part that the settings ask for, not started.
-
-    :param tend: is called at each sweep, on the retry thread
-    :param store: ``None`` is what the settings name
-    :param added: what is to be declared beside the topology; others may append to it
-    :raises ConfigurationError: the settings do not fit together
-    """
-    quieten_pika()
-    made = open_store(settings) if store is None else custom(store)
-    return Runtime(settings, made, callbacks, meter, recorder, tend, added)
 
 
 def _is_refused(delivery: Delivery) -> bool:

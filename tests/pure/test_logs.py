@@ -17,8 +17,7 @@ from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer.errors import NackError, StoreError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher, Event
-from mlproducer.observe.limited_logger import LimitedLogger
-from mlproducer.observe.limiter import Limiter
+from mlproducer.observe.limited_logger import LimitedLogger, Limiter
 from mlproducer.observe.log import LOGGERS, MAX_WORDS, LogSink
 from mlproducer.observe.sinks import Fanout, Sink, Table
 from tests.helpers import make_delivery

@@ -10,14 +10,11 @@ import pytest
 
 from mlproducer._core.states import (
     CIRCUIT_MOVES,
-    FLOW_MOVES,
     LINK_MOVES,
     CircuitEvent,
     CircuitState,
     ConnectionEvent,
     ConnectionState,
-    FlowEvent,
-    FlowState,
     IllegalMoveError,
     Machine,
 )
@@ -25,7 +22,6 @@ from tests.pure.tables import each_row
 
 TABLES = [
     pytest.param(LINK_MOVES, ConnectionEvent, ConnectionState.DISCONNECTED, id="connection"),
-    pytest.param(FLOW_MOVES, FlowEvent, FlowState.FLOWING, id="flow"),
     pytest.param(CIRCUIT_MOVES, CircuitEvent, CircuitState.CLOSED, id="circuit"),
 ]
 
@@ -59,12 +55,6 @@ def test_closed_is_reachable_from_everywhere(state: ConnectionState) -> None:
     assert ConnectionState.CLOSED in reachable(LINK_MOVES, state)
 
 
-@pytest.mark.parametrize("state", FlowState)
-def test_a_new_connection_flows(state: FlowState) -> None:
-    """A Blocked ends with the connection on which it was said."""
-    assert FLOW_MOVES[state][FlowEvent.RECONNECTED] is FlowState.FLOWING
-
-
 @pytest.mark.parametrize(("moves", "events", "start"), TABLES)
 def test_a_machine_obeys_its_table(moves: Any, events: type[enum.Enum], start: enum.Enum) -> None:
     """A legal move is made; an illegal one raises, names both, and changes nothing."""
@@ -95,7 +85,6 @@ EDGES = {
         "CONNECTED-CLOSING",
         "CLOSING-CLOSED",
     },
-    FlowState: {"FLOWING-BLOCKED", "BLOCKED-BLOCKED", "BLOCKED-FLOWING", "FLOWING-FLOWING"},
     CircuitState: {
         "CLOSED-OPEN",
         "OPEN-HALF_OPEN",
@@ -104,7 +93,7 @@ EDGES = {
         "HALF_OPEN-OPEN",
     },
 }
-"""The documented moves of the connection, of the broker's alarms, and of the breaker (I17, I18)."""
+"""The documented moves of the connection and of the breaker (I17, I18)."""
 
 
 @pytest.mark.parametrize(("moves", "events", "start"), TABLES)
