@@ -25,7 +25,7 @@ from mlproducer import _forks as forks
 from mlproducer._answers import Answer, PendingAnswers, finish
 from mlproducer._core.delivery import Delivery, Waiter
 from mlproducer._core.states import CircuitState
-from mlproducer._engine.lifecycle import Lifecycle, Plan
+from mlproducer._engine.lifecycle import Lifecycle, RuntimeFactory
 from mlproducer._foreign_calls import guarded
 from mlproducer._synchronization import seconds
 from mlproducer._wire.encode import Encoder, Task
@@ -88,10 +88,10 @@ class MLProducer:
         self._callbacks = Callbacks()
         self._hooks: list[Hook] = []
         self._lines = LimitedLogger(logger)
-        self._plan = Plan(self.settings, store, registry, self._callbacks)
+        self._factory = RuntimeFactory(self.settings, store, registry, self._callbacks)
         holder = weakref.ref(self)
-        self._life = Lifecycle(self._plan, lambda: holder() is not None)
-        self._plan.lifecycle = weakref.ref(self._life)
+        self._life = Lifecycle(self._factory, lambda: holder() is not None)
+        self._factory.lifecycle = weakref.ref(self._life)
         made.add(self)
         if "prometheus_client" in sys.modules or os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             self._meter()  # otherwise nothing reads metrics yet, and the import can wait
@@ -327,7 +327,7 @@ class MLProducer:
         return retry
 
     def _meter(self) -> ProducerMetrics:
-        return self._plan.meter()
+        return self._factory.meter()
 
     def before_publish(self, hook: Hook) -> None:
         """Call ``hook(task, headers)`` before each message is encoded, on the publisher's thread.
@@ -407,7 +407,7 @@ class MLProducer:
         """
         patience = self.settings.publish_timeout if timeout is None else seconds(timeout)
         deadline = time.monotonic() + patience
-        added = self._plan.added
+        added = self._factory.added
         added.extend([each for each in declarations if each not in added])
         return self._life.started().declare(deadline)
 
@@ -468,7 +468,7 @@ class MLProducer:
 
     def recent(self) -> RecentHistory:
         """Return rates, errors and dead letters of the last minutes, without asking the broker."""
-        return self._plan.recorder.recent()
+        return self._factory.recorder.recent()
 
     def on(self, event: EventName, callback: Callable[..., object]) -> None:
         """Call ``callback`` at an event, on a thread of its own.
@@ -518,7 +518,7 @@ class MLProducer:
         :returns: how many messages are left
         """
         runtime = self._life.runtime
-        if runtime is None and (self._life.closed or not self._plan.stores_durably()):
+        if runtime is None and (self._life.closed or not self._factory.stores_durably()):
             return 0
         deadline = None if timeout is None else time.monotonic() + seconds(timeout)
         if runtime is not None and self._life.closed:
@@ -557,7 +557,7 @@ class MLProducer:
     def registry(self) -> Any:
         """The registry of the metrics, which are registered now if they are not yet."""
         self._meter()
-        return self._plan.registry
+        return self._factory.registry
 
 
 @lru_cache(1)

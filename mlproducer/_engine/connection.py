@@ -47,7 +47,7 @@ HIGH_WATER = 1024 * 1024
 VAIN_CHANNELS = 2
 """Channels in a row that the broker may close before any use, until the connection is given up."""
 
-Answer = Callable[..., None]
+OnDeclared = Callable[..., None]
 """Takes ``good=``: whether something was done that was asked for."""
 
 
@@ -153,7 +153,7 @@ class Connection:
         self._is_set_up = False
         self._declared = 0  # of what was added
         self._adding: TopologyDeclarer | None = None
-        self._askers: list[Answer] = []
+        self._askers: list[OnDeclared] = []
         self._vain = 0
         self._asking: set[int] = set()
         self._declaring: set[int] = set()
@@ -339,7 +339,7 @@ class Connection:
 
     # --- what is added later -------------------------------------------------------------------
 
-    def declare_added(self, answer: Answer) -> None:
+    def declare_added(self, answer: OnDeclared) -> None:
         """Declare what was added since this connection was set up, on a channel beside publishing.
 
         :param answer: told once it is done, or left to the set-up of this connection or the next

@@ -29,7 +29,7 @@ from mlproducer._core.poison import NOT_FOUND
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer._engine.breaker_timer import BreakerTimer
-from mlproducer._engine.connection import Answer
+from mlproducer._engine.connection import OnDeclared
 from mlproducer._engine.connector import Connector, Patience
 from mlproducer._engine.dead_letter_maker import DeadLetterMaker
 from mlproducer._engine.delayed_delivery import DelayedDelivery, OpenChannel
@@ -433,7 +433,7 @@ class IOThread:
         self.io_loop.check_owner()
         self.sender.vanished(deliveries)
 
-    def declare(self, answer: Answer) -> None:
+    def declare(self, answer: OnDeclared) -> None:
         """Declare what was added; a connection that is still to come begins with that."""
         connection = self.connector.connection
         if connection is None:

@@ -64,8 +64,8 @@ def _runtime_class() -> type[Runtime]:
     return Runtime
 
 
-class Plan:
-    """What is needed to make a producer's runtime; it has no reference to the producer.
+class RuntimeFactory:
+    """Makes a producer's runtime, and after a fork another; it has no reference to the producer.
 
     :ivar lifecycle: a weak reference to the one whose status the metrics read
     :ivar added: declarations besides the topology
@@ -133,8 +133,8 @@ class Lifecycle:
     :ivar closed: nothing is taken any more
     """
 
-    def __init__(self, plan: Plan, is_held: Callable[[], bool]) -> None:
-        self._plan = plan
+    def __init__(self, factory: RuntimeFactory, is_held: Callable[[], bool]) -> None:
+        self._factory = factory
         self._is_held = is_held
         self.closed = False
         self._left: Runtime | None = None
@@ -170,7 +170,7 @@ class Lifecycle:
         if threads.here.owner is self:
             raise WouldDeadlockError("called by a finaliser while the producer starts")
         try:
-            self._plan.prepare()
+            self._factory.prepare()
         except ImportError as error:  # by a signal handler in the middle of the same import
             raise WouldDeadlockError(f"the library is being imported: {error}") from None
         # setdefault() is one step under the GIL: all who come meanwhile wait for the same start.
@@ -195,7 +195,7 @@ class Lifecycle:
         """Make and start it; on a thread that no signal interrupts."""
         _finish_in_children()
         with forks.importing():  # the store's modules
-            runtime = self._made = self._plan.make(self._tend)
+            runtime = self._made = self._factory.make(self._tend)
         _producers.hold(self)
         try:
             runtime.start()
@@ -272,7 +272,7 @@ class Lifecycle:
     @property
     def exit_timeout(self) -> float:
         """Seconds for which the end of the process waits for it."""
-        return self._plan.exit_timeout
+        return self._factory.exit_timeout
 
     def lost(self) -> int:
         """Count the messages that are lost with this process."""
@@ -283,7 +283,7 @@ class Lifecycle:
         self._left = self._made
         _inherited.append((self._left, self._starts))
         self._begin()
-        self._plan.forked()
+        self._factory.forked()
 
     def disown(self) -> None:
         """Close, in a child, the parent's descriptors."""

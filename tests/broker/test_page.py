@@ -75,7 +75,7 @@ class Steady:
 def wait_for_samples(producer: MLProducer, number: int) -> None:
     """Wait until the retry thread has taken samples, without having one taken by looking."""
     tick, deadline = threading.Event(), time.monotonic() + 2 * LIMIT
-    while len(producer._plan.recorder._samples) < number:
+    while len(producer._factory.recorder._samples) < number:
         assert time.monotonic() < deadline
         tick.wait(0.1)
 

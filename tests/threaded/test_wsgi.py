@@ -722,7 +722,7 @@ def test_child_of_a_server_that_nothing_holds(connect: Connect, serve: Serve) ->
 def test_surrogates(connect: Connect, serve: Serve) -> None:
     """What is no Unicode text, such as a path of other bytes, is shown escaped."""
     producer = connect(serve())
-    producer._plan.recorder.note("the store fails", "no\udcffdir: it is not there")
+    producer._factory.recorder.note("the store fails", "no\udcffdir: it is not there")
     app = make_app(producer)
     assert b"no\\udcffdir" in Answer(app, "/").body
     assert "no\udcffdir" in Answer(app, "/page.json").json["lists"]["errors"][0][2]
