@@ -380,7 +380,9 @@ def stock(app: Celery, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     sent: list[str] = []
     app.producer_or_acquire()  # Celery's sender is replaced with the first task
     installed = app.__dict__["_mlproducer"]
-    monkeypatch.setattr("mlproducer.contrib.celery.sending._real", lambda producer: producer)
+    monkeypatch.setattr(
+        "mlproducer.contrib.celery.sending.real_producer", lambda producer: producer
+    )
     before = installed._stock
 
     def send(producer: Any, name: str, message: Any, **options: Any) -> Any:

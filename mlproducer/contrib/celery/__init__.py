@@ -16,11 +16,11 @@ from __future__ import annotations
 from mlproducer.contrib.celery.deduplication import deduplicate
 from mlproducer.contrib.celery.sending import (
     PublishFailedError,
-    TaskMessage,
     install,
     producer_of,
     uninstall,
 )
+from mlproducer.contrib.celery.task_message import TaskMessage
 
 __all__ = [
     "PublishFailedError",

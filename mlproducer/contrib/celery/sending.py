@@ -12,7 +12,6 @@ Runs on: the threads that send tasks.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -20,27 +19,25 @@ import sys
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from types import TracebackType
 from typing import Any
 
-from attrs import field, frozen
 from celery import Celery
 from celery.local import Proxy
 from celery.signals import worker_before_create_process, worker_process_shutdown
 from kombu.common import Broadcast
 from kombu.compression import compress
 from kombu.exceptions import OperationalError
-from kombu.serialization import dumps
 
-from mlproducer import ConnectionState, Message, MLProducer, Receipt
+from mlproducer import ConnectionState, MLProducer, Receipt
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
 from mlproducer._foreign_calls import guarded
 from mlproducer.contrib.celery import brokers
 from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
+from mlproducer.contrib.celery.lazy_producer import LazyProducer, given_producer, real_producer
+from mlproducer.contrib.celery.task_message import TaskMessage, encode, fields_of, plain_headers
 from mlproducer.errors import ConfigurationError, MLProducerError
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.limited_logger import LimitedLogger
@@ -78,25 +75,6 @@ class PublishFailedError(OperationalError):
     def __init__(self, text: str = "", *, possibly_sent: bool = False) -> None:
         super().__init__(text)
         self.possibly_sent = possibly_sent
-
-
-@frozen(kw_only=True)
-class TaskMessage(Message):
-    """A task as Celery has encoded it; a `RecordingProducer` records these.
-
-    :ivar name: the task's name
-    :ivar args: its positional arguments, as a list, which is what the worker gets
-    :ivar kwargs: its keyword arguments
-    """
-
-    name: str
-    args: Any = field(default=(), repr=False, eq=False)
-    kwargs: Any = field(default=None, repr=False, eq=False)
-
-    @property
-    def task_type(self) -> str:
-        """The metric label: the task's name."""
-        return self.name
 
 
 def install(
@@ -294,12 +272,12 @@ class Installed:
         if self._stock is None:
             raise ConfigurationError("no producer is installed for this app")
         if self._leads_elsewhere(producer):
-            return self._stock(_real(producer), name, message, **options)
+            return self._stock(real_producer(producer), name, message, **options)
         task_id = str(message.headers.get("id") or message.body["id"])  # protocol 2, or 1
         ours = self._chooses(name, task_id)
         self._count("producer" if ours else "celery")
         if not ours:
-            return self._stock(_real(producer), name, message, **options)
+            return self._stock(real_producer(producer), name, message, **options)
         retry = options.get("retry")
         if retry is None:
             retry = self._app.conf.task_publish_retry
@@ -343,7 +321,7 @@ class Installed:
 
         A task that is sent on a connection of its own choice must not arrive at another broker.
         """
-        connection = getattr(_given(producer), "connection", None)
+        connection = getattr(given_producer(producer), "connection", None)
         if connection is None:
             return False
         if self._places is None:
@@ -409,7 +387,7 @@ class Installed:
         if not self.producer().is_healthy():
             return  # that way would wait for the broker, without a limit
         try:
-            _real(stock).maybe_declare(entity)
+            real_producer(stock).maybe_declare(entity)
         except Exception as error:  # noqa: BLE001 - whatever it raises, the task is to be sent
             self.lines.log(logging.WARNING, "not declared:", "%s", type(error).__name__)
 
@@ -427,89 +405,6 @@ def _in_child() -> None:
 
 
 forks.in_child(_in_child)
-
-
-def _real(producer: Any) -> Any:
-    return producer.real() if isinstance(producer, LazyProducer) else producer
-
-
-def _given(producer: Any) -> Any:
-    """Return the kombu producer that the sender chose; ``None`` where it leaves that to Celery."""
-    return producer.given if isinstance(producer, LazyProducer) else producer
-
-
-class LazyProducer:
-    """Stands for a pooled kombu producer until something needs a real one.
-
-    :ivar given: what the sender handed in, instead of one from the pool
-    """
-
-    serializer = None
-
-    def __init__(self, app: Celery, given: Any) -> None:
-        self._app = app
-        self.given = given
-        self._pooled: Any = None
-        self.connection = _LazyConnection(self)
-
-    def real(self) -> Any:
-        """Return the kombu producer: the one that was handed in, or one from the app's pool."""
-        if self.given is not None:
-            return self.given
-        if self._pooled is None:
-            self._pooled = type(self._app).producer_or_acquire(self._app).__enter__()
-        return self._pooled
-
-    def __enter__(self) -> LazyProducer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pooled, self._pooled = self._pooled, None
-        if pooled is not None:
-            pooled.__exit__(kind, error, traceback)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real(), name)
-
-
-class _LazyConnection:
-    """The connection of a `LazyProducer`; only what Celery asks of it around each task is here."""
-
-    def __init__(self, producer: LazyProducer) -> None:
-        self._producer = producer
-
-    def _reraise_as_library_errors(self, *args: Any, **kwargs: Any) -> Any:
-        return _Errors(self._producer, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._producer.real().connection, name)
-
-
-class _Errors:
-    """Turns connection errors into kombu's own, as stock Celery does."""
-
-    def __init__(self, producer: LazyProducer, args: Any, kwargs: Any) -> None:
-        self._producer, self._args, self._kwargs = producer, args, kwargs
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None or isinstance(error, (OperationalError, MLProducerError)):
-            return
-        connection = self._producer.real().connection
-        with connection._reraise_as_library_errors(*self._args, **self._kwargs):  # noqa: SLF001 - as Celery calls it
-            raise error
 
 
 class TaskProducer:
@@ -575,7 +470,7 @@ class TaskProducer:
         deadline = self._deadline = time.monotonic() + (
             producer.settings.publish_timeout if patience is None else patience
         )
-        given = _given(self._stock)
+        given = given_producer(self._stock)
         if given is not None:  # what it was made with holds where the task says nothing
             exchange = exchange or getattr(given, "exchange", None)
             routing_key = getattr(given, "routing_key", "") if routing_key is None else routing_key
@@ -611,10 +506,10 @@ class TaskProducer:
         **options: Any,
     ) -> TaskMessage:
         headers = {} if headers is None else headers
-        encoded, content_type, encoding = _encode(body, options)
+        encoded, content_type, encoding = encode(body, options)
         if compression:
             encoded, headers["compression"] = compress(encoded, compression)
-        fields = _fields(options)
+        fields = fields_of(options)
         fields.setdefault("message_id", self._task_id)
         args, kwargs = (body["args"], body["kwargs"]) if isinstance(body, dict) else body[:2]
         return TaskMessage(
@@ -624,7 +519,7 @@ class TaskProducer:
             body=encoded,
             exchange=exchange,
             routing_key=routing_key or "",
-            headers=_plain(headers),
+            headers=plain_headers(headers),
             content_type=content_type,
             content_encoding=encoding or "binary",
             persistent=persistent,
@@ -647,18 +542,18 @@ class TaskProducer:
             left = max(0.0, self._deadline - time.monotonic())  # of the caller's time for the task
             if not self._installed.declare(declare, self._stock, min(left, EVENT_LIMIT)):
                 return  # published to an exchange that is not there, it would cost the channel
-            encoded, content_type, encoding = _encode(body, options)
+            encoded, content_type, encoding = encode(body, options)
             message = TaskMessage(
                 name="celery.event",
                 body=encoded,
                 exchange=getattr(exchange, "name", exchange) or "",
                 routing_key=routing_key or "",
-                headers=_plain(headers or {}),
+                headers=plain_headers(headers or {}),
                 content_type=content_type,
                 content_encoding=encoding or "binary",
                 persistent=delivery_mode not in (1, "transient"),
                 mandatory=False,
-                **_fields(options),
+                **fields_of(options),
             )
             self._installed.producer().submit(message, timeout=0, retry=False)
         except Exception as error:  # noqa: BLE001 - the task is on its way, whatever this raises
@@ -667,62 +562,3 @@ class TaskProducer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stock, name)
-
-
-def _encode(body: Any, options: dict[str, Any]) -> tuple[bytes, str, str | None]:
-    """Serialise as kombu does, and return the content's type and encoding."""
-    content_type, encoding = options.get("content_type"), options.get("content_encoding")
-    if not content_type:
-        content_type, encoding, body = dumps(body, serializer=options.get("serializer"))
-    elif isinstance(body, str):
-        encoding = encoding or "utf-8"
-    if isinstance(body, str):
-        body = body.encode(encoding or "utf-8")
-    return body, content_type, encoding
-
-
-_FIELDS = frozenset(
-    ("correlation_id", "reply_to", "message_id", "timestamp", "type", "user_id", "app_id")
-)
-
-
-def _fields(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `Message` for the properties that Celery hands to kombu.
-
-    What AMQP does not know (Celery hands over its own options too) kombu drops silently.
-    """
-    fields = {
-        name: value for name, value in properties.items() if name in _FIELDS and value is not None
-    }
-    if "reply_to" in fields:
-        fields["reply_to"] = getattr(fields["reply_to"], "name", fields["reply_to"])
-    moment = fields.get("timestamp")
-    if isinstance(moment, datetime) and moment.tzinfo is None:
-        fields["timestamp"] = moment.replace(tzinfo=timezone.utc)  # as py-amqp takes it
-    fields["priority"] = properties.get("priority", 0)
-    if properties.get("expiration") is not None:
-        fields["expiration"] = int(properties["expiration"] * 1000) / 1000
-    return fields
-
-
-_ALIKE = frozenset((str, int, float, bool, type(None)))
-"""Types of headers that both libraries write alike."""
-
-
-def _plain(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return headers with the types that py-amqp would give them."""
-    return {
-        key: value if type(value) in _ALIKE else _as_amqp(value) for key, value in headers.items()
-    }
-
-
-def _as_amqp(value: Any) -> Any:
-    """Return a list for a tuple, which AMQP does not tell apart, and text for bytes that are it."""
-    if isinstance(value, Mapping):
-        return _plain(value)
-    if isinstance(value, (list, tuple)):
-        return [_as_amqp(each) for each in value]
-    if isinstance(value, bytes):
-        with contextlib.suppress(UnicodeDecodeError):
-            return value.decode()
-    return value
