@@ -59,6 +59,7 @@ class RetryWorker:
         self.hurries = False
         self.rests = False
         self.asked = not store.durable
+        self._own_due = self._in_vain_at = -math.inf
         self._store = store
         self._gate = gate
         self._backoff = backoff
@@ -94,6 +95,16 @@ class RetryWorker:
         return self._store_writer.known and not self.stored_rows.rowless
 
     @property
+    def expects(self) -> bool:
+        """Whether a row may soon be due here; any thread may ask.
+
+        Not if the last sweep found none, though all that were deferred here were due by then, but
+        for those that wait for what may never come: a route, or a place for dead letters. Others
+        are other processes', or wait as well for them.
+        """
+        return self._in_vain_at <= self._own_due
+
+    @property
     def abandoned(self) -> list[Delivery]:
         """Messages that have failed here, since their I/O thread had ended."""
         return list(self._store_writer.abandoned)
@@ -124,6 +135,8 @@ class RetryWorker:
         :returns: whether it is stored already, as in memory it mostly is
         """
         record, delay = record_of(delivery, now), self._delay(delivery, fresh=fresh)
+        if delay is not None and (fresh or not (delivery.dead or delivery.unrouted)):
+            self._own_due = max(self._own_due, now + delay + MIN_PAUSE)
         if before in ROW_KNOWN:
             new = before is RowState.AHEAD
             told = new and delivery.leased_until < now
@@ -234,9 +247,8 @@ class RetryWorker:
                         self._store_writer.count()
             except StoreError as error:
                 self._store_writer.failed(error)
-        if not self.asked:
-            self.asked = True
-            self._gate.emptied.changed()
+        self.asked = True
+        self._gate.emptied.changed()  # a close() may have waited for this
 
     def _send_out(self) -> None:
         if self.known and not self.depth.stored:
@@ -244,10 +256,12 @@ class RetryWorker:
             return
         ready = {owner: owner.ready() for owner in self._store_writer.owners}
         able = sum(ready.values())
+        self._in_vain_at = -math.inf
         if able == 0 or self.rests:
             self._give_back()
             return
-        now, epoch = time.monotonic(), wall_clock()
+        began, epoch = time.monotonic(), wall_clock()
+        now = began
         if self._ahead_since is not None:
             if now - self._ahead_since[0] > self._store.lease / 3:
                 self._give_back()
@@ -268,6 +282,8 @@ class RetryWorker:
         if len(rows) < limit:
             self._ahead_since = None  # nothing is left of it
         self.hurries = bool(rows)
+        if not rows:
+            self._in_vain_at = began
         self._gate.share(backlog=self.hurries)
         taken: list[Delivery] = []
         full = False

@@ -362,8 +362,10 @@ class Runtime:
 
     def _quiet_here(self) -> bool:
         """Whether there is nothing to close for: no wait for other processes, or a broken store."""
-        waits = self._depth().stored and not self._retry_worker.rests
-        return not self.gate and self._retry_worker.asked and not waits
+        worker = self._retry_worker
+        hopes = worker.expects or not self.durable  # in memory they would be lost
+        waits = hopes and self._depth().stored and not worker.rests
+        return not self.gate and worker.asked and not waits
 
     def is_idle(self) -> bool:
         """Whether nothing is in flight, and nothing waits that is lost with this process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from mlproducer.errors import (
     RetriesExhaustedError,
     UnroutableError,
 )
+from mlproducer.stores.protocol import Entry, Record
+from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.testing.fake_broker import (
     Behaviour,
     FakeBroker,
     FakeConnection,
     ReceivedMessage,
 )
-from tests.helpers import LIMIT, Background, make_message
+from tests.helpers import LIMIT, Background, make_envelope, make_message
 from tests.stopwatch import in_time
 from tests.threaded.brokers import ack
 from tests.threaded.conftest import QUICK, Connect, Serve
@@ -395,15 +398,40 @@ def test_close_with_retries_left(connect: Connect, serve: Serve) -> None:
     assert caught.value.possibly_sent
 
 
-def test_close_drains_retries(connect: Connect, serve: Serve) -> None:
+@pytest.mark.parametrize("store", ["memory://", "sqlite:///{}/s.db"])
+def test_close_drains_retries(connect: Connect, serve: Serve, store: str, tmp_path: Path) -> None:
     """What is due within the timeout is sent again, and counted as confirmed."""
     mood = Moody("nack")
-    producer = connect(serve(mood), **RETRIES)
+    producer = connect(serve(mood), **RETRIES, store_url=store.format(tmp_path))
     receipts = [producer.publish(make_message()) for _ in range(5)]
     mood.mood = "ack"
     report = producer.close(LIMIT)
     assert (report.confirmed, report.abandoned) == (5, ())
     assert all(receipt.confirmed for receipt in receipts)
+
+
+@pytest.mark.parametrize("held_by", ["another process", "a missing exchange"])
+def test_close_leaves_what_waits_for_others(
+    connect: Connect, serve: Serve, held_by: str, tmp_path: Path
+) -> None:
+    """Rows that nothing here can deliver do not hold up the end of each process of the store.
+
+    They are another process's, or dead letters that the broker does not take.
+    """
+    mood = Moody("nack", letters="nack")
+    path = tmp_path / "s.db"
+    with closing(SQLiteStore(path)) as store:
+        if held_by == "another process":
+            store.put([Entry(Record(make_envelope("its")), None)], LIMIT)
+        producer = connect(serve(mood), **RETRIES, store_url=f"sqlite:///{path}")
+        if held_by == "a missing exchange":
+            dead = producer.publish(make_message("dead"), retry=RetryPolicy(0, BASE, BASE))
+            assert isinstance(dead.reason, NackError)
+        mood.mood = "ack"
+        assert producer.publish(make_message("own")).confirmed
+        with in_time(LIMIT / 3):
+            report = producer.close(LIMIT)
+        assert (report.stored, report.abandoned) == (1, ())
 
 
 def sweeps_of(producer: MLProducer) -> Happenings:
