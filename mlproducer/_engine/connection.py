@@ -251,6 +251,8 @@ class Connection:
         self._stop_timer()
         if self._confirming is not None and self._confirming.letters is not None:
             self._confirming.letters.mute()
+        # Taken out before it is told: of one loss pika may speak twice, and the owner may begin the
+        # next connection amid the call. What this one still says is dropped, since it has no owner.
         owner, self._owner = self._owner, None
         self._answer(good=True)  # the next connection begins with it
         if owner is not None:
@@ -272,6 +274,8 @@ class Connection:
     def _declare(self) -> None:
         """Declare the topology on a new channel, which is then for publishing."""
         self._is_set_up = False
+        # Users' threads append to `added` at any time. Its length is read once, so that nothing is
+        # left out or declared twice: what comes after that is for `_added`.
         self._declared = len(self._endpoint.added)
         wanted = [*self._endpoint.declarations, *self._endpoint.added[: self._declared]]
         self._setup = self._round(wanted, self._confirm)
@@ -304,7 +308,7 @@ class Connection:
 
     def _on_channel_open(self, channel: Channel) -> None:
         if channel is not self._channel:
-            return
+            return  # the broker has closed that one meanwhile, and another is being opened
         if self._setup is not None:
             self._setup.run(channel)
         else:
@@ -333,6 +337,8 @@ class Connection:
                 confirming.letters = DeadLetterChannel(
                     self._endpoint.letters, self._open_letters, self._write_letters, self._owner
                 )
+            # All that takes a confirm is in place before the owner is told: it may write at once,
+            # and its tags count from 1 on this channel.
             self._confirming = confirming
             self._connection.confirms = ConfirmReader(int(self._channel))
             self._owner.connection_ready(confirming)

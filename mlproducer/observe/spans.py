@@ -97,6 +97,7 @@ class OpenSpan:
 
     def note(self, name: str, reason: PublishError | None) -> None:
         """Add an event."""
+        # A loop, and not a look and an index: another thread may take it between the two.
         for span in self._span:
             if span is not None:
                 span.event(name, reason)
