@@ -570,9 +570,9 @@ def test_published_in_the_middle_of_a_count(tmp_path: Path) -> None:
     signal.alarm(10)
     publish()
     Counter("mine", "The user's own.").inc(Interrupting(1))
-    from mlproducer.observe import metrics
-    ended = [each for each in metrics.samples() if each[0] == "ml_producer_tasks_sent_total"]
-    print(sorted((labels["status"], value) for _, labels, value in ended), shown("mine_total"))
+from mlproducer.observe import metrics
+ended = [each for each in metrics.samples() if each[0] == "ml_producer_tasks_sent_total"]
+print(sorted((labels["status"], value) for _, labels, value in ended), shown("mine_total"))
 """
     files = tmp_path / "files"
     files.mkdir()
@@ -589,8 +589,8 @@ def test_mode_is_what_prometheus_client_decided(tmp_path: Path) -> None:
 import prometheus_client
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.getcwd()
 {PUBLISH}
-    publish()
-    print(prometheus_client.REGISTRY.get_sample_value("ml_producer_message_size_bytes_count"))
+    publish()  # which is told before it is counted
+print(prometheus_client.REGISTRY.get_sample_value("ml_producer_message_size_bytes_count"))
 print(os.listdir())
 """
     assert run(code, tmp_path) == ["1.0", "[]"]
