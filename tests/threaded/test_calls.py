@@ -36,7 +36,7 @@ def test_a_confirmed_message() -> None:
     assert figures["threads"] == ["MainThread", "mlproducer-io"]
     assert figures["calls"] <= 59
     assert figures["calls of pika"] <= 25
-    assert len(figures["files"]) <= 23
+    assert len(figures["files"]) <= 24
 
 
 def test_a_deferred_message() -> None:
@@ -44,4 +44,4 @@ def test_a_deferred_message() -> None:
     figures = count("nacked")
     assert figures["threads"] == ["MainThread", "mlproducer-io"]
     assert figures["calls"] <= 99
-    assert len(figures["files"]) <= 32
+    assert len(figures["files"]) <= 33
