@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from datetime import datetime, timezone
-from types import TracebackType
 from typing import Any
 
 from attrs import evolve, field, frozen
@@ -120,12 +119,7 @@ class DeadLetterReader:
         self._session.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._session.__exit__(kind, error, traceback)
 
     def take(self) -> Iterator[list[Letter]]:

@@ -5,7 +5,6 @@ Runs on: the threads that send tasks.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from celery import Celery
@@ -49,15 +48,10 @@ class LazyProducer:
     def __enter__(self) -> LazyProducer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         pooled, self._pooled = self._pooled, None
         if pooled is not None:
-            pooled.__exit__(kind, error, traceback)
+            pooled.__exit__(*raised)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real(), name)
@@ -85,12 +79,7 @@ class _Errors:
     def __enter__(self) -> None:
         """Begin."""
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is None or isinstance(error, (OperationalError, MLProducerError)):
             return
         connection = self._producer.real().connection

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, cast
 
 from django.conf import settings
@@ -55,12 +54,7 @@ class ProcessProducer:
     def __enter__(self) -> MLProducer:
         return self.current()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.current().close()
 
     def current(self) -> MLProducer:
