@@ -13,7 +13,10 @@ Runs on: any thread.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import random
 import threading
 from collections.abc import Callable, Sequence
 
@@ -89,6 +92,11 @@ class Runtime:
         self._emit = emitters[0]
         backoff = Backoff(settings.message_retry_base_delay, settings.message_retry_max_delay)
         interval = settings.retry_sweep_interval
+        self._redials = Backoff(
+            settings.reconnect_initial_delay,
+            settings.reconnect_max_delay,
+            settings.reconnect_jitter,
+        )
         self._retry_worker = RetryWorker(store, self.gate, backoff, interval, self._emit)
         self._resolver = Resolver(Endpoints(settings, added), self._spawn)
         shared = Shared(
@@ -352,10 +360,19 @@ class Runtime:
         self._wait_until(self._quiet_here, deadline)
 
     def _wait_until(self, quiet: Callable[[], bool], deadline: float | None) -> None:
-        for engine in self.engines:
-            if engine.idle:
-                engine.reconnect()
-        self.gate.emptied.wait_for(lambda: self._ended or quiet(), deadline)
+        """Wait; each time that the attempts to connect are used up, start them over after a delay.
+
+        The last of them may be under way when this is called, or be the only one.
+        """
+        limit = math.inf if deadline is None else deadline
+        for number in itertools.count():
+            for engine in self.engines:
+                if engine.idle:
+                    engine.reconnect()
+            again = time.monotonic() + self._redials.delay(number, random.random())
+            ended = self.gate.emptied.wait_for(lambda: self._ended or quiet(), min(again, limit))
+            if ended or again >= limit:
+                return
 
     def _quiet(self) -> bool:
         return not self.gate and self._retry_worker.known and not self._depth().total

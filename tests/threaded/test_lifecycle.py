@@ -680,9 +680,23 @@ def test_flush_after_it_gave_up(connect: Connect, serve: Serve) -> None:
     receipt = producer.publish(make_message())
     gave_up.wait_for("gave_up")
     broker.listen_again()
-    # An attempt that began before it listened again may fail only now; the next call starts over.
-    wait_until(lambda: producer.flush(1.0) == 0)
+    assert producer.flush(LIMIT) == 0
     assert receipt.confirmed
+
+
+def test_flush_while_it_gives_up(connect: Connect, serve: Serve) -> None:
+    """Attempts that are used up while it waits start over, too: it waited in vain ever after."""
+    broker = serve()
+    broker.stop_listening()
+    producer = connect(broker, max_reconnect_attempts=1, gave_up_interval=0.0)
+    gave_up = events_of(producer, "gave_up")
+    receipt = producer.publish(make_message())
+    gave_up.wait_for("gave_up")
+    flush = Background().call(producer.flush, LIMIT)
+    gave_up.wait_for("gave_up", "gave_up", "gave_up")
+    broker.listen_again()
+    assert flush.result(LIMIT) == 0
+    assert receipt.result(LIMIT).confirmed
 
 
 def test_publishers_come_through_after_the_end(connect: Connect, serve: Serve) -> None:
