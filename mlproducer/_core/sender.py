@@ -44,6 +44,7 @@ from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
 from mlproducer._core.send_queue import SendQueue
 from mlproducer._core.shutdown import CLOSED, Shutdown
 from mlproducer._core.states import CircuitState
+from mlproducer._foreign_calls import guarded
 from mlproducer.errors import (
     BrokerBlockedError,
     CircuitOpenError,
@@ -404,6 +405,39 @@ class Sender:
         else:
             linked = loss.reply_code in SOFT_ACCUSATIONS
             self._send_queue.poison.isolate(self._still_wanted(lost, linked=linked))
+
+    def recover(self, inside: Iterable[Delivery], now: float) -> None:
+        """Take up messages over which a callback has failed between two of their steps.
+
+        :param inside: those that have a slot and belong to this connection
+        """
+        queue = self._send_queue
+        waiting = {*queue.backlog, *queue.poison.suspects, *queue.confirms}
+        for delivery in inside:
+            if delivery not in waiting:
+                guarded(self._recover, delivery, now)
+
+    def _recover(self, delivery: Delivery, now: float) -> None:
+        if delivery.attempt is AttemptState.QUEUED:
+            self._send_queue.backlog.append(delivery)
+            return
+        if delivery.attempt is AttemptState.MAILBOX:
+            if delivery.answer is AnswerState.WAITING and delivery.row is _NO_ROW:
+                self.readmit(delivery, now)  # it was accepted by half
+            return
+        if delivery.in_flight:
+            delivery.step_attempt(AttemptEvent.LOST)
+        if delivery.attempt in (AttemptState.FAILED, AttemptState.UNROUTABLE):
+            self._fail_all([delivery], ConnectionLostError, "an I/O callback failed", now)
+        elif delivery.attempt is AttemptState.CONFIRMED:
+            self._conclude(delivery)
+            if delivery.open:
+                self.confirmed += 1
+                self._emit(events.Confirmed([delivery], now))
+                delivery.confirm(now)
+            self._leave_window((delivery,))
+        elif delivery.attempt is AttemptState.RETIRED:
+            self._leave_window((delivery,))
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""

@@ -29,7 +29,7 @@ from pika.adapters.select_connection import IOLoop as PikaLoop
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
 from mlproducer._engine.threads import IDLE
-from mlproducer._foreign_calls import write
+from mlproducer._foreign_calls import guarded, write
 
 logger = logging.getLogger(__name__)
 
@@ -237,11 +237,13 @@ class IOLoop:
         self._accept = accept
         self._pump = pump
         self._loop = EventLoop()
-        self._in_hand: list[Delivery] = []
+        self._in_hand: deque[Delivery] = deque()  # to which an append mostly allocates nothing
         self._open = True
         self._left = False
         self._never = threading.Event()
         self._thread = 0
+        self._began = False
+        self._error: BaseException | None = None
         self.mailbox = Mailbox()
 
     def order(self, order: Order) -> bool:
@@ -271,28 +273,42 @@ class IOLoop:
         begin: Callable[[EventLoop], None],
         failed: Callable[[BaseException, list[Delivery]], None],
     ) -> None:
-        """Run until `stop`; survive whatever a callback raises.
+        """Run until `stop`; survive whatever is raised, and go on where another thread died.
 
         :param begin: uses a loop, the first one or the next
         :param failed: leaves everything of a loop that failed; gets what was being handed over
         """
         self._thread = threading.get_ident()
         while self._open:
-            self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
-            begin(self._loop)
-            self.mailbox.ring()
             try:
-                self._loop.start()
+                self._run_loop(begin, failed)
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
-                if not self._left:
-                    in_hand, self._in_hand = self._in_hand, []
-                    failed(error, in_hand)
+                self._error = error
+                if not self._began:  # nor must what fails again at once keep a CPU busy
+                    self._never.wait(BREAK)
             while self._left:
                 self._never.wait(IDLE)
-            self._clear_away()
-            if self._open:
-                self._loop = self._next_loop()
+        self._clear_away()
         self._handle(self.mailbox.close())
+
+    def _run_loop(
+        self,
+        begin: Callable[[EventLoop], None],
+        failed: Callable[[BaseException, list[Delivery]], None],
+    ) -> None:
+        """Run a loop; a new one where one has failed, maybe along with its thread."""
+        began, self._began = self._began, False
+        if began or self._error is not None:
+            error, self._error = self._error, None
+            failed(error or RuntimeError("the I/O thread died"), list(self._in_hand))
+            self._in_hand.clear()
+            self._clear_away()
+            self._loop = self._next_loop()
+        self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
+        begin(self._loop)
+        self.mailbox.ring()
+        self._began = True
+        self._loop.start()
 
     def _next_loop(self) -> EventLoop:
         """Make another loop, once there are descriptors for one."""
@@ -348,12 +364,12 @@ class IOLoop:
     def _clear_away(self) -> None:
         """Close the loop, after a last turn in which pika sees and closes what is still open."""
         # pika learns of an end only by its own loop, and keeps the descriptor until it does.
-        self._loop.sever(self.mailbox.fileno())
-        self._loop.remove_handler(self.mailbox.fileno())
-        self._loop.add_callback_threadsafe(self._loop.stop)
         try:
+            self._loop.sever(self.mailbox.fileno())
+            self._loop.remove_handler(self.mailbox.fileno())
+            self._loop.add_callback_threadsafe(self._loop.stop)
             self._loop.start()
         except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
             text = "the I/O loop failed again while it was cleared away"
             write(logger, logging.ERROR, text, error=error)
-        self._loop.close()
+        guarded(self._loop.close)

@@ -11,6 +11,7 @@ Runs on: the I/O thread, except where a method says otherwise.
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -22,7 +23,7 @@ from mlproducer._core import events
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.breaker import Adaptive, Breaker, Consecutive, Trip
 from mlproducer._core.delivery import Delivery, Owner
-from mlproducer._core.delivery_states import ROW_PENDING, AttemptState, RowState
+from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState, RowState
 from mlproducer._core.events import Emit
 from mlproducer._core.interfaces import Channel, Loss, LossKind
 from mlproducer._core.poison import NOT_FOUND
@@ -40,6 +41,7 @@ from mlproducer._engine.io_loop import EventLoop, IOLoop
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.threads import TimerThread
+from mlproducer._foreign_calls import guarded
 from mlproducer._synchronization import Latch, Relay, Watch
 from mlproducer._wire.delay import Delays
 from mlproducer.errors import AuthenticationError, NotConnectedError, PublishError
@@ -140,6 +142,7 @@ class IOThread:
         self._breathing = False
         self._closes = False
         self._channel: Channel | None = None
+        self._returning: deque[Delivery] = deque()  # being readmitted just now
         self._faults: set[tuple[str, str, int]] = set()
 
     # --- for any thread ------------------------------------------------------------------------
@@ -215,6 +218,7 @@ class IOThread:
         self.connector.attach(loop)
         self._breathing = False
         self.relay.hurry()
+        self._recover()
         self._tick()
         if self.connector.failures:
             self.connector.redial()
@@ -272,8 +276,23 @@ class IOThread:
         self.sender.down(Loss("the I/O loop failed"), time.monotonic())
         self.sender.disconnected()
         for delivery in in_hand:
-            if delivery.attempt is AttemptState.MAILBOX and delivery.owner in (None, self):
+            untouched = delivery.answer is not AnswerState.WAITING  # else `_recover` takes it up
+            if (
+                delivery.attempt is AttemptState.MAILBOX
+                and untouched
+                and delivery.owner in (None, self)
+            ):
                 self.io_loop.mailbox.put(delivery)
+
+    def _recover(self) -> None:
+        """Take up messages over which a callback has failed; pika ends the connection over that."""
+        now = time.monotonic()
+        while self._returning:
+            guarded(self.sender.readmit, self._returning.popleft(), now)
+        inside = [each for each in self._gate.inside() if each.owner is self]
+        if self._retry_worker.writes_ahead:  # those may be on their way from the store
+            inside = [each for each in inside if each.attempt is not AttemptState.MAILBOX]
+        self.sender.recover(inside, now)
 
     def _give(self, delivery: Delivery) -> bool:
         """Let another connection accept a delivery, if there is one that is better off."""
@@ -375,9 +394,11 @@ class IOThread:
         self._take_again(self._hold_delayed(deliveries, self._take_again))
 
     def _take_again(self, deliveries: Sequence[Delivery]) -> None:
-        now = time.monotonic()
-        for delivery in deliveries:
-            self.sender.readmit(delivery, now)
+        now, returning = time.monotonic(), self._returning
+        returning.extend(deliveries)
+        while returning:
+            self.sender.readmit(returning[0], now)
+            returning.popleft()
         self._expire_overdue(deliveries)
         self.relieve()
 
@@ -566,6 +587,7 @@ class IOThread:
         self.sender.disconnected()
         if was_up:
             self._emit(events.Disconnected(loss))
+        self.order(self._recover)  # not at once: a callback may be in the middle of something
         self.connector.failed(loss)
         self.relieve()
 

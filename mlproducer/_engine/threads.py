@@ -127,11 +127,10 @@ class TimerThread:
         """Work until `stop`."""
         ordered = False
         while self._running:
-            task, ordered = self._next(after_order=ordered)
-            if self._left:
-                continue
             try:
-                task()
+                task, ordered = self._next(after_order=ordered)
+                if not self._left:
+                    task()
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
                 write(logger, logging.ERROR, "a timer thread's step failed; going on", error=error)
 

@@ -134,8 +134,14 @@ class CallbackThread:
         """Called after each call; subclasses override it."""
 
     def _run(self) -> None:
-        while (function := self._calls.get(timeout=None)) is not None:
-            self._make(function)
+        going = True
+        while going:
+            # Even SystemExit, between two calls, must not end the thread.
+            with contextlib.suppress(BaseException):
+                function = self._calls.get(timeout=None)
+                going = function is not None
+                if function is not None:
+                    self._make(function)
         # Set before the queue is emptied: a call that is queued after that sees it.
         self._ended = True
         self._make_all()

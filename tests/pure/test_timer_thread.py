@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from mlproducer._engine.threads import TimerThread
 
 MANY = 100
@@ -45,3 +47,21 @@ def test_orders_have_their_turn_beside_an_job_that_is_always_due() -> None:
     thread.stop()
     thread.run()
     assert done == ["order", "job"] * 3
+
+
+def test_a_thread_that_fails_between_two_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on: without it nothing would be retried, or stored, any more."""
+    done: list[str] = []
+    thread = TimerThread(lambda: done.append("job"))
+    step, failures = thread._next, [MemoryError(), SystemExit()]
+
+    def failing(*, after_order: bool) -> object:
+        if failures:
+            raise failures.pop()
+        return step(after_order=after_order)
+
+    monkeypatch.setattr(thread, "_next", failing)
+    thread.order(lambda: done.append("order"))
+    thread.stop()
+    thread.run()
+    assert done == ["order"]

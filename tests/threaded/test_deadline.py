@@ -6,11 +6,15 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from mlproducer import MLProducer, Receipt
+from mlproducer._core.confirms import Confirms
 from mlproducer._core.delivery import Delivery
+from mlproducer._core.failures import FailureHandler
+from mlproducer._engine.gate import Gate
 from mlproducer.errors import (
     BrokerBlockedError,
     ConfirmTimeoutError,
@@ -18,12 +22,13 @@ from mlproducer.errors import (
     NotConnectedError,
     PublishError,
 )
-from mlproducer.testing.fake_broker import Behaviour, FakeConnection
+from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from mlproducer.testing.proxy import Proxy
-from tests.helpers import LIMIT, Background, make_message
+from tests.helpers import LIMIT, Background, make_message, wait_until
 from tests.stopwatch import in_time as stop_watch
 from tests.threaded.brokers import Holding, Silent, ack
 from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import io_of
 
 TIMEOUT = 0.4
 SLACK = 0.25
@@ -168,6 +173,7 @@ def test_the_io_thread_dies(connect: Connect, serve: Serve, retry: bool) -> None
     """Every waiting call is told within a second, and the next publish works (76)."""
     broker = serve(Silent())
     producer = connect(broker)
+    assert producer.wait_connected(LIMIT)  # imports take none of the calls' time
     background = Background()
     calls = [
         background.call(producer.publish, make_message(f"{number}"), timeout=2.0, retry=retry)
@@ -177,7 +183,7 @@ def test_the_io_thread_dies(connect: Connect, serve: Serve, retry: bool) -> None
     kill_loop(producer)
     with in_time(1.0):
         errors = [answer_of(lambda call=call: call.result(LIMIT)) for call in calls]  # type: ignore[misc]
-    assert all(isinstance(error, ConnectionLostError) for error in errors)
+    assert [type(error) for error in errors] == [ConnectionLostError] * 10
     assert all(error.possibly_sent for error in errors)
     assert producer.wait_connected(LIMIT)
     again = producer.submit(make_message("again"))
@@ -244,6 +250,90 @@ def test_what_the_loop_had_in_hand(
     monkeypatch.setattr(sender, "accept", failing)
     assert producer.publish(make_message("m"), timeout=2.0).confirmed
     assert [each.properties.message_id for each in broker.messages].count("m") == 1
+
+
+class NackOnce(Behaviour):
+    """Refuses the first copy of the message ``m``."""
+
+    def __init__(self) -> None:
+        self._refused = False
+
+    def on_publish(
+        self, connection: FakeConnection, channel: int, tag: int, message: ReceivedMessage
+    ) -> None:
+        """Basic.Nack, then acks."""
+        if message.properties.message_id == "m" and not self._refused:
+            self._refused = True
+            connection.nack(channel, tag)
+        else:
+            connection.ack(channel, tag)
+
+
+@pytest.mark.parametrize("way", ["publish", "submit"])
+@pytest.mark.parametrize(
+    ("holder", "step"),
+    [
+        (Delivery, "claim"),  # taken over, and not accepted
+        (Confirms, "register"),  # taken out of the backlog, and not written
+        (Confirms, "settle"),
+        (FailureHandler, "judge"),  # nacked, and not judged
+        (Delivery, "confirm"),  # confirmed, and not told
+        (Gate, "leave"),  # told, with its slot still held
+    ],
+)
+def test_a_loop_that_fails_between_two_steps(
+    connect: Connect,
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    holder: type,
+    step: str,
+    way: str,
+) -> None:
+    """No step of a message is the last one: it was in no queue then, and kept its slot for ever."""
+    original, failures = getattr(holder, step), list[BaseException]()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if failures and threading.current_thread().name.startswith("mlproducer-io"):
+            raise failures.pop()
+        return original(*args, **kwargs)
+
+    def failing_late(*args: Any, **kwargs: Any) -> Any:
+        done = original(*args, **kwargs)
+        if failures and threading.current_thread().name.startswith("mlproducer-io"):
+            raise failures.pop()
+        return done
+
+    monkeypatch.setattr(holder, step, failing_late if step == "claim" else failing)
+    producer = connect(serve(NackOnce() if step == "judge" else None))
+    assert producer.publish(make_message()).confirmed
+    assert producer.flush(LIMIT) == 0
+    failures.append(MemoryError())
+    call = producer.publish if way == "publish" else producer.submit
+    assert call(make_message("m")).result(LIMIT).confirmed
+    assert producer.flush(LIMIT) == 0
+    assert not failures
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loop_that_cannot_be_run_again(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is raised amid pika's own steps leaves such a one: each thread died of it."""
+    producer = connect(serve())
+    assert producer.publish(make_message()).confirmed
+    loop = io_of(producer).io_loop._loop
+
+    def fail(*_args: object) -> None:
+        raise AssertionError("Cannot call close() before start() unwinds.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "close", fail)
+        patch.setattr(loop, "add_handler", fail)
+        io_of(producer).order(fail)
+        assert producer.publish(make_message("m")).result(LIMIT).confirmed
+        wait_until(lambda: io_of(producer).io_loop._loop is not loop)
+        assert producer.publish(make_message()).confirmed
+    loop.close()
 
 
 def test_timeout_is_checked(connect: Connect, serve: Serve) -> None:

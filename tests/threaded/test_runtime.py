@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -378,16 +379,17 @@ def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None
     assert all_connected(producer)
     engines: Any = producer._life.runtime.engines  # type: ignore[union-attr]
     io, thread = engines[0].io, engines[0]._threads["io"]
-    attach = io.connector.attach
+    attach, never = io.connector.attach, io.io_loop._never
 
-    def die(_loop: Any) -> None:
-        io.connector.attach = attach
-        raise SystemExit
-
-    def fail() -> None:
+    def fail(_loop: Any = None) -> None:
         raise ValueError("bug")
 
-    io.connector.attach = die
+    def die(_pause: float) -> None:
+        io.connector.attach, io.io_loop._never = attach, never
+        raise SystemExit
+
+    io.connector.attach = fail
+    io.io_loop._never = SimpleNamespace(wait=die)
     lost = producer.submit(make_message())
     io.order(fail)
     thread.join(LIMIT)
