@@ -74,6 +74,7 @@ class RetryWorker:
         self._expected: deque[tuple[Delivery, Claim]] = deque()
         self._claims_ahead = hasattr(store, "claim_ahead")
         self._ahead_since: tuple[float, float] | None = None
+        self._found = 0  # rows that the store returned of what it was last asked for
 
     @property
     def depth(self) -> Depth:
@@ -279,6 +280,7 @@ class RetryWorker:
         rows = self._store.claim(limit)
         # After the claim, not before it: one that was committed meanwhile may be among these.
         self._note_expected()
+        self._found = len(rows) + (self._found if self._ahead_since is not None else 0)
         if len(rows) < limit:
             self._ahead_since = None  # nothing is left of it
         self.hurries = bool(rows)
@@ -308,7 +310,7 @@ class RetryWorker:
         if full:
             self._give_back()
         else:
-            self._claim_ahead(len(rows), able - len(taken))
+            self._claim_ahead(able - len(taken))
 
     def _note_expected(self) -> None:
         while self._expected:
@@ -331,19 +333,17 @@ class RetryWorker:
                 return True
         return False
 
-    def _claim_ahead(self, found: int, able: int) -> None:
+    def _claim_ahead(self, able: int) -> None:
         """Have the store claim, while these are sent, what is sent next, if there is a backlog.
 
         Not while a receipt of this process waits for a row: what became of it could then be told
         only when the row is taken from the store.
-
-        :param found: how many were due just now
         """
         wanted = min(able, self._gate.spare())
-        if self._claims_ahead and 0 < wanted <= 2 * found and not self.stored_rows.waits:
+        if self._claims_ahead and 0 < wanted <= 2 * self._found and not self.stored_rows.waits:
             since = time.monotonic(), wall_clock()
             if self._store.claim_ahead(wanted):  # type: ignore[attr-defined]
-                self._ahead_since = since
+                self._ahead_since, self._found = since, 0
 
     def _give_back(self) -> None:
         """Let others have what was claimed ahead, as long as nothing can be sent here."""

@@ -378,6 +378,17 @@ def test_what_was_claimed_ahead_waits_for_room(backlog: Bench) -> None:
     assert (len(sent), len(backlog.store.ahead)) == (12, 3)
 
 
+def test_more_is_claimed_ahead_though_little_of_it_was_left(backlog: Bench) -> None:
+    """What the store returned says whether there is a backlog, not what there was room for."""
+    assert isinstance(backlog.store, ClaimsAhead)
+    worker, sent = backlog.retry_worker, backlog.owner.readmitted
+    worker.sweep()
+    for left, known, ahead in [(slice(0, 4), 14, 1), (slice(4, 10), 15, 5)]:
+        worker._gate.leave(sent[left])
+        worker.sweep()
+        assert (len(sent), len(backlog.store.ahead)) == (known, ahead)
+
+
 def test_what_was_claimed_ahead_is_not_overtaken(backlog: Bench) -> None:
     """Neither by what is behind it, where a sweep finds the window full, nor where it is large."""
     worker, sent = backlog.retry_worker, backlog.owner.readmitted

@@ -30,6 +30,7 @@ from mlproducer.errors import (
     StoreError,
 )
 from mlproducer.stores.postgres import PostgreSQLStore, sql
+from mlproducer.stores.postgres import store as store_module
 from mlproducer.stores.postgres.listener import Listener
 from mlproducer.stores.protocol import Claim, Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
@@ -341,6 +342,33 @@ def test_a_backlog_is_claimed_ahead(
     assert bodies(broker, len(names)) == [name.encode() for name in names]
 
 
+def test_the_end_of_a_backlog_is_seen_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count of many rows is kept for a while, but not once none was left to claim."""
+    monkeypatch.setattr(store_module, "MANY", 1)
+    monkeypatch.setattr(store_module, "COUNTING", 1e-9)
+    with closing(PostgreSQLStore(url)) as store:
+        store.put([Entry(Record(make_envelope("m")), 0.0)], LIMIT)
+        assert store.depth().waiting == 1
+        store.done([row.claim for row in store.claim(2)])
+        assert store.depth().waiting == 1
+        assert store.claim(2) == []
+        assert store.depth().waiting == 0
+
+
+def test_a_table_of_an_earlier_version_gets_its_trigger(
+    url: str, postgresql_server: PostgreSQLServer
+) -> None:
+    """`create` makes what it lacks."""
+    table = url.rpartition("=")[2]
+    trigger = f"SELECT count(*) FROM pg_trigger WHERE tgrelid = '{table}'::regclass"
+    postgresql_server.call(f"DROP FUNCTION {table}_notify CASCADE", user="app")
+    assert postgresql_server.call(trigger) == [(0,)]
+    for _ in range(2):
+        with closing(PostgreSQLStore(url)) as store:
+            store.create()
+        assert postgresql_server.call(trigger) == [(1,)]
+
+
 # --- through SQLAlchemy --------------------------------------------------------------------------
 
 
@@ -528,12 +556,17 @@ def test_a_lost_listener_comes_back(
     connection: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """All sessions are ended; the next COMMIT is heard again, or found when it listens again."""
+    """All sessions are ended; the next COMMIT is heard again, or found when it listens again.
+
+    Each loss is told.
+    """
     listens = "SELECT 1 FROM pg_stat_activity WHERE state = 'idle' AND query LIKE 'LISTEN%'"
-    until(lambda: postgresql_server.call(listens))  # else there is no session of its own to end
-    with caplog.at_level(logging.WARNING):
-        postgresql_server.end_sessions()
-        until(lambda: "no notifications from" in caplog.text)
+    for _ in range(2):
+        until(lambda: postgresql_server.call(listens))  # else there is no session of its own to end
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            postgresql_server.end_sessions()
+            until(lambda: "no notifications from" in caplog.text)
     with psycopg.connect(postgresql_server.url) as again:
         outbox.add(again, message("m"))
     assert bodies(broker, 1) == [b"m"]

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable
 
 from mlproducer import _clock as time
+from mlproducer._core.backoff import Backoff
 from mlproducer._foreign_calls import write
 from mlproducer._store_url import PostgreSQLAddress
 from mlproducer.stores.postgres import sql
@@ -30,7 +31,9 @@ AGAIN = 0.02
 """Seconds after a notification when rows are looked for again: a COMMIT beside the one that sent it
 sends none, and may have ended a moment later."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+PAUSE = Backoff(0.5, 30.0)
+"""Before a connection that was lost, or could not be made, is tried again."""
+
 POOLED_PAUSE = 600.0
 """Seconds after which it is tried again behind a pooler."""
 
@@ -46,6 +49,7 @@ class Listener:
         self._wake = wake
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._stopped = False
+        self._failures = 0  # since it last listened
 
     def stop(self) -> None:
         """End `run`; from any thread."""
@@ -57,23 +61,23 @@ class Listener:
 
     def run(self) -> None:
         """Listen, and connect again whenever the connection is lost."""
-        pause = FIRST_PAUSE
         while not self._stopped:
             try:
-                pooled = self._listen()
+                self._listen()
             except FOREIGN as error:
-                if pause == FIRST_PAUSE:
+                if not self._failures:
                     text = "no notifications from %s, which %s; meanwhile rows wait for a sweep"
                     write(logger, logging.WARNING, text, self._address.name, describe(error))
+                pause = PAUSE.delay(self._failures)
+                self._failures += 1
             else:
-                pause = POOLED_PAUSE if pooled else FIRST_PAUSE
+                pause = POOLED_PAUSE  # unless it was stopped
             self._wait_readable(None, pause)
-            pause = min(pause * 2, LONGEST_PAUSE)
         self._wake_reader.close()
         self._wake_writer.close()
 
-    def _listen(self) -> bool:
-        """Listen until `stop`, and return false; return true at once where there is a pooler."""
+    def _listen(self) -> None:
+        """Listen until `stop`; return at once where there is a pooler."""
         connection = dial(self._address, name="mlproducer-listen")
         try:
             connection.deadline = time.monotonic() + CONNECT_TIMEOUT
@@ -84,8 +88,9 @@ class Listener:
                     "outbox wait for the next sweep"
                 )
                 write(logger, logging.WARNING, text, self._address.name)
-                return True
+                return
             connection.execute(f'LISTEN "{sql.channel(self._address.table)}"'.encode())
+            self._failures = 0
             self._wake()  # for rows that came before LISTEN
             came = True
             while not self._stopped:
@@ -103,7 +108,6 @@ class Listener:
                     self._wake()
         finally:
             connection.close()
-        return False
 
     def _wait_readable(self, descriptor: int | None, patience: float) -> bool:
         """Wait until there is something to read, or for `stop`; return false if nothing came."""

@@ -11,6 +11,7 @@ Runs on: the retry thread; the listener has a connection of its own.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import select
@@ -19,6 +20,7 @@ from time import sleep
 from typing import Any
 
 from mlproducer import _clock as time
+from mlproducer._core.backoff import Backoff
 from mlproducer._store_url import PostgreSQLAddress
 from mlproducer.errors import ConfigurationError, StoreError
 from mlproducer.stores.postgres import sql
@@ -45,9 +47,9 @@ CANCEL_TIMEOUT = 0.25
 TRUST = 1.0
 """Seconds for which the server's clock is taken to run like this machine's monotonic one. It may be
 set, and over days any two clocks drift apart."""
-PAUSE = (0.001, 0.05)
-"""Seconds before a statement that conflicts with another transaction is tried again: the first
-time, and at most. A random part of it is waited, so that two that conflict do not meet again."""
+PAUSE = Backoff(0.001, 0.05)
+"""Before a statement that conflicts with another transaction is tried again. A random part of it is
+waited, so that two that conflict do not meet again."""
 
 _TROUBLES: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
     (sqlstates.QueryCanceled, "has cancelled a statement (statement_timeout?)"),
@@ -260,6 +262,24 @@ class Session:
         if time.monotonic() >= self._trusted_until:
             self._note_time(*self.run(sql.TIME, {})[0])
 
+    def create(self) -> None:
+        """Create the table, or what a table of an earlier version lacks.
+
+        :raises StoreError: it cannot be done
+        """
+        self.get_ready()
+        ((complete,),) = self.run(sql.statements(self._address.table).complete, {})
+        if complete:
+            return
+        try:
+            self._make_table(time.monotonic() + CONNECT_TIMEOUT)
+        except FOREIGN as error:
+            failure = self.failure(error)
+        else:
+            return
+        self.drop()
+        raise failure
+
     def is_past(self, latest: float) -> bool:
         """Ask the server whether a time, in seconds since the epoch by its clock, is over.
 
@@ -278,8 +298,7 @@ class Session:
         :raises StoreError: the statement failed, or there was no answer in time
         """
         deadline = time.monotonic() + limit
-        pause, longest = PAUSE
-        while True:
+        for conflicts in itertools.count():
             try:
                 return self._execute(statement, values, deadline)
             except (sqlstates.SerializationFailure, sqlstates.DeadlockDetected) as error:
@@ -287,8 +306,7 @@ class Session:
                 # The half of the limit is left to the last try, which waits for its answer.
                 if time.monotonic() > deadline - limit / 2:
                     break
-                sleep(random.uniform(0.0, pause))
-                pause = min(2 * pause, longest)
+                sleep(random.uniform(0.0, PAUSE.delay(conflicts)))
             except FOREIGN as error:
                 if isinstance(error, SilentError):
                     self._cancel()
@@ -398,7 +416,8 @@ class Session:
             self._execute(lock + sql.schema(table), None, deadline, binary=False)
         except (sqlstates.InsufficientPrivilege, sqlstates.InvalidSchemaName):
             raise _TableError(
-                f"has no table {table}, and this role may not create it: have the owner run "
+                f"has no table {table}, or an earlier version's, and this role may not create it: "
+                "have the owner run "
                 "'mlproducer relay --create-table', or the SQL that --print-sql prints"
             ) from None
 

@@ -224,6 +224,9 @@ _TEMPLATES = {
                 AND {_CLOCK} > coalesce(pg_sequence_last_value({_SEQUENCE}::regclass), 0) + 1000
             THEN setval({_SEQUENCE}, {_CLOCK}) END
         FROM held""",
+    "complete": """
+        SELECT EXISTS (SELECT FROM pg_trigger
+            WHERE tgrelid = '$table'::regclass AND tgfoid = to_regproc('${table}_notify'))""",
     "barrier": "SELECT pg_advisory_xact_lock(%(me)s)",
     "put": f"""
         WITH {_ENTERED}
@@ -328,6 +331,7 @@ class Statements:
     """The statements on one table."""
 
     anchor: str
+    complete: str
     barrier: str
     put: str
     undo_put: str

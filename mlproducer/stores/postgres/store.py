@@ -194,6 +194,8 @@ class PostgreSQLStore(StoreOnServer):
         self._run(self._sql.ripen, {})
         with self._fitting():
             found = self._change(self._sql.claim, self._sql.undo_claim, self._claim_values(limit))
+        if not found:
+            self._count_at = 0.0  # what was counted a moment ago is gone
         return self._read(found)
 
     def claim_ahead(self, limit: int) -> bool:
@@ -265,12 +267,12 @@ class PostgreSQLStore(StoreOnServer):
             self._connection.drop()
 
     def create(self) -> None:
-        """Create the table now, unless it exists.
+        """Create the table now, or what a table of an earlier version lacks.
 
         :raises StoreError: it cannot be created
         """
         self._leave_parent()
-        self._connection.get_ready()
+        self._connection.create()
 
     def listener(self, wake: Callable[[], None]) -> Listener:
         """Return a listener that calls ``wake`` when a COMMIT has brought rows of an outbox."""
