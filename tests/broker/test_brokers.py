@@ -73,7 +73,7 @@ def test_one_broker_is_down_from_the_start(
     with in_time(4 * FAILOVER):
         for _ in range(4):  # either order of the routes comes up, save once in eight runs
             producer = connect(",".join(urls if first else reversed(urls)))
-            receipt = producer.publish(Message(body=b"x", routing_key="ml.embed"))
+            receipt = producer.publish(Message(body=b"x", routing_key="ml.embed"), timeout=LIMIT)
             assert receipt.reason is None
             assert producer.status().broker == address(rabbitmq_node)
     assert drain(rabbitmq_node.url).total() == 4

@@ -44,6 +44,7 @@ def _letters(url: str) -> list[dict[str, Any]]:
 
 def _publish(connect: Connect, names: list[str], **fields: Any) -> None:
     producer = connect(delivery_limit=LIMIT)
+    assert producer.wait_connected(30.0)  # or a countdown may be over before that
     for name in names:
         task = CeleryTask(TASK, ["PRIVATE"], routing_key=EMBED, task_id=name, **fields)
         assert producer.publish(task).confirmed
