@@ -211,6 +211,7 @@ class Mover:
     def __init__(self, path: str, store: Store) -> None:
         self._path = path
         self._store = store
+        self._stored: frozenset[Any] = frozenset()
 
     def move(self) -> int:
         """Move the oldest of what is committed, in its order, and give how many rows that were.
@@ -226,30 +227,35 @@ class Mover:
                 return 0
             if not connection.execute(_SQLITE_SELECT).fetchall():
                 return 0
-            # Once rows are stored, nothing may keep them from being deleted, such as a transaction
-            # of the application that lasts longer than `BUSY`: they would be stored again.
+            # What may keep rows from being deleted comes before they are stored, such as a long
+            # transaction of the application, a full disk, or a file that may only be read: else
+            # they would be stored again by each call. Where COMMIT fails, they are remembered.
             connection.execute("BEGIN EXCLUSIVE")
             found = connection.execute(_SQLITE_SELECT).fetchall()
-            damaged = self._store_readable(found)
+            entries, damaged = self._read(found)
             self._put_aside(connection, damaged)
             connection.execute(_SQLITE_DELETE, (found[-1][0] if found else 0,))
+            if entries:
+                self._store.put(entries, PATIENCE)
+            self._stored = frozenset(each for each in found if each[0] not in damaged)
             connection.execute("COMMIT")
+            self._stored = frozenset()
         for key in damaged:
             text = "row %d of the outbox in %s is damaged; it is now in the table %s"
             write(logger, logging.ERROR, text, key, self._path, QUARANTINE)
         return len(found)
 
-    def _store_readable(self, found: Sequence[Sequence[Any]]) -> list[int]:
-        """Store the rows that can be read, and return the keys of the others."""
+    def _read(self, found: Sequence[Sequence[Any]]) -> tuple[list[Entry], list[int]]:
+        """Return what is to be stored, and the keys of the rows that cannot be read."""
         entries, damaged = [], []
         for each in found:
+            if each in self._stored:
+                continue
             try:
                 entries.append(Entry(rows.read_row(each).record, 0.0))
             except rows.UnreadableRowError as error:
                 damaged.append(error.claim.key)
-        if entries:
-            self._store.put(entries, PATIENCE)
-        return damaged
+        return entries, damaged
 
     def _put_aside(self, connection: Any, keys: Sequence[int]) -> None:
         if keys:
@@ -306,21 +312,26 @@ def _refuse_autocommit(driver: Any) -> None:
         raise ConfigurationError(_AUTOCOMMIT)
 
 
+_ACTIVE = 1
+"""libpq's status of a connection with a statement under way."""
+
+
 def _psycopg(connection: Any) -> Execute:
+    from psycopg import Cursor  # noqa: PLC0415 - an extra
+    from psycopg.rows import tuple_row  # noqa: PLC0415 - an extra
+
+    if connection.autocommit and connection.info.transaction_status == _ACTIVE:
+        # In a pipeline it is known only after an answer whether there is a transaction.
+        Cursor(connection).execute("SELECT 1").fetchone()
     _refuse_autocommit(connection)
 
     def execute(statement: str, values: Mapping[str, Any]) -> Any:
-        with connection.cursor() as cursor:
-            cursor.row_factory = _tuples()
-            return int(cursor.execute(_pyformat(statement), values).fetchone()[0])
+        # Not the connection's own kind of cursor, which may give other rows, or name no parameters.
+        with Cursor(connection, row_factory=tuple_row) as cursor:
+            (value,) = cursor.execute(_pyformat(statement), values).fetchone() or ()
+        return value
 
     return execute
-
-
-def _tuples() -> Any:
-    from psycopg.rows import tuple_row  # noqa: PLC0415 - an extra
-
-    return tuple_row
 
 
 def _sqlalchemy(connection: Any) -> Execute:

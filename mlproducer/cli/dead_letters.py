@@ -85,11 +85,11 @@ def _moment(text: str) -> datetime:
         if span is not None:
             return datetime.now(timezone.utc) - timedelta(**{_UNITS[span[2]]: int(span[1])})
         moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+        return moment if moment.tzinfo is not None else moment.astimezone()
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no span such as 30m, 2h or 7d, and no moment such as 2030-01-31T12:00:00Z"
         ) from None
-    return moment if moment.tzinfo is not None else moment.astimezone()
 
 
 def _wanted(arguments: argparse.Namespace) -> Wanted:

@@ -94,6 +94,12 @@ def test_help_is_0(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "--json" in capsys.readouterr().out
 
 
+def test_a_moment_before_all_calendars_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that no time zone can be applied to is told as any other text that is no moment."""
+    assert main(["dead-letters", "list", "--since", "0001-01-01"]) == 2
+    assert "no moment such as" in capsys.readouterr().err
+
+
 def test_the_scenarios_are_the_documented_ones() -> None:
     """They are found under their names, in the order in which ``all`` runs them."""
     assert list(SCENARIOS) == [

@@ -11,13 +11,14 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy
+from psycopg.rows import dict_row
 from sqlalchemy.orm import Session
 
 from mlproducer import CeleryTask, Message, MLProducer, Outcome, RetryPolicy, outbox
@@ -34,6 +35,7 @@ from mlproducer.stores.postgres import store as store_module
 from mlproducer.stores.postgres.listener import Listener
 from mlproducer.stores.protocol import Claim, Entry, Record
 from mlproducer.stores.sqlite import SQLiteStore
+from mlproducer.stores.sqlite.outbox import opened
 from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
 from tests.helpers import LIMIT, make_envelope
 from tests.stopwatch import Stopwatch
@@ -209,6 +211,17 @@ def test_savepoints(producer: MLProducer, broker: FakeBroker, connection: Any) -
     assert bodies(broker, 2) == [b"before", b"after"]
 
 
+def test_a_connection_with_cursors_of_another_kind(
+    producer: MLProducer, postgresql_server: PostgreSQLServer, broker: FakeBroker
+) -> None:
+    """Whatever its cursors take and give."""
+    server = postgresql_server.url
+    for kind in (psycopg.RawCursor, psycopg.ClientCursor):
+        with psycopg.connect(server, cursor_factory=kind, row_factory=dict_row) as each:
+            outbox.add(each, message(kind.__name__))
+    assert bodies(broker, 2) == [b"RawCursor", b"ClientCursor"]
+
+
 def test_autocommit_is_refused(
     producer: MLProducer, postgresql_server: PostgreSQLServer, connection: Any
 ) -> None:
@@ -219,6 +232,13 @@ def test_autocommit_is_refused(
         with each.transaction(), pytest.raises(InvalidMessageError):
             outbox.add(each, "no task")  # type: ignore[arg-type]
         with each.transaction():
+            outbox.add(each, message("m"))
+        with each.pipeline():
+            each.execute("SELECT 1")
+            with pytest.raises(ConfigurationError, match="autocommit"):
+                outbox.add(each, message("m"))
+        with each.transaction(), each.pipeline():
+            each.execute("SELECT 1")
             outbox.add(each, message("m"))
 
 
@@ -482,6 +502,53 @@ def test_rows_that_cannot_be_deleted_are_not_stored(
         while mover.move():
             pass
         assert store.depth().waiting == 250
+
+
+NO_DELETE = """
+    CREATE TRIGGER t BEFORE DELETE ON mlproducer_outbox BEGIN SELECT RAISE(ABORT, 'no'); END
+"""
+NO_COMMIT = """
+    CREATE TABLE child (key REFERENCES mlproducer_outbox DEFERRABLE INITIALLY DEFERRED);
+    INSERT INTO child VALUES (1);
+    UPDATE mlproducer_outbox SET body = 'damaged' WHERE key = 2;
+"""
+
+
+def test_rows_whose_deletion_fails_are_stored_once(
+    application: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in which nothing can be deleted, or committed, such as on a full disk, doubles none.
+
+    A trigger and a foreign key take the disk's part. A damaged row is put aside in the end.
+    """
+
+    @contextmanager
+    def strict(path: str, busy: float) -> Iterator[sqlite3.Connection]:
+        with opened(path, busy) as connection:
+            connection.execute("PRAGMA foreign_keys = on")
+            yield connection
+
+    monkeypatch.setattr("mlproducer.stores.sqlite.outbox.opened", strict)
+    with (
+        closing(SQLiteStore(tmp_path / "store.db")) as store,
+        closing(sqlite3.connect(application, isolation_level=None)) as connection,
+    ):
+        mover = outbox.Mover(application, store)
+        for make, undo, stored in [
+            (NO_DELETE, "DROP TRIGGER t", 0),
+            (NO_COMMIT, "DROP TABLE child", 99),
+        ]:
+            connection.executescript(make)
+            for _ in range(2):
+                with pytest.raises(StoreError, match="cannot be used"):
+                    mover.move()
+                assert store.depth().waiting == stored
+            connection.execute(undo)
+        while mover.move():
+            pass
+        assert store.depth().waiting == 249
+        aside = connection.execute("SELECT key FROM mlproducer_outbox_quarantine").fetchall()
+        assert aside == [(2,)]
 
 
 @pytest.mark.parametrize(
