@@ -504,6 +504,35 @@ def test_registries_are_apart(registry: CollectorRegistry, sink: Sink) -> None:
     assert sent(other) == {("a", "success"): 1}
 
 
+def test_an_emptied_registry(registry: CollectorRegistry, sink: Sink) -> None:
+    """A registry that a test's fixture has emptied shows everything again with a new producer."""
+    sink.take(events.Confirmed([of_type("a")], 0.0))
+    for collector in list(registry._collector_to_names):
+        registry.unregister(collector)
+    assert value(registry, "connection_state") is None
+    sink.take(events.Confirmed([of_type("a")], 0.0))
+    metrics.meter(registry).sink().take(events.Confirmed([of_type("a")], 0.0))
+    assert sent(registry) == {("a", "success"): 3}
+    metrics.meter(registry)
+    assert value(registry, "connection_state") == ConnectionState.CLOSED
+
+
+def test_two_threads_at_the_first_use_of_a_registry() -> None:
+    """Both get the same meter, also where the second one registers first."""
+    found: list[ProducerMetrics] = []
+
+    class Overtaken(CollectorRegistry):
+        def register(self, collector: Any) -> None:
+            if not found:
+                found.append(None)  # type: ignore[arg-type]
+                found[0] = metrics.meter(self)
+            super().register(collector)
+
+    registry = Overtaken()
+    assert metrics.meter(registry) is found[0]
+    assert value(registry, "connection_state") == ConnectionState.CLOSED
+
+
 @pytest.fixture
 def what_is_new() -> Iterator[None]:
     """Collections look at what the test makes; the rest of pytest's heap takes them 0.1 s."""

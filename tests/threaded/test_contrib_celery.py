@@ -568,6 +568,31 @@ def test_uninstall(app: Celery, producer: Noting) -> None:
     assert producer.publish(producer.tasks[0]).confirmed  # a given one stays open
 
 
+@pytest.mark.parametrize("replace", [uninstall, install])
+def test_a_producer_that_is_closed_amid_a_task(
+    producer: Noting, replace: Callable[..., None]
+) -> None:
+    """The task is sent all the same, by the producer that has taken its place."""
+    with FakeBroker() as broker:
+        app = Celery("other", broker=broker.url, set_as_current=False)
+        install(app)
+        made = producer_of(app)
+
+        def meanwhile(*_: Any) -> None:
+            if replace is install:
+                install(app, producer)
+            else:
+                uninstall(app)
+            made.close()
+
+        made.before_publish(meanwhile)
+        sent = app.send_task("shop.add", ignore_result=True)
+        ids = [each.properties.message_id for each in broker.messages if each.tag]
+        assert [*ids, *(each.message_id for each in producer.tasks)] == [sent.id]
+        uninstall(app)
+        broker.wait_for_connections(0, timeout=5.0)
+
+
 def test_a_producer_given_later(app: Celery, producer: Noting) -> None:
     """The one that was made from the app's settings before ends once it has nothing to deliver."""
     with FakeBroker() as broker:

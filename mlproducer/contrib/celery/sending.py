@@ -21,7 +21,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from celery import Celery
 from celery.local import Proxy
@@ -38,13 +38,14 @@ from mlproducer.contrib.celery import brokers
 from mlproducer.contrib.celery.declaring import DELAYED, declarations_of, delayed_delivery
 from mlproducer.contrib.celery.lazy_producer import LazyProducer, given_producer, real_producer
 from mlproducer.contrib.celery.task_message import TaskMessage, encode, fields_of, plain_headers
-from mlproducer.errors import ConfigurationError, MLProducerError
+from mlproducer.errors import ConfigurationError, MLProducerError, ProducerClosedError
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.limited_logger import LimitedLogger
 from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Rollout = float | Callable[[str], bool]
 
 KEY = "_mlproducer"
@@ -213,6 +214,19 @@ class Installed:
                 self._made = self._made or made
             return self._made
 
+    def with_producer(self, call: Callable[[MLProducer], T]) -> T:
+        """Call a function with the producer, and with the next one where this was closed amid it.
+
+        `install` and `uninstall` may replace it while other threads send.
+        """
+        while True:
+            producer = self.producer()
+            try:
+                return call(producer)
+            except ProducerClosedError as error:
+                if error.possibly_sent or self.producer() is producer:
+                    raise
+
     def use(self, producer: MLProducer | None) -> None:
         """Use this producer, or with ``None`` one made from the app's settings.
 
@@ -380,7 +394,7 @@ class Installed:
             self.lines.log(logging.WARNING, "not declared:", "%s", type(error).__name__)
 
     def _have_declared(self, declarations: list[Declaration], timeout: float) -> bool:
-        return self.producer().declare(declarations, timeout=timeout)
+        return self.with_producer(lambda made: made.declare(declarations, timeout=timeout))
 
     def _declare_at_once(self, entity: Any, stock: Any) -> None:
         """Declare what ends with its last consumer, and so each time, by Celery's own way."""
@@ -489,10 +503,13 @@ class TaskProducer:
             self._installed.declare(declare, self._stock, deadline - time.monotonic())
         if exchange == DELAYED:
             self._installed.declare_delays(deadline - time.monotonic())
-        left = max(0.0, deadline - time.monotonic())
-        # Celery's sender may say retry=False and try again itself; what the caller said counts.
-        receipt = producer.publish(message, timeout=left, retry=self._retry)
-        self._installed.declare_dead_letters(receipt)
+
+        def publish(producer: MLProducer) -> Receipt:
+            left = max(0.0, deadline - time.monotonic())
+            # Celery's sender may say retry=False and try again itself; what the caller said counts.
+            return producer.publish(message, timeout=left, retry=self._retry)
+
+        self._installed.declare_dead_letters(self._installed.with_producer(publish))
 
     def _message(
         self,

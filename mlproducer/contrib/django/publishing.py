@@ -33,8 +33,10 @@ def publish_on_commit(task: Task, *, using: str | None = None) -> None:
     undone: what the producer refuses then is logged at ERROR, counted, and given to
     ``producer.on("refused")``. Without a transaction it is published now.
 
-    A process that is killed between its COMMIT and the end of the request loses the task; what
-    must not get lost even then is for `publish_in_transaction`.
+    A process that is killed between its COMMIT and the end of the request loses the task; so does
+    an ``on_commit`` callback before it that raises: Django calls none of those behind one, unless
+    it was added with ``robust=True``. What must not get lost even then is for
+    `publish_in_transaction`.
 
     However many tasks a transaction has, waiting for the broker takes the producer's
     ``publish_timeout`` once; what is left then is handed over, as far as the in-flight window has

@@ -104,6 +104,21 @@ class Committed(TransactionTestCase):
         assert self.client.post("/shares/broken").status_code == 500
         assert (Share.objects.count(), producer.published) == (0, [])
 
+    def test_behind_a_callback_that_raises(self) -> None:
+        """Django calls none behind it, as the page says; behind a robust one it is published."""
+
+        def fails() -> None:
+            raise LookupError
+
+        with self.assertRaises(LookupError), transaction.atomic():
+            transaction.on_commit(fails)
+            publish_on_commit(TASK)
+        assert producer.published == []
+        with self.assertLogs("django.db.backends.base"), transaction.atomic():
+            transaction.on_commit(fails, robust=True)
+            publish_on_commit(TASK)
+        assert producer.published == [TASK]
+
     def test_without_transaction(self) -> None:
         """In autocommit it is published at once."""
         publish_on_commit(TASK)
