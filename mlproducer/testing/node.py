@@ -172,7 +172,9 @@ class RabbitMQNode(Server):
 
     def set_memory_alarm(self) -> None:
         """Block every publisher at once, as when memory is short."""
-        self._run(f"rabbit_alarm:set_alarm({{{_MEMORY},[]}})")
+        # rabbit_alarm:set_alarm() would not wait: what is published next might still be confirmed,
+        # and the publisher not told of the alarm before it publishes again.
+        self._run(f"gen_event:sync_notify(rabbit_alarm, {{set_alarm,{{{_MEMORY},[]}}}})")
 
     def clear_memory_alarm(self) -> None:
         """End `set_memory_alarm`."""
