@@ -15,7 +15,7 @@ import itertools
 import math
 import random
 import select
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import sleep
 from typing import Any
 
@@ -249,17 +249,8 @@ class Session:
         if connection is not None and _is_over(connection):
             self.drop()
         if self._connection is None:
-            try:
-                self._open()
-            except FOREIGN as error:
-                failure = self.failure(error)
-            else:
-                return
-            self.drop()
-            # Raised outside of the handler: nothing of psycopg, whose frames hold the password, is
-            # chained to it.
-            raise failure
-        if time.monotonic() >= self._trusted_until:
+            self._translated(self._open)
+        elif time.monotonic() >= self._trusted_until:
             self._note_time(*self.run(sql.TIME, {})[0])
 
     def create(self) -> None:
@@ -269,15 +260,20 @@ class Session:
         """
         self.get_ready()
         ((complete,),) = self.run(sql.statements(self._address.table).complete, {})
-        if complete:
-            return
+        if not complete:
+            self._translated(lambda: self._make_table(time.monotonic() + CONNECT_TIMEOUT))
+
+    def _translated(self, step: Callable[[], None]) -> None:
+        """Take a step; where it fails, drop the connection and raise a `StoreError`."""
         try:
-            self._make_table(time.monotonic() + CONNECT_TIMEOUT)
+            step()
         except FOREIGN as error:
             failure = self.failure(error)
         else:
             return
         self.drop()
+        # Raised outside of the handler: nothing of psycopg, whose frames hold the password, is
+        # chained to it.
         raise failure
 
     def is_past(self, latest: float) -> bool:
