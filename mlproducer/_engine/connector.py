@@ -194,16 +194,21 @@ class Connector:
             self.failures = self._delays = 0
             self._cancel_timer()
 
+    def lost(self) -> None:
+        """Note that the connection carries no messages any more, before `failed` goes on."""
+        if self.state is ConnectionState.CONNECTED:
+            self._step(ConnectionEvent.LOST)
+
     def failed(self, loss: Loss) -> None:
-        """Go on after a connection that ended, or never began."""
+        """Go on after a connection that was `lost`, or never began to carry messages."""
         connection, self._connection = self._connection, None
         self._cancel_renewal()
         if self.state is ConnectionState.CLOSING:
             self._finish()
         elif connection is not None and connection.fatal is not None:
             self._skip(connection.fatal)
-        elif self.state is ConnectionState.CONNECTED:
-            self._lost(loss)
+        elif self.state is ConnectionState.DISCONNECTED:
+            self._reconnect(loss)
         elif self._addresses and loss.kind is not LossKind.AUTHENTICATION:
             self._forget_address()
             self._open()
@@ -345,10 +350,9 @@ class Connector:
 
     # --- after it ------------------------------------------------------------------------------
 
-    def _lost(self, loss: Loss) -> None:
+    def _reconnect(self, loss: Loss) -> None:
         """Go on after a connection that carried messages."""
         self._cancel_timer()
-        self._step(ConnectionEvent.LOST)
         self._tried = 0
         self._turn += 1
         if self.stable:
@@ -365,9 +369,7 @@ class Connector:
         """
         self._skipped.append((self.endpoint.broker.address, declaration))
         self._cancel_timer()
-        if self.state is ConnectionState.CONNECTED:
-            self._step(ConnectionEvent.LOST)
-        elif self._address is not None:
+        if self.state is ConnectionState.CONNECTING and self._address is not None:
             self._deadline = time.monotonic() + self.endpoint.broker.connection_timeout
             self._addresses.appendleft(self._address)
             self._set_timer(self._patience.backoff.initial, self._open_again)

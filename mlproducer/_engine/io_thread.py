@@ -585,6 +585,7 @@ class IOThread:
         self._channel = None
         self.sender.down(loss, time.monotonic())
         self.sender.disconnected()
+        self.connector.lost()  # first: a callback for the event may ask for the status
         if was_up:
             self._emit(events.Disconnected(loss))
         self.order(self._recover)  # not at once: a callback may be in the middle of something

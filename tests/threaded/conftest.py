@@ -17,6 +17,7 @@ from mlproducer._engine import io_thread
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker
 from tests.helpers import LIMIT
 from tests.stopwatch import in_time
+from tests.threaded.moods import FAKE_BROKER
 
 CLOSE_TIMEOUT = 0.5
 
@@ -89,6 +90,3 @@ def connect(serve: Serve) -> Iterator[Connect]:
 def _is_ours(thread: threading.Thread) -> bool:
     name = thread.name
     return name.startswith("mlproducer-") and name not in ("mlproducer-proxy", FAKE_BROKER)
-
-
-FAKE_BROKER = "mlproducer-fake-broker"

@@ -18,6 +18,9 @@ from mlproducer._core import events
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection, ReceivedMessage
 from tests.helpers import LIMIT
 
+FAKE_BROKER = "mlproducer-fake-broker"
+"""The name of a fake broker's thread."""
+
 LETTERS = "bookmarkai.ml.dlx"
 
 
@@ -88,6 +91,17 @@ class Happenings:
         """Wait until it holds of what was seen."""
         with self._changed:
             assert self._changed.wait_for(holds, LIMIT), self.seen
+
+
+def our_threads() -> set[threading.Thread]:
+    """Return the library's threads that last, without the fake broker's.
+
+    The thread that starts a producer is no such one: it may be alive for a moment after the first
+    message is confirmed.
+    """
+    apart = {"mlproducer-start", FAKE_BROKER}
+    every = [each for each in threading.enumerate() if each.name.startswith("mlproducer-")]
+    return {each for each in every if each.name not in apart}
 
 
 def gaps(times: list[float]) -> list[float]:

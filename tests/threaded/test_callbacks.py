@@ -24,8 +24,8 @@ from mlproducer.observe import callbacks
 from mlproducer.stores.memory import MemoryStore
 from tests.helpers import LIMIT, make_message
 from tests.stopwatch import Stopwatch, in_time
-from tests.threaded.conftest import FAKE_BROKER, QUICK, Connect, Serve
-from tests.threaded.moods import Moody, events_of
+from tests.threaded.conftest import QUICK, Connect, Serve
+from tests.threaded.moods import Moody, events_of, our_threads
 
 
 @pytest.mark.parametrize("how", ["event", "done"])
@@ -162,12 +162,6 @@ def test_events(connect: Connect, serve: Serve) -> None:
 # --- send queue ----------------------------------------------------------------------------------
 
 
-def names_of_threads() -> set[str]:
-    """Return the names of the library's threads, without the fake broker's."""
-    names = {thread.name for thread in threading.enumerate()}
-    return {name for name in names if name.startswith("mlproducer-")} - {FAKE_BROKER}
-
-
 def test_a_connection_that_is_lost_while_it_is_blocked(connect: Connect, serve: Serve) -> None:
     """The next one is not blocked, and each ``blocked`` has its ``unblocked``."""
     broker = serve()
@@ -186,7 +180,7 @@ def test_threads_are_there_from_the_start(connect: Connect, serve: Serve) -> Non
     """Callbacks have their threads before any is added: late in a program's life none starts."""
     producer = connect(serve())
     assert producer.wait_connected(LIMIT)
-    assert {"mlproducer-events", "mlproducer-futures"} <= names_of_threads()
+    assert {"mlproducer-events", "mlproducer-futures"} <= {each.name for each in our_threads()}
 
 
 def test_done_callbacks_are_never_left_out(
@@ -385,12 +379,12 @@ def test_logging_handlers(connect: Connect, serve: Serve, error: BaseException |
         logger.setLevel(logging.DEBUG)
     try:
         assert producer.publish(make_message()).confirmed
-        threads = {thread.ident for thread in threading.enumerate()}
+        threads = our_threads()
         seen = events_of(producer, "disconnected", "connected")
         broker.connections[0].reset()
         seen.wait_for("disconnected", "connected")
         assert producer.publish(make_message()).confirmed
-        assert {thread.ident for thread in threading.enumerate()} == threads
+        assert our_threads() == threads
     finally:
         for logger, level in zip(roots, levels, strict=True):
             logger.removeHandler(handler)
@@ -432,7 +426,7 @@ def test_no_store_ends_a_thread(serve: Serve, method: str, error: BaseException)
     with MLProducer(Settings(url=serve(mood).url, **quick), store=store) as producer:
         with suppress(StoreError):
             producer.publish(make_message())
-        threads = {thread.ident for thread in threading.enumerate()}
+        threads = our_threads()
         if method not in ("renew", "done"):
             assert store.failed.acquire(timeout=LIMIT)
         store.failing = False
@@ -440,4 +434,4 @@ def test_no_store_ends_a_thread(serve: Serve, method: str, error: BaseException)
         assert isinstance(receipt.reason, NackError)
         mood.mood = "ack"
         assert receipt.result(LIMIT).confirmed
-        assert {thread.ident for thread in threading.enumerate()} == threads
+        assert our_threads() == threads

@@ -36,13 +36,12 @@ from tests.helpers import LIMIT, Background, descriptors, make_message
 from tests.stopwatch import in_time
 from tests.threaded.brokers import Silent, SlowOpen, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
-from tests.threaded.moods import events_of, io_of
+from tests.threaded.moods import events_of, io_of, our_threads
 
 
 def threads() -> set[str]:
-    """Names of the library's threads, the broker's own apart."""
-    names = {thread.name for thread in threading.enumerate()}
-    return {name for name in names if name.startswith("mlproducer-") and "fake" not in name}
+    """Return the names of the library's threads that last."""
+    return {thread.name for thread in our_threads()}
 
 
 # --- the beginning -----------------------------------------------------------------------------
@@ -80,7 +79,7 @@ def test_the_first_publish_starts_it(connect: Connect, serve: Serve) -> None:
     assert "mlproducer-io" in threads()
     assert second.publish(make_message()).confirmed
     assert {"mlproducer-io", "mlproducer-io-2"} <= threads()
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name in threads())
+    assert all(thread.daemon for thread in our_threads())
 
 
 def test_many_start_it_at_once(connect: Connect, serve: Serve) -> None:

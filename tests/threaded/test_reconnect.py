@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -121,6 +122,38 @@ def test_the_count_starts_over_after_a_confirm(connect: Connect, serve: Serve) -
     broker.connections[0].reset()
     dropping.came.wait_until(lambda: len(dropping.came.seen) > before)
     assert INITIAL <= dropping.came.seen[-1][0] - lost_at < INITIAL * (1 + JITTER) + SLACK
+
+
+class AsksForTheStatus(logging.Handler):
+    """Notes, at each line of a producer's log, what its status is then."""
+
+    def __init__(self, producer: MLProducer) -> None:
+        super().__init__()
+        self.producer = producer
+        self.states: list[tuple[str, ConnectionState]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Ask."""
+        self.states.append((record.getMessage(), self.producer.status().connection_state))
+
+
+@pytest.mark.parametrize("attempts", [1, 1000])
+def test_the_status_at_an_event(connect: Connect, serve: Serve, attempts: int) -> None:
+    """A loss is in the status when it is told, however soon a callback asks for it."""
+    broker = serve()
+    producer = connect(broker, max_reconnect_attempts=attempts)
+    assert producer.wait_connected(LIMIT)
+    logger, asks = logging.getLogger("mlproducer"), AsksForTheStatus(producer)
+    logger.addHandler(asks)
+    try:
+        seen = events_of(producer, "disconnected", "gave_up")
+        broker.connections[0].reset()
+        seen.wait_until(lambda: bool(seen.seen))
+    finally:
+        logger.removeHandler(asks)
+    assert seen.seen[0] == "disconnected"
+    [state] = [state for line, state in asks.states if line.startswith("disconnected")]
+    assert state is ConnectionState.DISCONNECTED
 
 
 def test_brokers_in_turn(connect: Connect, serve: Serve) -> None:
