@@ -10,13 +10,14 @@ Runs on: the retry thread; `StoredRows.deliveries` and `StoredRows.has_row` on a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import MutableMapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from attrs import define
+from attrs import define, frozen
 
 from mlproducer import errors
 from mlproducer._core.delivery import Delivery, Doubt
@@ -25,14 +26,24 @@ from mlproducer._engine.store_orders import Put
 from mlproducer.errors import PublishError
 from mlproducer.stores.protocol import LATEST, MOST_ATTEMPTS, Claim, Record, Row
 
-_REASON_MAX = 255
-
-ROUTE_WAS_THERE = " (its route was there before)"
-"""How the reason in a row ends whose message waits for its route, beyond its retries."""
-
+_TEXT_MAX = 255
+"""Characters of an error's text that a row keeps."""
 
 SAFETY = 0.9
 """The part of a lease in which its holder relies on it."""
+
+
+@frozen
+class Reason:
+    """Why a message failed last, as its row keeps it.
+
+    :ivar error: the error's class
+    :ivar route_was_there: the message waits for a route that it had before, beyond its retries
+    """
+
+    error: type[PublishError]
+    text: str
+    route_was_there: bool
 
 
 @define(eq=False)
@@ -210,7 +221,7 @@ class StoredRows:
                 record.attempts,
                 dead=record.dead,
                 doubtful=record.doubtful,
-                waits=_waits_for_route(record),
+                waits=read_reason(record.reason).route_was_there,
             )
         self.hold(delivery, row.claim, now)
         return delivery
@@ -243,25 +254,54 @@ def record_of(delivery: Delivery, now: float) -> Record:
         attempts=min(attempts, MOST_ATTEMPTS),
         doubtful=delivery.doubt is not Doubt.NONE or delivery.in_flight,
         dead=delivery.dead,
-        reason="" if reason is None else _reason_text(reason, waits=waits),
+        reason="" if reason is None else _reason_text(type(reason).__name__, str(reason), waits),
         first_failed_at=min(max(0.0, epoch - (now - failed)), LATEST) if failed else 0.0,
         retry=delivery.policy,
         accepted_at=min(max(0.0, epoch - (now - delivery.started)), LATEST),
     )
 
 
-def _reason_text(reason: PublishError, *, waits: bool) -> str:
-    mark = ROUTE_WAS_THERE if waits else ""
-    return f"{type(reason).__name__}: {reason}"[: _REASON_MAX - len(mark)] + mark
+# Cached, since most rows have one of a few reasons.
 
 
-def _waits_for_route(record: Record) -> bool:
-    return not record.dead and record.reason.endswith(ROUTE_WAS_THERE)
+@lru_cache(maxsize=256)
+def _reason_text(error: str, text: str, route_was_there: bool) -> str:
+    """Return a reason in the form in which rows keep it: JSON, which stores do not look into."""
+    reason: dict[str, object] = {"error": error, "text": text[:_TEXT_MAX]}
+    if route_was_there:
+        reason["route_was_there"] = True
+    return json.dumps(reason)
+
+
+_OLD_MARK = " (its route was there before)"
+
+
+@lru_cache(maxsize=256)
+def read_reason(stored: str) -> Reason:
+    """Return the reason that a row keeps.
+
+    Rows of earlier versions have "ErrorName: text", with a mark at the end if the route was there.
+    What a user's own program has written is read so, too.
+    """
+    try:
+        found = json.loads(stored)
+        name, text, mark = found["error"], found["text"], found.get("route_was_there") is True
+    except (ValueError, TypeError, KeyError, RecursionError):
+        name, _, text = stored.removesuffix(_OLD_MARK).partition(": ")
+        mark = stored.endswith(_OLD_MARK)
+    error = getattr(errors, str(name), None)
+    if not isinstance(error, type) or not issubclass(error, PublishError):
+        error = PublishError
+    return Reason(error, str(text), mark)
 
 
 def _revived(record: Record, now: float, epoch: float) -> Delivery:
     """Make the delivery of a message that another process, or another life of this one, stored."""
     accepted, failed = record.accepted_at, record.first_failed_at
+    reason, error = read_reason(record.reason), None
+    if record.reason:
+        message_id = record.envelope.message_id
+        error = reason.error(reason.text, message_id=message_id, attempts=record.attempts)
     return Delivery.stored(
         record.envelope,
         started=now - max(0.0, epoch - accepted) if accepted else now,
@@ -269,21 +309,10 @@ def _revived(record: Record, now: float, epoch: float) -> Delivery:
         attempts=record.attempts,
         dead=record.dead,
         doubtful=record.doubtful,
-        reason=_error(record) if record.reason else None,
+        reason=error,
         first_failed=now - max(0.0, epoch - failed) if failed else 0.0,
-        unrouted=record.attempts if _waits_for_route(record) else 0,
+        unrouted=record.attempts if reason.route_was_there else 0,
     )
-
-
-def _error(record: Record) -> PublishError:
-    name, _, text = record.reason.removesuffix(ROUTE_WAS_THERE).partition(": ")
-    return _kind(name)(text, message_id=record.envelope.message_id, attempts=record.attempts)
-
-
-@lru_cache(maxsize=64)
-def _kind(name: str) -> type[PublishError]:
-    kind = getattr(errors, name, PublishError)
-    return kind if isinstance(kind, type) and issubclass(kind, PublishError) else PublishError
 
 
 def wall_clock() -> float:

@@ -77,7 +77,7 @@ class Record:
     :ivar attempts: how many times it was written to the wire
     :ivar doubtful: one of these attempts may have reached a queue
     :ivar dead: retries are used up, and ``envelope`` is the dead letter
-    :ivar reason: the last failure: an error's name and text
+    :ivar reason: the last failure, as JSON; a store keeps it as it is
     :ivar first_failed_at: when the first attempt failed, in seconds since the epoch; 0 if none has
     :ivar accepted_at: when the producer accepted the message, in seconds since the epoch; 0 where
         that is not known. It is set when the row is stored, and does not change
