@@ -314,12 +314,15 @@ class Fate(Future[Receipt]):
     def _replace_lost_lock(self) -> None:
         """Replace the lock if an interrupt has left it held.
 
-        ``_condition`` is not part of the documented API of `Future`. If a thread still holds the
-        old lock after all, in a long signal handler, it releases that one later: it then guards
-        nothing, and no wait of this class uses it.
+        ``_condition`` is not part of the documented API of `Future`; without it the lock stays. If
+        a thread still holds the old lock after all, in a long signal handler, it releases that one
+        later: it then guards nothing, and no wait of this class uses it.
         """
-        if self._condition.acquire(timeout=ORPHANED):
-            self._condition.release()
+        lock = getattr(self, "_condition", None)
+        if lock is None:
+            return
+        if lock.acquire(timeout=ORPHANED):
+            lock.release()
         else:
             # guards: the state of this future in the base class
             self._condition = threading.Condition()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
+from functools import partial
 from typing import Protocol
 
 from mlproducer import _clock as time
@@ -53,7 +53,10 @@ class Gate:
         # guards: _inside, _bytes, _reserved, _queue; never held while waiting, logging or calling
         # back. An RLock, since it knows at every moment whether this thread holds it.
         self._lock = threading.RLock()
-        self._is_held_here: Callable[[], bool] = attrgetter("_is_owned")(self._lock)  # as Condition
+        # As Condition asks it; where a later Python has another name, Condition is asked.
+        self._is_held_here: Callable[[], bool] = getattr(
+            self._lock, "_is_owned", partial(_is_held_here, self._lock)
+        )
 
     def __len__(self) -> int:
         return len(self._inside)
@@ -196,3 +199,13 @@ class Gate:
 
     def _forget_locked(self, delivery: Delivery) -> None:
         self._queue = deque(entry for entry in self._queue if entry[0] is not delivery)
+
+
+def _is_held_here(lock: threading.RLock) -> bool:
+    """Whether the current thread holds a lock: who does not must not notify others of it."""
+    try:
+        # guards: what the lock guards
+        threading.Condition(lock).notify(0)
+    except RuntimeError:
+        return False
+    return True

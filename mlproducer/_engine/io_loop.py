@@ -123,7 +123,7 @@ class EventLoop(PikaLoop):
         """Return every descriptor that this loop holds, for a forked child to close."""
         yield from list(self._watched)
         for name in ("_poll", "_r_interrupt", "_w_interrupt"):
-            holder = getattr(self._poller, name, None)
+            holder = getattr(getattr(self, "_poller", None), name, None)
             if holder is not None and hasattr(holder, "fileno"):  # gevent's poll() has none
                 yield holder.fileno()
 

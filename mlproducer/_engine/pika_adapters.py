@@ -112,7 +112,7 @@ class BrokerConnection(pika.SelectConnection):
 
     It overrides methods that are private to pika. Where a later pika has others, they are merely
     not called: then a refusal counts as a lost connection, a frame without end as silence, and
-    confirms take longer.
+    confirms take longer. So they do where it lacks what these methods read of it.
 
     :ivar confirms: reads those of the channel for publishing; ``None``: there is none yet
     :ivar on_settled: takes what it has read
@@ -121,6 +121,11 @@ class BrokerConnection(pika.SelectConnection):
     confirms: ConfirmReader | None = None
     on_settled: Callable[[bool, int, bool], None]
     _plain: socket.socket | None = None
+
+    # What is read where a later pika has these under other names.
+    _frame_buffer = b"?"  # as if there were always the first part of a frame
+    _nbio: Any = None
+    _opened = True
 
     @property
     def _client_properties(self) -> dict[str, Any]:
@@ -131,7 +136,7 @@ class BrokerConnection(pika.SelectConnection):
 
     def _on_connection_close_from_broker(self, method_frame: Any) -> None:
         method = method_frame.method
-        if self._opened:
+        if self._opened or not hasattr(self, "_terminate_stream"):
             super()._on_connection_close_from_broker(method_frame)
         else:
             self._terminate_stream(ClosedInWaiterError(method.reply_code, method.reply_text))
@@ -175,9 +180,10 @@ class BrokerConnection(pika.SelectConnection):
         if len(buffer) >= _FRAME_HEADER.size and not buffer.startswith(b"AMQP"):
             kind, _, payload = _FRAME_HEADER.unpack_from(buffer)
             length = payload + spec.FRAME_HEADER_SIZE + spec.FRAME_END_SIZE
-            if length > (self.params.frame_max or spec.FRAME_MAX_SIZE) or (
+            absurd = length > (self.params.frame_max or spec.FRAME_MAX_SIZE) or (
                 kind == spec.FRAME_HEADER and int.from_bytes(buffer[_BODY_SIZE], "big") > LONGEST
-            ):
+            )
+            if absurd and hasattr(self, "_terminate_stream"):
                 self._terminate_stream(self._nonsense())
                 return 0, None
         return super()._read_frame()
@@ -275,7 +281,10 @@ def blocking_connection(endpoint: Endpoint) -> Any:
     """
     try:
         found = parameters(endpoint.find(), (endpoint.broker.connection_timeout,) * 2)
-        return pika.BlockingConnection(found, _impl_class=BrokerConnection)
+        try:
+            return pika.BlockingConnection(found, _impl_class=BrokerConnection)
+        except TypeError:  # a later pika has no such parameter
+            return pika.BlockingConnection(found)
     except UnreachableError as error:
         loss = error.loss
     except (exceptions.AMQPError, AMQPConnectorException, OSError) as error:

@@ -155,12 +155,13 @@ class Session:
 
     @contextlib.contextmanager
     def _limited(self, limit: float) -> Iterator[None]:
-        loop = self._connection._impl.ioloop  # noqa: SLF001 - pika has no limit for an answer
-        timer = loop.call_later(limit, _be_late)
+        impl: Any = getattr(self._connection, "_impl", None)  # pika has no limit for an answer
+        timer = impl and impl.ioloop.call_later(limit, _be_late)
         try:
             yield
         finally:
-            loop.remove_timeout(timer)
+            if impl is not None:
+                impl.ioloop.remove_timeout(timer)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -212,7 +213,9 @@ def _tolerate(connection: Any) -> None:
 
     pika would end the connection over them, and with it everything behind such a message.
     """
-    impl = connection._impl  # noqa: SLF001 - decoding is not to be got at otherwise
+    impl: Any = getattr(connection, "_impl", None)  # decoding is not to be got at otherwise
+    if not (hasattr(impl, "_read_frame") and hasattr(impl, "_frame_buffer")):
+        return
     read_frame = impl._read_frame  # noqa: SLF001
 
     def tolerant() -> Any:

@@ -1,7 +1,7 @@
 """What is used of others although it is not documented: one list, held against the installed pika.
 
-What is said of a name that is missing is tried in `tests.threaded.test_connection` where it is more
-than a word: publishing without pika's inside.
+What becomes of a library without a name is tried: with pikas that have it under another name, here,
+and of the standard library's names beside the tests of what uses them.
 
 Runs on: pytest's main thread.
 """
@@ -11,10 +11,15 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import LIMIT
 
 PACKAGE = Path(__file__).parents[2] / "mlproducer"
 
@@ -50,13 +55,15 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "pika.adapters.blocking_connection": {
         "_cleanup": "descriptors are closed when they are collected",
-        "_impl": "the commands for dead letters do not work",
-        "_impl_class": "the commands that ask the broker do not work",
+        "_impl": "answers to the commands have pika's limits, and an undecodable letter ends them",
+        "_impl_class": "commands say of a refusal that the connection was lost",
         "_transport": "a connection of the commands ends when pika notices",
     },
     "json.encoder": {"c_make_encoder": "the documented encoder: twice the time"},
-    "concurrent.futures._base": {"_condition": "futures do not work"},
-    "threading": {"_is_owned": "the gate does not work, nor does Condition"},
+    "concurrent.futures._base": {
+        "_condition": "an interrupt amid a future's call may cost its end"
+    },
+    "threading": {"_is_owned": "Condition tells whose a lock is, in three times as long"},
 }
 """Names by their module, and what happens where one is missing."""
 
@@ -78,6 +85,16 @@ FILES = [
 def test_each_is_there(module: str, name: str) -> None:
     """The installed versions have all; a CI run over the oldest and the newest asks the same."""
     assert name in inspect.getsource(importlib.import_module(module))
+
+
+def test_messages_are_published_without_each_of_pikas() -> None:
+    """And questions asked, and brokers that refuse or babble survived."""
+    names = [name for module in NAMES if module.startswith("pika.") for name in NAMES[module]]
+    command = [sys.executable, "-m", "tests.house.renamed_pika", *names]
+    done = subprocess.run(
+        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=9 * LIMIT, check=True
+    )
+    assert json.loads(done.stdout) == {}
 
 
 def test_there_are_no_others() -> None:

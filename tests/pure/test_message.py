@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
-from concurrent.futures import Future
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, _base
 from typing import Any
 
 import pytest
 
-from mlproducer import Message, Outcome, Receipt
+from mlproducer import Message, Outcome, Receipt, message
 from mlproducer.errors import NackError, RetriesExhaustedError
+from mlproducer.message import Fate
 from tests.helpers import make_envelope
 from tests.pure.refusals import CANARY
 from tests.stopwatch import in_time
@@ -148,3 +152,44 @@ def test_a_message_is_plain_data(fields: dict[str, Any]) -> None:
     headers["a"].append(2)
     assert message.headers == {"a": [1]}
     assert message.payload() == b"b"
+
+
+def renamed_fate() -> Fate:
+    """A fate of a Python whose futures have another name for their lock."""
+    names = {"Future": type("Future", (), {}), **vars(_base)}
+    exec(inspect.getsource(Future).replace("_condition", "_later"), names)
+    names = {**vars(message), "Future": names["Future"]}
+    exec(inspect.getsource(Fate), names)
+    return names["Fate"]()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "lock"), [(Fate, "_condition"), (renamed_fate, "_later")], ids=["as today", "renamed"]
+)
+def test_a_fate_is_resolved(make: Callable[[], Fate], lock: str) -> None:
+    """Also where the base class has another name for what is used of it."""
+    for end in (Receipt("m", 1, 0.1), NackError("nacked", message_id="m")):
+        fate = make()
+        assert hasattr(fate, lock)
+        assert fate.set_running_or_notify_cancel()
+        assert not fate.cancel()
+        if isinstance(end, Receipt):
+            fate.set_result(end)
+            assert fate.result(0) is end
+        else:
+            fate.set_exception(end)
+            assert fate.exception(0) is end
+    fate = make()
+    assert fate.cancel()
+    assert not fate.set_running_or_notify_cancel()
+
+
+def test_a_fate_is_resolved_whose_lock_was_left_held() -> None:
+    """An interrupt may come between a thread's taking it and the statement that releases it."""
+    fate = Fate()
+    interrupted = threading.Thread(target=fate._condition.acquire)
+    interrupted.start()
+    interrupted.join()
+    with in_time(5.0):
+        fate.set_result(Receipt("m", 1, 0.1))
+        assert fate.result(0).confirmed

@@ -11,12 +11,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlproducer._core.delivery import Delivery
+from mlproducer._engine import gate as gate_module
 from mlproducer._engine.gate import Gate
 from mlproducer._synchronization import Watch
 from mlproducer.errors import PublishError, WouldDeadlockError
@@ -231,8 +232,34 @@ def test_a_share_given_back_lets_others_in() -> None:
         assert background.gather() == [True]
 
 
-def test_a_call_amid_another() -> None:
+class LaterLock:
+    """As RLock where what Condition asks it has another name."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.acquire, self.release = self.lock.acquire, self.lock.release
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class LaterCondition(threading.Condition):
+    """Asks a `LaterLock`."""
+
+    def __init__(self, lock: Any) -> None:
+        super().__init__(lock)
+        self._is_owned = lock.lock._is_owned
+
+
+@pytest.mark.parametrize("lock", [threading.RLock, LaterLock])
+def test_a_call_amid_another(monkeypatch: pytest.MonkeyPatch, lock: Callable[[], Any]) -> None:
     """Who comes in while its own thread is at the gate is refused at once, and breaks nothing."""
+    if lock is LaterLock:
+        names = SimpleNamespace(RLock=LaterLock, Condition=LaterCondition)
+        monkeypatch.setattr(gate_module, "threading", names)
     gate, refused = Gate(10), []
 
     class Publisher:
