@@ -16,6 +16,10 @@ from mlproducer._core.delivery_states import RowState
 from mlproducer.errors import PublishError
 from mlproducer.message import Envelope
 
+NO_PERMISSION = 403
+NOT_FOUND = 404
+"""Reply codes with which a broker closes a channel."""
+
 
 class LossKind(enum.Enum):
     """Why there is no connection, in a closed set of words."""

@@ -39,8 +39,15 @@ from mlproducer._core.delivery_states import (
 )
 from mlproducer._core.events import Emit
 from mlproducer._core.failures import INTERNAL_ERROR, SOFT_ACCUSATIONS, FailureHandler, accuses
-from mlproducer._core.interfaces import Channel, LeaveWindow, Loss, MakeDeadLetter, RetryWorker
-from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
+from mlproducer._core.interfaces import (
+    NO_PERMISSION,
+    NOT_FOUND,
+    Channel,
+    LeaveWindow,
+    Loss,
+    MakeDeadLetter,
+    RetryWorker,
+)
 from mlproducer._core.send_queue import SendQueue
 from mlproducer._core.shutdown import CLOSED, Shutdown
 from mlproducer._core.states import CircuitState

@@ -18,8 +18,7 @@ from attrs import evolve
 from pika import exceptions
 from pika.adapters.utils.connection_workflow import AMQPConnectorStackTimeout
 
-from mlproducer._core.interfaces import Loss, LossKind
-from mlproducer._core.poison import NO_PERMISSION
+from mlproducer._core.interfaces import NO_PERMISSION, Loss, LossKind
 from mlproducer._engine.tls import describe
 
 NOT_ALLOWED = 530

@@ -21,8 +21,7 @@ from pika import exceptions, spec
 from pika.channel import Channel
 from pika.connection import Connection as PikaConnection
 
-from mlproducer._core.interfaces import Loss, LossKind
-from mlproducer._core.poison import NOT_FOUND
+from mlproducer._core.interfaces import NOT_FOUND, Loss, LossKind
 from mlproducer._engine.close_reasons import (
     CONNECTION_FORCED,
     NOT_ALLOWED,

@@ -17,8 +17,7 @@ from typing import Any
 
 from pika import spec
 
-from mlproducer._core.interfaces import Loss
-from mlproducer._core.poison import NO_PERMISSION, NOT_FOUND
+from mlproducer._core.interfaces import NO_PERMISSION, NOT_FOUND, Loss
 from mlproducer._engine.connection_owner import ConnectionOwner
 from mlproducer.message import Envelope
 

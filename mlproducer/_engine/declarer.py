@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mlproducer._core.interfaces import Loss
-from mlproducer._core.poison import NO_PERMISSION
+from mlproducer._core.interfaces import NO_PERMISSION, Loss
 from mlproducer.topology import Declaration
 
 

@@ -25,18 +25,15 @@ from mlproducer._core.breaker import Adaptive, Breaker, Consecutive, Trip
 from mlproducer._core.delivery import Delivery, Owner
 from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState, RowState
 from mlproducer._core.events import Emit
-from mlproducer._core.interfaces import Channel, Loss, LossKind
-from mlproducer._core.poison import NOT_FOUND
+from mlproducer._core.interfaces import NOT_FOUND, Channel, Loss, LossKind
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState, ConnectionState
-from mlproducer._engine.breaker_timer import BreakerTimer
 from mlproducer._engine.connection import OnDeclared
 from mlproducer._engine.connector import Connector, Patience
 from mlproducer._engine.dead_letter_maker import DeadLetterMaker
 from mlproducer._engine.delayed_delivery import DelayedDelivery, OpenChannel
 from mlproducer._engine.gate import Gate
-from mlproducer._engine.health import Health, settle
-from mlproducer._engine.health_probe import HealthProbe
+from mlproducer._engine.health import Health, HealthProbe, settle
 from mlproducer._engine.io_loop import EventLoop, IOLoop
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
@@ -102,13 +99,13 @@ class IOThread:
         self._topology = topology_of(settings)
         self._health_probe = HealthProbe(self._topology, emit)
         self._health = Health(settings.health_check_interval, self.order, self.probe, self.silent)
-        self._cooldown = BreakerTimer(partial(self.order, self.cool))
+        self._cooldown = TimerThread(self._cooled)
         breaker = Breaker(
             _trip(settings),
             settings.circuit_breaker_cooldown,
             settings.publish_timeout,
             self._circuit_changed,
-            self._cooldown.wait_until,
+            self._cooldown.call_at,
         )
         self._delayed = DelayedDelivery(
             Delays.of(self._topology, settings.queue_prefix),
@@ -191,13 +188,18 @@ class IOThread:
         """Return the timer threads by their roles."""
         return {
             "health": self._health.thread,
-            "breaker": self._cooldown.thread,
+            "breaker": self._cooldown,
         }
+
+    def _cooled(self) -> None:
+        """Have the breaker look at the time; on its thread."""
+        self._cooldown.due = None
+        self.order(self.cool)
 
     def stop_timers(self) -> None:
         """End the timer threads, once they have done what they were told so far."""
         self._health.stop()
-        self._cooldown.thread.stop()
+        self._cooldown.stop()
 
     def leave(self) -> None:
         """Do nothing more, in a forked child; greenlets, unlike threads, go on in it."""

@@ -29,10 +29,16 @@ from mlproducer import _clock as time
 from mlproducer import _forks as forks
 from mlproducer._core.states import ConnectionState
 from mlproducer._engine import threads
-from mlproducer._engine.start import CLAIM_LIMIT, Start, fresh
 from mlproducer._engine.threads import CLOSE_MARGIN, REST_LIMIT
 from mlproducer._foreign_calls import write
-from mlproducer.errors import ProducerClosedError, WouldDeadlockError
+from mlproducer._synchronization import Watch
+from mlproducer.errors import (
+    ConfigurationError,
+    MLProducerError,
+    NotConnectedError,
+    ProducerClosedError,
+    WouldDeadlockError,
+)
 from mlproducer.observe.recent_history import Recorder
 from mlproducer.status import CloseReport, Status
 
@@ -45,6 +51,12 @@ if TYPE_CHECKING:
     from mlproducer.topology import Declaration
 
 logger = logging.getLogger(__name__)
+
+START_LIMIT = 30.0
+"""Seconds for which a call waits for the start, which takes a few milliseconds."""
+
+CLAIM_LIMIT = 0.1
+"""Seconds after which a thread that was to start it, and has not begun, is taken for lost."""
 
 CLOSE_TIMEOUT = 10.0
 """Seconds that a close may take to deliver what is inside, unless it is told otherwise."""
@@ -123,6 +135,83 @@ class RuntimeFactory:
         if self._store is not None:
             return self._store.durable
         return not self._settings.store_url.startswith("memory:")
+
+
+class Start:
+    """One attempt to start, carried out once by the first of the threads that come to do it."""
+
+    def __init__(self, make: Callable[[], Runtime]) -> None:
+        self._make = make
+        self._unclaimed = [None]
+        self._runtime: Runtime | None = None
+        self.error: Exception | None = None
+        self.threads: list[threading.Thread] = []
+        self.over = Watch()
+
+    def is_over(self) -> bool:
+        """Whether it has come to an end, good or bad."""
+        return self._runtime is not None or self.error is not None
+
+    def wait(self, owner: object) -> Runtime | None:
+        """Wait until it is over; ``None`` where it failed.
+
+        A caller may be interrupted before it has a thread do it, or in the middle of having one do
+        it; so each caller sees to it that there is one.
+        """
+        deadline = time.monotonic() + START_LIMIT
+        while not self.is_over() and time.monotonic() < deadline:
+            if self._unclaimed:
+                try:
+                    self.threads.append(threads.spawn("start", 1, self._run, owner))
+                except RuntimeError as error:  # Python 3.12 and later at the end of the interpreter
+                    self._fail(NotConnectedError(f"no thread can be started: {error}"))
+                    break
+            self.over.wait_for(self.is_over, time.monotonic() + CLAIM_LIMIT)
+        return self._runtime
+
+    def withdraw(self) -> bool:
+        """Have it not made any more; false if it is under way, or over."""
+        if not self._claim():
+            return False
+        self._fail(ProducerClosedError("the producer is closed"))
+        self.over.changed()
+        return True
+
+    def _claim(self) -> bool:
+        """Decide what becomes of it; true for one thread only."""
+        try:
+            self._unclaimed.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _run(self) -> None:
+        if not self._claim():
+            return
+        try:
+            self._runtime = self._make()
+        except MLProducerError as error:
+            self._fail(error)
+        except RuntimeError as error:
+            self._fail(NotConnectedError(f"no thread can be started: {error}"))
+        except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
+            why = getattr(error, "strerror", None) or "out of descriptors"
+            self._fail(NotConnectedError(f"the producer cannot be started: {why}"))
+        except BaseException as error:  # noqa: BLE001 - the callers have to be told whatever it is
+            self._fail(NotConnectedError(f"the producer cannot be started: {type(error).__name__}"))
+        self.over.changed()
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+
+
+def fresh(error: Exception | None) -> Exception:
+    """Give an error of its own to each caller."""
+    if isinstance(error, (ConfigurationError, NotConnectedError, ProducerClosedError)):
+        return type(error)(str(error))
+    if error is not None:
+        return error.with_traceback(None)
+    return NotConnectedError("the start takes too long")
 
 
 class Lifecycle:

@@ -48,8 +48,7 @@ from mlproducer.observe.sinks import Fanout
 from mlproducer.observe.spans import Spans
 from mlproducer.settings import Settings
 from mlproducer.status import CloseReport, Status
-from mlproducer.stores import open_store
-from mlproducer.stores.custom import custom
+from mlproducer.stores import guarded_store, open_store
 from mlproducer.stores.protocol import Claim, Depth, Store
 from mlproducer.topology import Declaration
 
@@ -77,7 +76,7 @@ class Runtime:
         added: Sequence[Declaration],
     ) -> None:
         quieten_pika()
-        store = open_store(settings) if store is None else custom(store)
+        store = open_store(settings) if store is None else guarded_store(store)
         self.gate = Gate(settings.max_in_flight)
         self.dispatcher = Dispatcher(self._spawn, self._event_dropped)
         self.durable = store.durable

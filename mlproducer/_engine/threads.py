@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
@@ -110,6 +111,10 @@ class TimerThread:
     def order(self, function: Callable[[], object]) -> None:
         """Have something done soon; from any thread."""
         self._orders.put(function)
+
+    def call_at(self, when: float) -> None:
+        """Have the job done at a monotonic time; from any thread."""
+        self.order(partial(setattr, self, "due", when))
 
     def stop(self) -> None:
         """End the thread once it has done what it was ordered so far."""

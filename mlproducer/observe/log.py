@@ -45,7 +45,7 @@ LOGGERS = {
     "circuit breaker": "_core.breaker",
     "dead-lettered": "dead_letters",
     "the store fails": "stores",
-    "confirm for a delivery tag that is not open": "_core.confirms",
+    "confirm for a delivery tag that is not open": "_core.send_queue",
     "the I/O loop failed; going on with a new one": "_engine.io_loop",
     "cannot hand over": "producer",
 }

@@ -1,16 +1,18 @@
 """The stores in which messages wait for a retry; open the one that a URL names.
 
-Runs on: the publisher's thread that starts the producer.
+Runs on: the publisher's thread that starts the producer; `ForeignStore` on the retry thread.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
-from mlproducer.errors import ConfigurationError, frameless
+from mlproducer.errors import BufferFullError, ConfigurationError, StoreError, frameless
 from mlproducer.settings import Settings
 
 if TYPE_CHECKING:
@@ -69,3 +71,32 @@ def open_store(settings: Settings) -> Store:
     from mlproducer.stores.redis import RedisStore  # noqa: PLC0415 - an extra
 
     return RedisStore(settings.store_url, lease=lease, horizon=horizon)
+
+
+class ForeignStore:
+    """A user's own store, which raises only what a `Store` may raise.
+
+    It is a user's code on a thread of the library: any other exception, even SystemExit, would end
+    the step that called it, and leave publishers without an answer.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        return partial(self._call, found) if callable(found) else found
+
+    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return method(*args)
+        except (StoreError, BufferFullError):
+            raise
+        except BaseException as error:
+            kind = type(error).__name__
+            raise StoreError(f"the store {self._store.name} failed: {kind}") from error
+
+
+def guarded_store(store: Store) -> Store:
+    """Wrap a user's own store."""
+    return cast("Store", ForeignStore(store))

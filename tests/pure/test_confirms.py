@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from mlproducer._core.confirms import Confirms
 from mlproducer._core.delivery import Delivery
+from mlproducer._core.send_queue import Confirms
 from mlproducer._engine.dead_letter_channel import Tags
 from tests.helpers import make_delivery
 

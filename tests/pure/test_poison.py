@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlproducer._core.delivery import Delivery
-from mlproducer._core.poison import PoisonIsolation
+from mlproducer._core.send_queue import PoisonIsolation
 from tests.helpers import make_delivery
 
 

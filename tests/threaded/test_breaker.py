@@ -420,7 +420,7 @@ def test_a_timer_that_is_early(connect: Connect, serve: Serve) -> None:
     with pytest.raises(NackError):
         producer.publish(make_message(), retry=False)
     cooldown = io_of(producer)._cooldown
-    cooldown.thread.order(cooldown._over)
+    cooldown.order(cooldown._job)
     moves.wait_for(OPEN, HALF_OPEN)
 
 
@@ -430,7 +430,7 @@ def test_a_status_moves_nothing(connect: Connect, serve: Serve) -> None:
     broker = serve(mood)
     producer = connect(broker, **{**TOUCHY, "circuit_breaker_cooldown": 0.05})
     moves = started(producer)
-    io_of(producer)._cooldown.thread.stop()
+    io_of(producer)._cooldown.stop()
     with pytest.raises(NackError):
         producer.publish(make_message(), retry=False)
     over = threading.Event()

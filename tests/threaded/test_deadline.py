@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mlproducer import MLProducer, Receipt
-from mlproducer._core.confirms import Confirms
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.failures import FailureHandler
+from mlproducer._core.send_queue import Confirms
 from mlproducer._engine.gate import Gate
 from mlproducer.errors import (
     BrokerBlockedError,
