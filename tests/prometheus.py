@@ -26,7 +26,7 @@ from attrs import frozen
 from mlproducer.testing.erlang import free_port
 from mlproducer.testing.workspace import Program, Workspace
 
-LIMIT = 30.0
+LIMIT = 120.0
 """Seconds after which a test stops waiting for what ought to come."""
 
 LOOK_INTERVAL = 0.1

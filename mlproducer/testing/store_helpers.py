@@ -21,10 +21,10 @@ from mlproducer.message import Envelope
 from mlproducer.settings import RetryPolicy
 from mlproducer.stores.protocol import Entry, Record, Row, Store
 
-PATIENCE = 5.0
+PATIENCE = 30.0
 """Seconds that a store has to become ready."""
 
-LIMIT = 10.0
+LIMIT = 60.0
 """Seconds after which a test stops waiting for what ought to come."""
 
 T = TypeVar("T")

@@ -120,7 +120,7 @@ def test_parent_ends_while_its_child_sleeps(
         program.next()
         assert proxy.connections == 1
         program.go()
-        proxy.wait_for_connections(0, timeout=5.0)
+        proxy.wait_for_connections(0, timeout=60.0)
 
 
 def test_forks_while_threads_publish(rabbitmq_vhost: VirtualHost) -> None:

@@ -27,7 +27,7 @@ from tests.broker.commands import COMMAND, environ_of, run
 from tests.helpers import make_envelope
 from tests.stopwatch import in_time
 
-LIMIT = 30.0
+LIMIT = 120.0
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

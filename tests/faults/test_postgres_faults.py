@@ -29,7 +29,7 @@ from mlproducer.testing.workspace import Workspace
 from tests.helpers import make_envelope
 from tests.stopwatch import in_time
 
-LIMIT = 30.0
+LIMIT = 120.0
 SILENCE = 1.0
 CONNECTING = 2.0
 SLACK = 0.75

@@ -21,7 +21,7 @@ from mlproducer.stores.redis import RedisStore, dial, scripts
 from mlproducer.testing.redis_server import SERVICE, RedisServer
 from tests.helpers import make_envelope
 
-LIMIT = 30.0
+LIMIT = 120.0
 PASSWORD = "pass,word@:/;%"
 WRITTEN = "pass%2Cword%40%3A%2F%3B%25"
 

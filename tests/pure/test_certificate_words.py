@@ -18,7 +18,7 @@ BARE = "subjectAltName=DNS:localhost\nsubjectKeyIdentifier=none\nauthorityKeyIde
 
 def openssl(*argv: str | Path) -> None:
     """Run a command of OpenSSL's."""
-    subprocess.run(["openssl", *argv], check=True, capture_output=True, timeout=10.0)
+    subprocess.run(["openssl", *argv], check=True, capture_output=True, timeout=60.0)
 
 
 def issue(directory: Path, name: str = "cert", *options: str) -> tuple[Path, Path]:

@@ -23,7 +23,7 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorStackTimeout
 from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection, ReceivedMessage
 from tests.stopwatch import in_time
 
-LIMIT = 30.0
+LIMIT = 120.0
 
 
 class Silent(Behaviour):

@@ -20,7 +20,7 @@ from mlproducer import CeleryTask, MLProducer, Settings, SummarizationTask, outb
 from mlproducer.testing import FakeBroker, PostgreSQLServer
 from tests.pages import ROOT, run, snippets
 
-LIMIT = 30.0
+LIMIT = 120.0
 
 PAGE = Path(stores.__file__).with_name("README.rst")
 README = ROOT / "README.rst"

@@ -36,7 +36,7 @@ from mlproducer.testing import FakeBroker, RecordingProducer
 from mlproducer.testing.store_conformance import StoreConformance
 from tests.pages import ROOT, run, snippets
 
-LIMIT = 30.0
+LIMIT = 120.0
 PACKAGE = ROOT / "mlproducer"
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

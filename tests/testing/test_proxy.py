@@ -23,7 +23,7 @@ from mlproducer.testing.proxy import Proxy
 from mlproducer.testing.socket_loop import Loop
 from tests.stopwatch import in_time
 
-LIMIT = 30.0
+LIMIT = 120.0
 
 
 class Ends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from pika import frame, spec
 
 from mlproducer import ConnectionState, MLProducer
+from mlproducer._core import events
 from mlproducer._core.states import LINK_MOVES, ConnectionEvent
 from mlproducer._engine import connection
 from mlproducer._engine.connector import Connector
@@ -22,6 +24,7 @@ from tests.pure.refusals import tells_nothing
 from tests.stopwatch import in_time
 from tests.threaded.brokers import FirstIsLost, Holding, Silent, ack
 from tests.threaded.conftest import Connect, Serve
+from tests.threaded.moods import told
 
 LEGAL = {(state, target) for state, row in LINK_MOVES.items() for target in row.values()}
 
@@ -83,8 +86,11 @@ def test_cut_anywhere_in_the_handshake(connect: Connect, serve: Serve) -> None:
         for size in sizes:
             proxy.cut_after(size, "s2c")
             producer = connect(proxy.url(broker.url), declare_topology="active")
+            producer.start()
+            failed = told(producer, events.ConnectFailed, lambda _event: None)
+            failed.wait_until(functools.partial(bool, failed.seen))
             with pytest.raises(NotConnectedError) as caught:
-                producer.publish(make_message(), timeout=1.0, retry=False)
+                producer.publish(make_message(), timeout=0.2, retry=False)
             assert not caught.value.possibly_sent
             assert caught.value.address == f"127.0.0.1:{proxy.port}"
             proxy.heal()

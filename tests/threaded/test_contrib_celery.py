@@ -590,7 +590,7 @@ def test_a_producer_that_is_closed_amid_a_task(
         ids = [each.properties.message_id for each in broker.messages if each.tag]
         assert [*ids, *(each.message_id for each in producer.tasks)] == [sent.id]
         uninstall(app)
-        broker.wait_for_connections(0, timeout=5.0)
+        broker.wait_for_connections(0, timeout=LIMIT)
 
 
 def test_a_producer_given_later(app: Celery, producer: Noting) -> None:
@@ -599,11 +599,11 @@ def test_a_producer_given_later(app: Celery, producer: Noting) -> None:
         other = Celery("other", broker=broker.url, set_as_current=False)
         install(other)
         other.send_task("shop.add", ignore_result=True)
-        broker.wait_for_connections(1, timeout=5.0)
+        broker.wait_for_connections(1, timeout=LIMIT)
         install(other, producer)
         other.send_task("shop.add", ignore_result=True)
         assert [each.name for each in producer.tasks] == ["shop.add"]
-        broker.wait_for_connections(0, timeout=5.0)
+        broker.wait_for_connections(0, timeout=LIMIT)
         uninstall(other)
 
 
@@ -704,7 +704,7 @@ def test_threads_that_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30.0)
+        thread.join(LIMIT)
     assert len(set(map(id, found))) == 1
     assert installed._stock != installed.send_task_message
     uninstall(app)

@@ -188,9 +188,9 @@ def test_lost_wakeups(connect: Connect, serve: Serve, limit: int) -> None:
     background = Background()
     for thread in range(4):
         tasks = [make_message(f"{thread}-{number}") for number in range(count)]
-        background.call(producer.publish_many, tasks, timeout=30.0)
+        background.call(producer.publish_many, tasks, timeout=LIMIT)
     with in_time(20):
-        results = background.gather(30.0)
+        results = background.gather()
     assert all(receipt.confirmed for receipts in results for receipt in receipts)
     assert len(broker.messages) == 4 * count
     assert producer.flush(LIMIT) == 0

@@ -13,11 +13,11 @@ from mlproducer import MLProducer
 from mlproducer._core import events
 from mlproducer._engine import health
 from mlproducer._engine.threads import TimerThread
-from mlproducer.errors import ConfirmTimeoutError
+from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.settings import topology_of
 from mlproducer.testing.fake_broker import FakeConnection
 from mlproducer.testing.proxy import Proxy
-from tests.helpers import LIMIT, Background, make_message
+from tests.helpers import LIMIT, Background, make_message, wait_until
 from tests.stopwatch import Stopwatch, in_time
 from tests.threaded.brokers import ack
 from tests.threaded.conftest import Connect, Serve
@@ -116,7 +116,7 @@ def test_a_path_dead_in_one_direction(
         lost.wait_until(lambda: "disconnected" in lost.seen)
         proxy.heal()
         lost.wait_until(lambda: "connected" in lost.seen)
-        assert producer.publish(make_message()).confirmed
+        assert producer.publish(make_message()).result(LIMIT).confirmed  # a late answer loses it
         producer.close(0.1)
 
 
@@ -202,10 +202,13 @@ def test_not_confirming_and_lost(connect: Connect, serve: Serve, retry: bool) ->
     broker = serve(Patient("silent"))
     producer = connect(broker, health_check_interval=NEVER)
     assert producer.wait_connected(LIMIT)
-    for _ in range(3):
-        with contextlib.suppress(ConfirmTimeoutError):
+
+    def unconfirmed() -> bool:  # the second and third in a row, or more that were not even sent
+        with contextlib.suppress(PublishError):
             producer.publish(make_message(), timeout=0.05, retry=retry)
-    assert not producer.is_healthy()
+        return not producer.is_healthy()
+
+    assert wait_until(unconfirmed)
     connected = events_of(producer, "connected")
     broker.connections[0].reset()
     connected.wait_for("connected")

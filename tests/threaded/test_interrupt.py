@@ -24,7 +24,7 @@ def test_interrupted_200_times(way: str, window: int) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -321,7 +321,7 @@ def test_close_against_all_odds(connect: Connect, serve: Serve, where: str, time
         with in_time(timeout + 0.5):
             producer.close(timeout)
         assert isinstance(future.exception(0), PublishError)
-        assert threads() <= {"mlproducer-proxy"}
+        wait_until(lambda: threads() <= {"mlproducer-proxy"})
 
 
 def test_context_manager(serve: Serve) -> None:
@@ -460,9 +460,9 @@ def test_twenty_producers_end_within_one_limit(serve: Serve) -> None:
         print(time.monotonic())
         """,
         broker.url,
-        exit_timeout=1.0,
+        exit_timeout=2.0,
     )
-    assert time.monotonic() - float(said) < 6.0  # one after the other they would take 20 s
+    assert time.monotonic() - float(said) < 30.0  # one after the other they would take 40 s
     assert "messages lost that lived in memory: 20" in errors
 
 
@@ -475,9 +475,13 @@ def test_ctrl_c_at_exit(serve: Serve) -> None:
             producers = [MLProducer(settings) for _ in range(3)]
             for each in producers:
                 each.submit(Message(body=b"", routing_key="k"))
-            timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-            timer.daemon = True
-            timer.start()
+            life, exits = producers[0]._life, threading.Event()
+            drain = life.drain
+            life.drain = lambda *deadlines: exits.set() or drain(*deadlines)
+            def interrupt():
+                exits.wait()
+                os.kill(os.getpid(), signal.SIGINT)
+            threading.Thread(target=interrupt, daemon=True).start()
             """,
             broker.url,
             exit_timeout=15.0,
@@ -518,7 +522,7 @@ settings = Settings(url={url!r}, **{ {**QUICK, **settings}!r})
         [sys.executable, "-c", head + textwrap.dedent(text)],
         capture_output=True,
         text=True,
-        timeout=20.0,
+        timeout=LIMIT,
         check=True,
     )
     return ended.stdout, ended.stderr

@@ -106,7 +106,7 @@ def test_many_threads_one_reader(box: Mailbox) -> None:
     wakes = background.call(read)
     for thread in range(threads):
         background.call(write, thread)
-    background.gather(30.0)
+    background.gather()
     assert seen == [list(range(count))] * threads
     assert 1 <= wakes.result(0) <= count * threads
 

@@ -372,7 +372,7 @@ def test_import_is_light() -> None:
         "print({'prometheus_client', 'opentelemetry'} & {m.split('.')[0] for m in sys.modules})"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30.0, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, check=True
     )
     assert ended.stdout == "set()\n"
 
@@ -468,7 +468,7 @@ def run(code: str, directory: Path, **environ: str) -> list[str]:
         cwd=directory,
         capture_output=True,
         text=True,
-        timeout=30.0,
+        timeout=LIMIT,
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -490,7 +490,7 @@ PUBLISH = """
 from mlproducer import MLProducer, Message, Settings
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
 from mlproducer.topology import ROUTING_KEYS
-with FakeBroker() as broker, MLProducer(Settings(url=broker.url)) as producer:
+with FakeBroker() as broker, MLProducer(Settings(url=broker.url, publish_timeout=60.0)) as producer:
     def publish():
         return producer.publish(Message(body=b"x", routing_key="k")).confirmed
 """
@@ -532,7 +532,7 @@ from mlproducer.contrib.celery import install
     print(publish(), status("/metrics"), status("/metrics/json"), status("/health"), status("/"))
     child = os.fork()
     if child == 0:
-        signal.alarm(10)
+        signal.alarm(100)
         try:
             producer.publish(None)
         except Exception as error:
@@ -561,13 +561,13 @@ def test_published_in_the_middle_of_a_count(tmp_path: Path) -> None:
     class Interrupting(float):
         def __radd__(self, other):
             started = time.monotonic()
-            print(publish(), time.monotonic() - started < 1.0)
+            print(publish(), time.monotonic() - started < 30.0)
             try:
                 producer.publish(None)
             except errors.InvalidMessageError:
                 print("refused")
             return other + 1.0
-    signal.alarm(10)
+    signal.alarm(100)
     publish()
     Counter("mine", "The user's own.").inc(Interrupting(1))
 from mlproducer.observe import metrics
@@ -617,7 +617,7 @@ with FakeBroker() as broker:
     print(prometheus_client.REGISTRY.get_sample_value(name, labels))
     child = os.fork()
     if child == 0:
-        signal.alarm(10)
+        signal.alarm(100)
         for producer, message in producers:
             producer.publish(message)
         os._exit(prometheus_client.REGISTRY.get_sample_value(name, labels) != 3)
@@ -677,5 +677,5 @@ def test_greenlets_share_their_threads_cells() -> None:
     """Each request of gevent's servers is another one, and none may leave something behind."""
     pytest.importorskip("gevent")
     argv = [sys.executable, "-c", GREENLETS]
-    ran = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=True)
     assert ran.stdout.split() == ["500", "1"]

@@ -390,5 +390,5 @@ def test_a_child_has_a_connection_and_claims_of_its_own(
 ) -> None:
     """After a fork neither touches what is the other's: connection, claims, or their end."""
     subprocess.run(
-        [sys.executable, "-c", FORKING, redis_server.url, prefix], timeout=30, check=True
+        [sys.executable, "-c", FORKING, redis_server.url, prefix], timeout=LIMIT, check=True
     )

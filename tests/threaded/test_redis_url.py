@@ -121,7 +121,7 @@ def test_without_the_extra_the_error_says_what_to_install() -> None:
         "except ConfigurationError as error:\n    print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
     assert "pip install 'mlproducer[redis]'" in done.stdout
 

@@ -561,7 +561,7 @@ def test_few_descriptors(serve: Serve) -> None:
         [sys.executable, "-c", FEW, serve().url],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
         check=False,
     )
     said = ended.stdout.split("\n")
@@ -581,15 +581,15 @@ future = producer.submit(Message(body=b"x", routing_key="k", message_id="first")
 WORKS_ON = """
 import sys, threading, time
 from mlproducer import MLProducer, Message, Settings
-producer = MLProducer(Settings(url=sys.argv[1], declare_topology="off"))
+producer = MLProducer(Settings(url=sys.argv[1], declare_topology="off", publish_timeout=120.0))
 assert producer.publish(Message(body=b"x", routing_key="k", message_id="first")).confirmed
 def work():
-    threading.main_thread().join(30.0)
+    threading.main_thread().join(120.0)
     time.sleep(0.2)  # until the interpreter has begun to shut down
     print("go", flush=True)
     assert sys.stdin.readline() == "lost\\n"
     receipt = producer.publish(Message(body=b"x", routing_key="k", message_id="second"))
-    receipt.result(30.0)
+    receipt.result(120.0)
 threading.Thread(target=work).start()
 """
 
@@ -608,7 +608,7 @@ def test_names_resolve_after_the_main_thread_has_ended(python: str) -> None:
         url = f"amqp://guest:guest@localhost:{broker.port}/"
         run: dict[str, Any] = {"env": {"PYTHONPATH": ":".join(paths)}, "text": True}
         for _ in range(3):
-            subprocess.run([python, "-c", ENDS_AT_ONCE, url], timeout=30, check=True, **run)
+            subprocess.run([python, "-c", ENDS_AT_ONCE, url], timeout=LIMIT, check=True, **run)
         assert len(broker.messages) == 3
         with subprocess.Popen(
             [python, "-c", WORKS_ON, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **run
@@ -616,7 +616,7 @@ def test_names_resolve_after_the_main_thread_has_ended(python: str) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "go\n"
             broker.connections[0].reset()
-            _, _ = process.communicate("lost\n", timeout=30)
+            _, _ = process.communicate("lost\n", timeout=LIMIT)
             assert process.returncode == 0
         assert broker.messages[-1].properties.message_id == "second"
 

@@ -231,7 +231,7 @@ def test_stores_of_one_process_keep_each_others_locks(path: Path, connect: Open)
         second.close()
         assert connect().depth() == Depth(1)
         run = [sys.executable, "-c", TRY, str(path)]
-        said.append(subprocess.check_output(run, text=True, timeout=30))
+        said.append(subprocess.check_output(run, text=True, timeout=LIMIT))
         yield from waiting("b")
 
     first.put(entries(), LIMIT)

@@ -44,7 +44,7 @@ def test_one_holder_at_a_time() -> None:
     background = Background()
     for _ in range(6):
         background.call(add)
-    background.gather(30.0)
+    background.gather()
     assert count == [12_000]
     assert token.take(soon())
 
@@ -212,7 +212,7 @@ def test_a_relay_of_threads() -> None:
     answering.call(answer_all)
     for _ in range(workers):
         asking.call(ask)
-    asking.gather(30.0)
+    asking.gather()
     over.set()
     answering.gather()
 

@@ -651,7 +651,7 @@ print([name for name in sys.modules if name.startswith("opentelemetry")])
         [sys.executable, "-W", "error", "-c", code, broker.url],
         capture_output=True,
         text=True,
-        timeout=30.0,
+        timeout=LIMIT,
         check=True,
     )
     assert (ended.stdout, ended.stderr) == ("[]\n", "")

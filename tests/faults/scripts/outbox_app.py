@@ -34,7 +34,7 @@ killed."""
 PATIENCE = 0.3
 """Seconds to wait for either; there is none while PostgreSQL is away."""
 
-LIMIT = 30.0
+LIMIT = 120.0
 
 FIRST = ("django.db.backends.postgresql.base", "prometheus_client", "mlproducer._engine.runtime")
 """Modules of each business, imported once, so that one begins in a fraction of a second."""
