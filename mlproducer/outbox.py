@@ -134,7 +134,8 @@ def _insert(table: str) -> str:
     """Return the statement that writes a row; the table's trigger sends a NOTIFY at COMMIT."""
     return (
         f"INSERT INTO {table} ({', '.join(_VALUES)})"  # noqa: S608 - checked names
-        f" VALUES ({', '.join(f':{each}' for each in _VALUES)}) RETURNING key"
+        f" VALUES ({', '.join(f':{each}' for each in _VALUES)})"
+        f" RETURNING {sql.key_for_the_next(table)}"
     )
 
 

@@ -33,7 +33,7 @@ from mlproducer.errors import (
 from mlproducer.stores.postgres import PostgreSQLStore, sql
 from mlproducer.stores.postgres import store as store_module
 from mlproducer.stores.postgres.listener import Listener
-from mlproducer.stores.protocol import Claim, Entry, Record
+from mlproducer.stores.protocol import Change, Claim, Entry, Record, Row
 from mlproducer.stores.sqlite import SQLiteStore
 from mlproducer.stores.sqlite.outbox import opened
 from mlproducer.testing import Behaviour, FakeBroker, PostgreSQLServer
@@ -198,6 +198,65 @@ def test_order_within_a_transaction(
         outbox.add(connection, message(name))
     connection.commit()
     assert bodies(broker, 300) == [name.encode() for name in names]
+
+
+@pytest.fixture
+def relays(
+    connect: Connect, broker: FakeBroker, url: str, connection: Any, engine: sqlalchemy.Engine
+) -> Iterator[tuple[PostgreSQLStore, PostgreSQLStore]]:
+    """Yield stores of two processes; in them are m0 n0 m1 n1 m2 n2 of two transactions, and s."""
+    adds = connect(broker, store_url=url)
+    with engine.begin() as other:
+        for n in range(3):
+            outbox.add(connection, message(f"m{n}"), producer=adds)
+            with connection.transaction():
+                outbox.add(connection, message("never"), producer=adds)
+                raise psycopg.Rollback
+            outbox.add(other, message(f"n{n}"), producer=adds)
+        connection.commit()
+    outbox.add(connection, message("s"), producer=adds)
+    connection.commit()
+    with closing(PostgreSQLStore(url)) as first, closing(PostgreSQLStore(url)) as second:
+        yield first, second
+
+
+def names(rows: Iterable[Row]) -> list[str]:
+    """Return the ids of messages."""
+    return [each.record.envelope.message_id for each in rows]
+
+
+def test_a_transaction_is_not_shared(relays: tuple[PostgreSQLStore, PostgreSQLStore]) -> None:
+    """The owner of its first rows claims the next ones, until these are gone."""
+    first, second = relays
+    rows = first.claim(3)
+    assert names(rows) == ["m0", "n0", "m1"]
+    assert names(second.claim(1)) == ["s"]
+    assert second.claim(9) == []
+    rows += first.claim(1)
+    assert names(rows[3:]) == ["n1"]
+    first.done([each.claim for each in rows])
+    assert names(second.claim(9)) == ["m2", "n2"]
+
+
+def test_claims_at_the_same_time(
+    relays: tuple[PostgreSQLStore, PostgreSQLStore], connection: Any, url: str
+) -> None:
+    """Rows behind one that another claim has locked are left."""
+    table = url.rpartition("=")[2]
+    connection.execute(f"SELECT FROM {table} WHERE message_id = 'm1' FOR UPDATE")
+    assert names(relays[0].claim(9)) == ["m0", "n0", "n1", "n2", "s"]
+    connection.rollback()
+    assert relays[1].claim(9) == []
+    assert names(relays[0].claim(9)) == ["m1", "m2"]
+
+
+def test_a_retry_holds_up_no_other_rows(
+    relays: tuple[PostgreSQLStore, PostgreSQLStore],
+) -> None:
+    """Order is promised without faults only."""
+    first, second = relays
+    first.release([Change(each.claim, each.record, 60.0) for each in first.claim(2)])
+    assert names(second.claim(9)) == ["m1", "n1", "m2", "n2", "s"]
 
 
 def test_savepoints(producer: MLProducer, broker: FakeBroker, connection: Any) -> None:
@@ -375,18 +434,38 @@ def test_the_end_of_a_backlog_is_seen_at_once(url: str, monkeypatch: pytest.Monk
         assert store.depth().waiting == 0
 
 
-def test_a_table_of_an_earlier_version_gets_its_trigger(
-    url: str, postgresql_server: PostgreSQLServer
+def test_a_table_of_an_earlier_version(
+    relays: tuple[PostgreSQLStore, PostgreSQLStore],
+    url: str,
+    postgresql_server: PostgreSQLServer,
+    connect: Connect,
+    broker: FakeBroker,
+    connection: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """`create` makes what it lacks."""
+    """It is used as it is, which is logged once; `create` makes what it lacks."""
+    first, second = relays
     table = url.rpartition("=")[2]
-    trigger = f"SELECT count(*) FROM pg_trigger WHERE tgrelid = '{table}'::regclass"
+    there = (
+        f"SELECT (SELECT count(*) FROM pg_trigger WHERE tgrelid = '{table}'::regclass),"
+        " (SELECT count(*) FROM pg_attribute"
+        f" WHERE attrelid = '{table}'::regclass AND attname IN ('follows', 'xact'))"
+    )
     postgresql_server.call(f"DROP FUNCTION {table}_notify CASCADE", user="app")
-    assert postgresql_server.call(trigger) == [(0,)]
+    postgresql_server.call(f"ALTER TABLE {table} DROP follows, DROP xact", user="app")
+    assert postgresql_server.call(there) == [(0, 0)]
+    outbox.add(connection, message("t"), producer=connect(broker, store_url=url))
+    connection.commit()
+    assert names(first.claim(1)) == ["m0"]
+    first.close()
+    assert names(first.claim(1)) == ["m0"]
+    assert caplog.text.count("earlier version's") == 1
     for _ in range(2):
         with closing(PostgreSQLStore(url)) as store:
             store.create()
-        assert postgresql_server.call(trigger) == [(1,)]
+        assert postgresql_server.call(there) == [(1, 2)]
+    assert caplog.text.count("earlier version's") == 1
+    assert names(second.claim(9)) == ["n0", "m1", "n1", "m2", "n2", "s", "t"]
 
 
 # --- through SQLAlchemy --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ Runs on: the retry thread; the listener has a connection of its own.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import random
 import select
@@ -21,6 +22,7 @@ from typing import Any
 
 from mlproducer import _clock as time
 from mlproducer._core.backoff import Backoff
+from mlproducer._foreign_calls import write
 from mlproducer._store_url import PostgreSQLAddress
 from mlproducer.errors import ConfigurationError, StoreError
 from mlproducer.stores.postgres import sql
@@ -35,6 +37,8 @@ except ImportError:
         "store_url (ML_STORE_URL): postgresql:// needs the package psycopg: "
         "pip install 'mlproducer[postgres]'"
     ) from None
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = 1.0
 """Seconds that a statement may take; more for large messages."""
@@ -233,6 +237,7 @@ class Session:
         self._address = address
         self._connection: _Connection | None = None
         self._begun: psycopg.Cursor[Any] | None = None
+        self._told_of_version = False
         self._ahead = 0.0
         self._trusted_until = 0.0
 
@@ -258,6 +263,7 @@ class Session:
 
         :raises StoreError: it cannot be done
         """
+        self._told_of_version = True
         self.get_ready()
         ((complete,),) = self.run(sql.statements(self._address.table).complete, {})
         if not complete:
@@ -390,7 +396,7 @@ class Session:
         table = self._address.table
         for made in (False, True):
             answer = self._execute(sql.OPEN, {"table": table}, deadline)
-            now, standby, read_only, there, mark = answer[0]
+            now, standby, read_only, there, mark, ordered = answer[0]
             self._note_time(now)
             if standby or read_only:
                 raise sqlstates.ReadOnlySqlTransaction
@@ -398,6 +404,13 @@ class Session:
                 break
             self._make_table(deadline)
         self._check(there, mark)
+        if not (ordered or self._told_of_version):
+            self._told_of_version = True
+            text = (
+                "the table %s at %s is an earlier version's: until 'mlproducer relay "
+                "--create-table' is run, several relays may send a transaction's rows out of order"
+            )
+            write(logger, logging.WARNING, text, table, self._address.name)
         self._execute(sql.statements(table).anchor, None, deadline)
 
     def _note_time(self, now: float) -> None:
