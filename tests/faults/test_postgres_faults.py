@@ -301,6 +301,20 @@ def test_a_statement_timeout(mortal: PostgreSQLServer, store: PostgreSQLStore) -
     assert store.depth() == Depth(0, 0)
 
 
+def test_no_session_waits_for_a_lock_for_a_client_that_has_left(
+    mortal: PostgreSQLServer, store: PostgreSQLStore
+) -> None:
+    """Also where the lock is needed to connect: each attempt would keep one of the connections."""
+    mortal.end_sessions()
+    with psycopg.connect(mortal.url) as blocker:
+        blocker.execute("SELECT pg_advisory_xact_lock(hashtext(%s))", [store.table])
+        with raising(store, "did not answer in time", CONNECTING):
+            store.depth()
+        there = "SELECT pid FROM pg_stat_activity WHERE application_name = 'mlproducer'"
+        until(lambda: not mortal.call(there))
+    assert store.depth() == Depth(0, 0)
+
+
 def test_serialisation_failures(mortal: PostgreSQLServer, url: str) -> None:
     """Where each transaction is serialisable, conflicts are tried again and none is lost."""
     mortal.call("ALTER ROLE app SET default_transaction_isolation = serializable")

@@ -17,6 +17,7 @@ import math
 import random
 import select
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from time import sleep
 from typing import Any
 
@@ -310,8 +311,6 @@ class Session:
                     break
                 sleep(random.uniform(0.0, PAUSE.delay(conflicts)))
             except FOREIGN as error:
-                if isinstance(error, SilentError):
-                    self._cancel()
                 failure = self.failure(error)
                 self.drop()
                 break
@@ -357,18 +356,25 @@ class Session:
         except (sqlstates.SerializationFailure, sqlstates.DeadlockDetected):
             return []
         except FOREIGN as error:
-            if isinstance(error, SilentError):
-                self._cancel()
             failure = self.failure(error)
         self.drop()
         raise failure
 
     def drop(self) -> None:
-        """Close the connection."""
+        """Close the connection, and have the server cancel a statement that it still runs.
+
+        It would notice only at the statement's end that no one waits for it any more: what waits
+        there for a lock, or a standby, would keep one of its connections for each call.
+        """
         self._begun = None
         connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        if connection is None:
+            return
+        if connection.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            connection.deadline = time.monotonic() + CANCEL_TIMEOUT
+            with suppress(*FOREIGN):
+                connection.cancel_safe(timeout=CANCEL_TIMEOUT)
+        connection.close()
 
     def failure(self, error: Exception) -> StoreError:
         """Return the error that the store raises."""
@@ -440,16 +446,6 @@ class Session:
                 f"has a table {table} of version {version}, made by a later mlproducer; this one "
                 f"reads version {sql.VERSION}"
             )
-
-    def _cancel(self) -> None:
-        """Ask the server to cancel the statement, which no one waits for any more."""
-        connection = self._connection
-        if connection is not None:
-            connection.deadline = time.monotonic() + CANCEL_TIMEOUT
-            try:
-                connection.cancel_safe(timeout=CANCEL_TIMEOUT)
-            except FOREIGN:
-                return
 
 
 class _TableError(psycopg.Error):
