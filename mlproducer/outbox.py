@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -271,18 +272,13 @@ class Mover:
 def _executor(connection: Any) -> tuple[str, Execute]:
     """Return the kind of database, and a function that runs statements in the transaction.
 
-    The connection's class is recognized by its name, since importing the three libraries to compare
-    it would need all of them.
-
     :raises ConfigurationError: there is no transaction, or the connection is of an unknown kind
     """
-    kinds = {f"{each.__module__.partition('.')[0]}.{each.__name__}" for each in _kinds(connection)}
-    if "psycopg.Connection" in kinds:
+    if _is_a(connection, "psycopg", "Connection"):
         return POSTGRESQL, _psycopg(connection)
-    if kinds & {"sqlalchemy.Session", "sqlalchemy.scoped_session"}:
+    if _is_a(connection, "sqlalchemy.orm", "Session", "scoped_session"):
         connection = connection.connection()
-        return _known(connection.dialect.name), _sqlalchemy(connection)
-    if "sqlalchemy.Connection" in kinds:
+    if _is_a(connection, "sqlalchemy.engine", "Connection"):
         return _known(connection.dialect.name), _sqlalchemy(connection)
     if hasattr(connection, "in_atomic_block") and hasattr(connection, "vendor"):
         return _known(connection.vendor), _django(connection)
@@ -293,8 +289,10 @@ def _executor(connection: Any) -> tuple[str, Execute]:
     )
 
 
-def _kinds(connection: Any) -> tuple[type, ...]:
-    return type(connection).__mro__
+def _is_a(connection: Any, module: str, *names: str) -> bool:
+    """Whether it is an object of a library's classes, for which that has been imported already."""
+    library = sys.modules.get(module)
+    return isinstance(connection, tuple(getattr(library, name) for name in names if library))
 
 
 _AUTOCOMMIT = (
