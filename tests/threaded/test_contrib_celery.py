@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -590,6 +591,7 @@ def test_a_producer_that_is_closed_amid_a_task(
         ids = [each.properties.message_id for each in broker.messages if each.tag]
         assert [*ids, *(each.message_id for each in producer.tasks)] == [sent.id]
         uninstall(app)
+        gc.collect()  # one that took its place after uninstall() is closed once nothing holds it
         broker.wait_for_connections(0, timeout=LIMIT)
 
 
@@ -603,6 +605,7 @@ def test_a_producer_given_later(app: Celery, producer: Noting) -> None:
         install(other, producer)
         other.send_task("shop.add", ignore_result=True)
         assert [each.name for each in producer.tasks] == ["shop.add"]
+        gc.collect()
         broker.wait_for_connections(0, timeout=LIMIT)
         uninstall(other)
 
