@@ -286,7 +286,10 @@ class Fate(Future[Receipt]):
     def set_running_or_notify_cancel(self) -> bool:
         """Take the message, for the sender; return false if it was withdrawn."""
         self._replace_lost_lock()
-        return super().set_running_or_notify_cancel()
+        try:
+            return super().set_running_or_notify_cancel()
+        except RuntimeError:  # it was taken, or withdrawn, by a call that was cut after that
+            return self.running()
 
     def set_result(self, result: Receipt) -> None:
         """Resolve it: the message was delivered."""

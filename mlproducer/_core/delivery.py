@@ -121,6 +121,9 @@ class Owner(Protocol):
     def vanished(self, deliveries: Sequence[Delivery]) -> None:
         """Their rows are gone from the store, and there is no copy of them."""
 
+    def order_again(self, deliveries: Sequence[Delivery]) -> None:
+        """No order is under way for them, nor an answer."""
+
     def expire(self, delivery: Delivery) -> None:
         """A publisher's time is up."""
 
@@ -385,6 +388,12 @@ class Delivery:
             self.answer = TAKEN[self.answer]
         return claimed
 
+    def claim_again(self) -> bool:
+        """Do what `claim` does, where it may have been cut after its first step."""
+        if not self.is_ours and self.answer is AnswerState.WITHDRAWABLE:
+            self.answer = TAKEN[self.answer]
+        return self.open
+
     def withdraw(self) -> bool:
         """Take the message back; on the publisher's thread.
 
@@ -431,6 +440,15 @@ class Delivery:
         self.answer = CONFIRMED[self.answer]
         receipt = Receipt(self.envelope.message_id, self.attempts, now - self.started)
         self._listener().set_result(receipt)
+
+    def confirm_again(self, now: float) -> None:
+        """Do what `confirm` does, where it may have been cut after its first step."""
+        listener = self._listener()
+        told = listener.done() if isinstance(listener, Fate) else getattr(listener, "given", True)
+        if not told:
+            listener.set_result(
+                Receipt(self.envelope.message_id, self.attempts, now - self.started)
+            )
 
     def defer(self, now: float, *, durable: bool) -> None:
         """Tell a publisher that waits for an answer that the library goes on without it."""

@@ -58,6 +58,13 @@ class DeadLettered(NamedTuple):
     delivery: Delivery
 
 
+class LetterKept(NamedTuple):
+    """Its dead letter is not for this broker, and stays in the store."""
+
+    delivery: Delivery
+    error: PublishError
+
+
 class Deferred(NamedTuple):
     """The library goes on without the publisher."""
 
@@ -196,6 +203,7 @@ Event = (
     | Retried
     | AttemptFailed
     | DeadLettered
+    | LetterKept
     | Deferred
     | PossibleDuplicate
     | Failed

@@ -27,6 +27,7 @@ from mlproducer._core.delivery_states import (
     UNANSWERED,
     AnswerState,
     AttemptEvent,
+    AttemptState,
     RowEvent,
     RowState,
 )
@@ -117,6 +118,8 @@ class FailureHandler:
             self.retire(delivery)
             return
         if delivery.dead:
+            if error.permanent:
+                self.emit(events.LetterKept(delivery, error))
             self.defer(delivery, now)
             return
         delivery.reason = error
@@ -143,8 +146,8 @@ class FailureHandler:
             self.defer(delivery, now)
 
     def _dead_letter(self, delivery: Delivery, error: PublishError, now: float) -> None:
-        delivery.dead = True
-        delivery.envelope = self.make_dead_letter(delivery, error, now)
+        letter = self.make_dead_letter(delivery, error, now)
+        delivery.envelope, delivery.dead = letter, True
         self.defer(delivery, now, fresh=True)
 
     def defer(self, delivery: Delivery, now: float, *, fresh: bool = False) -> None:
@@ -173,14 +176,20 @@ class FailureHandler:
             else:
                 self.defer(delivery, now)
             return
-        self.retire(delivery)
+        delivery.reason = error  # first: what is retired is told it, should this be cut
         if delivery.row in ROW_KNOWN and self.retry_worker.durable:
-            delivery.reason = error
-            self.retry_worker.withdraw(delivery)
+            self.retire(delivery)
+            waited = delivery.in_store
             self._step(delivery, RowEvent.WITHDRAW)
+            self.retry_worker.withdraw(delivery, waited=waited)
             return
+        retired = delivery.attempt not in ON_THE_WIRE
+        if retired:
+            delivery.step_attempt(AttemptEvent.RETIRED)
         self.delete(delivery)
         self._tell(delivery, error)
+        if retired:
+            self.leave_window((delivery,))
 
     def fail_at_the_end(self, delivery: Delivery, error: PublishError) -> None:
         """Fail a message when the producer ends, and no answer of the store is heard any more."""
@@ -225,8 +234,8 @@ class FailureHandler:
     def leave(self, delivery: Delivery, event: AttemptEvent) -> None:
         """Retire or schedule a delivery and free its slot, unless its tag is open."""
         if delivery.attempt not in ON_THE_WIRE:
-            self.leave_window((delivery,))
             delivery.step_attempt(event)
+            self.leave_window((delivery,))
 
     def _step(self, delivery: Delivery, event: RowEvent) -> None:
         """Move the row, and remember whether an answer of the store is waited for."""
@@ -301,6 +310,43 @@ class FailureHandler:
     def _tell(self, delivery: Delivery, error: PublishError) -> None:
         self.emit(events.Failed(delivery, error))
         delivery.fail(error)
+
+    # --- after a failure of the I/O thread -------------------------------------------------------
+
+    def resume(self, delivery: Delivery, error: PublishError, now: float) -> bool:
+        """Go on with what was cut after its attempt had ended; false if an order may be under way.
+
+        :param error: what its publisher is told where nothing else is known
+        """
+        if not delivery.open:
+            self.leave_window((delivery,))
+        elif delivery.row in ROW_PENDING:
+            return False
+        elif delivery.attempt is AttemptState.RETIRED:
+            self.fail(delivery, delivery.reason or error, now)
+            self.leave_window((delivery,))
+        elif delivery.row is RowState.HELD:
+            if delivery.answer is AnswerState.WAITING:
+                self.stored(delivery, now)
+            return False
+        else:
+            self.defer(delivery, now)
+        return True
+
+    def order_again(self, delivery: Delivery, now: float) -> None:
+        """Give the order that was cut off, or take the answer that was, after `resume`."""
+        worker = self.retry_worker
+        if delivery.row is RowState.WITHDRAWING:
+            worker.withdraw(delivery, waited=False)
+            return
+        holds = worker.holds(delivery)
+        if delivery.attempt is AttemptState.SCHEDULED and holds is not False:
+            before = RowState.NONE if holds is None else RowState.HELD
+            if not worker.defer(delivery, now, before=before):
+                return
+        if delivery.row is RowState.WRITING:
+            self.leave_window((delivery,))
+            self.stored(delivery, now)
 
     # --- what is known of an attempt -----------------------------------------------------------
 

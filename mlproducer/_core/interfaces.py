@@ -102,11 +102,17 @@ class RetryWorker(Protocol):
         :param fresh: it has become a dead letter just now, and is due at once
         """
 
+    def holds(self, delivery: Delivery) -> bool | None:
+        """Whether its row is this process's; ``None`` where it has none, as far as is known."""
+
     def settle(self, delivery: Delivery) -> None:
         """Delete its row: it was confirmed, or failed."""
 
-    def withdraw(self, delivery: Delivery) -> None:
-        """Delete its row, and answer through `Sender.withdrawn`: its publisher gets an error."""
+    def withdraw(self, delivery: Delivery, *, waited: bool) -> None:
+        """Delete its row, and answer through `Sender.withdrawn`: its publisher gets an error.
+
+        :param waited: the row counts among those that wait
+        """
 
 
 MakeDeadLetter = Callable[[Delivery, PublishError, float], Envelope]

@@ -191,8 +191,8 @@ class Sender:
 
     def _wants(self, delivery: Delivery, now: float) -> bool:
         """Whether a message whose row this process has claimed again is to be sent."""
-        if delivery.in_flight:
-            return False  # another had its row for a while; its tag, which is open, decides
+        if delivery.in_flight or delivery.attempt is AttemptState.QUEUED:
+            return False  # another had its row for a while; its tag, or its turn, decides
         if delivery.row is RowState.WRITING:
             self.failures.stored(delivery, now)  # its row is there after all
         if delivery.open and delivery.attempt is AttemptState.RETIRED:
@@ -203,7 +203,8 @@ class Sender:
     def stored_ahead(self, deliveries: Iterable[Delivery]) -> None:
         """Note that messages are stored, and may be sent for the first time."""
         for delivery in deliveries:
-            delivery.step_row(RowEvent.STORED_AHEAD)
+            if delivery.row is _NO_ROW:
+                delivery.step_row(RowEvent.STORED_AHEAD)
 
     def turn_away(self, delivery: Delivery, now: float) -> None:
         """Judge a message for which the in-flight window had no room in time."""
@@ -413,20 +414,26 @@ class Sender:
             linked = loss.reply_code in SOFT_ACCUSATIONS
             self._send_queue.poison.isolate(self._still_wanted(lost, linked=linked))
 
-    def recover(self, inside: Iterable[Delivery], now: float) -> None:
+    def recover(self, known: Iterable[Delivery], now: float) -> list[Delivery]:
         """Take up messages over which a callback has failed between two of their steps.
 
-        :param inside: those that have a slot and belong to this connection
+        :param known: those that have a slot or a row, and belong to this connection
+        :returns: those for which an order to the store, or its answer, may be under way
         """
         queue = self._send_queue
         waiting = {*queue.backlog, *queue.poison.suspects, *queue.confirms}
-        for delivery in inside:
+        owed: list[Delivery] = []
+        for delivery in known:
             if delivery not in waiting:
-                guarded(self._recover, delivery, now)
+                guarded(self._recover, delivery, owed, now)
+        return owed
 
-    def _recover(self, delivery: Delivery, now: float) -> None:
+    def _recover(self, delivery: Delivery, owed: list[Delivery], now: float) -> None:
         if delivery.attempt is AttemptState.QUEUED:
-            self._send_queue.backlog.append(delivery)
+            if delivery.claim_again():
+                self._send_queue.backlog.append(delivery)
+            else:
+                self.failures.retire(delivery)
             return
         if delivery.attempt is AttemptState.MAILBOX:
             if delivery.answer is AnswerState.WAITING and delivery.row is _NO_ROW:
@@ -434,17 +441,19 @@ class Sender:
             return
         if delivery.in_flight:
             delivery.step_attempt(AttemptEvent.LOST)
+        text = "an I/O callback failed"
         if delivery.attempt in (AttemptState.FAILED, AttemptState.UNROUTABLE):
-            self._fail_all([delivery], ConnectionLostError, "an I/O callback failed", now)
+            self._fail_all([delivery], ConnectionLostError, text, now)
         elif delivery.attempt is AttemptState.CONFIRMED:
             self._conclude(delivery)
             if delivery.open:
                 self.confirmed += 1
                 self._emit(events.Confirmed([delivery], now))
                 delivery.confirm(now)
+            delivery.confirm_again(now)
             self._leave_window((delivery,))
-        elif delivery.attempt is AttemptState.RETIRED:
-            self._leave_window((delivery,))
+        elif not self.failures.resume(delivery, failure(PublishError, delivery, text), now):
+            owed.append(delivery)
 
     def disconnected(self) -> None:
         """The connection is gone, and with it the broker's Blocked."""

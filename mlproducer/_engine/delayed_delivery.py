@@ -90,6 +90,10 @@ class DelayedDelivery:
             self._begin(open_channel)
         return [each for each in deliveries if not self._delays.is_ours(each.envelope)]
 
+    def holds(self, delivery: Delivery) -> bool:
+        """Whether a delivery is held back."""
+        return any(held is delivery for _, held in self._held)
+
     def release(self, wanted: Delivery | None = None) -> None:
         """Hand on those that are held, or one of them: its publisher's time is up, or all's."""
         if not self._held:

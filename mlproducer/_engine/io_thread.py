@@ -138,9 +138,11 @@ class IOThread:
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
         self._closes = False
+        self._crashed = False
         self._channel: Channel | None = None
         self._returning: deque[Delivery] = deque()  # being readmitted just now
         self._faults: set[tuple[str, str, int]] = set()
+        self._late: set[Delivery] = set()  # seen by `_look_for_lost` the last time
 
     # --- for any thread ------------------------------------------------------------------------
 
@@ -220,7 +222,8 @@ class IOThread:
         self.connector.attach(loop)
         self._breathing = False
         self.relay.hurry()
-        self._recover()
+        if self._crashed:
+            self._recover(self._retry_worker.stored_rows.deliveries(), crashed=True)
         self._tick()
         if self.connector.failures:
             self.connector.redial()
@@ -270,6 +273,7 @@ class IOThread:
 
     def _failed(self, error: BaseException, in_hand: Sequence[Delivery]) -> None:
         """Tell those who wait that the loop failed; put back what was being handed over."""
+        self._crashed = True
         self._emit(events.LoopFailed(error))
         self.is_connected = False
         self._delayed.forget()
@@ -286,15 +290,27 @@ class IOThread:
             ):
                 self.io_loop.mailbox.put(delivery)
 
-    def _recover(self) -> None:
+    def _recover_held(self) -> None:
         """Take up messages over which a callback has failed; pika ends the connection over that."""
+        self._recover(list(self._retry_worker.stored_rows.claims))
+
+    def _recover(self, stored: Sequence[Delivery], *, crashed: bool = False) -> None:
+        """Take up messages that were left between two of their steps.
+
+        :param stored: of those that have a row, in which to look
+        :param crashed: the loop has failed, maybe amid an order to the store
+        """
         now = time.monotonic()
         while self._returning:
             guarded(self.sender.readmit, self._returning.popleft(), now)
-        inside = [each for each in self._gate.inside() if each.owner is self]
-        if self._retry_worker.writes_ahead:  # those may be on their way from the store
-            inside = [each for each in inside if each.attempt is not AttemptState.MAILBOX]
-        self.sender.recover(inside, now)
+        known = dict.fromkeys([*self._gate.inside(), *stored])
+        here = [each for each in known if each.owner is self]
+        ahead = set[Delivery]()
+        if self._retry_worker.writes_ahead:  # those may be on their way to the store, or from it
+            ahead.update(each for each in here if each.attempt is AttemptState.MAILBOX)
+        owed = self.sender.recover([each for each in here if each not in ahead], now)
+        if owed or crashed:
+            self._retry_worker.recover(self, [*owed, *ahead], crashed=crashed)
 
     def _give(self, delivery: Delivery) -> bool:
         """Let another connection accept a delivery, if there is one that is better off."""
@@ -350,8 +366,30 @@ class IOThread:
 
     def _tick(self) -> None:
         self.io_loop.call_later(TICK, self._tick)
+        if len(self._gate):
+            self._look_for_lost(time.monotonic())
         if self.sender.overdue(time.monotonic(), self._give_up) and not self.sender.blocked:
             self.connector.give_up("confirms are overdue")
+
+    def _look_for_lost(self, now: float) -> None:
+        """Take up what has been inside for long, and is neither here nor on its way.
+
+        Its publisher was interrupted twice, before it was handed over, or this thread between the
+        mailbox and the queue.
+        """
+        before, self._late = self._late, set[Delivery]()
+        for delivery in self._gate.inside():
+            if delivery.attempt is not AttemptState.MAILBOX or delivery.owner is not self:
+                continue
+            if now < delivery.deadline + TICK or self._delayed.holds(delivery):
+                continue
+            if delivery not in before or len(self.io_loop.mailbox):
+                self._late.add(delivery)
+            elif delivery.recalled or not delivery.open:
+                delivery.withdraw()
+                self._gate.leave((delivery,))
+            elif not self._retry_worker.writes_ahead:
+                self.io_loop.mailbox.put(delivery)
 
     # --- orders, by way of the mailbox ---------------------------------------------------------
 
@@ -363,6 +401,17 @@ class IOThread:
     def call_at(self, when: float, function: Callable[[], None]) -> None:
         """Have something done at a monotonic time, unless the loop ends."""
         self.io_loop.call_later(max(0.0, when - time.monotonic()), function)
+
+    def order_again(self, deliveries: Sequence[Delivery]) -> None:
+        """Give orders that were cut off, or take answers that were."""
+        now = time.monotonic()
+        for delivery in deliveries:
+            if delivery.owner is not self or not delivery.open:
+                continue
+            if delivery.attempt is not AttemptState.MAILBOX:
+                self.sender.failures.order_again(delivery, now)
+            elif self._retry_worker.holds(delivery):
+                self.stored_ahead([delivery])
 
     def expire(self, delivery: Delivery) -> None:
         """End a publisher's wait."""
@@ -590,7 +639,7 @@ class IOThread:
         self.connector.lost()  # first: a callback for the event may ask for the status
         if was_up:
             self._emit(events.Disconnected(loss))
-        self.order(self._recover)  # not at once: a callback may be in the middle of something
+        self.order(self._recover_held)  # not at once: a callback may be in the middle of something
         self.connector.failed(loss)
         self.relieve()
 

@@ -14,6 +14,7 @@ publishers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import deque
@@ -23,7 +24,7 @@ from functools import partial
 from mlproducer import _clock as time
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.delivery import Delivery, Owner
-from mlproducer._core.delivery_states import ROW_KNOWN, RowState
+from mlproducer._core.delivery_states import ROW_KNOWN, AttemptState, RowState
 from mlproducer._core.events import Emit
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.store_orders import Delete, Put, Update
@@ -33,7 +34,7 @@ from mlproducer._engine.threads import TimerThread
 from mlproducer._synchronization import Latch
 from mlproducer.errors import StoreError, UnroutableError
 from mlproducer.stores.memory import MemoryStore
-from mlproducer.stores.protocol import Claim, Depth, Entry, Store
+from mlproducer.stores.protocol import Claim, Depth, Entry, Row, Store
 
 MIN_PAUSE = 0.5
 """Seconds between two sweeps at least, where leases have to be renewed."""
@@ -68,13 +69,15 @@ class RetryWorker:
         self._in_memory = type(store) is MemoryStore
         # guards: the store, its rows and its writer, where I/O threads put into the memory store
         # themselves; held by the retry thread for a sweep, and waited for by that one alone
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._watch: Callable[[], None] | None = None
         self._woken = False
         self._expected: deque[tuple[Delivery, Claim]] = deque()
         self._claims_ahead = hasattr(store, "claim_ahead")
         self._ahead_since: tuple[float, float] | None = None
         self._found = 0  # rows that the store returned of what it was last asked for
+        self._claiming = False  # by the sweep under way, or by one that was cut
+        self._claimed: list[Row] = []
 
     @property
     def depth(self) -> Depth:
@@ -153,11 +156,28 @@ class RetryWorker:
         """Delete the row of a message that has found its end."""
         self._store_writer.order(Delete(delivery, delivery.dead, waited=delivery.in_store))
 
-    def withdraw(self, delivery: Delivery) -> None:
+    def withdraw(self, delivery: Delivery, *, waited: bool) -> None:
         """Delete the row of a message, and report that."""
-        self._store_writer.order(
-            Delete(delivery, delivery.dead, waited=delivery.in_store, told=True)
-        )
+        self._store_writer.order(Delete(delivery, delivery.dead, waited=waited, told=True))
+
+    def holds(self, delivery: Delivery) -> bool | None:
+        """Whether its row is this process's; ``None`` where it has none, as far as is known."""
+        if self.stored_rows.has_row(delivery):
+            return True
+        return None if self.stored_rows.claim_of(delivery) is None else False
+
+    def recover(self, owner: Owner, deliveries: Sequence[Delivery], *, crashed: bool) -> None:
+        """Report for which of these no order is under way, nor an answer.
+
+        :param crashed: the owner's loop has failed, maybe between a step of a row and the order
+            that belongs to it, or while it had the lock
+        """
+        if crashed:
+            with contextlib.suppress(RuntimeError):  # it has the lock no more
+                while True:
+                    self._lock.release()
+            self.thread.order(self._store_writer.settle_counts)
+        self.thread.order(partial(self._recover, owner, deliveries))
 
     def verify(self) -> None:
         """See soon that the rows are still there, and store what has none although it should."""
@@ -203,6 +223,30 @@ class RetryWorker:
             self._lock.release()
         return stored
 
+    def _recover(self, owner: Owner, deliveries: Sequence[Delivery]) -> None:
+        with self._lock:
+            self._release_claimed()
+            self._store_writer.carry_out()
+            pending = {order.delivery for order in self._store_writer.pending()}
+        pending.update(self.stored_rows.rowless)
+        owed = [each for each in deliveries if each not in pending]
+        if owed:  # behind whatever else is on its way to them
+            owner.order(partial(owner.order_again, owed))
+
+    def _release_claimed(self) -> None:
+        """Release what a sweep that was cut had claimed; of what was sent, the tag decides."""
+        epoch, now = wall_clock(), time.monotonic()
+        for row in self._claimed:
+            delivery = self.stored_rows.holder_of(row.claim)
+            delivery = delivery or self.stored_rows.take(row, now, epoch)
+            if delivery.attempt is AttemptState.SCHEDULED:
+                self._gate.leave((delivery,))
+                self._store_writer.order(Update(delivery, row.record, 0.0, first=False))
+        self._claimed, self._claiming = [], False
+        if isinstance(self._store, MemoryStore):
+            held = set(self.stored_rows.claims.values())
+            self._store.reclaim(held, self.stored_rows.known_keys())
+
     def _ring(self) -> None:
         self.thread.order(self._carry_out)
 
@@ -236,6 +280,8 @@ class RetryWorker:
             self._watch()
         with self._lock:
             try:
+                if self._claiming:
+                    self._release_claimed()
                 self._renew(now)
                 self._store_writer.put_again()
                 if self._store_writer.carry_out():
@@ -277,7 +323,8 @@ class RetryWorker:
         # One also where the window is full, and stays so while publishers wait for it: if there is
         # one that is due, a part of the window is left to such.
         limit = max(1, room)
-        rows = self._store.claim(limit)
+        self._claiming = True
+        self._claimed = rows = self._store.claim(limit)
         # After the claim, not before it: one that was committed meanwhile may be among these.
         self._note_expected()
         self._found = len(rows) + (self._found if self._ahead_since is not None else 0)
@@ -307,6 +354,7 @@ class RetryWorker:
                 self.hurries = True
                 self._store_writer.order(Update(delivery, row.record, 0.0, first=False))
         self._hand_out(taken, ready)
+        self._claimed, self._claiming = [], False
         if full:
             self._give_back()
         else:

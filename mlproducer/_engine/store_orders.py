@@ -21,6 +21,7 @@ class Put:
     :ivar restores: its row is gone from the store, or could not be written although its publisher
         relies on it
     :ivar refusal: why it is not
+    :ivar cut: it failed in other ways than that the store refused it
     """
 
     delivery: Delivery
@@ -28,6 +29,7 @@ class Put:
     done: Latch | None = None
     restores: bool = False
     refusal: PublishError | None = None
+    cut: bool = False
 
     @property
     def wanted(self) -> bool:

@@ -1,7 +1,8 @@
 """Writes to the store what the retry worker is ordered to, together what has come together.
 
 Orders that come in a burst share one transaction, and so one fsync. A store that is full for one
-kind of orders may be fit for another. What cannot be noted or deleted now stays ordered.
+kind of orders may be fit for another. What cannot be noted or deleted now stays ordered. So does
+what is cut in the middle, by a MemoryError say: it is carried out again, from the beginning.
 
 Runs on: the retry thread; `StoreWriter.order` and `StoreWriter.depth` on any.
 """
@@ -13,7 +14,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from attrs import define, field
 
@@ -79,6 +80,8 @@ class StoreWriter:
         self._emit = emit
         self._ring = ring
         self._orders: deque[Put | Update | Delete] = deque()
+        self._in_hand: list[Put | Update | Delete] = []
+        self._cut = False  # those in hand may have been carried out, or a part of them
         self._rung = False
         # By how much rows become more or fewer, by whether they are dead. I/O threads order at the
         # same time, and to add is more than one step; so each thread has a sum of its own.
@@ -155,27 +158,45 @@ class StoreWriter:
 
     def carry_out(self) -> bool:
         """Do all that was ordered so far; what the store does not take now stays ordered."""
-        # Cleared first: an order that comes after that rings. Only this thread takes orders out, so
-        # there are at least as many as were counted.
-        self._rung = False
-        orders = [self._orders.popleft() for _ in range(len(self._orders))]
+        self._rung = False  # first: an order that comes after that rings
+        again, self._cut = self._cut, True
+        for _ in range(len(self._orders)):  # only this thread takes orders out
+            self._in_hand.append(self._orders[0])
+            self._orders.popleft()
+        orders = list(dict.fromkeys(self._in_hand))  # a cut between these two leaves one twice
         puts = [order for order in orders if isinstance(order, Put)]
         updates = [order for order in orders if isinstance(order, Update)]
         deletes = [order for order in orders if isinstance(order, Delete)]
-        steps = (
-            self._attempt(self._put, puts, again=False),  # it has told those whom it refused
-            self._attempt(self._update, updates),
-            self._attempt(self._delete, deletes),
+        steps: tuple[tuple[Callable[[Any], None], Sequence[Any]], ...] = (
+            (self._put_rest if again else self._put, puts),
+            (self._update, updates),
+            (self._delete, deletes),
         )
-        return all(steps)
+        left = [each for step, some in steps if not self._attempt(step, some) for each in some]
+        # What was refused has been told so. Other failures are met once more, not for ever.
+        self._in_hand = [
+            each for each in left if not isinstance(each, Put) or (each.cut and not again)
+        ]
+        self._cut = any(isinstance(each, Put) for each in self._in_hand)
+        if again:
+            self.settle_counts()
+        return not left
 
-    def _attempt(
-        self,
-        step: Callable[[Sequence[Order]], None],
-        orders: Sequence[Order],
-        *,
-        again: bool = True,
-    ) -> bool:
+    def settle_counts(self) -> None:
+        """Count what has been carried out as what was ordered and is not to be done any more."""
+        carried = Counter[bool]()
+        for ordered in list(self._ordered.values()):
+            carried.update(ordered)
+        for order in self.pending():
+            if not isinstance(order, Put):
+                carried[order.dead] -= order.change
+        self._carried = carried
+
+    def pending(self) -> list[Put | Update | Delete]:
+        """Return what is still to be carried out."""
+        return list(dict.fromkeys([*self._in_hand, *self._orders]))
+
+    def _attempt(self, step: Callable[[Sequence[Order]], None], orders: Sequence[Order]) -> bool:
         """Do one kind of orders; a store that is full for one may be fit for another."""
         if not orders:
             return True
@@ -183,8 +204,6 @@ class StoreWriter:
             step(orders)
         except Exception as error:  # noqa: BLE001 - also where a user's store fails in its own way
             self.failed(self._as_store_error(error))
-            if again:
-                self._orders.extendleft(reversed(orders))
             return False
         return True
 
@@ -194,12 +213,22 @@ class StoreWriter:
         They are remembered until they are stored: a close finds them although the store is silent.
         """
         puts = list(self._stored_rows.rowless.values())
-        self._attempt(self._put, puts, again=False)
+        self._attempt(self._put, puts)
         for put in puts:
             if not put.wanted:
                 self._stored_rows.rowless.pop(put.delivery, None)
         if puts and not self._stored_rows.rowless:
             self._gate.emptied.changed()  # a flush() may have waited for these alone
+
+    def _put_rest(self, puts: Sequence[Put]) -> None:
+        """Store what is not there yet of what was cut, and tell of what is."""
+        claims = [(put, self._stored_rows.claim_of(put.delivery)) for put in puts]
+        there = [(put, claim) for put, claim in claims if claim is not None]
+        if there:
+            now = time.monotonic()
+            puts = [put for put, _ in there]
+            self._stored(puts, [claim for _, claim in there], now, again=True)
+        self._put([put for put, claim in claims if claim is None])
 
     def _put(self, puts: Sequence[Put]) -> None:
         """Store messages, but for those whose publishers have given up waiting for it.
@@ -217,6 +246,8 @@ class StoreWriter:
             sure = [put.delivery for put in there if put.delivery not in rows.lost_rows]
             self._tell(sure, lambda owner, some: owner.stored(some))
         taken: list[Put] = []
+        for put in puts:
+            put.cut = True
         entries = self._wanted(puts, taken)
         now = time.monotonic()
         try:
@@ -226,10 +257,12 @@ class StoreWriter:
                 self._refuse(taken, error)
             else:  # for some of them there may be room
                 for put in taken:
-                    self._attempt(self._put, [put], again=False)
+                    self._attempt(self._put, [put])
         except Exception as error:
             taken += [put for put in puts if put not in taken and put.wanted]
             self._refuse(taken, self._as_store_error(error))
+            for put in puts:
+                put.cut = False
             raise
         else:
             self._stored(taken, claims, now)
@@ -243,25 +276,31 @@ class StoreWriter:
                     put.delivery.lease(-math.inf)
                 yield put.entry
 
-    def _stored(self, puts: Sequence[Put], claims: Sequence[Claim], now: float) -> None:
-        """Tell that messages are stored; what can fail, as counting can, comes after that."""
+    def _stored(
+        self, puts: Sequence[Put], claims: Sequence[Claim], now: float, *, again: bool = False
+    ) -> None:
+        """Tell that messages are stored; what can fail, as counting can, comes after that.
+
+        :param again: some may have been taken from their publishers by this, which was cut then
+        """
         ahead, kept = [], []
         for put, claim in zip(puts, claims, strict=True):
+            if put.entry.delay is None:
+                self._stored_rows.hold(put.delivery, claim, now)
+            else:
+                self._stored_rows.park(put.delivery, claim)
+        for put in puts:
             delivery = put.delivery
             self._stored_rows.rowless.pop(delivery, None)
             if put.entry.ahead:
                 self._stored_rows.ahead.add(delivery)
             else:
                 self._counted.new[delivery] = put.entry.record.dead
-            if put.entry.delay is None:
-                self._stored_rows.hold(delivery, claim, now)
-            else:
-                self._stored_rows.park(delivery, claim)
             if not put.entry.ahead:
                 kept.append(delivery)
             elif put.restores:
                 continue
-            elif delivery.claim() or (delivery.open and delivery.relied_on):
+            elif delivery.claim_again() if again else _is_taken(delivery):
                 ahead.append(delivery)
             else:  # its publisher has given up while it was being stored
                 self.order(Delete(delivery, dead=False, waited=False))
@@ -375,17 +414,18 @@ class StoreWriter:
             if self._stored_rows.expects(delivery):
                 continue  # its transaction is not over, or was rolled back
             lost_row = self._stored_rows.lost_rows.get(delivery)
-            self._stored_rows.drop(delivery)
             if lost_row is None:
                 vanished.append(delivery)
-            elif delivery.open:
+                continue
+            if delivery.open:
                 delivery.lease(math.inf)  # there is nothing that another could have
                 self._stored_rows.rowless[delivery] = lost_row.put or self._restoring(delivery)
+            self._stored_rows.drop(delivery)
         self._tell(vanished, lambda owner, some: owner.vanished(some))
         for fate in _ENDS:
-            for delivery in by_fate[fate]:
-                self._stored_rows.drop(delivery)
             self._tell_end(by_fate[fate], fate)
+        for delivery in [*vanished, *by_fate[_ENDS[0]], *by_fate[_ENDS[1]]]:
+            self._stored_rows.drop(delivery)  # not before they are told, should this be cut
 
     def _restoring(self, delivery: Delivery) -> Put:
         record = record_of(delivery, time.monotonic())
@@ -468,10 +508,15 @@ def _say_withdrawn(owner: Owner, deliveries: list[Delivery], *, gone: bool) -> N
     owner.withdrawn(deliveries, gone=gone)
 
 
+def _is_taken(delivery: Delivery) -> bool:
+    return delivery.claim() or (delivery.open and delivery.relied_on)
+
+
 def _open(puts: Sequence[Put]) -> None:
     for put in puts:
-        if put.done is not None:
-            put.done.open()
+        done, put.done = put.done, None  # this may be done again
+        if done is not None:
+            done.open()
 
 
 def _patience(puts: Sequence[Put]) -> float:

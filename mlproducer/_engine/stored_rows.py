@@ -135,8 +135,8 @@ class StoredRows:
 
     def hold(self, delivery: Delivery, claim: Claim, now: float) -> None:
         """Remember a claim, whose lease began at ``now`` or later."""
-        self._begin_lease(delivery, now)
         self.claims[delivery] = claim
+        self._begin_lease(delivery, now)
 
     def renewed(self, lost: Sequence[Claim], now: float) -> None:
         """Renew all leases, but for those that have been lost."""
@@ -167,11 +167,11 @@ class StoredRows:
 
     def park(self, delivery: Delivery, claim: Claim) -> None:
         """Remember a delivery whose row waits, claimed by no process."""
-        self.claims.pop(delivery, None)
-        if self._durable:
-            delivery.unload()
         self._parked[claim.key] = delivery
         self._last[delivery] = claim
+        if self._durable:
+            delivery.unload()
+        self.claims.pop(delivery, None)  # last, should this be cut
 
     def claim_of(self, delivery: Delivery) -> Claim | None:
         """Return the last claim of its row, which holds if no process has claimed it since."""
@@ -206,12 +206,15 @@ class StoredRows:
 
         :param epoch: what `wall_clock` says at ``now``
         """
-        delivery = self._parked.pop(row.claim.key, None)
+        delivery = self._parked.get(row.claim.key)
         if delivery is None:
             delivery = _revived(row.record, now, epoch)
             if not self._durable:  # memory forgets only what has found its end
                 delivery.step_answer(AnswerEvent.RELEASED)
+            self.hold(delivery, row.claim, now)
         else:
+            self.hold(delivery, row.claim, now)  # first, should this be cut: see `holder_of`
+            self._parked.pop(row.claim.key, None)
             self._last.pop(delivery, None)
             self._expected.pop(delivery, None)
             self.lost_rows.pop(delivery, None)
@@ -223,8 +226,15 @@ class StoredRows:
                 doubtful=record.doubtful,
                 waits=read_reason(record.reason).route_was_there,
             )
-        self.hold(delivery, row.claim, now)
         return delivery
+
+    def holder_of(self, claim: Claim) -> Delivery | None:
+        """Return the delivery that holds a claim; it is looked for among all."""
+        return next((each for each, held in list(self.claims.items()) if held == claim), None)
+
+    def known_keys(self) -> set[int]:
+        """Return the keys of all rows that a delivery is remembered for."""
+        return {claim.key for claim in list(self.claims.values())} | set(self._parked)
 
     def drop(self, delivery: Delivery) -> Claim | None:
         """Forget a delivery that has found its end, and give the last claim of its row."""

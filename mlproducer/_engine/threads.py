@@ -5,11 +5,10 @@ Runs on: any thread.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -98,19 +97,32 @@ class TimerThread:
     for one order at the most once it is due, and so do orders for the job: neither keeps the
     other from its turn, however slow and many they are.
 
+    An order stays the first in line until it is carried out. One that raises, or is cut by what is
+    raised on the thread from outside, is carried out once more: what was done of it by then is done
+    again.
+
     :param job: what to do when it is due; it sets the time when it is due next
     """
 
     def __init__(self, job: Callable[[], None]) -> None:
         self._job = job
-        self._orders: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._orders: deque[Callable[[], object]] = deque()
+        self._tried: Callable[[], object] | None = None  # the order that has failed once
+        # guards: nothing; it is held, and each release lets the thread look for orders once
+        self._bell = threading.Lock()
+        self._bell.acquire()
         self._running = True
         self._left = False
         self.due: float | None = None
 
     def order(self, function: Callable[[], object]) -> None:
         """Have something done soon; from any thread."""
-        self._orders.put(function)
+        self._orders.append(function)
+        if self._bell.locked():
+            try:
+                self._bell.release()
+            except RuntimeError:
+                return  # another thread has rung at this very moment
 
     def call_at(self, when: float) -> None:
         """Have the job done at a monotonic time; from any thread."""
@@ -133,35 +145,39 @@ class TimerThread:
         ordered = False
         while self._running:
             try:
-                task, ordered = self._next(after_order=ordered)
-                if not self._left:
-                    task()
+                ordered = self.step(after_order=ordered)
             except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
                 write(logger, logging.ERROR, "a timer thread's step failed; going on", error=error)
 
-    def _next(self, *, after_order: bool) -> tuple[Callable[[], object], bool]:
-        """Wait for what is to be done next, and return it and whether it was ordered."""
+    def step(self, *, after_order: bool) -> bool:
+        """Do what is next, or wait for it; true if it was ordered."""
         patience = self._patience()
-        if after_order and patience == 0.0:
-            return self._job, False
-        try:
-            # Before Python 3.13 a queue that is empty and has not just been found so takes a turn
-            # before it sleeps, and sleeps for ever if its timeout is over by then.
-            with contextlib.suppress(queue.Empty):
-                return self._orders.get_nowait(), True
-            return self._orders.get(timeout=patience), True
-        except queue.Empty:
-            return (_nothing if self.due is None else self._job), False
+        if self._orders and not (after_order and patience == 0.0):
+            self._carry_out()
+            return True
+        if patience == 0.0:
+            self._job()
+        else:
+            self._bell.acquire(timeout=patience)
+        return False
+
+    def _carry_out(self) -> None:
+        order = self._orders[0]
+        again = order is self._tried
+        if again:
+            self._orders.popleft()  # whatever comes of it now
+        self._tried = order
+        if not self._left:
+            order()
+        if not again:
+            self._orders.popleft()
+        self._tried = None
 
     def _patience(self) -> float:
         return IDLE if self.due is None else max(0.0, self.due - time.monotonic())
 
     def _stop(self) -> None:
         self._running = False
-
-
-def _nothing() -> None:
-    """Wake, and see that nothing is due."""
 
 
 def join_all(threads: Iterable[threading.Thread], deadline: float) -> bool:

@@ -44,6 +44,7 @@ LOGGERS = {
     "no answer to the health check; reconnecting": "_engine.health",
     "circuit breaker": "_core.breaker",
     "dead-lettered": "dead_letters",
+    "a dead letter stays in the store": "dead_letters",
     "the store fails": "stores",
     "confirm for a delivery tag that is not open": "_core.send_queue",
     "the I/O loop failed; going on with a new one": "_engine.io_loop",
@@ -142,6 +143,12 @@ LINES: Mapping[type[Event], Callable[[Any], Line | None]] = {
             event.delivery.attempts,
             type(event.delivery.reason).__name__,
         ),
+    ),
+    events.LetterKept: lambda event: Line(
+        ERROR,
+        "a dead letter stays in the store",
+        "message_id=%s reason=%s",
+        (quoted(event.delivery.envelope.message_id), quoted(str(event.error))),
     ),
     events.StoreFailed: lambda event: Line(
         ERROR, "the store fails", "reason=%s", (quoted(str(event.error)),)

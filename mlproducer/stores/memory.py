@@ -6,7 +6,7 @@ Runs on: the retry thread, its only owner; any thread may read its depth.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from attrs import define, evolve
 
@@ -131,6 +131,19 @@ class MemoryStore:
         if slot is None or slot.token != row.claim.token or slot.due is None:
             return None
         return self._claimed(row.claim.key, slot)
+
+    def reclaim(self, held: Container[Claim], known: Container[int]) -> None:
+        """Make due what is claimed and not held, and delete what is not known.
+
+        The calls that claimed or stored it were cut before they returned.
+
+        :param known: the keys of rows that are remembered
+        """
+        for key, slot in list(self._slots.items()):
+            if key not in known:
+                self._count(self._slots.pop(key), -1)
+            elif slot.due is None and Claim(key, slot.token) not in held:
+                slot.due = self._clock()
 
     def depth(self) -> Depth:
         """Count the rows."""

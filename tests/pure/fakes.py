@@ -60,7 +60,11 @@ class FakeRetryWorker:
         self.rows[delivery] = delivery.attempts
         return False
 
-    def withdraw(self, delivery: Delivery) -> None:
+    def holds(self, delivery: Delivery) -> bool | None:
+        """Whether there is one."""
+        return delivery in self.rows or None
+
+    def withdraw(self, delivery: Delivery, *, waited: bool) -> None:
         """Delete it, and note that it is to be given back."""
         self.withdrawn.append(delivery)
         self.rows.pop(delivery, None)
@@ -106,6 +110,7 @@ class Recorder(Sink):
             ),
             events.Deferred: lambda event: self._note("deferred", event.delivery),
             events.DeadLettered: lambda event: self._note("dead-lettered", event.delivery),
+            events.LetterKept: lambda event: self._note("letter kept", event.delivery),
             events.PossibleDuplicate: lambda event: self._note(
                 "possible duplicate", event.delivery
             ),

@@ -384,8 +384,8 @@ class ModelProducer:
         try:
             if self.stuck:
                 return
-            if not orders.empty():
-                orders.get_nowait()()
+            if orders:
+                orders.popleft()()
             elif due is not None and due <= self.clock.now:
                 self.retry_worker.sweep()
         except NoAnswerError as silence:
@@ -396,7 +396,7 @@ class ModelProducer:
     @property
     def ordered(self) -> bool:
         """Whether the retry thread has something to do, and can do it."""
-        return not (self.stuck or self.retry_worker.thread._orders.empty())
+        return bool(self.retry_worker.thread._orders) and not self.stuck
 
     def work(self, seconds: float) -> Iterator[None]:
         """Let every thread do all that it has to do, now and after a time, thing by thing."""

@@ -15,7 +15,7 @@ import pytest
 from mlproducer._core import events
 from mlproducer._core.interfaces import Loss, LossKind
 from mlproducer._core.states import CircuitState, ConnectionState
-from mlproducer.errors import NackError, StoreError
+from mlproducer.errors import MessageTooLargeError, NackError, StoreError
 from mlproducer.observe.callbacks import Callbacks, CallbackSink, Dispatcher, Event
 from mlproducer.observe.limited_logger import LimitedLogger, Limiter
 from mlproducer.observe.log import LOGGERS, MAX_WORDS, LogSink
@@ -69,6 +69,9 @@ LOSS = Loss("h:5672: connection refused", kind=LossKind.REFUSED)
 
 STORMS: dict[str, Callable[[LogSink], None]] = {
     "dead letters": lambda sink: sink.take(events.DeadLettered(make_delivery())),
+    "letters too long": lambda sink: sink.take(
+        events.LetterKept(make_delivery(), MessageTooLargeError("too long"))
+    ),
     "failed attempts": lambda sink: sink.take(events.ConnectFailed(LOSS)),
     "lost connections": lambda sink: sink.take(events.Disconnected(LOSS)),
     "lost channels": lambda sink: sink.take(events.ChannelLost(Loss("gone", 404))),

@@ -283,6 +283,23 @@ def test_headers_over_the_frame() -> None:
     assert world.channel.written == [("b", 1)]
 
 
+def test_a_letter_over_the_frame_of_the_next_broker() -> None:
+    """It stays where it is, and an operator is told so."""
+    world = World(max_retries=0)
+    world.up()
+    [delivery] = world.send("a")
+    world.nack(1)
+    world.sender.stored([delivery], world.now)
+    assert delivery.dead
+    world.down()
+    world.up(FakeChannel(longest_properties=1))
+    world.sender.readmit(delivery, world.now)
+    world.sender.pump(world.now)
+    assert world.channel.written == []
+    assert world.events.log[-1] == ("letter kept", "a")
+    assert delivery.attempt is AttemptState.SCHEDULED
+
+
 @pytest.mark.parametrize("error", [BufferFullError("full"), StoreError("locked")])
 def test_store_fails(world: World, error: Exception) -> None:
     """What could not be stored is its publisher's again, and is not sent later."""

@@ -461,7 +461,7 @@ class SenderMachine(RuleBasedStateMachine):
         """I2: what has found its end has no row, or one that is about to be deleted."""
         producer = self.producer
         ordered = {
-            order.delivery for order in producer.retry_worker._store_writer._orders
+            order.delivery for order in producer.retry_worker._store_writer.pending()
         } | producer.posted()
         for record in producer.left_rows():
             ends = record.delivery in ordered or producer.stuck

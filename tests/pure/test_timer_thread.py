@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
-
 from mlproducer._engine.threads import TimerThread
 
 MANY = 100
@@ -49,19 +47,24 @@ def test_orders_have_their_turn_beside_an_job_that_is_always_due() -> None:
     assert done == ["order", "job"] * 3
 
 
-def test_a_thread_that_fails_between_two_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes on: without it nothing would be retried, or stored, any more."""
+def test_an_order_that_fails() -> None:
+    """It is carried out once more, as are those behind it: what was ordered may be cut anywhere."""
     done: list[str] = []
-    thread = TimerThread(lambda: done.append("job"))
-    step, failures = thread._next, [MemoryError(), SystemExit()]
+    failures: list[BaseException] = [SystemExit(), MemoryError()]
 
-    def failing(*, after_order: bool) -> object:
+    def fail_once() -> None:
+        done.append("begun")
         if failures:
             raise failures.pop()
-        return step(after_order=after_order)
+        done.append("done")
 
-    monkeypatch.setattr(thread, "_next", failing)
-    thread.order(lambda: done.append("order"))
+    def fail() -> None:
+        done.append("in vain")
+        raise ValueError("bug")
+
+    thread = TimerThread(lambda: done.append("job"))
+    for order in (fail_once, fail_once, fail, lambda: done.append("last")):
+        thread.order(order)
     thread.stop()
     thread.run()
-    assert done == ["order"]
+    assert done == [*["begun"] * 2, "begun", "done", "in vain", "in vain", "last"]

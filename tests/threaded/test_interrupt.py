@@ -10,6 +10,11 @@ from typing import Any
 
 import pytest
 
+from mlproducer._engine import io_thread
+from mlproducer._engine.engine import Engine
+from tests.helpers import LIMIT, make_message, wait_until
+from tests.threaded.conftest import Connect, Serve
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -87,3 +92,55 @@ def test_close_is_cut_at_each_step() -> None:
     report = cut("close")
     assert report["steps"] > 50
     assert report["wrong"] == []
+
+
+@pytest.mark.parametrize("way", ["publish", "submit"])
+def test_interrupted_twice(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The second interrupt comes while the message is taken back: its slot is given back later."""
+    monkeypatch.setattr(io_thread, "TICK", 0.05)
+    producer = connect(serve(), max_in_flight=1, publish_timeout=0.05)
+    assert producer.wait_connected(LIMIT)
+    runtime: Any = producer._life.runtime
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "post", interrupt)
+        patch.setattr(Engine, "post_stored", interrupt)
+        patch.setattr(Engine, "take_back", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(producer, way)(make_message("m"))
+    assert wait_until(lambda: not len(runtime.gate))
+    assert producer.publish(make_message("next"), timeout=LIMIT).confirmed
+
+
+def cut_thread(role: str, store: str, stride: int) -> dict[str, Any]:
+    """Run the program that cuts a thread of the library."""
+    command = [sys.executable, "-m", "tests.threaded.cut_threads"]
+    ended = subprocess.run(
+        [*command, role, store, str(stride)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    report: dict[str, Any] = json.loads(ended.stdout)
+    return report
+
+
+@pytest.mark.parametrize(
+    ("role", "store", "stride"),
+    [("io", "memory", 21), ("io", "sqlite", 35), ("retry", "memory", 15), ("retry", "ahead", 34)],
+)
+def test_a_thread_is_cut_at_each_step(role: str, store: str, stride: int) -> None:
+    """What it does in the middle of a message's life is taken up: no message, or slot, is lost.
+
+    Each step takes a message of its own, and there are hundreds: here are some of them.
+    """
+    report = cut_thread(role, store, stride)
+    assert report["steps"] > 5
+    assert report["lost"] == []
