@@ -92,7 +92,7 @@ def test_messages_are_published_without_each_of_pikas() -> None:
     names = [name for module in NAMES if module.startswith("pika.") for name in NAMES[module]]
     command = [sys.executable, "-m", "tests.house.renamed_pika", *names]
     done = subprocess.run(
-        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=9 * LIMIT, check=True
+        command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=4 * LIMIT, check=True
     )
     assert json.loads(done.stdout) == {}
 
