@@ -23,7 +23,7 @@ pytestmark = pytest.mark.broker
 PACKAGE = Path(mlproducer.__file__).parent
 QUEUE = "ml.embed"
 EXIT_LIMIT = 5.0
-SLACK = 3.0
+SLACK = 10.0
 """Seconds for the interpreter's own end, on a machine that is busy."""
 
 

@@ -28,7 +28,7 @@ def _strict_client(certificates: Certificates) -> ssl.SSLContext:
 def _serve_once(listener: socket.socket, context: ssl.SSLContext) -> None:
     raw, _ = listener.accept()
     with raw:
-        raw.settimeout(10.0)
+        raw.settimeout(60.0)
         try:
             with context.wrap_socket(raw, server_side=True) as link:
                 link.sendall(b"!")
@@ -42,12 +42,12 @@ def _handshake(server: Certificate, ca: Path | None, client: ssl.SSLContext) -> 
     context.load_cert_chain(server.cert, server.key)
     context.verify_mode = ssl.CERT_NONE if ca is None else ssl.CERT_REQUIRED
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(10.0)
+        listener.settimeout(60.0)
         thread = threading.Thread(target=_serve_once, args=[listener, context], daemon=True)
         thread.start()
         try:
             with (
-                socket.create_connection(listener.getsockname(), timeout=10.0) as raw,
+                socket.create_connection(listener.getsockname(), timeout=60.0) as raw,
                 client.wrap_socket(raw, server_hostname="localhost") as link,
             ):
                 return link.recv(1)
@@ -117,7 +117,7 @@ def test_a_broker_demands_a_client_certificate(certificates: Certificates, tmp_p
 
 def _amqp_greeting(port: int, client: ssl.SSLContext) -> bytes:
     with (
-        socket.create_connection(("127.0.0.1", port), timeout=10.0) as raw,
+        socket.create_connection(("127.0.0.1", port), timeout=60.0) as raw,
         client.wrap_socket(raw, server_hostname="localhost") as link,
     ):
         link.sendall(b"AMQP\x00\x00\x09\x01")

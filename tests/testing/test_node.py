@@ -159,7 +159,7 @@ def test_a_frozen_node_accepts_and_does_not_answer(rabbitmq_node: RabbitMQNode) 
             with pytest.raises(TimeoutError):
                 link.recv(1)
             assert rabbitmq_node.running
-        link.settimeout(10.0)
+        link.settimeout(60.0)
         assert link.recv(1) == b"\x01"
 
 
