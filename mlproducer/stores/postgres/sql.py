@@ -291,7 +291,7 @@ _TEMPLATES = {
         ), others AS MATERIALIZED (
             SELECT xact FROM ahead WHERE follows IN (
                 SELECT key FROM $table WHERE key = ANY(ARRAY(SELECT follows FROM ahead))
-                    AND NOT ready AND owner NOT IN (0, %(me)s))
+                    AND CASE WHEN ready THEN false ELSE owner NOT IN (0, %(me)s) END)
         ), picked AS MATERIALIZED (
             SELECT here.* FROM {_LACKING}, LATERAL (
                 SELECT {_SIZED}, follows, xact FROM $table
