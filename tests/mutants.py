@@ -182,12 +182,12 @@ def tests() -> list[str]:
     return [str(path) for path in sorted(PURE.glob("test_*.py"), key=rank)]
 
 
-def survives(mutant: Mutant, files: Sequence[str]) -> bool:
-    """Run the tests in a forked process, and return whether they have passed."""
+def exit_code(mutant: Mutant, files: Sequence[str]) -> int:
+    """Run the tests in a forked process; return 0 if they passed, or less if a limit ended it."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
-        return status == 0
+        return os.waitstatus_to_exitcode(status)
     code = 1
     with contextlib.suppress(BaseException):
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
@@ -223,9 +223,10 @@ def main() -> None:
     os.chdir(ROOT)
     files, survivors = tests(), 0
     for mutant in mutants:
-        if survives(mutant, files):
-            survivors += 1
-            print("survived", mutant.name, flush=True)
+        code = exit_code(mutant, files)
+        survivors += code == 0
+        if code <= 0:
+            print("survived" if code == 0 else "ended by a limit", mutant.name, flush=True)
     print(f"{len(mutants)} of {total} mutants tried, {len(mutants) - survivors} killed")
     sys.exit(1 if survivors else 0)
 
