@@ -29,8 +29,8 @@ from mlproducer.testing.workspace import Program, Workspace
 __all__ = ["PostgreSQLError", "PostgreSQLNotInstalled", "PostgreSQLServer", "as_user"]
 
 _HOST = "127.0.0.1"
-_KILL_LIMIT = 10.0
-_CALL_LIMIT = 5.0
+_KILL_LIMIT = 60.0
+_CALL_LIMIT = 30.0
 _GONE_INTERVAL = 0.02
 _USERS = ("postgres", "nobody")
 

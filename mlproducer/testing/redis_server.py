@@ -29,7 +29,7 @@ SERVICE = "main"
 """The name by which a Sentinel knows the master that it watches."""
 
 _HOST = "127.0.0.1"
-_CALL_LIMIT = 5.0
+_CALL_LIMIT = 30.0
 
 
 class RedisError(Exception):

@@ -28,7 +28,7 @@ Address = tuple[str, int]
 T = TypeVar("T")
 
 READ_SIZE = 1 << 16
-_CALL_LIMIT = 5.0
+_CALL_LIMIT = 60.0
 _CLOSE_LIMIT = 2.0
 _UNWRITTEN_LIMIT = 1 << 20
 
@@ -66,7 +66,7 @@ class Loop:
         """Run `function` on the loop's thread and return what it returns, or raise what it raises.
 
         :raises RuntimeError: the loop has been closed
-        :raises TimeoutError: it took more than 5 s (``concurrent.futures.TimeoutError``)
+        :raises TimeoutError: it took more than a minute (``concurrent.futures.TimeoutError``)
         """
         if threading.current_thread() is self._thread:
             return function()
