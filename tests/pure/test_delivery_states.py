@@ -213,5 +213,7 @@ def test_another_connection_gets_it(attempt: AttemptState) -> None:
     delivery.attempt = attempt
     delivery.hand_over(owner := object())  # type: ignore[arg-type]
     assert delivery.owner is owner
+    delivery.give_to(first := object())  # type: ignore[arg-type]
+    assert delivery.owner is first
     queued = attempt is AttemptState.QUEUED
     assert delivery.attempt is (AttemptState.MAILBOX if queued else attempt)
