@@ -59,6 +59,29 @@ class Latch:
         return self._lock.acquire(timeout=min(max(0.0, timeout), LONGEST))
 
 
+class Bell:
+    """Wakes a thread that waits for something to do; rings that it has not heard are one."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        # guards: nothing; it is held from the start, and each release lets the waiter through
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Let the waiter through, now or when it waits."""
+        if self._lock.locked():
+            try:
+                self._lock.release()
+            except RuntimeError:
+                return  # another thread has rung at this very moment
+
+    def wait(self, timeout: float) -> None:
+        """Wait for a ring, or for ``timeout`` seconds."""
+        self._lock.acquire(timeout=timeout)
+
+
 class Relay:
     """Opens latches one after another: the thread that was let through opens the next.
 

@@ -109,6 +109,10 @@ ON_THE_WIRE = frozenset({_A.IN_FLIGHT, _A.LATE, _A.RETURNED})
 """States in which a tag is open: what becomes of the attempt is the broker's to say."""
 
 
+WAS_SENT = ON_THE_WIRE | {_A.FAILED, _A.CONFIRMED}
+"""States in which the last attempt may have brought it to a queue."""
+
+
 class RowState(State):
     """Where the message's row of the store stands: what was asked for, and what is committed.
 

@@ -231,6 +231,8 @@ class Connector:
     def close(self) -> None:
         """Close for good; ``finished`` is called when that is done."""
         if not self._machine.allows(ConnectionEvent.CLOSE):
+            if self.state is ConnectionState.CLOSING and self._connection is None:
+                self._finish()  # the loop failed meanwhile, and the connection is gone
             return
         self._cancel_timer()
         self._cancel_renewal()

@@ -147,7 +147,7 @@ class Engine:
         """Have the connection and its threads end, and every publisher answered."""
         self._closing = True
         if "io" in self._threads:
-            self._io.order(self._io.close)
+            self._io.end()
         else:
             self._io.io_loop.discard()
 
@@ -156,6 +156,10 @@ class Engine:
         ended = threads.join_all([t for t in (self._threads.get("io"),) if t is not None], deadline)
         self._io.stop_timers()
         return ended
+
+    def unread(self) -> list[Delivery]:
+        """Take out what an I/O thread that died has not read."""
+        return [item for item in self._io.io_loop.mailbox.close() if isinstance(item, Delivery)]
 
     def join_timers(self, deadline: float) -> None:
         """Wait for the other threads, which have been told to end."""

@@ -137,8 +137,7 @@ class IOThread:
         )
         self.peers: Sequence[IOThread] = ()
         self._breathing = False
-        self._closes = False
-        self._crashed = False
+        self._ends = self._closed = self._crashed = False
         self._channel: Channel | None = None
         self._returning: deque[Delivery] = deque()  # being readmitted just now
         self._faults: set[tuple[str, str, int]] = set()
@@ -203,6 +202,11 @@ class IOThread:
         self._health.stop()
         self._cooldown.stop()
 
+    def end(self) -> None:
+        """Have every publisher answered, and the connection and the thread end."""
+        self._ends = True
+        self.order(self.close)
+
     def leave(self) -> None:
         """Do nothing more, in a forked child; greenlets, unlike threads, go on in it."""
         self.io_loop.leave()
@@ -225,7 +229,10 @@ class IOThread:
         if self._crashed:
             self._recover(self._retry_worker.stored_rows.deliveries(), crashed=True)
         self._tick()
-        if self.connector.failures:
+        if self._ends:  # what was done of that went with the loop that failed
+            self._closed = False
+            self.order(self.close)
+        elif self.connector.failures:
             self.connector.redial()
         else:
             self.connector.dial()
@@ -534,9 +541,8 @@ class IOThread:
     def close(self) -> None:
         """Answer every publisher, and end the connection and the thread; once."""
         self.io_loop.check_owner()
-        if self._closes:
+        if self._closed:
             return
-        self._closes = True
         self._delayed.release()
         stored = [
             each for each in self._retry_worker.stored_rows.deliveries() if each.owner is self
@@ -544,6 +550,7 @@ class IOThread:
         rowless = frozenset(self._retry_worker.stored_rows.rowless)
         self.sender.shutdown.end(stored, rowless, time.monotonic())
         self.connector.close()
+        self._closed = True
 
     def probe(self, reply: Future[None]) -> None:
         """Ask the broker whether it is there, unless it is known why it would not answer."""

@@ -26,7 +26,8 @@ from mlproducer import _clock as time
 from mlproducer._core import events
 from mlproducer._core.backoff import Backoff
 from mlproducer._core.delivery import Delivery
-from mlproducer._core.delivery_states import AnswerState, AttemptState
+from mlproducer._core.delivery_errors import failure
+from mlproducer._core.delivery_states import WAS_SENT, AnswerState, AttemptState
 from mlproducer._core.events import Emit
 from mlproducer._core.shutdown import CLOSED
 from mlproducer._engine import threads
@@ -261,13 +262,16 @@ class Runtime:
     def _settle_rest(self) -> None:
         """Tell those whose message no I/O thread had any more, now that all have ended."""
         now = time.monotonic()
-        for delivery in self._still_open():
-            if _is_refused(delivery) or not delivery.is_ours:
+        unread = {each for engine in self.engines for each in engine.unread()}
+        for delivery in dict.fromkeys([*unread, *self._still_open()]):
+            refused = _is_refused(delivery) and delivery not in unread
+            if refused or not (delivery.open and delivery.is_ours):
                 continue  # its publisher is told by its own call, or has taken it back
             if self.durable and delivery.in_store:
                 delivery.release(now)
             else:
-                error = ProducerClosedError(CLOSED, message_id=delivery.envelope.message_id)
+                error = failure(ProducerClosedError, delivery, CLOSED)
+                error.possibly_sent |= delivery.attempt in WAS_SENT
                 self._abandoned.append(delivery)
                 self._emit(events.Failed(delivery, error))
                 delivery.fail(error)

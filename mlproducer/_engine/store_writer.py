@@ -20,7 +20,7 @@ from attrs import define, field
 
 from mlproducer import _clock as time
 from mlproducer._core import events
-from mlproducer._core.delivery import Delivery, Owner
+from mlproducer._core.delivery import Delivery, Doubt, Owner
 from mlproducer._core.events import Emit
 from mlproducer._core.shutdown import CLOSED
 from mlproducer._engine.gate import Gate
@@ -178,6 +178,8 @@ class StoreWriter:
             each for each in left if not isinstance(each, Put) or (each.cut and not again)
         ]
         self._cut = any(isinstance(each, Put) for each in self._in_hand)
+        if self._cut:
+            self._ring()
         if again:
             self.settle_counts()
         return not left
@@ -228,6 +230,9 @@ class StoreWriter:
             now = time.monotonic()
             puts = [put for put, _ in there]
             self._stored(puts, [claim for _, claim in there], now, again=True)
+        for put, claim in claims:
+            if claim is None and put.cut:  # it may be there all the same
+                put.delivery.suspect(Doubt.POSSIBLE)
         self._put([put for put, claim in claims if claim is None])
 
     def _put(self, puts: Sequence[Put]) -> None:
@@ -246,6 +251,7 @@ class StoreWriter:
             sure = [put.delivery for put in there if put.delivery not in rows.lost_rows]
             self._tell(sure, lambda owner, some: owner.stored(some))
         taken: list[Put] = []
+        cut_before = any(put.cut for put in puts)
         for put in puts:
             put.cut = True
         entries = self._wanted(puts, taken)
@@ -259,6 +265,11 @@ class StoreWriter:
                 for put in taken:
                     self._attempt(self._put, [put])
         except Exception as error:
+            if not isinstance(error, StoreError):
+                for put in puts:  # it may be there all the same
+                    put.delivery.suspect(Doubt.POSSIBLE)
+                if not cut_before:
+                    raise
             taken += [put for put in puts if put not in taken and put.wanted]
             self._refuse(taken, self._as_store_error(error))
             for put in puts:
@@ -528,4 +539,9 @@ def _patience(puts: Sequence[Put]) -> float:
 def _copy(error: BufferFullError | StoreError, delivery: Delivery) -> BufferFullError | StoreError:
     # Not of a store's own subclass, which may take other arguments, and is not among our errors.
     kind = BufferFullError if isinstance(error, BufferFullError) else StoreError
-    return kind(str(error), message_id=delivery.envelope.message_id, attempts=delivery.attempts)
+    return kind(
+        str(error),
+        message_id=delivery.envelope.message_id,
+        attempts=delivery.attempts,
+        possibly_sent=delivery.doubt is not Doubt.NONE,
+    )

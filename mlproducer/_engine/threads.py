@@ -15,6 +15,7 @@ from functools import partial
 from mlproducer import _clock as time
 from mlproducer import _forks as forks
 from mlproducer._foreign_calls import write
+from mlproducer._synchronization import Bell
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +109,7 @@ class TimerThread:
         self._job = job
         self._orders: deque[Callable[[], object]] = deque()
         self._tried: Callable[[], object] | None = None  # the order that has failed once
-        # guards: nothing; it is held, and each release lets the thread look for orders once
-        self._bell = threading.Lock()
-        self._bell.acquire()
+        self._bell = Bell()
         self._running = True
         self._left = False
         self.due: float | None = None
@@ -118,11 +117,7 @@ class TimerThread:
     def order(self, function: Callable[[], object]) -> None:
         """Have something done soon; from any thread."""
         self._orders.append(function)
-        if self._bell.locked():
-            try:
-                self._bell.release()
-            except RuntimeError:
-                return  # another thread has rung at this very moment
+        self._bell.ring()
 
     def call_at(self, when: float) -> None:
         """Have the job done at a monotonic time; from any thread."""
@@ -158,7 +153,7 @@ class TimerThread:
         if patience == 0.0:
             self._job()
         else:
-            self._bell.acquire(timeout=patience)
+            self._bell.wait(patience)
         return False
 
     def _carry_out(self) -> None:

@@ -13,8 +13,8 @@ import contextlib
 import inspect
 import logging
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sized
 from concurrent.futures import Future
 from functools import partial
@@ -26,6 +26,7 @@ from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._core.states import CircuitState
 from mlproducer._foreign_calls import guarded
+from mlproducer._synchronization import LONGEST, Bell
 from mlproducer.message import Fate, Receipt
 from mlproducer.observe import metric_families as catalog
 from mlproducer.observe.counters import Cells
@@ -80,6 +81,10 @@ class Event:
     detail: str = ""
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class CallbackThread:
     """A thread that makes calls, one after the other, and the queue in which they wait.
 
@@ -90,7 +95,9 @@ class CallbackThread:
         self._role = role
         self._spawn = spawn
         self._pid = os.getpid()
-        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._calls: deque[Call | None] = deque()
+        self._under_way = 0  # is still the first of them
+        self._bell = Bell()
         self._unstarted = [None]
         self._ended = False
         self._lines = LimitedLogger(logger)
@@ -112,15 +119,16 @@ class CallbackThread:
 
     def waiting(self) -> int:
         """Return about how many calls wait."""
-        return self._calls.qsize()
+        return len(self._calls) - self._under_way
 
     def call(self, function: Call) -> None:
         """Have a function called soon; even after `stop`, and in a forked child."""
         if not self.is_ours():  # the thread is the parent's, and the queue's lock may be taken
             self._make(function)
             return
-        self._calls.put(function)
-        if self._ended:  # read after the put: `_run` sets it before it empties the queue
+        self._calls.append(function)
+        self._bell.ring()
+        if self._ended:  # read after the append: `_run` sets it before it empties the queue
             try:
                 self._spawn(self._role, self._make_all)
             except RuntimeError:  # the interpreter is shutting down
@@ -128,7 +136,8 @@ class CallbackThread:
 
     def stop(self) -> None:
         """End the thread once it has made the calls that wait."""
-        self._calls.put(None)
+        self._calls.append(None)
+        self._bell.ring()
 
     def after_call(self) -> None:
         """Called after each call; subclasses override it."""
@@ -136,26 +145,35 @@ class CallbackThread:
     def _run(self) -> None:
         going = True
         while going:
-            # Even SystemExit, between two calls, must not end the thread.
+            # Even SystemExit, between two calls, must not end the thread. A call is taken out once
+            # it was made, so that none is lost by that.
             with contextlib.suppress(BaseException):
-                function = self._calls.get(timeout=None)
-                going = function is not None
-                if function is not None:
-                    self._make(function)
+                if not self._calls:
+                    self._bell.wait(LONGEST)
+                elif (function := self._calls[0]) is None:
+                    going = False
+                else:
+                    self._under_way = 1
+                    self._make(function, self._take_out)
         # Set before the queue is emptied: a call that is queued after that sees it.
         self._ended = True
         self._make_all()
         self._lines.close()
 
+    def _take_out(self) -> None:
+        self._calls.popleft()
+        self._under_way = 0
+
     def _make_all(self) -> None:
-        with contextlib.suppress(queue.Empty):
+        with contextlib.suppress(IndexError):
             while True:
-                function = self._calls.get_nowait()
+                function = self._calls.popleft()
                 if function is not None:
                     self._make(function)
 
-    def _make(self, function: Call) -> None:
+    def _make(self, function: Call, made: Call = _nothing) -> None:
         error = guarded(function)
+        made()
         if error is not None:
             self._lines.log(logging.ERROR, "a callback raised", error=error)
         self.after_call()
@@ -196,10 +214,6 @@ class EventThread(CallbackThread):
                 logging.ERROR, "callbacks have caught up", fields, self._reported - before
             )
             self._accepting.append(None)
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 class Dispatcher:

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from mlproducer._core.backoff import Backoff
-from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
 from mlproducer._engine.gate import MAX_BYTES, Gate
@@ -216,6 +216,32 @@ def test_what_the_store_refuses(bench: Bench) -> None:
     bench.keep(delivery)
     assert bench.store.depth() == Depth()
     assert bench.retry_worker.stored_rows.deliveries() == []
+
+
+class Failing(ClaimsAhead):
+    """Stores, and fails after that in a way that no store should."""
+
+    failures = 0
+
+    def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+        """Store them; the answer may be lost."""
+        claims = super().put(entries, patience)
+        if self.failures:
+            self.failures -= 1
+            raise MemoryError
+        return claims
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_put_of_which_nothing_is_known(failures: int) -> None:
+    """It is made once more; a message that is given back then may be sent: its row may be there."""
+    bench, delivery = Bench(kind=Failing), make_delivery()
+    bench.store.failures = failures  # type: ignore[attr-defined]
+    delivery.attempt = AttemptState.QUEUED
+    bench.keep(delivery)
+    assert bench.owner.refused == ([delivery] if failures == 2 else [])
+    assert bench.retry_worker.stored_rows.deliveries() == ([] if failures == 2 else [delivery])
+    assert delivery.doubt is Doubt.POSSIBLE
 
 
 @pytest.mark.parametrize("relied_on", [True, False])

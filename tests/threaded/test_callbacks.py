@@ -435,3 +435,32 @@ def test_no_store_ends_a_thread(serve: Serve, method: str, error: BaseException)
         mood.mood = "ack"
         assert receipt.result(LIMIT).confirmed
         assert our_threads() == threads
+
+
+def test_a_thread_that_fails_between_two_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes those that wait, and ends when it is told: they were lost, or it stayed."""
+    made: list[int] = []
+    failures: list[BaseException] = [SystemExit(), MemoryError()]
+    thread = callbacks.CallbackThread("futures", _spawn)
+    make = thread._make
+
+    def fail(*args: Any) -> None:
+        if failures:
+            raise failures.pop()
+        make(*args)
+
+    monkeypatch.setattr(thread, "_make", fail)
+    for number in range(3):
+        thread.call(lambda number=number: made.append(number))  # type: ignore[misc]
+    thread.stop()
+    thread.start()
+    assert thread.thread is not None
+    thread.thread.join(LIMIT)
+    assert not thread.thread.is_alive()
+    assert made == [0, 1, 2]
+
+
+def _spawn(_role: str, target: Any) -> threading.Thread:
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    return thread

@@ -14,7 +14,7 @@ from mlproducer import CircuitState, ConnectionState, Message, MLProducer, Outco
 from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._synchronization import Latch
-from mlproducer.errors import NackError
+from mlproducer.errors import NackError, ProducerClosedError
 from mlproducer.stores.memory import MemoryStore
 from mlproducer.testing.fake_broker import (
     Behaviour,
@@ -25,7 +25,7 @@ from mlproducer.testing.fake_broker import (
 from tests.helpers import LIMIT, Background, make_message, wait_until
 from tests.threaded.brokers import Holding, Silent, ack
 from tests.threaded.conftest import QUICK, Connect, Serve
-from tests.threaded.moods import Happenings, events_of
+from tests.threaded.moods import Happenings, events_of, io_of
 
 SOON = {"publish_timeout": 0.3, "max_reconnect_attempts": 2}
 """Attempts to connect that are used up in no time."""
@@ -479,3 +479,52 @@ def test_a_deadline_while_a_message_is_handed_over(
     assert (receipt.outcome, str(receipt.reason)) == (Outcome.DEFERRED, "not connected in time")
     assert crashes == []
     background.gather()
+
+
+def test_a_loop_that_fails_while_it_closes(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one goes on with that: the thread, and what it has, stayed for good."""
+    producer = connect(serve())
+    assert all_connected(producer)
+    io = io_of(producer)
+    close, thread = io.connector.close, producer._life.runtime.engines[0]._threads["io"]  # type: ignore[union-attr]
+    failures: list[BaseException] = [SystemExit(), MemoryError()]
+
+    def fail() -> None:
+        close()
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(io.connector, "close", fail)
+    producer.close(0.0)
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+    assert not failures
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_a_dead_thread_has_not_read(connect: Connect) -> None:
+    """A close settles it, and counts it among what is lost."""
+    producer = connect("amqp://127.0.0.1:1")
+    producer.start()
+    engine: Any = producer._life.runtime.engines[0]  # type: ignore[union-attr]
+    io, thread = engine.io, engine._threads["io"]
+    attach, never = io.connector.attach, io.io_loop._never
+
+    def fail(_loop: Any = None) -> None:
+        raise ValueError("bug")
+
+    def die(_pause: float) -> None:
+        io.connector.attach, io.io_loop._never = attach, never
+        raise SystemExit
+
+    engine._closing = True  # or a sweep starts another thread
+    io.connector.attach = fail
+    io.io_loop._never = SimpleNamespace(wait=die)
+    io.order(fail)
+    thread.join(LIMIT)
+    future = producer.submit(make_message("m"))
+    assert producer.close(0.1).abandoned == ("m",)
+    io.io_loop._loop.close()
+    assert isinstance(future.exception(0), ProducerClosedError)
