@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 BREAK = 0.5
 """Seconds between tries to make a loop in a process that has no descriptor left."""
 
+LAST_TURNS = 1000
+"""Turns in which connections may end; a hundred read what a socket's buffer may hold."""
+
 MANY_CANCELLED = 1000
 """Cancelled timers that may be kept until they would have been due."""
 
@@ -126,6 +129,11 @@ class EventLoop(PikaLoop):
             holder = getattr(getattr(self, "_poller", None), name, None)
             if holder is not None and hasattr(holder, "fileno"):  # gevent's poll() has none
                 yield holder.fileno()
+
+    @property
+    def watches(self) -> bool:
+        """Whether there is a descriptor that it watches."""
+        return bool(self._watched)
 
     def sever(self, spared: int) -> None:
         """Shut down every socket but one, so that pika sees their end at once."""
@@ -362,13 +370,17 @@ class IOLoop:
             self._in_hand.clear()
 
     def _clear_away(self) -> None:
-        """Close the loop, after a last turn in which pika sees and closes what is still open."""
-        # pika learns of an end only by its own loop, and keeps the descriptor until it does.
+        """Close the loop, after last turns in which pika sees and closes what is still open."""
+        # pika learns of an end only by its own loop, and keeps the descriptor until it does. What
+        # came in before that end is read first, a piece in each turn.
         try:
             self._loop.sever(self.mailbox.fileno())
             self._loop.remove_handler(self.mailbox.fileno())
-            self._loop.add_callback_threadsafe(self._loop.stop)
-            self._loop.start()
+            for _ in range(LAST_TURNS):
+                self._loop.add_callback_threadsafe(self._loop.stop)
+                self._loop.start()
+                if not self._loop.watches:
+                    break
         except BaseException as error:  # noqa: BLE001 - even SystemExit must not end the thread
             text = "the I/O loop failed again while it was cleared away"
             write(logger, logging.ERROR, text, error=error)

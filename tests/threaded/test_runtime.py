@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pika import frame
 
 from mlproducer import CircuitState, ConnectionState, Message, MLProducer, Outcome, Settings
 from mlproducer._core import events
@@ -397,6 +398,28 @@ def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None
     assert lost.result(LIMIT).confirmed
     assert all_connected(producer)
     assert engines[0]._threads["io"] is not thread
+
+
+def test_a_loop_that_fails_amid_what_comes_in(connect: Connect, serve: Serve) -> None:
+    """Its socket is closed, although there is more to read of it before its end."""
+    broker = serve()
+    producer = connect(broker)
+    assert producer.publish(make_message(), timeout=LIMIT).confirmed
+    io, stands, sent = io_of(producer), threading.Event(), threading.Event()
+    sock = io.connector.connection._services.plain
+
+    def fail() -> None:
+        stands.set()
+        assert sent.wait(LIMIT)
+        raise ValueError("bug")
+
+    io.order(fail)
+    assert stands.wait(LIMIT)
+    [connection] = broker.connections
+    connection.send_raw(frame.Heartbeat().marshal())
+    connection.later(0.0, sent.set)
+    assert producer.publish(make_message(), timeout=LIMIT).confirmed
+    assert sock.fileno() == -1
 
 
 class SlowToReopen(Silent):
