@@ -44,14 +44,15 @@ def opened(at: float = 0.0, trip: Trip | None = None) -> Watched:
     return made
 
 
-@pytest.mark.parametrize("failures", [THRESHOLD - 1, THRESHOLD, THRESHOLD + 1])
-def test_opens_at_exactly_the_threshold(failures: int) -> None:
+@pytest.mark.parametrize("threshold", [1, THRESHOLD])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_opens_at_exactly_the_threshold(threshold: int, more: int) -> None:
     """Nine failures in a row do not open it, the tenth does, the eleventh changes nothing."""
-    made = Watched()
+    made, failures = Watched(Consecutive(threshold)), threshold + more
     for _ in range(failures):
         made.failed(delivery(), 1.0)
-    assert made.moves[1:] == ([OPEN] if failures >= THRESHOLD else [])
-    assert made.refuses() is (failures >= THRESHOLD)
+    assert made.moves[1:] == ([OPEN] if more >= 0 else [])
+    assert made.refuses() is (more >= 0)
     assert made.failures == failures
 
 
