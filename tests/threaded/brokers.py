@@ -51,6 +51,10 @@ class Holding(Behaviour):
         self._times = times
         self.reached = threading.Event()
 
+    def hold_no_more(self) -> None:
+        """Answer at every step from now on."""
+        self._times = 0
+
     def _holds(self, step: str) -> bool:
         if step != self._step or not self._times:
             return False

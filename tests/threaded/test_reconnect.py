@@ -17,7 +17,7 @@ from mlproducer._core.backoff import Backoff
 from mlproducer.errors import NotConnectedError, ProducerClosedError
 from mlproducer.testing.fake_broker import FakeBroker, FakeConnection
 from mlproducer.testing.proxy import Proxy
-from tests.helpers import LIMIT, Background, make_message
+from tests.helpers import LIMIT, Background, make_message, wait_until
 from tests.stopwatch import in_time
 from tests.threaded.brokers import Holding, ack
 from tests.threaded.conftest import Connect, Serve
@@ -267,12 +267,13 @@ def looks_of(producer: MLProducer) -> Happenings:
 
 @contextmanager
 def connecting(connect: Connect, serve: Serve) -> Iterator[tuple[MLProducer, Callable[[], None]]]:
-    """A broker that accepts, and answers the second time."""
-    broker = serve(Holding("start"))
+    """A broker that accepts, and answers only later."""
+    silent = Holding("start", times=1000)
+    broker = serve(silent)
     producer = connect(broker, connection_timeout=0.3)
     producer.start()
     broker.wait_for_connections(1, LIMIT)
-    yield producer, lambda: None
+    yield producer, silent.hold_no_more
 
 
 @contextmanager
@@ -330,8 +331,7 @@ def gave_up(connect: Connect, serve: Serve) -> Iterator[tuple[MLProducer, Callab
     told = events_of(producer, "gave_up")
     producer.start()
     told.wait_for("gave_up")
-    broker.listen_again()
-    yield producer, lambda: None
+    yield producer, broker.listen_again
 
 
 STATES = [connecting, away, blocked, frozen, nacking, broken, gave_up]
@@ -344,6 +344,8 @@ def test_close_drains_from_any_state(connect: Connect, serve: Serve, state: Any)
         futures = [producer.submit(make_message()) for _ in range(5)]
         background = Background()
         reports = [background.call(producer.close, LIMIT) for _ in range(3)]
+        runtime: Any = producer._life.runtime
+        assert wait_until(lambda: runtime._confirmed_before)  # it counts what is confirmed later
         heal()
         background.gather(LIMIT + 1.0)
         assert all(future.result(0).confirmed for future in futures)
