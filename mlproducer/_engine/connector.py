@@ -272,6 +272,9 @@ class Connector:
 
     def _finish(self) -> None:
         self._cancel_timer()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()  # what it would still tell, in the loop's last turn, is no loss
         self._step(ConnectionEvent.GONE)
         self._finished()
 

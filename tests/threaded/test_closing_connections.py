@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from mlproducer import MLProducer, Settings
+from mlproducer._engine import connector
 from mlproducer.errors import PublishError
 from mlproducer.testing.fake_broker import Behaviour, FakeConnection
 from tests.helpers import LIMIT, descriptors, make_message
 from tests.threaded.brokers import Holding
-from tests.threaded.conftest import QUICK, Serve
+from tests.threaded.conftest import QUICK, Connect, Serve
 
 
 class WithoutConfirms(Behaviour):
@@ -60,3 +61,32 @@ def test_nothing_is_left_of_a_connection_that_failed(
         producer.close(0.1)
         broker.wait_for_connections(0, LIMIT)
         assert len(descriptors()) == before
+
+
+class WithoutGoodbye(Behaviour):
+    """Does not answer ours."""
+
+    def on_close(self, connection: FakeConnection) -> None:
+        """Say nothing."""
+
+
+def test_a_loop_without_cpu_until_a_close_is_over(
+    connect: Connect,
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What ends the connection is read only then: it is not taken for one that was lost."""
+    cut = connector.Connector._cut
+
+    def cut_late(self: connector.Connector) -> None:
+        cut(self)
+        self._finish()  # due in the same turn, since the loop stood still
+
+    monkeypatch.setattr(connector.Connector, "_cut", cut_late)
+    broker = serve(WithoutGoodbye())
+    producer = connect(broker)
+    assert producer.wait_connected(LIMIT)
+    producer.close(0.1)
+    broker.wait_for_connections(0, LIMIT)
+    assert caplog.messages == []
