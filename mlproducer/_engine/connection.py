@@ -34,7 +34,7 @@ from mlproducer._engine.dead_letter_channel import Batch, DeadLetterChannel, Tag
 from mlproducer._engine.declarer import TopologyDeclarer
 from mlproducer._engine.endpoints import Address, ResolvedEndpoint
 from mlproducer._engine.io_loop import EventLoop
-from mlproducer._engine.pika_adapters import BrokerConnection, IOServices, parameters
+from mlproducer._engine.pika_adapters import BrokerConnection, IOServices, Traffic, parameters
 from mlproducer._wire.amqp import NOT_MANDATORY
 from mlproducer._wire.frames import ConfirmReader, FrameWriter
 from mlproducer.message import Envelope
@@ -256,6 +256,12 @@ class Connection:
         self._answer(good=True)  # the next connection begins with it
         if owner is not None:
             owner.connection_failed(loss)
+
+    def traffic(self) -> Traffic:
+        """Return what has gone over it so far."""
+        taken, waiting = self._services.sent()
+        buffered = getattr(self._connection, "_get_write_buffer_size", int)()
+        return Traffic(self._connection.bytes_received, taken, waiting + buffered)
 
     # --- how it begins -------------------------------------------------------------------------
 

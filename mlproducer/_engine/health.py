@@ -25,11 +25,15 @@ from mlproducer._core import events
 from mlproducer._core.events import Emit
 from mlproducer._core.interfaces import Loss
 from mlproducer._engine.close_reasons import NOT_ALLOWED, NOT_IMPLEMENTED
+from mlproducer._engine.pika_adapters import Traffic
 from mlproducer._engine.threads import TimerThread
 from mlproducer.topology import Topology
 
 ANSWER_LIMIT = 5.0
 """Seconds that a broker has for its answer; a shorter freeze costs no connection."""
+
+LOOKS = 10
+"""How often it is seen in that time whether it is silent, or the link to it merely slow."""
 
 SELDOM = 120
 """Checks that leave out what is missing or forbidden: an hour's, at the interval of 30 s."""
@@ -43,7 +47,7 @@ class Health:
     :param interval: seconds between checks
     :param order: has something done on the I/O thread; false if that has ended
     :param probe: asks the broker; the future is resolved when it answers
-    :param silent: is told that it has not answered in time
+    :param silent: is told again and again that there is no answer yet
     """
 
     def __init__(
@@ -83,10 +87,14 @@ class Health:
         self._reply = reply
         if not self._order(partial(self._probe, reply)):
             return
-        try:
-            reply.result(ANSWER_LIMIT)
-        except FutureTimeoutError:
-            self._order(partial(self._silent, reply))
+        waits = True
+        while waits:
+            try:
+                reply.result(ANSWER_LIMIT / LOOKS)
+            except FutureTimeoutError:
+                waits = self._order(partial(self._silent, reply))
+            else:
+                waits = False
 
 
 def settle(reply: Future[None]) -> None:
@@ -104,16 +112,40 @@ class HealthProbe:
         self._reply: Future[None] | None = None
         self._left_out: dict[str, int] = {}
         self._excused = False
+        self._traffic: Callable[[], Traffic] = Traffic
+        self._seen = Traffic()
+        self._arrives_at = 0
+        self._since = 0.0
 
-    def begin(self, open_channel: OpenChannel, reply: Future[None]) -> None:
+    def begin(
+        self, open_channel: OpenChannel, traffic: Callable[[], Traffic], reply: Future[None]
+    ) -> None:
         """Ask; the reply is resolved at the first answer."""
         self._reply = reply
+        self._traffic, self._since = traffic, time.monotonic()
+        self.on_question()
         questions = _Questions(self._topology.exchange, self._due(), self)
         open_channel(questions.on_open, questions.on_closed)
 
-    def waits_for(self, reply: Future[None]) -> bool:
-        """Whether this very check is still without an answer."""
-        return reply is self._reply
+    def on_question(self) -> None:
+        """Note that a question is about to be written, behind all that waits already."""
+        self._seen = self._traffic()
+        self._arrives_at = self._seen.taken + self._seen.waiting
+
+    def is_silent(self, reply: Future[None]) -> bool:
+        """Whether the broker has let this very check go unanswered for too long.
+
+        It has not as long as it says anything, or its host goes on taking what was written before
+        the question: over a slow link that may be more than goes through in time.
+        """
+        if reply is not self._reply:
+            return False
+        before, self._seen = self._seen, self._traffic()
+        on_its_way = before.taken < self._arrives_at and self._seen.taken > before.taken
+        now = time.monotonic()
+        if on_its_way or self._seen.received > before.received:
+            self._since = now
+        return now - self._since >= ANSWER_LIMIT
 
     def end(self) -> bool:
         """Let the health thread wait no longer; false if it did not."""
@@ -190,6 +222,7 @@ class _Questions:
             self._ask()
 
     def _ask(self) -> None:
+        self._health_probe.on_question()
         if not self._left:
             self._channel.close()
         elif self._left[0] == self._exchange:

@@ -35,6 +35,7 @@ from mlproducer._engine.delayed_delivery import DelayedDelivery, OpenChannel
 from mlproducer._engine.gate import Gate
 from mlproducer._engine.health import Health, HealthProbe, settle
 from mlproducer._engine.io_loop import EventLoop, IOLoop
+from mlproducer._engine.pika_adapters import Traffic
 from mlproducer._engine.resolver import Resolver
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.threads import TimerThread
@@ -98,6 +99,7 @@ class IOThread:
         self.is_connected = False
         self._topology = topology_of(settings)
         self._health_probe = HealthProbe(self._topology, emit)
+        self._traffic = Traffic()
         self._health = Health(settings.health_check_interval, self.order, self.probe, self.silent)
         self._cooldown = TimerThread(self._cooled)
         breaker = Breaker(
@@ -373,9 +375,14 @@ class IOThread:
 
     def _tick(self) -> None:
         self.io_loop.call_later(TICK, self._tick)
+        now, connection = time.monotonic(), self.connector.connection
         if len(self._gate):
-            self._look_for_lost(time.monotonic())
-        if self.sender.overdue(time.monotonic(), self._give_up) and not self.sender.blocked:
+            self._look_for_lost(now)
+        if not self.sender.overdue(now, self._give_up - TICK) or connection is None:
+            return
+        before, self._traffic = self._traffic, connection.traffic()
+        slow = self._traffic.waiting and self._traffic.taken > before.taken
+        if self.sender.overdue(now, self._give_up) and not (slow or self.sender.blocked):
             self.connector.give_up("confirms are overdue")
 
     def _look_for_lost(self, now: float) -> None:
@@ -563,13 +570,14 @@ class IOThread:
         ):
             settle(reply)
             return
-        self._health_probe.begin(connection.side_channel, reply)
+        self._health_probe.begin(connection.side_channel, connection.traffic, reply)
 
     def silent(self, reply: Future[None]) -> None:
-        """Give up a broker that has not answered, unless the answer came meanwhile."""
-        if self._health_probe.waits_for(reply):
+        """Give up a broker that has not answered in time."""
+        if self._health_probe.is_silent(reply):
             self._emit(events.HealthChecked(alive=False))
             self.connector.give_up("no answer to the health check")
+            self._health_probe.end()
 
     def cool(self) -> None:
         """Let a probe through the breaker, and look for one in the store.

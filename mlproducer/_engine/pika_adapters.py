@@ -8,6 +8,7 @@ Runs on: the I/O thread; `blocking_connection` on those of commands.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pika
+from attrs import frozen
 from pika import exceptions, spec
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
@@ -42,6 +44,12 @@ from mlproducer._wire.frames import ConfirmReader, FrameWriter
 from mlproducer.errors import NotConnectedError
 from mlproducer.message import Envelope
 
+try:
+    import fcntl
+    import termios
+except ImportError:  # not a POSIX system
+    fcntl = termios = None  # type: ignore[assignment]
+
 LONGEST = 512 * 1024 * 1024
 """Bytes of a message that comes in, all of which pika collects; RabbitMQ takes no longer ones."""
 
@@ -49,7 +57,22 @@ READ = 65_536
 """Bytes that are read at once, at most."""
 
 _FRAME_HEADER = struct.Struct(">BHL")
+_ACKNOWLEDGED = struct.Struct("=120xQ")  # in Linux's struct tcp_info
 _BODY_SIZE = slice(11, 19)  # in the frame of a content header
+
+
+@frozen
+class Traffic:
+    """What has gone over a connection, in bytes.
+
+    :ivar received: from the broker
+    :ivar taken: those that the other host has acknowledged, where the kernel tells; else 0
+    :ivar waiting: those that are written, and not yet acknowledged
+    """
+
+    received: int = 0
+    taken: int = 0
+    waiting: int = 0
 
 
 class IOServices(SelectorIOServicesAdapter):
@@ -74,6 +97,19 @@ class IOServices(SelectorIOServicesAdapter):
     def sever(self) -> None:
         """Shut down this connection's socket, so that pika sees its end at once."""
         shut_down(list(getattr(self, "_watchers", ())))
+
+    def sent(self) -> tuple[int, int]:
+        """Return how many bytes the other host has acknowledged, and how many it has not."""
+        for descriptor in getattr(self, "_watchers", ()):
+            with contextlib.suppress(OSError, AttributeError, struct.error):  # not on Linux
+                twin = socket.socket(fileno=descriptor)
+                try:
+                    info = twin.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                    queue = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4))
+                finally:
+                    twin.detach()
+                return _ACKNOWLEDGED.unpack_from(info)[0], int.from_bytes(queue, sys.byteorder)
+        return 0, 0
 
     def getaddrinfo(
         self,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import threading
 import time
 from typing import Any, Literal
 
 import pytest
 from pika import spec
 
-from mlproducer import MLProducer
+from mlproducer import Message, MLProducer
 from mlproducer._core import events
-from mlproducer._engine import health
+from mlproducer._engine import health, io_thread
+from mlproducer._engine.pika_adapters import Traffic
 from mlproducer._engine.threads import TimerThread
 from mlproducer.errors import ConfirmTimeoutError, PublishError
 from mlproducer.settings import topology_of
@@ -118,6 +121,52 @@ def test_a_path_dead_in_one_direction(
         lost.wait_until(lambda: "connected" in lost.seen)
         assert producer.publish(make_message()).result(LIMIT).confirmed  # a late answer loses it
         producer.close(0.1)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="only Linux says it")
+def test_what_the_kernel_says_of_a_connection(connect: Connect, serve: Serve) -> None:
+    """How much the other host has taken, and how much waits, here and in pika's buffer."""
+    with Proxy(("127.0.0.1", serve(Patient()).port)) as proxy:
+        producer = connect(proxy.url("amqp://guest:guest@localhost/"))
+        assert producer.wait_connected(LIMIT)
+        connection: Any = io_of(producer).connector.connection
+        assert wait_until(lambda: connection.traffic().waiting == 0)
+        before = connection.traffic()
+        proxy.stall("c2s")
+        size = 16 * 1024 * 1024  # more than the kernel and the proxy hold
+        future = producer.submit(Message(body=bytes(size), exchange="e", routing_key="k"))
+        assert wait_until(lambda: connection.traffic().waiting > 0)
+        proxy.resume()
+        assert future.result(LIMIT).confirmed
+        assert wait_until(lambda: connection.traffic().waiting == 0)
+        after = connection.traffic()
+        assert after.taken >= before.taken + size
+        assert after.received > before.received
+
+
+def test_confirms_over_a_slow_link_are_not_overdue(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the other host goes on taking what waits, its channel is not replaced."""
+    monkeypatch.setattr(io_thread, "TICK", 0.02)
+    broker = serve(Patient("silent"))
+    producer = connect(broker, health_check_interval=NEVER, confirm_give_up=0.05)
+    assert producer.wait_connected(LIMIT)
+    connection: Any = io_of(producer).connector.connection
+    looks: list[Traffic] = []
+    moving = threading.Event()
+    moving.set()
+
+    def traffic() -> Traffic:
+        looks.append(Traffic(0, len(looks) + 1 if moving.is_set() else 0, 1))
+        return looks[-1]
+
+    connection.traffic = traffic
+    producer.submit(make_message())
+    assert wait_until(lambda: len(looks) > 10)
+    assert broker.accepted == 1
+    moving.clear()
+    broker.wait_for_messages(2, LIMIT)
 
 
 def test_a_freeze_that_ends_in_time(connect: Connect, serve: Serve) -> None:
