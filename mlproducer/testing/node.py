@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["RabbitMQError", "RabbitMQNode", "RabbitMQNotInstalled"]
 
 _HOST = "127.0.0.1"
-_CALL_LIMIT = 60.0
+_CALL_LIMIT = 300.0
 _MEMORY = "{resource_limit,memory,node()}"
 
 

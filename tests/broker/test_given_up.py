@@ -32,7 +32,7 @@ LIMIT = 2
 """Deliveries after the first; the default of 20 only takes longer."""
 
 
-def _eventually(true: Callable[[], bool], limit: float = 60.0) -> None:
+def _eventually(true: Callable[[], bool], limit: float = 300.0) -> None:
     deadline = time.monotonic() + limit
     while not true():
         assert time.monotonic() < deadline

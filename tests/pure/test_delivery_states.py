@@ -12,7 +12,8 @@ import pytest
 
 import mlproducer
 from mlproducer._core import delivery_states as states
-from mlproducer._core.delivery import Delivery
+from mlproducer._core.delivery import Delivery, Doubt
+from mlproducer._core.delivery_errors import unreachable
 from mlproducer._core.delivery_states import (
     ANSWER_MOVES,
     ATTEMPT_MOVES,
@@ -28,6 +29,7 @@ from mlproducer._core.delivery_states import (
     RowState,
 )
 from mlproducer._core.states import IllegalMoveError
+from mlproducer.errors import NackError, NotConnectedError
 from tests.helpers import make_delivery
 from tests.pure.tables import each_row
 from tests.pure.test_states import reachable
@@ -217,3 +219,24 @@ def test_another_connection_gets_it(attempt: AttemptState) -> None:
     assert delivery.owner is first
     queued = attempt is AttemptState.QUEUED
     assert delivery.attempt is (AttemptState.MAILBOX if queued else attempt)
+
+
+def test_what_a_row_knows_comes_back() -> None:
+    """With a row its attempts, why they failed, and since when."""
+    why = NackError("no")
+    envelope = make_delivery().envelope
+    one = Delivery.stored(
+        envelope, started=9.0, attempts=3, doubtful=True, reason=why, first_failed=5.0, unrouted=1
+    )
+    assert (one.attempts, one.reason, one.first_failed, one.unrouted) == (3, why, 5.0, 1)
+    assert (one.doubt, one.dead, one.started) == (Doubt.POSSIBLE, False, 9.0)
+
+
+def test_an_error_names_the_broker_that_was_not_there() -> None:
+    """Each message has an error of its own, with what is known of the failed attempt."""
+    why = NotConnectedError("down", kind="refused", address="host:5672")
+    why.reply_code, why.reply_text = 320, "closed"
+    error = unreachable(make_delivery("a"), why)
+    assert isinstance(error, NotConnectedError)
+    assert (error.message_id, error.kind, error.address) == ("a", "refused", "host:5672")
+    assert (error.reply_code, error.reply_text) == (320, "closed")
