@@ -35,7 +35,7 @@ from mlproducer.testing.plugin import VirtualHost
 
 pytestmark = pytest.mark.broker
 
-LIMIT = 60.0
+LIMIT = 180.0
 PYTHON = os.environ.get("CELERY_PYTHON", sys.executable)
 SCRIPTS = Path(__file__).parent / "scripts"
 

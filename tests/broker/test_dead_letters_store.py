@@ -266,10 +266,12 @@ def test_a_letter_in_another_process(
         assert row is not None
         assert row.record.envelope.message_id == "a"
         assert _places(rabbitmq_vhost, store_url) == dict.fromkeys("abc", "store")
+        assert store.renew([row.claim]) == []  # a lease that may be over before long
         result = _run(rabbitmq_vhost, store_url, "replay", "a", "b")
         assert result.returncode == 1
         assert "a stays a dead letter: StoreError: another process has claimed it" in result.stderr
         assert "1 replayed, 1 stayed" in result.stderr
+        assert store.renew([row.claim]) == []
         result = _run(rabbitmq_vhost, store_url, "purge", "--yes")
         assert result.returncode == 1
         assert [each["message_id"] for each in documents(result.stdout)] == ["c"]

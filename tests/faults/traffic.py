@@ -19,7 +19,7 @@ from mlproducer.topology import ROUTING_KEYS
 from tests.helpers import Background
 from tests.stopwatch import Stopwatch
 
-LIMIT = 60.0
+LIMIT = 120.0
 """Seconds after which a test stops waiting for what ought to come."""
 
 SLACK = 0.25

@@ -18,7 +18,7 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import TaskRevokedError
 from kombu import Exchange, Queue
 
-LIMIT = 60.0
+LIMIT = 180.0
 
 app = Celery("shop", broker=os.environ["BROKER"], backend=os.environ["BACKEND"])
 app.conf.broker_connection_retry_on_startup = True

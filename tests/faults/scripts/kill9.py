@@ -27,7 +27,7 @@ from mlproducer.topology import ROUTING_KEYS
 PUBLISHERS, SUBMITTERS = 6, 2
 PAUSE = 0.003
 OUTAGE = 50
-LIMIT = 60.0
+LIMIT = 180.0
 
 
 class Publisher:
