@@ -1,14 +1,13 @@
 """The loop of an I/O thread, its timers, and the mailbox by which other threads reach it.
 
-pika's loop ends with whatever a callback raises, and would go on accepting callbacks that never
-run. Here its end is told, what it had in hand goes back into the mailbox, and a new loop takes
-over.
+A loop ends with whatever a callback raises. Its end is told, what it had in hand goes back into the
+mailbox, and a new loop takes over.
 
 The mailbox's bell rings once per burst: a thread that finds it rung need not ring. The I/O thread
 clears it before it empties the box, so that nothing put in meanwhile is overlooked.
 
-pika's own timers read ``time.monotonic``, which libraries for tests stop or move: then no heartbeat
-would be sent, and no connection be opened again. These read the library's clock.
+pika's own loop takes more calls for a turn, and its timers read ``time.monotonic``, which libraries
+for tests stop or move: no heartbeat would be sent then, and no connection be opened again.
 
 Runs on: the I/O thread, except `Mailbox.put`, `IOLoop.order` and `IOLoop.descriptors`.
 """
@@ -19,12 +18,12 @@ import contextlib
 import heapq
 import itertools
 import logging
+import select
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-
-from pika.adapters.select_connection import IOLoop as PikaLoop
+from typing import Any
 
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
@@ -34,7 +33,10 @@ from mlproducer._foreign_calls import guarded, write
 logger = logging.getLogger(__name__)
 
 BREAK = 0.5
-"""Seconds between tries to make a loop in a process that has no descriptor left."""
+"""Seconds until the next loop where one has failed before it had begun."""
+
+INVALID = 32
+"""As ``POLLNVAL``: a descriptor was closed without a word, by the program."""
 
 LAST_TURNS = 1000
 """Turns in which connections may end; a hundred read what a socket's buffer may hold."""
@@ -51,27 +53,76 @@ class Timer:
 
     __slots__ = ("callback", "due", "number")
 
-    def __init__(self, due: float, number: int, callback: Callable[[], None]) -> None:
+    def __init__(self, due: float, number: int, callback: Order) -> None:
         self.due = due
         self.number = number
-        self.callback: Callable[[], None] | None = callback
+        self.callback: Order | None = callback
 
     def __lt__(self, other: Timer) -> bool:
         return (self.due, self.number) < (other.due, other.number)
 
 
-class Timers:
-    """Stands in for what pika's loop calls its timer, with the same methods."""
+class EventLoop:
+    """What pika asks of a loop, in a third of the calls that its own takes for each turn.
+
+    It holds no descriptor, and no other thread wakes it but by the mailbox's.
+    """
+
+    READ, WRITE, ERROR = 1, 4, 8  # as poll() has them, which is not there under eventlet
 
     def __init__(self) -> None:
-        self._heap: list[Timer] = []
+        self._poll: Any = select.poll() if hasattr(select, "poll") else _Select()
+        self._handlers: dict[int, tuple[Callable[[int, int], None], int]] = {}
+        self._ready: dict[int, int] = {}
+        self._callbacks: deque[Order] = deque()
+        self._timers: list[Timer] = []
         self._numbers = itertools.count()
         self._cancelled = 0
+        self._stopping = False
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
+    def start(self) -> None:
+        """Run until `stop`, or until a callback raises."""
+        try:
+            while not self._stopping:
+                self._turn()
+        finally:
+            self._stopping = False
+
+    def stop(self) -> None:
+        """End the loop after this turn; on its own thread."""
+        self._stopping = True
+
+    def close(self) -> None:
+        """Forget all that is watched, and all that is due."""
+        for descriptor in list(self._handlers):
+            self.remove_handler(descriptor)
+        self._callbacks.clear()
+        self._timers.clear()
+
+    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
+        """Watch a descriptor."""
+        self._handlers[fd] = handler, events
+        self._poll.register(fd, events)
+
+    def update_handler(self, fd: int, events: int) -> None:
+        """Watch a descriptor for other events."""
+        self._handlers[fd] = self._handlers[fd][0], events
+        self._poll.modify(fd, events)
+
+    def remove_handler(self, fd: int) -> None:
+        """Watch it no longer; what it was ready for in this turn is dropped."""
+        self._ready.pop(fd, None)
+        if self._handlers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def add_callback(self, callback: Order) -> None:
+        """Have something called in the next turn; on the loop's thread."""
+        self._callbacks.append(callback)
+
+    def call_later(self, delay: float, callback: Order) -> Timer:
         """Have something called after so many seconds."""
         timer = Timer(time.monotonic() + max(0.0, delay), next(self._numbers), callback)
-        heapq.heappush(self._heap, timer)
+        heapq.heappush(self._timers, timer)
         return timer
 
     def remove_timeout(self, timer: Timer) -> None:
@@ -81,63 +132,83 @@ class Timers:
         timer.callback = None
         self._cancelled += 1
         if self._cancelled > MANY_CANCELLED:
-            self._heap = [each for each in self._heap if each.callback is not None]
-            heapq.heapify(self._heap)
+            self._timers = [each for each in self._timers if each.callback is not None]
+            heapq.heapify(self._timers)
             self._cancelled = 0
 
-    def get_remaining_interval(self) -> float | None:
-        """Return the seconds until the next call; ``None``: there is none."""
-        return max(0.0, self._heap[0].due - time.monotonic()) if self._heap else None
+    def _turn(self) -> None:
+        """Wait until something is ready or due, and see to it."""
+        wait = None
+        if self._callbacks:
+            wait = 0.0
+        elif self._timers:
+            wait = max(0.0, self._timers[0].due - time.monotonic()) * 1000
+        self._ready = ready = dict(self._poll.poll(wait))
+        for fd in list(ready):
+            events = ready.get(fd, 0)  # another's handler may have removed it
+            if events & INVALID:
+                self.remove_handler(fd)  # else it would be ready for ever
+            elif events:
+                handler, wanted = self._handlers[fd]
+                handler(fd, events & wanted)
+        if self._callbacks or self._timers:
+            self.process_timeouts()
 
     def process_timeouts(self) -> None:
-        """Make the calls that are due now; what they add is for the next time."""
-        now, ready = time.monotonic(), []
-        while self._heap and self._heap[0].due <= now:
-            ready.append(heapq.heappop(self._heap))
-        for timer in ready:
+        """Make the calls that are due now; what they add is for the next turn."""
+        for _ in range(len(self._callbacks)):
+            self._callbacks.popleft()()
+        now, due = time.monotonic(), []
+        while self._timers and self._timers[0].due <= now:
+            due.append(heapq.heappop(self._timers))
+        for timer in due:
             callback, timer.callback = timer.callback, None
             if callback is not None:  # a call before it may have cancelled it
                 callback()
 
-    def close(self) -> None:
-        """Forget all that is due."""
-        self._heap.clear()
-
-
-class EventLoop(PikaLoop):
-    """pika's loop, which knows its descriptors, and has timers that no test library can stop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._timer = Timers()  # pika's own attribute; its loop asks it for all that is due
-        self._watched: dict[int, None] = {}
-
-    def add_handler(self, fd: int, handler: Callable[[int, int], None], events: int) -> None:
-        """Watch a descriptor."""
-        super().add_handler(fd, handler, events)
-        self._watched[fd] = None
-
-    def remove_handler(self, fd: int) -> None:
-        """Watch it no longer."""
-        self._watched.pop(fd, None)
-        super().remove_handler(fd)
-
     def descriptors(self) -> Iterator[int]:
-        """Return every descriptor that this loop holds, for a forked child to close."""
-        yield from list(self._watched)
-        for name in ("_poll", "_r_interrupt", "_w_interrupt"):
-            holder = getattr(getattr(self, "_poller", None), name, None)
-            if holder is not None and hasattr(holder, "fileno"):  # gevent's poll() has none
-                yield holder.fileno()
+        """Return every descriptor that is watched, for a forked child to close."""
+        return iter(list(self._handlers))
 
     @property
     def watches(self) -> bool:
         """Whether there is a descriptor that it watches."""
-        return bool(self._watched)
+        return bool(self._handlers)
 
     def sever(self, spared: int) -> None:
         """Shut down every socket but one, so that pika sees their end at once."""
-        shut_down(fd for fd in list(self._watched) if fd != spared)
+        shut_down(fd for fd in list(self._handlers) if fd != spared)
+
+
+class _Select:
+    """The part of a poll object that a loop uses, where there is only ``select()``."""
+
+    def __init__(self) -> None:
+        self._events: dict[int, int] = {}
+
+    def register(self, fd: int, events: int) -> None:
+        """Watch a descriptor."""
+        self._events[fd] = events
+
+    modify = register
+    """Watch a descriptor for other events."""
+
+    def unregister(self, fd: int) -> None:
+        """Watch it no longer."""
+        del self._events[fd]
+
+    def poll(self, wait: float | None) -> list[tuple[int, int]]:
+        """Return what is ready, after at most ``wait`` milliseconds."""
+        kinds = (EventLoop.READ, EventLoop.WRITE, EventLoop.ERROR)
+        read, write, broken = (
+            [fd for fd, events in self._events.items() if events & kind] for kind in kinds
+        )
+        ready = select.select(read, write, broken, None if wait is None else wait / 1000)
+        found: dict[int, int] = {}
+        for kind, some in zip(kinds, ready, strict=True):
+            for fd in some:
+                found[fd] = found.get(fd, 0) | kind
+        return list(found.items())
 
 
 def shut_down(descriptors: Iterable[int]) -> None:
@@ -311,24 +382,12 @@ class IOLoop:
             failed(error or RuntimeError("the I/O thread died"), list(self._in_hand))
             self._in_hand.clear()
             self._clear_away()
-            self._loop = self._next_loop()
+            self._loop = EventLoop()
         self._loop.add_handler(self.mailbox.fileno(), self._on_bell, EventLoop.READ)
         begin(self._loop)
         self.mailbox.ring()
         self._began = True
         self._loop.start()
-
-    def _next_loop(self) -> EventLoop:
-        """Make another loop, once there are descriptors for one."""
-        told = False
-        while True:
-            try:
-                return EventLoop()
-            except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
-                if not told:
-                    write(logger, logging.CRITICAL, "no descriptor for an I/O loop", error=error)
-                told = True
-            self._never.wait(BREAK)
 
     def stop(self) -> None:
         """End the loop and the thread."""
@@ -377,7 +436,7 @@ class IOLoop:
             self._loop.sever(self.mailbox.fileno())
             self._loop.remove_handler(self.mailbox.fileno())
             for _ in range(LAST_TURNS):
-                self._loop.add_callback_threadsafe(self._loop.stop)
+                self._loop.add_callback(self._loop.stop)
                 self._loop.start()
                 if not self._loop.watches:
                     break

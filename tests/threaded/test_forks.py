@@ -212,13 +212,13 @@ def test_a_fork_lets_go_of_dropped_producers(serve: Serve) -> None:
     assert names(broker) == {"dropped": 1}
 
 
-def test_a_fork_without_epoll(serve: Serve) -> None:
-    """Where gevent has taken epoll away, a child lets go of its parent's connection just so."""
+def test_a_fork_without_poll(serve: Serve) -> None:
+    """Where eventlet has taken poll away, a child lets go of its parent's connection just so."""
     broker = serve()
     run_script(
         """
         import select
-        del select.epoll
+        del select.epoll, select.poll
         producer = MLProducer(settings)
         assert producer.publish(message("parent")).confirmed
         child = os.fork()

@@ -23,7 +23,6 @@ import mlproducer
 from mlproducer import ConnectionState, MLProducer, Settings
 from mlproducer._broker_url import Broker
 from mlproducer._engine import connector as connector_module
-from mlproducer._engine import io_loop as io_loop_module
 from mlproducer._engine.endpoints import Endpoint, Endpoints, UnreachableError
 from mlproducer._engine.runtime import Runtime
 from mlproducer.errors import AuthenticationError, NotConnectedError
@@ -31,7 +30,7 @@ from mlproducer.testing.fake_broker import Behaviour, FakeBroker, FakeConnection
 from tests.helpers import LIMIT, make_message
 from tests.stopwatch import in_time
 from tests.threaded.conftest import QUICK, Connect, Serve
-from tests.threaded.moods import events_of, gaps, io_of
+from tests.threaded.moods import events_of, gaps
 
 SECRET = "canary-5d0f"
 
@@ -638,30 +637,3 @@ def test_brokers_keep_their_order_when_files_are_read_again(tmp_path: Path) -> N
     assert after == before
     assert sorted(before) == sorted(hosts)
     assert {endpoint.broker.password for endpoint in directory.known} == {"q"}
-
-
-def test_a_loop_without_descriptors_comes_back(
-    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a loop fails and there is no descriptor for the next, the thread tries again."""
-    broker = serve()
-    producer = connect(broker)
-    assert producer.wait_connected(LIMIT)
-    refusals: list[Exception] = [AssertionError(), OSError(errno.EMFILE, "Too many open files")]
-    monkeypatch.setattr(io_loop_module, "BREAK", 0.05)
-    make = io_loop_module.EventLoop
-
-    class Refusing(make):  # type: ignore[misc, valid-type]
-        def __init__(self) -> None:
-            if refusals:
-                raise refusals.pop()
-            super().__init__()
-
-    def fail() -> None:
-        monkeypatch.setattr(io_loop_module, "EventLoop", Refusing)
-        raise RuntimeError("a failure of the loop")
-
-    io_of(producer).order(fail)
-    assert producer.publish(make_message(), timeout=LIMIT).result(LIMIT).confirmed
-    assert refusals == []
-    assert broker.accepted == 2
