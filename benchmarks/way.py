@@ -111,7 +111,7 @@ class Way:
         self._frames.publish(self._batch)
 
     def _confirm(self) -> None:
-        self._sender.acked(self._tag, time.monotonic(), multiple=True)
+        self._sender.acked([(self._tag, True)], time.monotonic())
 
 
 def _tasks() -> list[SummarizationTask]:

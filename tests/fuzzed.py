@@ -25,7 +25,7 @@ from pika import frame, spec
 from mlproducer import MLProducer, Settings
 from mlproducer import _broker_url as broker_url
 from mlproducer import _http_server as http_server
-from mlproducer._core.interfaces import Loss
+from mlproducer._core.interfaces import Confirm, Loss
 from mlproducer._engine import connection as connections
 from mlproducer._engine.connection import Connection, EventLoop, IOServices
 from mlproducer._engine.dead_letter_reader import Letter, stored_letter
@@ -134,10 +134,10 @@ class _Owner:
     def probe_refused(self, loss: Loss) -> None:
         _clear(loss.text or "empty")
 
-    def acked(self, tag: int, *, multiple: bool) -> None:
+    def acked(self, confirms: Sequence[Confirm]) -> None:
         assert self.ready
         assert not self.losses
-        assert type(tag) is int
+        assert all(type(tag) is int for tag, _ in confirms)
 
     nacked = acked
 

@@ -64,6 +64,10 @@ class Loss:
         }
 
 
+Confirm = tuple[int, bool]
+"""A delivery tag, and whether it stands for those before it, too: ``multiple``."""
+
+
 class Channel(Protocol):
     """A channel in confirm mode."""
 

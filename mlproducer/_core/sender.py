@@ -10,7 +10,7 @@ Runs on: the I/O thread, its only owner.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlproducer._core import events
@@ -43,6 +43,7 @@ from mlproducer._core.interfaces import (
     NO_PERMISSION,
     NOT_FOUND,
     Channel,
+    Confirm,
     LeaveWindow,
     Loss,
     MakeDeadLetter,
@@ -309,14 +310,12 @@ class Sender:
 
     # --- the broker ----------------------------------------------------------------------------
 
-    def acked(self, tag: int, now: float, *, multiple: bool) -> bool:
+    def acked(self, confirms: Sequence[Confirm], now: float) -> bool:
         """Settle what the broker has taken; what it returned before is unroutable.
 
         :returns: whether something waits to be written
         """
-        settled = self._send_queue.confirms.settle(tag, multiple=multiple)
-        if not settled:
-            self._unknown_tag(tag)
+        settled = self._settle(confirms)
         taken, delivered = [], []
         for delivery in settled:
             if delivery.attempt is _LATE:
@@ -354,14 +353,12 @@ class Sender:
         if len(self.failures.routes) < MAX_ROUTES:
             self.failures.routes.add((self._exchange, self._key))
 
-    def nacked(self, tag: int, now: float, *, multiple: bool) -> bool:
+    def nacked(self, confirms: Sequence[Confirm], now: float) -> bool:
         """Settle what the broker has refused; another queue it was routed to may hold it.
 
         :returns: whether something waits to be written
         """
-        settled = self._send_queue.confirms.settle(tag, multiple=multiple)
-        if not settled:
-            self._unknown_tag(tag)
+        settled = self._settle(confirms)
         for delivery in settled:
             delivery.step_attempt(AttemptEvent.NACKED)
         self._fail_all(settled, NackError, "the broker nacked the message", now)
@@ -378,10 +375,16 @@ class Sender:
         """Stop or go on writing, as the broker's alarm comes or goes."""
         self._send_queue.blocked = blocked
 
-    def _unknown_tag(self, tag: int) -> None:
-        """Tell of a confirm that settles nothing."""
-        if tag != 0 and not self.shutdown.begun:
-            self._emit(events.UnknownTag(tag))
+    def _settle(self, confirms: Sequence[Confirm]) -> list[Delivery]:
+        """Close tags, and tell of a confirm that settles nothing."""
+        settle, settled = self._send_queue.confirms.settle, []
+        for tag, multiple in confirms:
+            some = settle(tag, multiple=multiple)
+            if some:
+                settled += some
+            elif tag != 0 and not self.shutdown.begun:
+                self._emit(events.UnknownTag(tag))
+        return settled
 
     def _conclude(self, delivery: Delivery) -> None:
         """Do what is left where the broker has taken a message that was in trouble before."""

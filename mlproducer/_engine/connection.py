@@ -21,7 +21,7 @@ from pika import exceptions, spec
 from pika.channel import Channel
 from pika.connection import Connection as PikaConnection
 
-from mlproducer._core.interfaces import NOT_FOUND, Loss, LossKind
+from mlproducer._core.interfaces import NOT_FOUND, Confirm, Loss, LossKind
 from mlproducer._engine.close_reasons import (
     CONNECTION_FORCED,
     NOT_ALLOWED,
@@ -396,19 +396,20 @@ class Connection:
     def _on_confirm(self, frame: Any) -> None:
         """Take a confirm that pika has read, since another frame came before it."""
         method = frame.method
-        self._on_settled(isinstance(method, spec.Basic.Ack), method.delivery_tag, method.multiple)
+        is_ack = isinstance(method, spec.Basic.Ack)
+        self._on_settled(is_ack, [(method.delivery_tag, method.multiple)])
 
-    def _on_settled(self, is_ack: bool, tag: int, multiple: bool) -> None:
+    def _on_settled(self, is_ack: bool, confirms: Sequence[Confirm]) -> None:
         owner, confirming = self._owner, self._confirming
         if owner is None or confirming is None:
             return
         self._vain = 0
         if confirming.tags.skipped:
-            tag = confirming.tags.sender(tag)
+            confirms = [(confirming.tags.sender(tag), multiple) for tag, multiple in confirms]
         if is_ack:
-            owner.acked(tag, multiple=multiple)
+            owner.acked(confirms)
         else:
-            owner.nacked(tag, multiple=multiple)
+            owner.nacked(confirms)
 
     def _on_return(
         self, channel: Channel, method: Any, properties: spec.BasicProperties, _body: bytes

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mlproducer._core.interfaces import Channel, Loss
+from mlproducer._core.interfaces import Channel, Confirm, Loss
 from mlproducer.topology import Declaration
 
 
@@ -33,11 +33,11 @@ class ConnectionOwner(Protocol):
     def probe_refused(self, loss: Loss) -> None:
         """The broker has no channel for questions, or ends the connection over one."""
 
-    def acked(self, tag: int, *, multiple: bool) -> None:
-        """The broker has taken a message."""
+    def acked(self, confirms: Sequence[Confirm]) -> None:
+        """The broker has taken messages."""
 
-    def nacked(self, tag: int, *, multiple: bool) -> None:
-        """The broker has refused a message."""
+    def nacked(self, confirms: Sequence[Confirm]) -> None:
+        """The broker has refused messages."""
 
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """A message has no queue."""

@@ -125,9 +125,9 @@ class DeadLetterChannel:
             _, tag = self._sent.pop(number, (None, 0))
             if tag and self._owner is not None:
                 if isinstance(method, spec.Basic.Ack):
-                    self._owner.acked(tag, multiple=False)
+                    self._owner.acked([(tag, False)])
                 else:
-                    self._owner.nacked(tag, multiple=False)
+                    self._owner.nacked([(tag, False)])
         self._singly = self._singly and bool(self._sent or self._waiting)
         self._go_on()
 

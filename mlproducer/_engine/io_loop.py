@@ -82,11 +82,40 @@ class EventLoop:
 
     def start(self) -> None:
         """Run until `stop`, or until a callback raises."""
+        # One function, and one look at the clock for each turn: a message that waits alone costs
+        # two turns.
+        now = time.monotonic()
         try:
             while not self._stopping:
-                self._turn()
+                wait = None
+                if self._callbacks:
+                    wait = 0.0
+                elif self._timers:
+                    wait = (self._timers[0].due - now) * 1000.0
+                    wait = max(0.0, wait)  # less would be for ever
+                ready = self._poll.poll(wait)
+                if len(ready) == 1 and not ready[0][1] & INVALID:
+                    [(fd, events)] = ready
+                    handler, wanted = self._handlers[fd]
+                    handler(fd, events & wanted)
+                elif ready:
+                    self._handle(ready)
+                now = time.monotonic()
+                if self._callbacks or (self._timers and self._timers[0].due <= now):
+                    self.process_timeouts()
+                    now = time.monotonic()
         finally:
             self._stopping = False
+
+    def _handle(self, ready: Iterable[tuple[int, int]]) -> None:
+        self._ready = dict(ready)
+        for fd in list(self._ready):
+            events = self._ready.get(fd, 0)  # another's handler may have removed it
+            if events & INVALID:
+                self.remove_handler(fd)  # else it would be ready for ever
+            elif events:
+                handler, wanted = self._handlers[fd]
+                handler(fd, events & wanted)
 
     def stop(self) -> None:
         """End the loop after this turn; on its own thread."""
@@ -135,24 +164,6 @@ class EventLoop:
             self._timers = [each for each in self._timers if each.callback is not None]
             heapq.heapify(self._timers)
             self._cancelled = 0
-
-    def _turn(self) -> None:
-        """Wait until something is ready or due, and see to it."""
-        wait = None
-        if self._callbacks:
-            wait = 0.0
-        elif self._timers:
-            wait = max(0.0, self._timers[0].due - time.monotonic()) * 1000
-        self._ready = ready = dict(self._poll.poll(wait))
-        for fd in list(ready):
-            events = ready.get(fd, 0)  # another's handler may have removed it
-            if events & INVALID:
-                self.remove_handler(fd)  # else it would be ready for ever
-            elif events:
-                handler, wanted = self._handlers[fd]
-                handler(fd, events & wanted)
-        if self._callbacks or self._timers:
-            self.process_timeouts()
 
     def process_timeouts(self) -> None:
         """Make the calls that are due now; what they add is for the next turn."""

@@ -25,7 +25,7 @@ from mlproducer._core.breaker import Adaptive, Breaker, Consecutive, Trip
 from mlproducer._core.delivery import Delivery, Owner
 from mlproducer._core.delivery_states import ROW_PENDING, AnswerState, AttemptState, RowState
 from mlproducer._core.events import Emit
-from mlproducer._core.interfaces import NOT_FOUND, Channel, Loss, LossKind
+from mlproducer._core.interfaces import NOT_FOUND, Channel, Confirm, Loss, LossKind
 from mlproducer._core.sender import Sender
 from mlproducer._core.states import CircuitState, ConnectionState
 from mlproducer._engine.connection import OnDeclared
@@ -694,18 +694,18 @@ class IOThread:
             text = f"no health check: only heartbeats notice its silence: {loss.text}"
             self._emit(events.HealthFault(self._topology.exchange, evolve(loss, text=text)))
 
-    def acked(self, tag: int, *, multiple: bool) -> None:
+    def acked(self, confirms: Sequence[Confirm]) -> None:
         """Settle, and write what could not be written before."""
         if not self.connector.stable:
             self.connector.settle()
-        if self.sender.acked(tag, time.monotonic(), multiple=multiple):
+        if self.sender.acked(confirms, time.monotonic()):
             self.pump()
         elif self._retry_worker.hurries and self._gate.welcomes():
             self._retry_worker.sweep_soon()
 
-    def nacked(self, tag: int, *, multiple: bool) -> None:
+    def nacked(self, confirms: Sequence[Confirm]) -> None:
         """Settle what was refused."""
-        if self.sender.nacked(tag, time.monotonic(), multiple=multiple):
+        if self.sender.nacked(confirms, time.monotonic()):
             self.pump()
 
     def letters_refused(self, tags: Sequence[int], loss: Loss) -> None:
@@ -714,7 +714,7 @@ class IOThread:
         now = time.monotonic()
         for tag in tags:
             self.sender.returned(tag, loss.reply_code, loss.text)
-            self.sender.acked(tag, now, multiple=False)
+            self.sender.acked([(tag, False)], now)
 
     def returned(self, tag: int, reply_code: int, reply_text: str) -> None:
         """Note what has no queue."""

@@ -15,7 +15,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 from pika.connection import Connection as PikaConnection
 
+from mlproducer._core.interfaces import Confirm
 from mlproducer._engine.close_reasons import (
     ClosedInWaiterError,
     NoMechanismError,
@@ -155,7 +156,7 @@ class BrokerConnection(pika.SelectConnection):
     """
 
     confirms: ConfirmReader | None = None
-    on_settled: Callable[[bool, int, bool], None]
+    on_settled: Callable[[bool, Sequence[Confirm]], None]
     _plain: socket.socket | None = None
 
     # What is read where a later pika has these under other names.
@@ -203,8 +204,8 @@ class BrokerConnection(pika.SelectConnection):
         if self.confirms is not None and not self._frame_buffer:
             settled, rest = self.confirms.read(data_in)
             self.bytes_received += len(data_in) - len(rest)  # by which pika notices a silence
-            for confirm in settled:
-                self.on_settled(*confirm)
+            for is_ack, confirms in settled:
+                self.on_settled(is_ack, confirms)
             if not rest:
                 return
             data_in = rest

@@ -9,7 +9,7 @@ Runs on: the I/O thread.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mlproducer._wire.amqp import (
     ATTEMPT_MAX,
@@ -55,21 +55,26 @@ class ConfirmReader:
         start = _pack_frame(_METHOD, channel, _CONFIRM_PAYLOAD)
         self._kinds = {start + _pack_method(_BASIC, kind): kind == _ACK for kind in (_ACK, _NACK)}
 
-    def read(self, data: bytes) -> tuple[list[tuple[bool, int, bool]], bytes]:
+    def read(self, data: bytes) -> tuple[Sequence[tuple[bool, Sequence[tuple[int, bool]]]], bytes]:
         """Return the confirms that come first, and what follows them.
 
-        :returns: of each whether it is an ack, the tag, and ``multiple``
+        :returns: tags that follow each other, each with ``multiple``, and whether they are acked
         """
-        confirms: list[tuple[bool, int, bool]] = []
+        runs: list[tuple[bool, list[tuple[int, bool]]]] = []
+        run: list[tuple[int, bool]] = []
+        kind: bool | None = None
         at, last = 0, len(data) - _CONFIRM.size
         while at <= last:
             start, tag, bits, end = _CONFIRM.unpack_from(data, at)
             is_ack = self._kinds.get(start)
             if is_ack is None or end != _END:
                 break
-            confirms.append((is_ack, tag, bits & 1 == 1))
+            if is_ack is not kind:
+                kind, run = is_ack, []
+                runs.append((is_ack, run))
+            run.append((tag, bits & 1 == 1))
             at += _CONFIRM.size
-        return confirms, data[at:]
+        return runs, data[at:]
 
 
 class FrameWriter:

@@ -166,12 +166,12 @@ class World:
 
     def ack(self, tag: int, *, multiple: bool = False) -> None:
         """Confirm, then write on, as the I/O thread does."""
-        self.sender.acked(tag, self.now, multiple=multiple)
+        self.sender.acked([(tag, multiple)], self.now)
         self.sender.pump(self.now)
 
     def nack(self, tag: int, *, multiple: bool = False) -> None:
         """Refuse."""
-        self.sender.nacked(tag, self.now, multiple=multiple)
+        self.sender.nacked([(tag, multiple)], self.now)
         self.sender.pump(self.now)
 
     def store(self, delivery: Delivery) -> None:

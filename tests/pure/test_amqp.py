@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -228,7 +229,11 @@ def test_reads_the_confirms_that_come_first(
         for confirms in (first, later)
     )
     expected = (first, other + behind) if other else (first + later, b"")
-    assert ConfirmReader(CHANNEL).read(before + other + behind) == expected
+    runs, rest = ConfirmReader(CHANNEL).read(before + other + behind)
+    read = [(is_ack, *confirm) for is_ack, confirms in runs for confirm in confirms]
+    assert (read, rest) == expected
+    kinds = [is_ack for is_ack, _ in runs]
+    assert kinds == [kind for kind, _ in itertools.groupby(is_ack for is_ack, _, _ in read)]
 
 
 @pytest.mark.parametrize("value", [bytearray(b"abc"), memoryview(b"abc"), b"abc"])

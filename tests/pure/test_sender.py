@@ -265,10 +265,10 @@ def test_what_waits_to_be_written_is_told(world: World, good: bool) -> None:
     """Also that a suspect does: the I/O thread writes on then, and else not."""
     settle = world.sender.acked if good else world.sender.nacked
     world.send("a")
-    assert not settle(1, 0.0, multiple=False)
+    assert not settle([(1, False)], 0.0)
     world.channel.room_left = 1
     world.send("b", "c", "c2")
-    assert settle(2, 0.0, multiple=False)
+    assert settle([(2, False)], 0.0)
     assert world.sender.pump(0.0), "there was room for one"
     world.channel.room_left = PLENTY
     assert not world.sender.pump(0.0)
@@ -278,4 +278,4 @@ def test_what_waits_to_be_written_is_told(world: World, good: bool) -> None:
     world.up()
     assert world.sender.pump(0.0), "one suspect at a time"
     world.channel.room_left = 0
-    assert settle(1, 0.0, multiple=False)
+    assert settle([(1, False)], 0.0)

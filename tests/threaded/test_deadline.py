@@ -218,10 +218,10 @@ def test_a_callback_in_the_loop_raises(
     io_thread = producer._life.runtime.engines[0]._io  # type: ignore[union-attr]
     acked, failures = io_thread.acked, [ValueError("bug")]
 
-    def failing(tag: int, *, multiple: bool) -> None:
+    def failing(confirms: Any) -> None:
         if failures:
             raise failures.pop()
-        acked(tag, multiple=multiple)
+        acked(confirms)
 
     monkeypatch.setattr(io_thread, "acked", failing)
     with in_time():
