@@ -23,7 +23,7 @@ from benchmarks.way import BURST, Way
 MAX_RATIO = 10.0
 """Cost of a message, in yardsticks."""
 
-MAX_CALLS = 88.0
+MAX_CALLS = 84.0
 """Calls of Python and of C functions for a message."""
 
 REPEATS = 500

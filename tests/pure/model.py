@@ -429,7 +429,7 @@ class ModelProducer:
                 record.hidden = True
                 failed.append(record)
         failures = self.sender.acked if good else self.sender.nacked
-        failures(tag, self.clock.now, multiple=multiple)
+        failures([(tag, multiple)], self.clock.now)
         self._check_counted(failed)
         self.pump()
 

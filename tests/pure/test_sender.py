@@ -127,6 +127,18 @@ def test_tags_that_are_not_open_settle_nothing(world: World, tag: int, multiple:
     assert receipt_of(delivery).confirmed
 
 
+def test_confirms_that_come_together(world: World) -> None:
+    """They are settled in their order, each once; what settles nothing among them is told."""
+    some = world.send("a", "b", "c", "d")
+    world.sender.acked([(3, False), (9, False), (2, True), (1, False)], world.now)
+    confirmed = [("confirmed", name) for name in ("c", "a", "b")]
+    assert (world.events.log, world.events.strays) == (confirmed, [9, 1])
+    assert world.window.left == [some[2], some[0], some[1]]
+    world.sender.nacked([(4, False), (4, False)], world.now)
+    assert world.events.log[len(confirmed) :] == [("NackError", "d")]
+    assert world.events.strays == [9, 1, 4]
+
+
 # --- the publisher's time is up ----------------------------------------------------------------
 
 

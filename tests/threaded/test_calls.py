@@ -34,8 +34,8 @@ def test_a_confirmed_message() -> None:
     """From `publish()` to its receipt."""
     figures = count("confirmed")
     assert figures["threads"] == ["MainThread", "mlproducer-io"]
-    assert figures["calls"] <= 59
-    assert figures["calls of pika"] <= 25
+    assert figures["calls"] <= 58
+    assert figures["calls of pika"] <= 14
     assert len(figures["files"]) <= 24
 
 
