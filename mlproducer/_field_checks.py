@@ -32,6 +32,7 @@ _MAX_INT = (1 << 63) - 1
 _MAX_SECONDS = (1 << 31) - 1
 _JSON_DEPTH = 200  # stock readers recurse, Python's to about 1,000
 _TABLE_DEPTH = 32
+_MAX_KEYS = 1000  # that are known to be good; a program has few, and they come with each message
 _INT_END = 10**4300  # CPython refuses to read an int of more than 4,300 digits
 _PLAIN = frozenset({bool, type(None)})
 _EXTRA_ROUTES = frozenset({"CC", "BCC"})
@@ -314,6 +315,8 @@ class _Grammar:
         self._kinds = kinds
         self._depth = depth
         self._marks = tuple in kinds  # for JSON, not for AMQP
+        self._remembers = not self._marks  # headers are the same ones, and short
+        self._known: set[str] = set()
 
     def copy(self, name: str, value: Any) -> tuple[Any, bool]:
         """Check a value, and copy its containers, which the caller may change later.
@@ -362,8 +365,11 @@ class _Grammar:
     def _open(self, item: Any) -> tuple[Any, Iterator[Any]]:
         if isinstance(item, dict):
             copy: Any = dict(item)
-            for key in copy:
-                self._key(key)
+            if not self._known.issuperset(copy):
+                for key in copy:
+                    self._key(key)
+                if self._remembers and len(self._known) < _MAX_KEYS:
+                    self._known.update(copy)
             if self._marks and copy.keys() == _MARKS:
                 raise _WrongError(
                     "is a mapping with __type__ and __value__, which kombu decodes as another "
