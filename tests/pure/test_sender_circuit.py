@@ -93,6 +93,15 @@ def open_circuit_by(world: World, name: str) -> None:
     assert state(world) is OPEN
 
 
+def test_a_confirm_between_failures_starts_their_count_over(world: World) -> None:
+    """The threshold counts failures in a row."""
+    for name, good in (("a", False), ("b", True), ("c", False)):
+        world.send(name, retry=False)
+        settle(world, name, good=good)
+    assert state(world) is CLOSED
+    assert world.sender.breaker.failures == 1
+
+
 def test_what_waits_stays_when_it_opens() -> None:
     """What was accepted before is not refused; one of them is the probe, then all go out."""
     world = World(threshold=1)
