@@ -761,3 +761,12 @@ def test_room(world: World) -> None:
     assert world.channel.written == [("a", 1), ("b", 2)]  # 6 bytes each
     world.ack(1)
     assert world.channel.written == [("a", 1), ("b", 2), ("c", 3)]
+
+
+def test_what_was_accepted_by_half_is_sent(world: World) -> None:
+    """A callback failed before it was queued; what was not accepted yet is in the mailbox."""
+    half, still = make_delivery("half"), make_delivery("still")
+    assert half.claim()
+    world.sender.recover([half, still], world.now)
+    world.sender.pump(world.now)
+    assert [name for name, _ in world.channel.written] == ["half"]
