@@ -65,7 +65,8 @@ class Timer:
 class EventLoop:
     """What pika asks of a loop, in a third of the calls that its own takes for each turn.
 
-    It holds no descriptor, and no other thread wakes it but by the mailbox's.
+    It holds no descriptor, and no other thread wakes it but by the mailbox's. A hang-up that comes
+    alone is told as what was asked for, since the read or write that follows meets it.
     """
 
     READ, WRITE, ERROR = 1, 4, 8  # as poll() has them, which is not there under eventlet
@@ -97,7 +98,7 @@ class EventLoop:
                 if len(ready) == 1 and not ready[0][1] & INVALID:
                     [(fd, events)] = ready
                     handler, wanted = self._handlers[fd]
-                    handler(fd, events & wanted)
+                    handler(fd, events & wanted or wanted)
                 elif ready:
                     self._handle(ready)
                 now = time.monotonic()
@@ -115,7 +116,7 @@ class EventLoop:
                 self.remove_handler(fd)  # else it would be ready for ever
             elif events:
                 handler, wanted = self._handlers[fd]
-                handler(fd, events & wanted)
+                handler(fd, events & wanted or wanted)
 
     def stop(self) -> None:
         """End the loop after this turn; on its own thread."""
