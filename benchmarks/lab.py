@@ -58,7 +58,7 @@ class Scale:
     quick: bool = False
 
 
-FULL = Scale(rounds=5, seconds=1.5)
+FULL = Scale(rounds=5, seconds=1.0)
 QUICK = Scale(rounds=3, seconds=0.5, quick=True)
 
 
