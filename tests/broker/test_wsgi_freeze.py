@@ -64,7 +64,10 @@ def no_collection() -> Iterator[None]:
 
 
 def test_health_while_the_broker_hangs(connect: Connect, rabbitmq_vhost: VirtualHost) -> None:
-    """From the freeze to its discovery and after it, the slowest of many answers takes < 5 ms."""
+    """From the freeze to its discovery and after it no answer waits, and each takes < 5 ms of CPU.
+
+    Of its time on the wall only the least is judged, since a busy machine may delay the others.
+    """
     producer = connect(publish_timeout=0.5)
     disconnected, connected = threading.Event(), threading.Event()
     producer.on("disconnected", disconnected.set)
