@@ -70,6 +70,7 @@ from mlproducer.message import Envelope
 # In an enum's class they would be looked up for each message, several times.
 _NO_ROW, _WITHDRAWABLE = RowState.NONE, AnswerState.WITHDRAWABLE
 _LATE, _CONFIRMED = AttemptState.LATE, AttemptState.CONFIRMED
+_MAILBOX = AttemptState.MAILBOX
 
 SILENCE = 3
 """Confirm timeouts without a confirm between them after which the broker does not confirm."""
@@ -167,6 +168,8 @@ class Sender:
         well = self.breaker.state is CircuitState.CLOSED and self._refusal is None
         well = well and not self.shutdown.begun
         for delivery in deliveries:
+            if delivery.attempt is not _MAILBOX:
+                continue  # it was taken for lost, and its publisher has handed it over after all
             if not (delivery.answers_deferral or delivery.claim()):
                 self.failures.retire(delivery)
             elif well and delivery.row is _NO_ROW and delivery.answer in UNANSWERED:

@@ -259,7 +259,7 @@ class IOThread:
             self.sender.accept(deliveries, now)
         else:
             for delivery in deliveries:
-                if not self._give(delivery):
+                if delivery.attempt is AttemptState.MAILBOX and not self._give(delivery):
                     self.sender.accept((delivery,), now)
         if self.peers:
             self._expire_overdue(deliveries)

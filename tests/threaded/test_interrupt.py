@@ -13,6 +13,7 @@ import pytest
 from mlproducer._engine import io_thread
 from mlproducer._engine.engine import Engine
 from tests.helpers import LIMIT, make_message, wait_until
+from tests.threaded.brokers import Silent, ack
 from tests.threaded.conftest import Connect, Serve
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +116,36 @@ def test_interrupted_twice(
             getattr(producer, way)(make_message("m"))
     assert wait_until(lambda: not len(runtime.gate))
     assert producer.publish(make_message("next"), timeout=LIMIT).confirmed
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+@pytest.mark.parametrize("way", ["publish", "submit"])
+def test_handed_over_late(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch, way: str, connections: int
+) -> None:
+    """A publisher that got no processor for long, after it had its slot, doubles no message."""
+    monkeypatch.setattr(io_thread, "TICK", 0.05)
+    broker = serve(Silent())
+    producer = connect(broker, publish_timeout=0.05, connections=connections)
+    assert producer.wait_connected(LIMIT)
+    step = "post" if way == "publish" else "post_stored"
+    post: Any = getattr(Engine, step)
+
+    def late(engine: Engine, delivery: Any) -> None:
+        assert wait_until(lambda: bool(broker.messages))  # it was taken for lost, and sent
+        post(engine, delivery)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, step, late)
+        receipt = getattr(producer, way)(make_message("m"))
+    ahead = producer.submit(make_message("next"))
+    assert wait_until(lambda: len(broker.messages) > 1)
+    for each in broker.messages:
+        ack(each)
+    assert receipt.result(LIMIT).confirmed
+    assert ahead.result(LIMIT).confirmed
+    assert [each.properties.message_id for each in broker.messages] == ["m", "next"]
+    assert broker.accepted == connections
 
 
 def cut_thread(role: str, store: str, stride: int) -> dict[str, Any]:
