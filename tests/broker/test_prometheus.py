@@ -276,7 +276,7 @@ def test_a_broker_that_confirms_nothing(exported: Path) -> None:
         FakeBroker(mood) as broker,
         watched(exported, broker.url, **chosen) as (producer, prometheus),
     ):
-        assert producer.publish(make_message()).confirmed
+        assert producer.publish(make_message(), timeout=LIMIT).confirmed
         assert prometheus.alerts() == []
 
         mood.mood = "silence"
@@ -291,7 +291,7 @@ def test_a_broker_that_confirms_nothing(exported: Path) -> None:
         check_texts(prometheus)
 
         mood.mood = "ack"
-        assert producer.publish(make_message()).confirmed
+        assert producer.publish(make_message(), timeout=LIMIT).confirmed
         prometheus.wait_until(lambda: prometheus.alerts() == [])
 
 
