@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -378,14 +379,9 @@ def test_threads(connect: Connect, serve: Serve) -> None:
     assert [name for name in names if "-retry" in name] == ["mlproducer-retry"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None:
-    """Where one connection's thread has died, another carries, and the dead one is replaced."""
-    broker = serve()
-    producer = connect(broker, connections=2)
-    assert all_connected(producer)
-    engines: Any = producer._life.runtime.engines  # type: ignore[union-attr]
-    io, thread = engines[0].io, engines[0]._threads["io"]
+def let_die(engine: Any) -> Callable[[], None]:
+    """Have the I/O thread of an engine end for good at the call that is returned, which waits."""
+    io, thread = engine.io, engine._threads["io"]
     attach, never = io.connector.attach, io.io_loop._never
 
     def fail(_loop: Any = None) -> None:
@@ -395,11 +391,25 @@ def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None
         io.connector.attach, io.io_loop._never = attach, never
         raise SystemExit
 
+    def kill() -> None:
+        io.order(fail)
+        thread.join(LIMIT)
+
     io.connector.attach = fail
     io.io_loop._never = SimpleNamespace(wait=die)
+    return kill
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_store_outlives_an_io_thread(connect: Connect, serve: Serve) -> None:
+    """Where one connection's thread has died, another carries, and the dead one is replaced."""
+    broker = serve()
+    producer = connect(broker, connections=2)
+    assert all_connected(producer)
+    engines: Any = producer._life.runtime.engines  # type: ignore[union-attr]
+    thread, kill = engines[0]._threads["io"], let_die(engines[0])
     lost = producer.submit(make_message())
-    io.order(fail)
-    thread.join(LIMIT)
+    kill()
     assert all(producer.publish(make_message()).confirmed for _ in range(20))
     assert lost.result(LIMIT).confirmed
     assert all_connected(producer)
@@ -538,22 +548,9 @@ def test_what_a_dead_thread_has_not_read(connect: Connect) -> None:
     producer = connect("amqp://127.0.0.1:1")
     producer.start()
     engine: Any = producer._life.runtime.engines[0]  # type: ignore[union-attr]
-    io, thread = engine.io, engine._threads["io"]
-    attach, never = io.connector.attach, io.io_loop._never
-
-    def fail(_loop: Any = None) -> None:
-        raise ValueError("bug")
-
-    def die(_pause: float) -> None:
-        io.connector.attach, io.io_loop._never = attach, never
-        raise SystemExit
-
     engine._closing = True  # or a sweep starts another thread
-    io.connector.attach = fail
-    io.io_loop._never = SimpleNamespace(wait=die)
-    io.order(fail)
-    thread.join(LIMIT)
+    let_die(engine)()
     future = producer.submit(make_message("m"))
     assert producer.close(0.1).abandoned == ("m",)
-    io.io_loop._loop.close()
+    engine.io.io_loop._loop.close()
     assert isinstance(future.exception(0), ProducerClosedError)
