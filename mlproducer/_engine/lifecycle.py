@@ -194,8 +194,8 @@ class Start:
             self._fail(error)
         except RuntimeError as error:
             self._fail(NotConnectedError(f"no thread can be started: {error}"))
-        except (OSError, AssertionError) as error:  # pika asserts that it has its descriptors
-            why = getattr(error, "strerror", None) or "out of descriptors"
+        except OSError as error:
+            why = error.strerror or "out of descriptors"
             self._fail(NotConnectedError(f"the producer cannot be started: {why}"))
         except BaseException as error:  # noqa: BLE001 - the callers have to be told whatever it is
             self._fail(NotConnectedError(f"the producer cannot be started: {type(error).__name__}"))

@@ -271,10 +271,7 @@ def record_of(delivery: Delivery, now: float) -> Record:
     )
 
 
-# Cached, since most rows have one of a few reasons.
-
-
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # most rows have one of a few reasons
 def _reason_text(error: str, text: str, route_was_there: bool) -> str:
     """Return a reason in the form in which rows keep it: JSON, which stores do not look into."""
     reason: dict[str, object] = {"error": error, "text": text[:_TEXT_MAX]}
