@@ -260,12 +260,14 @@ class Server:
             self._drop(client)
 
     def _drop(self, client: _Client) -> None:
-        if self._clients.pop(client, self) is self:
+        if client not in self._clients:
             return
-        self._selector.unregister(client.socket)
+        with suppress(KeyError):  # registering it failed
+            self._selector.unregister(client.socket)
         with suppress(OSError):
             client.socket.shutdown(socket.SHUT_RDWR)
         client.socket.close()
+        del self._clients[client]  # last: a child forked before this closes its copy
         if self._paused_until is not None:
             self._paused_until = 0.0
 

@@ -697,26 +697,69 @@ def test_a_burst_of_clients(connect: Connect, serve: Serve) -> None:
         assert set(answers) == {200}
 
 
+def sockets_open() -> set[str]:
+    """Return the sockets that this process has open."""
+    return {each for each in descriptors().values() if each.startswith("socket:")}
+
+
+def sockets_in_a_child(before: set[str], client: socket.socket) -> int:
+    """Fork, and return how many sockets the child has beside those and this client's."""
+    known = before | {f"socket:[{os.fstat(client.fileno()).st_ino}]"}
+    child = os.fork()
+    if child == 0:
+        os._exit(len(sockets_open() - known))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture
+def closing_servers(connect: Connect) -> Iterator[None]:
+    """Close the servers that a test left open, also where it fails, before ``connect`` ends."""
+    yield
+    for server in list(web._servers):
+        server.close()
+
+
+@pytest.mark.usefixtures("closing_servers")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
 def test_child_of_a_server_that_nothing_holds(connect: Connect, serve: Serve) -> None:
     """A child lets go of it, and of its clients, so that the port is free once its parent ends."""
     producer = producer_started(connect(serve()))
-    sockets = {each for each in descriptors().values() if each.startswith("socket:")}
+    before = sockets_open()
     port = serve_on_loopback(producer).port
     gc.collect()
     with reach(port) as client:
         client.send(b"GET")
         assert get(port, "/health")[0] == 200
-        own = f"socket:[{os.fstat(client.fileno()).st_ino}]"
-        child = os.fork()
-        if child == 0:
-            left = {each for each in descriptors().values() if each.startswith("socket:")}
-            os._exit(len(left - sockets - {own}))
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert sockets_in_a_child(before, client) == 0
         client.send(b" /health HTTP/1.0\r\n\r\n")
         assert until_the_end(client).startswith(b"HTTP/1.0 200 ")
-    for server in list(web._servers):
-        server.close()
+
+
+@pytest.mark.usefixtures("closing_servers")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12, about fork
+def test_child_forked_while_a_client_is_dropped(
+    connect: Connect, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child lets go of a connection that its parent is about to close."""
+    producer = producer_started(connect(serve()))
+    before = sockets_open()
+    server = serve_on_loopback(producer)
+    drops, forked = threading.Event(), threading.Event()
+    unregister = server._selector.unregister
+
+    def hold(of: socket.socket) -> object:
+        drops.set()
+        assert forked.wait(LIMIT)
+        return unregister(of)
+
+    with reach(server.port) as client:
+        monkeypatch.setattr(server._selector, "unregister", hold)
+        client.shutdown(socket.SHUT_WR)
+        assert drops.wait(LIMIT)
+        left = sockets_in_a_child(before, client)
+        forked.set()
+        assert until_the_end(client) == b""
+    assert left == 0
 
 
 def test_surrogates(connect: Connect, serve: Serve) -> None:
