@@ -35,7 +35,7 @@ _TABLE_DEPTH = 32
 _MAX_KEYS = 1000  # that are known to be good; a program has few, and they come with each message
 _INT_END = 10**4300  # CPython refuses to read an int of more than 4,300 digits
 _PLAIN = frozenset({bool, type(None)})
-_EXTRA_ROUTES = frozenset({"CC", "BCC"})
+_EXTRA_ROUTES = ("BCC", "CC")
 _MARKS = {"__type__", "__value__"}
 _AS_KOMBU = (datetime, date, time, Decimal, UUID, bytes)
 
@@ -253,11 +253,11 @@ def mapping(name: str, value: Any) -> Any:
 def headers(name: str, value: Any) -> Any:
     """Accept a mapping that an AMQP field table can carry, and return a copy."""
     copy, _ = _TABLE.copy(name, _mapping(name, value))
-    extra = _EXTRA_ROUTES.intersection(copy)
-    if extra:
-        raise InvalidTaskError(
-            f"{name} holds {min(extra)}, which RabbitMQ reads as more routing keys; not accepted"
-        )
+    for extra in _EXTRA_ROUTES:
+        if extra in copy:
+            raise InvalidTaskError(
+                f"{name} holds {extra}, which RabbitMQ reads as more routing keys; not accepted"
+            )
     if "x-death" in copy and not is_history(copy["x-death"]):
         raise InvalidTaskError(f"{name}.x-death is {NO_HISTORY}")
     return copy
@@ -285,6 +285,9 @@ def _is_count(count: Any) -> bool:
 
 
 def _mapping(name: str, value: Any) -> dict[Any, Any]:
+    """Return a mapping as a dict, which is the caller's own where that is one."""
+    if isinstance(value, dict):
+        return value
     if not isinstance(value, Mapping):
         refuse(name, value, "a mapping")
     return dict(value)
@@ -336,7 +339,7 @@ class _Grammar:
                     if kind is str:
                         if not item.isascii():
                             self._leaf(item)
-                    elif kind in _PLAIN:
+                    elif kind in _PLAIN or (kind is int and -_MAX_INT <= item <= _MAX_INT):
                         continue
                     elif isinstance(item, self._kinds):
                         copy, inner = self._open(item)

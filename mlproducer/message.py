@@ -93,7 +93,11 @@ class Message:
         if self.headers is not None:
             object.__setattr__(self, "headers", checks.headers("headers", self.headers))
         given = vars(self)
-        for name, check in _OPTIONAL:
+        for name in _TEXTS:
+            value = given[name]
+            if value is not None and type(value) is not str:
+                checks.a_str(name, value)
+        for name, check in _NUMBERS:
             value = given[name]
             if value is not None:
                 check(name, value)
@@ -113,10 +117,11 @@ class Message:
         return self.body
 
 
-_OPTIONAL: tuple[tuple[str, Check], ...] = (
-    *((name, checks.a_str) for name in ("exchange", "content_type", "content_encoding")),
-    *((name, checks.a_str) for name in ("message_id", "correlation_id", "type", "reply_to")),
-    *((name, checks.a_str) for name in ("app_id", "user_id")),
+_TEXTS = (
+    *("exchange", "content_type", "content_encoding", "message_id", "correlation_id"),
+    *("type", "reply_to", "app_id", "user_id"),
+)
+_NUMBERS: tuple[tuple[str, Check], ...] = (
     ("priority", checks.an_int),
     ("expiration", checks.a_number),
     ("timestamp", checks.timestamp),

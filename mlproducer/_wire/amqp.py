@@ -17,6 +17,7 @@ import struct
 from calendar import timegm
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
@@ -82,6 +83,9 @@ def short_string(field: str, value: str) -> bytes:
     return bytes((len(encoded),)) + encoded
 
 
+_one_of_few = lru_cache(256)(short_string)
+
+
 def table(field: str, mapping: Mapping[str, Any]) -> bytes:
     """Encode a field table (AMQP 0-9-1, section 4.2.5.5, with RabbitMQ's value types).
 
@@ -104,6 +108,8 @@ def table_entries(field: str, mapping: Mapping[str, Any], depth: int = 1) -> byt
         elif type(value) is str and value.isascii():
             pieces.append(_pack_tagged_long(b"S", len(value)))
             pieces.append(value.encode())
+        elif (encode := _ENCODERS.get(type(value))) is not None:
+            pieces.append(encode(field, value, depth))
         else:
             pieces.append(_value(field, value, depth))
     return b"".join(pieces)
@@ -153,10 +159,10 @@ def properties(
     flags, pieces = _FLAG_CLUSTER_ID if mandatory else _FLAG_CLUSTER_ID | NOT_MANDATORY, [b""]
     if content_type is not None:
         flags |= 1 << 15
-        pieces.append(short_string("content_type", content_type))
+        pieces.append(_one_of_few("content_type", content_type))
     if content_encoding is not None:
         flags |= 1 << 14
-        pieces.append(short_string("content_encoding", content_encoding))
+        pieces.append(_one_of_few("content_encoding", content_encoding))
     if headers is not None:
         flags |= 1 << 13
         pieces.append(headers)
@@ -167,7 +173,7 @@ def properties(
         pieces.append(_octet("priority", priority))
     if correlation_id is not None:
         flags |= 1 << 10
-        pieces.append(short_string("correlation_id", correlation_id))
+        pieces.append(correlation := short_string("correlation_id", correlation_id))
     if reply_to is not None:
         flags |= 1 << 9
         pieces.append(short_string("reply_to", reply_to))
@@ -176,7 +182,8 @@ def properties(
         pieces.append(_milliseconds("expiration", expiration))
     if message_id is not None:
         flags |= 1 << 7
-        pieces.append(short_string("message_id", message_id))
+        same = message_id == correlation_id  # as in a task
+        pieces.append(correlation if same else short_string("message_id", message_id))
     if timestamp is not None:
         flags |= 1 << 6
         pieces.append(_pack_longlong(timestamp))

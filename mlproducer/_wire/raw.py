@@ -6,6 +6,7 @@ Runs on: any thread.
 from __future__ import annotations
 
 from mlproducer._wire import amqp
+from mlproducer._wire.celery import check_route
 from mlproducer._wire.ids import new_id
 from mlproducer.message import Envelope, Message
 
@@ -18,8 +19,7 @@ def encode(message: Message, *, exchange: str) -> Envelope:
     :raises MessageTooLargeError: its headers do not fit a frame
     """
     exchange = exchange if message.exchange is None else message.exchange
-    amqp.short_string("exchange", exchange)
-    amqp.short_string("routing_key", message.routing_key)
+    check_route(exchange, message.routing_key)
     message_id = new_id() if message.message_id is None else message.message_id
     return Envelope(
         message_id=message_id,

@@ -84,10 +84,10 @@ def plain_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_amqp(value: Any) -> Any:
     """Return a list for a tuple, which AMQP does not tell apart, and text for bytes that are it."""
-    if isinstance(value, Mapping):
-        return plain_headers(value)
     if isinstance(value, (list, tuple)):
-        return [_as_amqp(each) for each in value]
+        return [each if type(each) in _ALIKE else _as_amqp(each) for each in value]
+    if isinstance(value, (dict, Mapping)):  # the first spares Celery's own a search
+        return plain_headers(value)
     if isinstance(value, bytes):
         with contextlib.suppress(UnicodeDecodeError):
             return value.decode()
