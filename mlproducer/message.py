@@ -152,6 +152,10 @@ class Envelope:
         """Bytes of properties and body: about the size in memory and on the wire."""
         return len(self.properties) + len(self.body)
 
+    def unloaded(self) -> Envelope:
+        """Return it without properties and body."""
+        return Envelope(self.message_id, self.task_type, self.exchange, self.routing_key, b"", b"")
+
 
 @define(eq=False, repr=False)
 class Receipt:

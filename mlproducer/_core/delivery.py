@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from attrs import evolve
-
 from mlproducer._core.delivery_states import (
     ANSWER_MOVES,
     ATTEMPT_MOVES,
@@ -343,7 +341,7 @@ class Delivery:
 
     def unload(self) -> None:
         """Drop the body, which its row has: a backlog takes no memory."""
-        self.envelope = evolve(self.envelope, properties=b"", body=b"")
+        self.envelope = self.envelope.unloaded()
 
     def reload(
         self, envelope: Envelope, attempts: int, *, dead: bool, doubtful: bool, waits: bool

@@ -52,6 +52,9 @@ Order = TypeVar("Order", Put, Update, Delete)
 
 _ENDS = (RowFate.CONFIRMED, RowFate.DEAD_LETTERED)
 
+MOST_UNCOUNTED = 2_000
+"""Rows that are stored between two counts at most, where there is always something to store."""
+
 TRACED = 500
 """Rows whose fate is asked for in one call."""
 
@@ -83,6 +86,7 @@ class StoreWriter:
         self._in_hand: list[Put | Update | Delete] = []
         self._cut = False  # those in hand may have been carried out, or a part of them
         self._rung = False
+        self._count_due = False
         # By how much rows become more or fewer, by whether they are dead. I/O threads order at the
         # same time, and to add is more than one step; so each thread has a sum of its own.
         self._ordered: dict[int, Counter[bool]] = {}
@@ -182,6 +186,7 @@ class StoreWriter:
             self._ring()
         if again:
             self.settle_counts()
+        self._count_if_due()
         return not left
 
     def settle_counts(self) -> None:
@@ -221,6 +226,7 @@ class StoreWriter:
                 self._stored_rows.rowless.pop(put.delivery, None)
         if puts and not self._stored_rows.rowless:
             self._gate.emptied.changed()  # a flush() may have waited for these alone
+        self._count_if_due()
 
     def _put_rest(self, puts: Sequence[Put]) -> None:
         """Store what is not there yet of what was cut, and tell of what is."""
@@ -321,8 +327,7 @@ class StoreWriter:
             if not delivery.open:
                 self.order(Delete(delivery, delivery.dead, waited=True))
         self._part(self._tell(ahead, lambda owner, some: owner.stored_ahead(some)), now)
-        if kept:
-            self._count_again()
+        self._count_due = self._count_due or bool(kept)
 
     def _part(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Answer those whose message was stored when the producer had been closed already."""
@@ -483,14 +488,21 @@ class StoreWriter:
         self._tell(deliveries, lambda owner, some: owner.ended_elsewhere(some, dead=dead))
 
     def _done(self, orders: Sequence[Update] | Sequence[Delete]) -> None:
-        """Count again, if it can be done, where the orders have made a difference."""
+        """Note that there is something to count, where the orders have made a difference."""
         for order in orders:
             self._carried[order.dead] += order.change
         if any(isinstance(order, Update) or order.waited for order in orders):
-            self._count_again()
+            self._count_due = True
 
-    def _count_again(self) -> None:
-        """Count, if it can be done; a store that cannot is told of, and harms nothing."""
+    def _count_if_due(self) -> None:
+        """Count, if it can be done; a store that cannot is told of, and harms nothing.
+
+        Where more has been ordered meanwhile, that is carried out first; but what was stored since
+        the last count is remembered until the next.
+        """
+        if not self._count_due or (self._orders and len(self._counted.new) < MOST_UNCOUNTED):
+            return
+        self._count_due = False
         try:
             self.count()
         except Exception as error:  # noqa: BLE001 - also where a user's store fails in its own way

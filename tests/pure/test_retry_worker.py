@@ -12,6 +12,7 @@ from mlproducer._core.backoff import Backoff
 from mlproducer._core.delivery import Delivery, Doubt
 from mlproducer._core.delivery_states import AttemptState, RowState
 from mlproducer._engine import retry_worker as module
+from mlproducer._engine import store_writer
 from mlproducer._engine.gate import MAX_BYTES, Gate
 from mlproducer._engine.retry_worker import RetryWorker
 from mlproducer._engine.store_orders import Delete
@@ -88,6 +89,25 @@ class ClaimsAhead(MemoryStore):
         self.ahead = ()
 
 
+class Counted(MemoryStore):
+    """A store that notes how often it was counted; during its first put something is ordered."""
+
+    durable = True
+    asked = 0
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+
+    def put(self, entries: Iterable[Entry], patience: float) -> list[Claim]:
+        """Store, while something else is ordered."""
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        return super().put(entries, patience)
+
+    def depth(self) -> Depth:
+        """Note it."""
+        self.asked += 1
+        return super().depth()
+
+
 class Bench:
     """A retry worker with a fake clock."""
 
@@ -102,10 +122,14 @@ class Bench:
 
     def keep(self, delivery: Delivery, attempts: int = 1, *, fresh: bool = False) -> None:
         """Have it stored."""
+        self.order(delivery, attempts, fresh=fresh)
+        self.work()
+
+    def order(self, delivery: Delivery, attempts: int = 1, *, fresh: bool = False) -> None:
+        """Order that it is stored."""
         delivery.attempts = attempts
         before, delivery.row = delivery.row, RowState.HELD
         self.retry_worker.defer(delivery, self.clock.now, before=before, fresh=fresh)
-        self.work()
 
     def work(self) -> None:
         """Let the thread carry out its orders."""
@@ -129,6 +153,21 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     bench = Bench()
     monkeypatch.setattr(module, "time", bench.clock)
     return bench
+
+
+@pytest.mark.parametrize(("most", "asked"), [(10, 1), (1, 2)])
+def test_rows_are_counted_once_for_orders_that_follow_each_other(
+    monkeypatch: pytest.MonkeyPatch, most: int, asked: int
+) -> None:
+    """The depth is known meanwhile too; but what is stored between two counts has a limit."""
+    monkeypatch.setattr(store_writer, "MOST_UNCOUNTED", most)
+    bench, second = Bench(kind=Counted), make_delivery()
+    assert isinstance(bench.store, Counted)
+    bench.store.meanwhile = partial(bench.order, second)
+    bench.keep(make_delivery())
+    assert bench.store.asked == asked
+    assert bench.retry_worker.depth == Depth(waiting=2)
+    assert not bench.retry_worker.thread._orders
 
 
 def test_memory_takes_a_message_once() -> None:
