@@ -9,7 +9,7 @@ Runs on: the test's thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define, evolve, field, frozen
@@ -384,6 +384,11 @@ class ModelStore(MemoryStore):
         if rows:
             self._pass("claimed")
         return rows
+
+    def reclaim(self, held: Container[Claim], known: Container[int]) -> None:
+        """Reclaim nothing from a durable store, whose rows may be another process's."""
+        if not self.durable:
+            super().reclaim(held, known)
 
     def depth(self) -> Depth:
         """Count the rows, or fail."""
