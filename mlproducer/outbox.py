@@ -22,8 +22,6 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any
 
-from attrs import evolve
-
 from mlproducer import _clock as time
 from mlproducer._core.delivery import Delivery
 from mlproducer._foreign_calls import write
@@ -160,9 +158,9 @@ def _receipt(
     started: float,
 ) -> Receipt:
     """Return a receipt that the producer resolves, if it runs."""
-    left = evolve(envelope, properties=b"", body=b"")  # these are in the row
     fate = Fate()
-    delivery = Delivery.stored(left, started=started, policy=policy, fate=fate)
+    unloaded = envelope.unloaded()  # what is left out is in the row
+    delivery = Delivery.stored(unloaded, started=started, policy=policy, fate=fate)
     fate.set_running_or_notify_cancel()
     fate.delivery = delivery
     if claim is not None:
