@@ -27,6 +27,9 @@ JSON_TYPES = "str, bool, None, int, finite float, list, tuple or dict"
 CELERY_TYPES = f"{JSON_TYPES}, UUID, datetime, date, time, Decimal or bytes"
 TABLE_TYPES = "str, bytes, bool, int of 64 bits, finite float, datetime, None, list or dict"
 
+EXTRA_ROUTES = ("BCC", "CC")
+"""Headers that RabbitMQ reads as more routing keys (its guide to sender-selected distribution)."""
+
 _CONTROL = frozenset(map(chr, [*range(32), 127]))
 _MAX_INT = (1 << 63) - 1
 _MAX_SECONDS = (1 << 31) - 1
@@ -35,7 +38,6 @@ _TABLE_DEPTH = 32
 _MAX_KEYS = 1000  # that are known to be good; a program has few, and they come with each message
 _INT_END = 10**4300  # CPython refuses to read an int of more than 4,300 digits
 _PLAIN = frozenset({bool, type(None)})
-_EXTRA_ROUTES = ("BCC", "CC")
 _MARKS = {"__type__", "__value__"}
 _AS_KOMBU = (datetime, date, time, Decimal, UUID, bytes)
 
@@ -253,7 +255,7 @@ def mapping(name: str, value: Any) -> Any:
 def headers(name: str, value: Any) -> Any:
     """Accept a mapping that an AMQP field table can carry, and return a copy."""
     copy, _ = _TABLE.copy(name, _mapping(name, value))
-    for extra in _EXTRA_ROUTES:
+    for extra in EXTRA_ROUTES:
         if extra in copy:
             raise InvalidTaskError(
                 f"{name} holds {extra}, which RabbitMQ reads as more routing keys; not accepted"

@@ -21,7 +21,7 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any
 
-from mlproducer._field_checks import NO_HISTORY, is_history
+from mlproducer._field_checks import EXTRA_ROUTES, NO_HISTORY, is_history
 from mlproducer.errors import InvalidMessageError, MessageTooLargeError
 
 FRAME_MAX = 131_072
@@ -43,7 +43,6 @@ _MAX_DEPTH = 32
 _ACCEPTED = (
     "accepted are str, bytes, bool, int of 64 bits, finite float, datetime, None, list and dict"
 )
-_EXTRA_ROUTES = frozenset({"CC", "BCC"})
 _CONTROL = frozenset(map(chr, [*range(32), 127]))
 
 _FLAG_CLUSTER_ID = 1 << 2
@@ -117,14 +116,14 @@ def table_entries(field: str, mapping: Mapping[str, Any], depth: int = 1) -> byt
 
 def _key(field: str, key: str, value: Any, depth: int) -> bytes:
     """Encode a key, and remember it, unless there is something to check about it each time."""
-    if key in _EXTRA_ROUTES and depth == 1:
+    if key in EXTRA_ROUTES and depth == 1:
         raise InvalidMessageError(
             f"{field} holds {key}, which RabbitMQ reads as more routing keys; not accepted"
         )
     if key == "x-death" and depth == 1 and not is_history(value):
         raise InvalidMessageError(f"{field}.x-death is {NO_HISTORY}")
     encoded = short_string(f"a key of {field}", key)
-    plain = type(key) is str and key not in _EXTRA_ROUTES and key != "x-death"
+    plain = type(key) is str and key not in EXTRA_ROUTES and key != "x-death"
     if plain and len(_keys) < _MAX_KEYS:
         _keys[key] = encoded
     return encoded
