@@ -147,6 +147,7 @@ class StoreWriter:
 
     def count(self) -> None:
         """Ask the store how much it holds."""
+        self._count_due = False
         try:
             depth = self._store.depth()
         except BaseException:
@@ -327,7 +328,8 @@ class StoreWriter:
             if not delivery.open:
                 self.order(Delete(delivery, delivery.dead, waited=True))
         self._part(self._tell(ahead, lambda owner, some: owner.stored_ahead(some)), now)
-        self._count_due = self._count_due or bool(kept)
+        if kept:
+            self._count_due = True
 
     def _part(self, deliveries: Sequence[Delivery], now: float) -> None:
         """Answer those whose message was stored when the producer had been closed already."""
@@ -502,7 +504,6 @@ class StoreWriter:
         """
         if not self._count_due or (self._orders and len(self._counted.new) < MOST_UNCOUNTED):
             return
-        self._count_due = False
         try:
             self.count()
         except Exception as error:  # noqa: BLE001 - also where a user's store fails in its own way
