@@ -98,6 +98,11 @@ def get(port: int, path: str, method: str = "GET") -> tuple[int, dict[str, str],
         return response.status, dict(response.getheaders()), response.read()
 
 
+def sockets_open() -> set[str]:
+    """Return the sockets that this process has open."""
+    return {each for each in descriptors().values() if each.startswith("socket:")}
+
+
 def url_of(broker: FakeBroker | str) -> str:
     """Where a broker is, or is said to be."""
     return broker if isinstance(broker, str) else broker.url
@@ -507,9 +512,7 @@ def test_child_lets_go(connect: Connect, serve: Serve) -> None:
     producer = producer_started(connect(serve()))
     before = set(descriptors().values())
     with serve_on_loopback(producer) as server:
-        [listening] = {
-            each for each in descriptors().values() if each.startswith("socket:")
-        } - before
+        [listening] = sockets_open() - before
         child = os.fork()
         if child == 0:
             os._exit(listening in descriptors().values())
@@ -695,11 +698,6 @@ def test_a_burst_of_clients(connect: Connect, serve: Serve) -> None:
     with serve_on_loopback(producer) as server, ThreadPoolExecutor(100) as pool:
         answers = pool.map(lambda _: get(server.port, "/health")[0], range(200))
         assert set(answers) == {200}
-
-
-def sockets_open() -> set[str]:
-    """Return the sockets that this process has open."""
-    return {each for each in descriptors().values() if each.startswith("socket:")}
 
 
 def sockets_in_a_child(before: set[str], client: socket.socket) -> int:
