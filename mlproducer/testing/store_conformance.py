@@ -258,7 +258,7 @@ class Leases(StoreTests):
             self.advance(self.lease * 0.6)
             assert store.claim(1) == []
 
-    def test_a_claim_that_nobody_took_over_still_holds(self, store: Store) -> None:
+    def test_a_claim_that_was_not_taken_over_still_holds(self, store: Store) -> None:
         """After its lease too, until another user claims the row."""
         first, second = store.put(entries_of("a", "b", delay=None), PATIENCE)
         self.let_leases_end()

@@ -120,7 +120,7 @@ class Counts(StoreTests):
         store.done([first, second])
         assert store.depth() == Depth()
 
-    def test_what_is_stored_ahead_waits_when_nobody_sends_it(self, store: Store) -> None:
+    def test_what_is_stored_ahead_waits_while_it_is_not_sent(self, store: Store) -> None:
         """Once its claim has ended it is a message that waits, also while the next has it."""
         store.put([Entry(record_of("a"), ahead=True)], PATIENCE)
         self.let_leases_end()

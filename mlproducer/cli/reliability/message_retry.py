@@ -56,7 +56,7 @@ def _healed(setup: ScenarioSetup) -> str:
 def _buried(setup: ScenarioSetup) -> str:
     producer = setup.shared()
     dead = setup.events(producer, "dead_lettered")
-    message = setup.message("nobody.listens")
+    message = setup.message("not.bound")
     receipt = _deferred(setup.journal.publish(producer, message))
     try:
         receipt.result(SETTLING)

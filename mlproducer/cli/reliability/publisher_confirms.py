@@ -47,7 +47,7 @@ def _nacked(setup: ScenarioSetup) -> str:
 
 
 def _returned(setup: ScenarioSetup) -> str:
-    keys = (QUEUES[0], "nobody.listens")
+    keys = (QUEUES[0], "not.bound")
     messages = [setup.message(keys[number % 2]) for number in range(MANY)]
     futures = [setup.shared().submit(message, retry=False) for message in messages]
     answers = [setup.journal.note(each.message_id, _answer(each)) for each in futures]
