@@ -107,20 +107,23 @@ class Lab:
         way: str,
         workers: int = 1,
         rounds: int | None = None,
+        broker: Broker | None = None,
         **options: Any,
     ) -> Match:
         """Let contestants alternate; one that is not installed is left out, and said to be.
 
+        :param broker: another than the lab's
         :param options: what the module of each of them takes besides
         """
+        broker = broker or self.broker
         with ExitStack() as stack:
             players = []
             for name in names:
-                contestant = self.contestant(name, workers=workers, **options)
+                contestant = self.contestant(name, workers=workers, url=broker.url, **options)
                 if contestant is not None:
                     stack.enter_context(contestant)
                     players.append(Player(name, contestant, way, workers))
-            return self.play(players, rounds)
+            return self.play(players, rounds, broker)
 
     def play(
         self, players: Sequence[Player], rounds: int | None = None, broker: Broker | None = None

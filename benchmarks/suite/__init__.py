@@ -12,6 +12,7 @@ NAMES = (
     "memory",
     "pipelined",
     "threads",
+    "apart",
     "single",
     "celery_app",
     "scaling",
