@@ -123,7 +123,8 @@ class Connection:
     """One connection, and on it one channel at a time for publishing.
 
     :param address: one of the endpoint's
-    :param timeouts: seconds until TCP must be connected, and until all must be ready
+    :param timeouts: seconds until TCP must be connected, and until the first declaration must be
+        answered, or all must be ready; each answer gives the next its own time
     :param skipped: declarations that the broker has answered with the end of a connection
     :param probes: whether the broker has a channel for questions beside the one for publishing
     :ivar fatal: the declaration over which this connection ended
@@ -289,9 +290,13 @@ class Connection:
     def _round(
         self, wanted: Iterable[Declaration], done: Callable[[Channel], None]
     ) -> TopologyDeclarer:
-        return TopologyDeclarer(
-            [each for each in wanted if each not in self._skipped], self._on_fault, done
-        )
+        left = [each for each in wanted if each not in self._skipped]
+        return TopologyDeclarer(left, self._on_fault, self._on_answered, done)
+
+    def _on_answered(self) -> None:
+        """Give the next declaration its own time: over a slow link all of them take too long."""
+        if self._timer is not None:
+            self._start_timer(self._endpoint.broker.connection_timeout)
 
     def _added(self) -> Sequence[Declaration]:
         """Take what was added since this was asked last."""

@@ -20,6 +20,7 @@ class TopologyDeclarer:
     """One round of declarations, over as many channels as the broker closes meanwhile.
 
     :param fault: told what could not be declared
+    :param answered: told after each answer of the broker
     :param done: told when all has been tried, with the open channel
     :ivar asked: the declaration that the broker has not answered yet
     """
@@ -28,10 +29,12 @@ class TopologyDeclarer:
         self,
         declarations: Iterable[Declaration],
         fault: Callable[[Declaration, Loss], None],
+        answered: Callable[[], None],
         done: Callable[[Any], None],
     ) -> None:
         self._left = deque(declarations)
         self._fault = fault
+        self._answered = answered
         self._done = done
         self._channel: Any = None
         self.asked: Declaration | None = None
@@ -47,6 +50,7 @@ class TopologyDeclarer:
         if refused is None:
             return False
         self._left.popleft()
+        self._answered()
         self._fault(refused, loss)
         if loss.reply_code == NO_PERMISSION:
             self._left.clear()  # the rest would be refused likewise
@@ -65,4 +69,5 @@ class TopologyDeclarer:
     def _on_declared(self, _frame: object) -> None:
         self.asked = None
         self._left.popleft()
+        self._answered()
         self._declare()

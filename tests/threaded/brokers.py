@@ -28,6 +28,20 @@ class SlowOpen(Behaviour):
         connection.later(0.5, super().on_open, connection, virtual_host)
 
 
+class SlowToDeclare(Behaviour):
+    """Takes its time for each exchange, queue and binding."""
+
+    def __init__(self, delay: float) -> None:
+        self._delay = delay
+
+    def on_method(self, connection: FakeConnection, channel: int, method: Any) -> None:
+        """Answer a declaration after so many seconds, anything else at once."""
+        if method.NAME.startswith(("Exchange.", "Queue.")):
+            connection.later(self._delay, super().on_method, connection, channel, method)
+        else:
+            super().on_method(connection, channel, method)
+
+
 class FirstIsLost(Behaviour):
     """Never confirms what comes on the first connection."""
 

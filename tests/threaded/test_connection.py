@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from mlproducer.testing.proxy import Proxy
 from tests.helpers import LIMIT, make_message, wait_until
 from tests.pure.refusals import tells_nothing
 from tests.stopwatch import in_time
-from tests.threaded.brokers import FirstIsLost, Holding, Silent, ack
+from tests.threaded.brokers import FirstIsLost, Holding, Silent, SlowToDeclare, ack
 from tests.threaded.conftest import Connect, Serve
 from tests.threaded.moods import told
 
@@ -412,6 +413,17 @@ def test_a_frame_of_the_greatest_length(connect: Connect, serve: Serve) -> None:
     ack(broker.wait_for_messages(2, LIMIT)[-1])
     assert future.result(LIMIT).attempts == 2
     assert broker.accepted == 1
+
+
+def test_each_declaration_has_its_own_time(connect: Connect, serve: Serve) -> None:
+    """Over a long way the topology takes more than the limit for an attempt, and is declared."""
+    broker = serve(SlowToDeclare(0.2))
+    limit = 1.5
+    producer = connect(broker, declare_topology="active", connection_timeout=limit)
+    began = time.monotonic()
+    assert producer.wait_connected(LIMIT)
+    assert time.monotonic() - began > limit
+    assert producer.status().reconnect_attempts == 0
 
 
 def test_gave_up_and_revived(connect: Connect, serve: Serve) -> None:
