@@ -28,6 +28,9 @@ from mlproducer.testing.erlang import free_port
 
 MANY, QUICK_MANY = 10_000_000, 100_000
 ROWS, QUICK_ROWS = 100_000, 10_000
+MEMORY_ROWS = 10_000
+"""As many as the memory store takes."""
+
 LIMIT = 7200.0
 
 
@@ -84,8 +87,11 @@ def _rows(lab: Lab) -> list[Figure]:
         urls = {"memory": "memory://", "SQLite": f"sqlite:///{folder / 'rows.db'}"}
         urls["Redis"] = stack.enter_context(RedisServer()).url
         urls["PostgreSQL"] = stack.enter_context(PostgreSQLServer()).url
-        done = {name: process("leave", count, nobody, url) for name, url in urls.items()}
+        rates = {}
+        for name, url in urls.items():
+            rows = MEMORY_ROWS if name == "memory" else count
+            rates[name] = rows / process("leave", rows, nobody, url)["seconds"]
     return [
-        Figure(f"rows a second into {name}", [count / each["seconds"]], "rows/s", at_least(10_000))
-        for name, each in done.items()
+        Figure(f"rows a second into {name}", [rate], "rows/s", at_least(10_000))
+        for name, rate in rates.items()
     ]
