@@ -26,7 +26,8 @@ class OurThreads(logging.Filter):
         if here.owner is None:
             return True
         logger = logging.root.getChild(record.name)
-        if logger.isEnabledFor(logging.DEBUG):
+        # Not isEnabledFor, which is false here with Python 3.13.5: this record is in hand.
+        if max(logger.getEffectiveLevel(), logger.manager.disable + 1) <= logging.DEBUG:
             rest = logging.Filterer()
             rest.filters = [each for each in logger.filters if each is not self]
             guarded(self._handle, logger, rest, record)
