@@ -163,6 +163,10 @@ def cut_thread(role: str, store: str, stride: int) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.skipif(
+    (3, 12) <= sys.version_info < (3, 12, 2),
+    reason="with 3.12.1 the interpreter itself crashes where a trace function raises in a thread",
+)
 @pytest.mark.parametrize(
     ("role", "store", "stride"),
     [("io", "memory", 21), ("io", "sqlite", 35), ("retry", "memory", 15), ("retry", "ahead", 34)],
