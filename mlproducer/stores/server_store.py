@@ -2,7 +2,9 @@
 
 The answer to a call can be lost after the server has carried it out. The caller then gets a
 `StoreError`, and has to be able to rely on it: nothing of the call may take effect. So each call
-that stores, claims or releases rows has a number, under which the next call undoes it.
+that stores, claims or releases rows has a number, under which the next call undoes it. A failover
+may keep the call and lose the undoing; so the last ones are undone again over each new connection,
+which may lead to another server.
 
 Runs on: the retry thread.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -26,6 +29,9 @@ logger = logging.getLogger(__name__)
 MIN_PATIENCE = 0.05
 """Seconds that the server has in any case."""
 
+MOST_UNDONE = 8
+"""Calls that are undone again over a new connection; before a failover there are one or two."""
+
 ROOM = 16 * 1024 * 1024
 """Bytes of messages that one call reads, so that a backlog of large ones does not fill memory."""
 
@@ -37,7 +43,7 @@ say goodbye to the server over a socket that the parent still uses."""
 
 
 class _Connection(Protocol):
-    def get_ready(self) -> None: ...
+    def get_ready(self) -> bool: ...
     def drop(self) -> None: ...
 
 
@@ -67,6 +73,8 @@ class StoreOnServer(ABC):
         self._pid = os.getpid()
         self._number = 0
         self._unanswered: Call | None = None
+        self._undone: deque[Call] = deque(maxlen=MOST_UNDONE)
+        self._new_connection = False
         self._unfreed: list[tuple[Claim, float]] = []
 
     @abstractmethod
@@ -80,7 +88,8 @@ class StoreOnServer(ABC):
     def _get_ready(self) -> None:
         """Connect if need be, and finish what earlier calls left undone."""
         self._leave_parent()
-        self._connection.get_ready()
+        self._new_connection = self._connection.get_ready() or self._new_connection
+        self._undo_again()
         self._settle()
 
     def _leave_parent(self) -> None:
@@ -92,10 +101,18 @@ class StoreOnServer(ABC):
     def _settle(self) -> None:
         if self._unanswered is not None:
             self._undo(self._unanswered)
+            if not self._unanswered.claims:  # a release is not: it may have been repeated since
+                self._undone.append(self._unanswered)
             self._unanswered = None
         if self._unfreed:
             self._free(self._unfreed)
             self._unfreed = []
+
+    def _undo_again(self) -> None:
+        if self._new_connection:
+            for call in self._undone:
+                self._undo(call)
+            self._new_connection = False
 
     def _next_call(self, undo: str, claims: Sequence[Claim] = ()) -> int:
         """Number a call that is to be undone unless it gets an answer: `_answered`."""

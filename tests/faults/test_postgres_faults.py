@@ -192,6 +192,28 @@ def test_a_put_that_ends_without_an_answer_is_undone(
     assert store.claim(10) == []
 
 
+def test_a_failover_that_loses_an_undoing(mortal: PostgreSQLServer, store: PostgreSQLStore) -> None:
+    """What was undone is undone again over a new connection, by which it may be there again."""
+    with Proxy((mortal.host, mortal.port)) as address:
+        url = f"postgresql://app:{mortal.password}@127.0.0.1:{address.port}/app?table={store.table}"
+        with closing(PostgreSQLStore(url)) as far:
+            far.put([entry("kept", 0.0)], PATIENCE)
+            address.hole("s2c")
+            with raising(far, "did not answer in time"):
+                far.put([entry("raised", 0.0)], PATIENCE)
+            mortal.call(f"CREATE TABLE {store.table}_then AS SELECT * FROM {store.table}")
+            address.reset()
+            address.heal()
+            assert far.depth() == Depth(1, 0)
+            mortal.call(
+                f"INSERT INTO {store.table} SELECT * FROM {store.table}_then ON CONFLICT DO NOTHING"
+            )
+            assert far.depth() == Depth(2, 0)
+            address.reset()
+            assert far.depth() == Depth(1, 0)
+            assert ids(store.claim(10)) == ["kept"]
+
+
 def test_a_put_that_is_late_for_some_of_its_rows_stores_none(
     store: PostgreSQLStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -424,6 +424,29 @@ def test_a_failover_costs_errors_and_no_row(mortal_redis: RedisServer) -> None:
         assert store.renew([held]) == []
 
 
+def test_a_failover_that_loses_an_undoing(mortal_redis: RedisServer) -> None:
+    """What a put stored whose answer was lost is undone again on the server that takes over."""
+    with (
+        RedisServer() as replica,
+        Proxy((mortal_redis.host, mortal_redis.port)) as address,
+        closing(RedisStore(f"redis://127.0.0.1:{address.port}")) as store,
+    ):
+        replicate(replica, mortal_redis)
+        store.put([entry("kept", 0.0)], PATIENCE)
+        address.hole("s2c")
+        with raising(store, "did not answer in time"):
+            store.put([entry("raised", 0.0)], PATIENCE)
+        until(lambda: offset(replica, "slave") >= offset(mortal_redis, "master"))
+        replica.call("REPLICAOF", "NO", "ONE")
+        address.reset()
+        address.heal()
+        assert store.depth() == Depth(1, 0)
+        address.retarget((replica.host, replica.port))
+        address.reset()
+        assert store.depth() == Depth(1, 0)
+        assert rows_in(replica, "mlproducer:") == 1
+
+
 def test_a_demoted_redis_is_left_alone(mortal_redis: RedisServer) -> None:
     """A connection to what has become a replica is given up, and made again when it is primary."""
     with RedisServer() as primary, closing(RedisStore(mortal_redis.url)) as store:

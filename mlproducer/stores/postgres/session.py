@@ -246,9 +246,10 @@ class Session:
         """Return the server's time, in seconds since the epoch, at a monotonic moment."""
         return moment + self._ahead
 
-    def get_ready(self) -> None:
+    def get_ready(self) -> bool:
         """Connect, create the table and ask for the server's time, where that is needed.
 
+        :returns: whether the connection is a new one
         :raises StoreError: the server cannot be reached, or the table cannot be used
         """
         connection = self._connection
@@ -256,8 +257,10 @@ class Session:
             self.drop()
         if self._connection is None:
             self._translated(self._open)
-        elif time.monotonic() >= self._trusted_until:
+            return True
+        if time.monotonic() >= self._trusted_until:
             self._note_time(*self.run(sql.TIME, {})[0])
+        return False
 
     def create(self) -> None:
         """Create the table, or what a table of an earlier version lacks.

@@ -263,6 +263,7 @@ class PostgreSQLStore(StoreOnServer):
                 self.give_back()
                 self._run(self._sql.close, {})
                 self._me, self._number = _new_owner(self.lease), 0
+                self._undone.clear()
         finally:
             self._connection.drop()
 

@@ -82,18 +82,19 @@ class Connection:
         """Return the server's time at a monotonic moment, in microseconds, or a little less."""
         return int((moment + self._ahead) * MICROSECONDS)
 
-    def get_ready(self) -> None:
-        """Connect, unless there is a connection that works.
+    def get_ready(self) -> bool:
+        """Connect, unless there is a connection that works, and return whether it is a new one.
 
         :raises StoreError: the server cannot be reached, or refuses the connection
         """
         try:
-            if not self._works():
+            works = self._works()
+            if not works:
                 self._connect()
         except _FOREIGN as error:
             failure = self._failed(error)
         else:
-            return
+            return not works
         # Raised outside of the handler: nothing of redis-py, whose frames hold the password, is
         # chained to it.
         raise failure

@@ -2,7 +2,8 @@
 -- Undo a call whose answer never came, and keep it from taking effect if it comes late: what it
 -- put is deleted, what it claimed is due, what it released is claimed again.
 
-redis.call('SET', P .. 'floor:' .. me, ARGV[2], 'PX', 3600000)
+local floor = math.max(number, tonumber(redis.call('GET', P .. 'floor:' .. me) or 0))
+redis.call('SET', P .. 'floor:' .. me, text(floor), 'PX', 3600000)
 local keys, ready = redis.call('ZRANGEBYSCORE', P .. 'own:' .. me, number, number), {}
 if ARGV[3] == 'put' then
   for _, key in ipairs(keys) do
