@@ -69,6 +69,7 @@ def add(
     """
     started = time.monotonic()
     kind, execute = _executor(connection)
+    execute = _discreet(execute)
     chosen = producer or _chosen(kind)
     table = _table(chosen) if kind == POSTGRESQL else ""
     envelope, policy = chosen.prepare(task, retry=retry)
@@ -336,12 +337,7 @@ def _sqlalchemy(connection: Any) -> Execute:
 
     def execute(statement: str, values: Mapping[str, Any]) -> Any:
         _refuse_autocommit(connection.connection.dbapi_connection)
-        try:
-            result = connection.execute(text(statement), values)
-        except Exception as error:
-            if hasattr(error, "hide_parameters"):
-                error.hide_parameters = True  # its text would show the message's content
-            raise
+        result = connection.execute(text(statement), values)
         return result.scalar_one() if result.returns_rows else None
 
     return execute
@@ -357,6 +353,31 @@ def _django(connection: Any) -> Execute:
             return cursor.fetchone()[0] if cursor.description else None
 
     return execute
+
+
+def _discreet(execute: Execute) -> Execute:
+    """Have errors of the database not show what the message says.
+
+    PostgreSQL quotes the row that a constraint refuses, and SQLAlchemy the parameters.
+    """
+
+    def run(statement: str, values: Mapping[str, Any]) -> Any:
+        try:
+            return execute(statement, values)
+        except Exception as error:
+            if hasattr(error, "hide_parameters"):
+                error.hide_parameters = True
+            causes = [each for each in (error, error.__cause__) if each is not None]
+            details = [getattr(each, "diag", None) for each in causes]
+            for detail in filter(None, (getattr(each, "message_detail", None) for each in details)):
+                for each in causes:
+                    each.args = tuple(
+                        part.replace(detail, "(not shown)") if isinstance(part, str) else part
+                        for part in each.args
+                    )
+            raise
+
+    return run
 
 
 def _known(kind: str) -> str:
