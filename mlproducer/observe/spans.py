@@ -31,7 +31,7 @@ from mlproducer import tracing
 from mlproducer._core import events
 from mlproducer._core.delivery import Delivery
 from mlproducer._foreign_calls import guarded
-from mlproducer.errors import PublishError, RetriesExhaustedError
+from mlproducer.errors import InvalidMessageError, PublishError, RetriesExhaustedError
 from mlproducer.message import Envelope
 from mlproducer.observe.callbacks import Dispatcher
 from mlproducer.observe.limited_logger import LimitedLogger
@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED_HEADER = re.compile(rb"\x0btraceparentS\x00\x00\x00\x37(00-[0-9a-f-]{51}[13579bdf])")
 """The header of a message whose trace is sampled, as encoded: name, type, length, value."""
+
+_W3C = ("traceparent", "tracestate")
+"""What the library itself writes of a context; the rest is from the process's propagators."""
 
 
 class Span(Protocol):
@@ -145,8 +148,7 @@ class Spans(Sink):
         if span is None:
             return encode(task), None
         try:
-            with tracing.carrying(span.headers):
-                envelope = encode(task)
+            envelope = self._carried(encode, task, span.headers)
         except BaseException as error:
             opened.end(type(error).__name__)
             raise
@@ -155,6 +157,20 @@ class Spans(Sink):
             return envelope, None
         self._report(guarded(span.describe, envelope))
         return envelope, opened
+
+    def _carried(
+        self, encode: Callable[[T], Envelope], task: T, given: Mapping[str, str]
+    ) -> Envelope:
+        """Encode a message with a trace context; without what AMQP cannot carry of it."""
+        try:
+            with tracing.carrying(given):
+                return encode(task)
+        except InvalidMessageError as error:
+            own = {name: given[name] for name in _W3C if name in given}
+            with tracing.carrying(own):
+                envelope = encode(task)  # raises if the task itself is invalid
+            self._report(error)
+            return envelope
 
     def follow(self, delivery: Delivery, span: OpenSpan) -> None:
         """End the span with the message's fate."""

@@ -259,6 +259,36 @@ def test_propagators_of_the_process(connect: Connect, serve: Serve, exporter: Ex
     assert [headers(each)["baggage"] for each in broker.messages] == ["tenant=acme", "own"]
 
 
+@pytest.mark.usefixtures("own_propagators")
+@pytest.mark.parametrize(
+    "written",
+    [("CC", "a"), ("n" * 256, "v"), ("b3", "\udc80"), ("b3", "v" * 200_000)],
+    ids=["route", "long name", "surrogate", "too large"],
+)
+def test_a_propagator_that_writes_what_amqp_cannot_carry(
+    written: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    connect: Connect,
+    serve: Serve,
+    exporter: Exporter,
+) -> None:
+    """The task is published all the same, with the W3C context; a task that is wrong is not."""
+    broker = serve()
+    producer = connect(broker)
+    monkeypatch.setattr(
+        OneHeader, "inject", lambda _own, carrier, *_, **__: carrier.update([written])
+    )
+    with caplog.at_level("ERROR"):
+        assert producer.publish(TASK).confirmed
+    [span], [sent] = exporter.wait_for(1), map(headers, broker.messages)
+    assert sent["traceparent"] == traceparent(span)
+    assert written[0] not in sent
+    assert [each.getMessage().strip() for each in caplog.records] == ["the tracer failed"]
+    with pytest.raises(InvalidMessageError):
+        producer.publish(None)  # type: ignore[arg-type]
+
+
 def test_a_task_that_an_instrumentation_traces(
     connect: Connect, serve: Serve, provider: TracerProvider, exporter: Exporter
 ) -> None:
