@@ -8,6 +8,7 @@ Runs on: the users' threads; an `Answer` is set on the I/O thread.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -17,7 +18,7 @@ from mlproducer._core.delivery import NO_WAITER, Delivery
 from mlproducer._core.delivery_errors import failure
 from mlproducer._core.delivery_states import AnswerState
 from mlproducer._synchronization import Latch, Relay
-from mlproducer.errors import ConfirmTimeoutError, PublishError
+from mlproducer.errors import ConfirmTimeoutError, ConnectionLostError, PublishError
 from mlproducer.message import Fate, Receipt
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class PendingAnswers:
         self._asked = 0  # how many, from the head, the sender was asked about
         self._asked_at = 0.0
         self._silent = False  # it has not answered
+        self._pid = os.getpid()
 
     def taken_from(self, tasks: Iterable[T]) -> Iterator[T]:
         """Yield tasks; if that raises, the exception gets the results so far as ``results``."""
@@ -195,14 +197,33 @@ class PendingAnswers:
                 raise  # the error is not this message's: a signal handler raised it
             answer.set_exception(error)
 
+    def leave_to_parent(self) -> None:
+        """End the waits that this process, a child, has from before the fork; else do nothing.
+
+        The parent goes on with these messages. Nothing of its connection is touched here: its locks
+        may have been held at the fork, by threads that a child does not have.
+        """
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        text = "the process was forked meanwhile; its parent has the message"
+        for place, _, delivery, answer in self._waits:
+            error = failure(ConnectionLostError, delivery, text)
+            error.possibly_sent = True
+            self._results[place] = answer.given or error
+        self._waits.clear()
+        self._asked, self._silent = 0, False
+
     def finish(self) -> list[Receipt | PublishError]:
         """Finish all waits, and return the results in order."""
+        self.leave_to_parent()
         while self._waits:
             self._finish_next()
         return self._results
 
     def withdraw(self) -> None:
         """Withdraw all messages that are left, since their results will not be returned."""
+        self.leave_to_parent()
         for _, engine, delivery, _ in self._waits:
             engine.withdraw(delivery)
 

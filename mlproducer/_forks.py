@@ -2,7 +2,9 @@
 
 Python runs hooks after ``os.fork``. A child that was forked by C code (uWSGI without
 ``py-call-osafterfork``, an extension) runs none; this is noticed at the first call into the
-library, which then does the same. Where there is no fork (Windows), nothing happens.
+library, which then does the same. Since CPython 3.13 such a child may crash where threads of the
+parent were waiting: the interpreter's own locks keep lists of them, which only its hook clears.
+Where there is no fork (Windows), nothing happens.
 
 A fork also waits until other threads have imported what the library imports when it is first used,
 and keeps them from importing more before it is over: the child would have their half of the

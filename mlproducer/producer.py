@@ -212,6 +212,9 @@ class MLProducer:
         line = PendingAnswers()
         try:
             for task in line.taken_from(tasks):
+                if self._life.runtime is not runtime or not forks.begun[0]:
+                    line.leave_to_parent()  # `tasks` has forked, and this is the child
+                    runtime = self._life.started()
                 engine = runtime.choose()
                 answer = Answer(engine.relay)
                 try:
