@@ -1,7 +1,7 @@
 """How far it grows: 10,000,000 messages in one call, 1,000 threads, 64 producers, rows into stores.
 
-Not among those that run by default, since it takes most of an hour: ``python -m benchmarks growth``
-(with ``--quick`` a minute or two).
+Not among those that run by default, since it takes a quarter of an hour:
+``python -m benchmarks growth`` (with ``--quick`` a minute or two).
 
 One call takes its tasks from a generator. Its memory is to grow by the receipts that it returns,
 and by no more in its second half than in its first. Then 1,000 threads against 32, and 64 threads
