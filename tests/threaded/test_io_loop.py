@@ -95,8 +95,8 @@ def test_what_was_asked_for_changes(loop: EventLoop, pipes: list[Pipe]) -> None:
 def test_callbacks_and_timers(loop: EventLoop) -> None:
     """Callbacks come first, timers when they are due, and those that are cancelled not at all."""
     calls: list[str] = []
-    loop.call_later(0.02, lambda: loop.add_callback(loop.stop))
     loop.call_later(0.01, lambda: calls.append("later"))
+    loop.call_later(0.02, lambda: loop.add_callback(loop.stop))  # set last, so it is due last
     cancelled = loop.call_later(0.0, lambda: calls.append("cancelled"))
     loop.call_later(0.0, lambda: calls.append("at once"))
     loop.add_callback(lambda: loop.add_callback(lambda: calls.append("the turn after")))

@@ -506,7 +506,16 @@ def test_a_deadline_while_a_message_is_handed_over(
             asked.set()
         return done
 
+    put_first = one.io_loop.mailbox.put
+
+    def put_and_note(item: Any) -> Any:
+        done = put_first(item)
+        if getattr(item, "func", None) == one.expire:  # its thread was slow to take the message
+            asked.set()
+        return done
+
     monkeypatch.setattr(two.io_loop.mailbox, "put", put_late)
+    monkeypatch.setattr(one.io_loop.mailbox, "put", put_and_note)
     if way == "accepted":
         monkeypatch.setattr(one, "peer", lambda _mine=None: two)
     background = Background()
